@@ -1,0 +1,63 @@
+"""PALM on CIFAR-10 at the paper's sizes, and smaller ones.
+
+  python -m palm_jax.main --config=configs/cifar.py            50M env steps, ResNet-18, StyleGAN2 with 512 channels: accelerators
+  python -m palm_jax.main --config=configs/cifar.py:cifar100   the same on CIFAR-100
+  python -m palm_jax.main --config=configs/cifar.py:small --config.data.name=train.npz,test.npz     two CPU cores
+
+alpha and beta: the paper contradicts itself, so both readings have a name: `paper_text` (0.5, 0.95: sections 4.1 and 6)
+and `paper_fig5` (0.95, 0.75: the best cell of Figure 5). Append one: configs/cifar.py:small,paper_fig5.
+SMALL_NOTE
+"""
+from ml_collections import ConfigDict
+
+from palm_jax import encoder, environment, pretrain, reward, sac, simsiam
+from palm_jax.errors import UserError
+from palm_jax.generator import train
+
+PRESETS = {'paper_text': (0.5, 0.95), 'paper_fig5': (0.95, 0.75)}
+
+
+def get_config(variant=''):
+  c = ConfigDict()
+  c.name = 'cifar'
+  c.seed = 0
+  c.jobs = ('generator', 'pretrain', 'probe')
+  c.data = ConfigDict(dict(name='cifar10', dir=''))  # see palm_jax/data.py for what a name can be
+
+  c.generator = train.default_config()  # StyleGAN2-ADA's --cfg=cifar
+  c.environment = environment.default_config()
+  c.replay = ConfigDict(dict(
+      capacity=1_048_576,  # frames over all devices: 3.2 GB and 2.1 GB of actions; URLB keeps 1M
+      num_shards=8,  # sampling groups: any number of devices that divides it gives the same run
+  ))
+  c.encoder = encoder.default_config()  # ResNet-18: paper section 5.1
+  c.simsiam = simsiam.default_config()
+  c.reward = reward.default_config()
+  c.sac = sac.default_config()
+  c.pretrain = pretrain.default_config()
+  c.probe = ConfigDict()
+
+  for word in filter(None, variant.split(',')):
+    if word in PRESETS:
+      c.environment.alpha, c.environment.beta = PRESETS[word]
+    elif word == 'cifar100':
+      c.name, c.data.name = 'cifar100', 'cifar100'
+    elif word == 'small':
+      small(c)
+    else:
+      raise UserError(f'configs/cifar.py:{word} is unknown: variants are cifar100, small, {", ".join(PRESETS)}')
+  return c
+
+
+def small(c):
+  """Two CPU cores: the same code, 32x32 pictures, a narrow generator and a narrow ResNet-18."""
+  c.name += '_small'
+  c.generator.update(dict(z_dim=64, w_dim=64, channel_base=1024, channel_max=64, d_channel_base=1024, d_channel_max=64,
+                          batch_size=32, mbstd_group=8, kimg=300., ema_kimg=20., conv_clamp=0., iterations_per_call=16,
+                          snapshot_kimg=20., checkpoint_minutes=5.))
+  c.replay.capacity = 65_536  # 200 MB
+  c.encoder.width = 16
+  c.simsiam.update(dict(proj_hidden=256, proj_dim=256, pred_hidden=64))
+  c.sac.hidden = (256, 256)
+  c.pretrain.update(dict(env_steps=400_000, num_envs=32, rollout_length=8, batch_size=256, warmup_steps=4096,
+                         iterations_per_call=25, checkpoint_minutes=5.))

@@ -1,0 +1,23 @@
+"""Everything from nothing on scikit-learn's digits (1,797 pictures of 8x8, in the package: no download).
+
+  python -m palm_jax.main --config=configs/digits.py
+
+DIGITS_NOTE
+"""
+from configs import cifar
+
+
+def get_config():
+  c = cifar.get_config()
+  c.name = 'digits'
+  c.data.name = 'digits'
+  c.generator.update(dict(z_dim=32, w_dim=32, channel_base=512, channel_max=64, d_channel_base=512, d_channel_max=64,
+                          batch_size=32, mbstd_group=4, kimg=100., ema_kimg=10., conv_clamp=0., iterations_per_call=25,
+                          snapshot_kimg=10., checkpoint_minutes=2.))
+  c.replay.capacity = 65_536  # 4 MB
+  c.encoder.width = 16
+  c.simsiam.update(dict(proj_hidden=256, proj_dim=256, pred_hidden=64))
+  c.sac.hidden = (256, 256)
+  c.pretrain.update(dict(env_steps=400_000, num_envs=64, rollout_length=4, batch_size=256, warmup_steps=4096,
+                         iterations_per_call=25, checkpoint_minutes=1.))
+  return c

@@ -1,0 +1,425 @@
+"""Checkpoints with digests (orbax loads flipped bytes silently), stopping on SIGTERM, and JSON that is whole or absent.
+
+A step is `<folder>/<step>/`, with one folder for each item. Orbax writes it under a temporary name and renames it, so a
+step that can be seen is complete. The digests lie in the step's own metadata: SHA-256 of each block of each array.
+"""
+import concurrent.futures
+import hashlib
+import json
+import logging as python_logging
+import os
+import pathlib
+import shutil
+import signal
+import threading
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import v1 as ocp
+
+from palm_jax.errors import UserError
+
+
+class Restored(NamedTuple):
+  """What a checkpoint gave: its step, {name: tree of arrays}, and the metadata that was saved with it."""
+  step: int
+  items: dict[str, Any]
+  metadata: dict[str, Any]
+
+
+class Damaged(Exception):
+  """A step cannot be read, or holds other values than were saved."""
+
+
+class Checkpoints:
+  """The checkpoints of one run. All processes call each method together; no other process writes to the folder.
+
+  Args:
+    folder: path of the steps; made if absent. What a killed run left half-written in it is removed.
+    keep: how many of the newest steps stay; one more is there while a save is under way or not yet waited for.
+
+  Raises:
+    UserError: the folder cannot be made.
+  """
+
+  def __init__(self, folder, keep=2):
+    self.folder, self._keep = pathlib.Path(folder).absolute(), keep
+    self._pending, self._damaged = None, []
+    logging.get_absl_logger().addFilter(_without_orbax_chatter)
+    try:
+      if jax.process_index() == 0:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for pattern in ('*.orbax-checkpoint-tmp*', '*.deleted'):
+          for path in self.folder.glob(pattern):
+            shutil.rmtree(path)
+    except OSError as e:
+      raise UserError(f'{self.folder} cannot hold checkpoints ({e.strerror}): choose another --workdir') from e
+    _barrier('checkpoints')
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
+  def steps(self):
+    """The complete steps, oldest first."""
+    return list_steps(self.folder)
+
+  def latest_step(self):
+    """The newest complete step, or None."""
+    return max(self.steps(), default=None)
+
+  def save(self, step, items, metadata):
+    """Starts to save; returns when all arrays are copied and hashed, so the caller may donate them at once.
+
+    Args:
+      step: int, beyond every step that is there.
+      items: {name: tree of arrays}; each can be restored without the others.
+      metadata: anything that JSON holds.
+
+    Raises:
+      UserError: this save, or the one before, found no room or no permission (earlier steps are untouched);
+        or a newer step is there.
+    """
+    self.wait()
+    good = [s for s in self.steps() if s not in self._damaged]
+    if good and step <= good[-1]:
+      raise UserError(f'{self.folder} already holds step {good[-1]}, so step {step} cannot be saved there: '
+                      'resume from it or choose another --workdir')
+    while self._damaged:  # set aside, so that neither the count nor the next resume meets them
+      name = str(self._damaged.pop())
+      if jax.process_index() == 0:
+        shutil.rmtree(self.folder / f'{name}.damaged', ignore_errors=True)
+        os.rename(self.folder / name, self.folder / f'{name}.damaged')
+    _barrier('damaged')
+    record = {'metadata': metadata, 'items': {name: _describe(tree) for name, tree in items.items()}}
+    try:
+      response = ocp.save_checkpointables_async(self.folder / str(step), items,
+                                                custom_metadata={'record': record, 'sha256': _json_digest(record)})
+    except (OSError, ValueError) as e:
+      self._refuse(step, e)
+    self._pending = step, response
+
+  def wait(self):
+    """Waits for the save under way, then removes the steps beyond `keep`.
+
+    Raises:
+      UserError: no room or no permission; earlier steps are untouched and nothing of this one stays.
+    """
+    if self._pending is None:
+      return
+    (step, response), self._pending = self._pending, None
+    try:
+      response.result()
+    except (OSError, ValueError) as e:
+      self._refuse(step, e)
+    if jax.process_index() == 0:
+      for old in self.steps()[:-self._keep]:
+        # Renamed first: a run killed in the middle of removing leaves no half of a step behind.
+        gone = self.folder / f'{old}.deleted'
+        os.rename(self.folder / str(old), gone)
+        shutil.rmtree(gone)
+
+  close = wait
+
+  def _refuse(self, step, error):
+    if not (isinstance(error, OSError) or 'os_error_code' in str(error)):  # tensorstore's disk errors are ValueErrors
+      raise error
+    for path in self.folder.glob(f'{step}.orbax-checkpoint-tmp*'):
+      shutil.rmtree(path, ignore_errors=True)
+    raise UserError(f'checkpoint step {step} could not be written to {self.folder} ({_one_line(error)}): '
+                    'free space or mend permissions there, then run again; earlier steps are untouched') from error
+
+  def restore(self, templates):
+    """The newest step that is whole; damaged newer ones are named in the log and set aside at the next save.
+
+    Args:
+      templates: {name: tree of jax.ShapeDtypeStruct with shardings} of the items wanted, on any number of devices.
+
+    Returns:
+      Restored, or None where there is no step.
+
+    Raises:
+      UserError: every step is damaged, or the newest whole one belongs to another config.
+    """
+    self.wait()
+    self._damaged = []
+    return _newest(self.folder, self.steps(), lambda _: templates, self._damaged)
+
+  def restore_item(self, name, step=None, template=None):
+    """One item, without reading the others: see `load_item`."""
+    return load_item(self.folder, name, step, template)
+
+
+def list_steps(folder):
+  """The complete steps in a folder of checkpoints, oldest first."""
+  folder = pathlib.Path(folder)
+  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal()) if folder.is_dir() else []
+
+
+def load_item(folder, name, step=None, template=None):
+  """Reads one item of a step and leaves the others on the disk; writes nothing, so it may look at a running job.
+
+  Args:
+    folder: path of the steps.
+    name: the item.
+    step: None for the newest that is whole.
+    template: tree of jax.ShapeDtypeStruct with shardings; None gives numpy arrays, for an item of nested dicts only.
+
+  Returns:
+    (step, tree).
+
+  Raises:
+    UserError: no such step or item, damage (for step=None: of every step), or another shape than the template's.
+  """
+  folder = pathlib.Path(folder).absolute()
+
+  def templates(record):
+    if name not in record['items']:
+      raise UserError(f'{folder} has no item {name!r}, only {", ".join(record["items"])}: name one of them')
+    return {name: template or _nested_template(record['items'][name])}
+
+  steps = list_steps(folder)
+  if step not in (None, *steps) or not steps:
+    raise UserError(f'{folder} has no checkpoint{"" if step is None else f" step {step}"}, only {steps or "none"}: '
+                    'run the job that makes it, or name a step that is there')
+  restored = _newest(folder, steps if step is None else [step], templates, [])
+  return restored.step, restored.items[name] if template else jax.device_get(restored.items[name])
+
+
+def load_encoder(workdir, step=None):
+  """The pretrained encoder of a workdir, on any number of devices; the replay stays on the disk.
+
+  Returns:
+    (config dict of `<workdir>/config.json`, {'params', 'batch_stats'} as numpy arrays, step).
+
+  Raises:
+    UserError: no or damaged config or checkpoint.
+  """
+  workdir = pathlib.Path(workdir)
+  try:
+    config = json.loads((workdir / 'config.json').read_text())
+  except (OSError, ValueError) as e:
+    raise UserError(f'{workdir / "config.json"} cannot be read ({_one_line(e)}): '
+                    'give the --workdir of a pretraining run') from e
+  step, variables = load_item(workdir / 'pretrain' / 'checkpoints', 'encoder', step)
+  return config, variables, step
+
+
+def write_json_atomic(path, obj):
+  """Writes JSON (numpy and JAX numbers and arrays too) so that `path` holds all of it or what was there before."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+  try:
+    with part.open('w') as f:
+      json.dump(obj, f, indent=2, default=lambda x: x.tolist())
+      f.flush()
+      os.fsync(f.fileno())
+    os.replace(part, path)
+  finally:
+    part.unlink(missing_ok=True)
+
+
+class Preemption:
+  """Within it SIGTERM only sets a flag: the loop asks `requested` once an iteration, saves, and leaves with code 0."""
+
+  def __enter__(self):
+    self._flag = False
+    # Python allows handlers in the main thread only; elsewhere the signal keeps its meaning.
+    self._main = threading.current_thread() is threading.main_thread()
+    self._before = signal.signal(signal.SIGTERM, self._set) if self._main else None
+    return self
+
+  def __exit__(self, *_):
+    if self._main:
+      signal.signal(signal.SIGTERM, self._before)
+
+  def _set(self, *_):
+    self._flag = True
+
+  @property
+  def requested(self):
+    """Whether any process was told to stop; all processes must ask together, and get one answer."""
+    return any_process(self._flag)
+
+
+def any_process(flag):
+  """Whether `flag` is true in any process: for decisions by a signal or a clock, which processes must take alike."""
+  flag = np.asarray(bool(flag))
+  return bool(flag if jax.process_count() == 1 else multihost_utils.process_allgather(flag).any())
+
+
+def _newest(folder, steps, make_templates, damaged):
+  """The newest of `steps` that is whole, or None where there is none; those damaged are appended to `damaged`."""
+  for step in reversed(steps):
+    try:
+      restored = _load(folder, step, make_templates)
+    except Damaged as e:
+      damaged.append(step)
+      logging.warning('checkpoint step %d in %s is damaged and passed over: %s', step, folder, e)
+      continue
+    return restored
+  if steps:
+    raise UserError(f'checkpoint step {", ".join(map(str, steps))} in {folder} is damaged: restore a copy, '
+                    'name another step, or remove the folder to start anew')
+  return None
+
+
+def _load(folder, step, make_templates):
+  """One step, checked. Raises Damaged, or UserError where it does not fit the templates."""
+  path, items, reason = folder / str(step), None, None
+  try:
+    custom = json.loads((path / '_CHECKPOINT_METADATA').read_text())['custom_metadata']
+    record = custom['record']
+    if _json_digest(record) != custom['sha256']:
+      reason = 'its metadata do not match their digest'
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    reason = f'its metadata cannot be read: {_one_line(e)}'
+  if any_process(reason):
+    raise Damaged(reason or 'another process cannot read it')
+  templates = make_templates(record)
+  for name, template in templates.items():
+    _check_shapes(f'{path}/{name}', record['items'].get(name, {}), template)
+  try:
+    items = ocp.load_checkpointables(path, templates)
+    reason = _difference(items, record['items'])
+  except jax.errors.JaxRuntimeError:  # out of memory says nothing about the files
+    raise
+  except Exception as e:  # orbax raises whatever the damaged bytes lead it into
+    reason = f'{type(e).__name__}: {_one_line(e)}'
+  if any_process(reason):
+    raise Damaged(reason or 'another process found damage')
+  return Restored(step, items, record['metadata'])
+
+
+def _leaves(tree):
+  """{path: leaf}, the path like 'params/conv/kernel'."""
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+          for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _check_shapes(where, saved, template):
+  """Raises UserError naming the first leaf in which a step and a template differ."""
+  saved = {path: f'{leaf["dtype"]}{tuple(leaf["shape"])}' for path, leaf in saved.items()}
+  expected = {path: f'{leaf.dtype}{tuple(leaf.shape)}' for path, leaf in _leaves(template).items()}
+  for path in [*expected, *(saved.keys() - expected.keys())]:
+    if saved.get(path) != expected.get(path):
+      raise UserError(f'{where} is a checkpoint of another config: {path} is {saved.get(path, "absent")} there, '
+                      f'{expected.get(path, "absent")} expected: choose another --workdir, or go back to its config')
+
+
+def _nested_template(saved):
+  """Nested dicts of replicated ShapeDtypeStructs for a saved item: exact on any number of devices."""
+  everywhere, tree = NamedSharding(jax.sharding.Mesh(jax.devices(), 'data'), P()), {}
+  for path, leaf in saved.items():
+    *parents, last = path.split('/')
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = jax.ShapeDtypeStruct(leaf['shape'], jax.numpy.dtype(leaf['dtype']), sharding=everywhere)
+  return tree
+
+
+def _plain(leaf):
+  """Typed keys as their integers, Python numbers as arrays."""
+  if not isinstance(leaf, jax.Array):
+    return np.asarray(leaf)
+  return jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+
+def _box(index, shape):
+  """Slices of one shard -> ((start, stop), ...)."""
+  return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+
+
+def _boxes(leaf):
+  """The distinct blocks in which an array lies on all devices of all processes."""
+  if not isinstance(leaf, jax.Array):
+    return [tuple((0, n) for n in leaf.shape)]
+  return sorted({_box(index, leaf.shape) for index in leaf.sharding.devices_indices_map(leaf.shape).values()})
+
+
+def _block(leaf, box):
+  """One block as a host array; None where this process has only part of it."""
+  if isinstance(leaf, jax.Array):
+    for shard in leaf.addressable_shards:
+      if _box(shard.index, leaf.shape) == box:
+        return np.asarray(shard.data)
+    if not leaf.is_fully_addressable:
+      return None
+  return np.asarray(leaf)[tuple(slice(*ends) for ends in box)]
+
+
+def _digests(blocks):
+  """[(array, box)] -> (N, 32) uint8 SHA-256, the same in all processes; zeros for blocks that no process has whole."""
+  def digest(block):
+    data = _block(*block)
+    if data is None:
+      return np.zeros(32, np.uint8)
+    data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    return np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
+  # hashlib leaves the interpreter's lock: 1 GB takes about half a second of one core.
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    digests = np.stack([*pool.map(digest, blocks), np.zeros(32, np.uint8)])[:-1]
+  if jax.process_count() > 1:
+    digests = multihost_utils.process_allgather(digests).max(0)  # who has a block has its digest, the others zeros
+  return digests
+
+
+def _describe(tree):
+  """{path: {'shape', 'dtype', 'blocks': [[box, SHA-256], ...]}}."""
+  leaves = _leaves(tree)
+  plain = {path: _plain(leaf) for path, leaf in leaves.items()}
+  blocks = [(path, box) for path, leaf in plain.items() for box in _boxes(leaf)]
+  record = {path: {'shape': list(np.shape(leaf)), 'dtype': str(getattr(leaf, 'dtype', plain[path].dtype)), 'blocks': []}
+            for path, leaf in leaves.items()}
+  for (path, box), digest in zip(blocks, _digests([(plain[path], box) for path, box in blocks]), strict=True):
+    record[path]['blocks'].append([box, digest.tobytes().hex()])
+  return record
+
+
+def _difference(items, saved):
+  """What differs between restored items and their digests, or None."""
+  names, blocks, expected = [], [], []
+  for name, tree in items.items():
+    for path, leaf in _leaves(tree).items():
+      leaf = _plain(leaf)
+      for box, digest in saved[name][path]['blocks']:
+        names.append(f'{name}/{path}')
+        blocks.append((leaf, tuple(map(tuple, box))))
+        expected.append(digest)
+  digests = [d.tobytes().hex() for d in _digests(blocks)]
+  unknown = sum(d == '00' * 32 for d in digests)
+  if unknown:
+    logging.warning('%d of %d blocks were saved by another layout of processes and could not be checked',
+                    unknown, len(digests))
+  for name, digest, want in zip(names, digests, expected, strict=True):
+    if digest not in (want, '00' * 32):
+      return f'{name} holds other values than were saved'
+  return None
+
+
+def _json_digest(obj):
+  return hashlib.sha256(json.dumps(obj, sort_keys=True).encode()).hexdigest()
+
+
+def _one_line(error):
+  return ' '.join(str(error).split())[:300] or type(error).__name__
+
+
+def _barrier(name):
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def _without_orbax_chatter(record):
+  """Orbax logs every stage of a save, and a disk error once a thread with its stack, before it raises it."""
+  ours = f'{os.sep}orbax{os.sep}' not in record.pathname
+  return ours or (record.levelno >= python_logging.WARNING and '_SignalingThread' not in record.getMessage())

@@ -1,0 +1,135 @@
+"""The latent manifold as a world: T_com, T_ema, episodes, rendering (PALM section 4.1).
+
+Everything is pure and batched over E environments. All randomness is a function of (key, environment id), so the
+trajectory of an environment does not depend on how environments are spread over devices.
+"""
+import flax.struct
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+
+def default_config():
+  """The world of the paper's text; configs/cifar.py has the other reading."""
+  return ConfigDict(dict(
+      alpha=0.5,  # paper section 6 ("default"); Figure 5 finds 0.95 best
+      beta=0.95,  # paper section 4.1 ("in most of our experiments"); Figure 5 finds 0.5 to 0.75 best
+      episode_length=64,  # ours: the paper does not say; at beta 0.95 the latent forgets half of itself in 14 steps
+      truncation_psi=1.,  # the untruncated generator
+  ))
+
+
+@flax.struct.dataclass
+class Dynamics:
+  """The two numbers of the world, traced so that a sweep over them does not recompile.
+
+  Attributes:
+    alpha: share of the action in the composed latent, in [0, 1] (T_com).
+    beta: persistence of the latent, in [0, 1] (T_ema).
+  """
+  alpha: jax.Array
+  beta: jax.Array
+
+
+@flax.struct.dataclass
+class EnvState:
+  """State of E environments.
+
+  Attributes:
+    z: (E, z_dim) latent.
+    label: (E,) int32 class of the episode; 0 for an unconditional generator. Never shown to agent or encoder.
+    step: (E,) int32 steps since the episode began.
+  """
+  z: jax.Array
+  label: jax.Array
+  step: jax.Array
+
+
+def env_keys(key, env_ids):
+  """One key an environment: (E,) keys from a key and the (E,) global environment ids."""
+  return jax.vmap(lambda i: jax.random.fold_in(key, i))(env_ids)
+
+
+def first_latent_and_label(keys, z_dim, num_classes, dtype):
+  """Draws z_0 = eps (no action has been taken yet) and the episode's label.
+
+  Args:
+    keys: (E,) keys.
+    z_dim, num_classes: of the generator; num_classes 0 is unconditional.
+    dtype: of z.
+
+  Returns:
+    z (E, z_dim) and label (E,) int32.
+  """
+  def draw(key):
+    key_z, key_label = jax.random.split(key)
+    return (jax.random.normal(key_z, (z_dim,), dtype),
+            jax.random.randint(key_label, (), 0, max(num_classes, 1), jnp.int32))
+  return jax.vmap(draw)(keys)
+
+
+def reset(key, env_ids, first_step, z_dim, num_classes, dtype=jnp.float32):
+  """Begins an episode in every environment.
+
+  Args:
+    key: a key.
+    env_ids: (E,) int32 global ids.
+    first_step: (E,) int32 step to begin at, in [0, episode length): different ones keep episode ends apart.
+    z_dim, num_classes: of the generator.
+    dtype: of the latent.
+
+  Returns:
+    EnvState.
+  """
+  z, label = first_latent_and_label(env_keys(key, env_ids), z_dim, num_classes, dtype)
+  return EnvState(z=z, label=label, step=first_step.astype(jnp.int32))
+
+
+def compose(action, eps, alpha):
+  """T_com: z' = alpha a + (1 - alpha) eps; action in [-1, 1], eps a fresh latent; all (E, z_dim)."""
+  return alpha * action + (1 - alpha) * eps
+
+
+def persist(z, z_new, beta):
+  """T_ema: z <- beta z + (1 - beta) z'; all (E, z_dim)."""
+  return beta * z + (1 - beta) * z_new
+
+
+def step(state, action, key, env_ids, dynamics, episode_length, num_classes):
+  """One step of every environment. After `episode_length` frames the episode is cut and a new one, with a new label, begins.
+
+  There is no termination: an episode ends by truncation only, so values are always bootstrapped.
+
+  Args:
+    state: EnvState.
+    action: (E, z_dim) in [-1, 1].
+    key: key of this step.
+    env_ids: (E,) int32 global ids.
+    dynamics: Dynamics.
+    episode_length: frames an episode.
+    num_classes: of the generator.
+
+  Returns:
+    EnvState of the next frame.
+  """
+  dtype = state.z.dtype
+  def draw(key):
+    key_eps, key_new = jax.random.split(key)
+    return jax.random.normal(key_eps, state.z.shape[1:], dtype), key_new
+  eps, new_keys = jax.vmap(draw)(env_keys(key, env_ids))
+  z = persist(state.z, compose(action.astype(dtype), eps, dynamics.alpha), dynamics.beta)
+  new_z, new_label = first_latent_and_label(new_keys, state.z.shape[1], num_classes, dtype)
+  ended = state.step + 1 >= episode_length  # (E,)
+  return EnvState(z=jnp.where(ended[:, None], new_z, z).astype(dtype),
+                  label=jnp.where(ended, new_label, state.label),
+                  step=jnp.where(ended, 0, state.step + 1))
+
+
+def to_uint8(images):
+  """Images of nominal range [-1, 1] to uint8 as the original StyleGAN2 tools do: clip(x * 127.5 + 128, 0, 255), truncated."""
+  return jnp.clip(images * 127.5 + 128, 0, 255).astype(jnp.uint8)
+
+
+def staggered_steps(env_ids, num_envs, episode_length):
+  """First step of each environment, spread evenly over an episode so that ends do not coincide. (E,) int32."""
+  return (env_ids * episode_length // num_envs).astype(jnp.int32)

@@ -1,0 +1,9 @@
+"""Errors that a user can mend: `main` prints them in one line and leaves with exit code 2."""
+
+
+class UserError(Exception):
+  """Bad input. The message names the value, what was expected and what to do."""
+
+
+class NonFiniteError(UserError):
+  """A loss or gradient is NaN or infinite. The message names it and the step."""

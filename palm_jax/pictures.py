@@ -1,0 +1,103 @@
+"""Grids, strips of episodes and films as files, by NumPy and Pillow. A file is whole or as it was before."""
+import os
+import pathlib
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from palm_jax.errors import UserError
+
+CELL = 64  # pixels that a small image is enlarged to, at least
+WIDTH = 1600  # pixels that enlarging keeps a grid within
+
+
+def grid(images, scale=None, labels=None):
+  """Images in rows and columns, small ones enlarged by whole pixels.
+
+  Args:
+    images: (R, C, H, W, channels) uint8, 1 or 3 channels.
+    scale: whole number of pixels for one; None enlarges to cells of at least 64 pixels, within 1600 pixels of width.
+    labels: R names, written at the left of the rows.
+
+  Returns:
+    (R*H*scale, C*W*scale, channels) uint8; labels add a column at the left.
+
+  Raises:
+    UserError: another shape or dtype.
+  """
+  images = np.asarray(images)
+  if images.ndim != 5 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3) or 0 in images.shape:
+    raise UserError(f'a grid of {images.dtype}{images.shape} cannot be drawn: '
+                    'expected uint8 (rows, columns, height, width, 1 or 3 channels)')
+  rows, columns, height, width, channels = images.shape
+  if scale is None:
+    scale = max(1, min(-(-CELL // max(height, width)), WIDTH // (columns * width)))
+  picture = images.swapaxes(1, 2).reshape(rows * height, columns * width, channels)
+  picture = picture.repeat(scale, 0).repeat(scale, 1)
+  if labels is None:
+    return picture
+  if len(labels) != rows:
+    raise UserError(f'{len(labels)} labels for a grid of {rows} rows: give one for each row')
+  return np.concatenate([_label_column([str(label) for label in labels], height * scale, channels), picture], axis=1)
+
+
+def rollout_strip(frames, labels=None, scale=None):
+  """Episodes as the paper's Figure 2 shows them: one a row, time to the right.
+
+  Args:
+    frames: (episodes, steps, H, W, channels) uint8.
+    labels: a name or class number for each episode, or None.
+    scale: as for `grid`.
+
+  Returns:
+    Image, uint8.
+  """
+  return grid(frames, scale, labels)
+
+
+def save_png(path, image):
+  """Writes an image (H, W, 1 or 3) uint8 as PNG. Raises OSError where it cannot be written."""
+  _save(path, [_to_pillow(image)], format='PNG')
+
+
+def save_webp(path, frames, fps=8):
+  """Writes (H, W, 1 or 3) uint8 frames of one size as an endless animated WebP, without loss.
+
+  Equal neighbours are stored as one frame that stays for as long.
+
+  Raises:
+    UserError: no frames. OSError: the file cannot be written.
+  """
+  if len(frames) == 0:
+    raise UserError(f'{path}: a film needs at least one frame')
+  _save(path, [_to_pillow(frame).convert('RGB') for frame in frames], format='WEBP', save_all=True,
+        duration=round(1000 / fps), loop=0, lossless=True, method=0)
+
+
+def _to_pillow(image):
+  image = np.asarray(image)
+  return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def _save(path, images, **options):
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+  first, *rest = images
+  try:
+    with part.open('wb') as f:
+      first.save(f, **options, **({'append_images': rest} if rest else {}))
+    os.replace(part, path)
+  finally:
+    part.unlink(missing_ok=True)
+
+
+def _label_column(names, row_height, channels):
+  """Black letters on white, (rows * row_height, as wide as the longest name, channels)."""
+  font = ImageFont.load_default(size=min(14, max(8, row_height - 2)))
+  width = round(max(font.getlength(name) for name in names)) + 8
+  column = Image.new('L', (width, len(names) * row_height), 255)
+  draw = ImageDraw.Draw(column)
+  for row, name in enumerate(names):
+    draw.text((4, (row + 0.5) * row_height), name, fill=0, font=font, anchor='lm')
+  return np.asarray(column)[..., None].repeat(channels, -1)

@@ -1,0 +1,361 @@
+"""PALM's pretraining: play in the latent world, learn to see from what was seen (paper section 4).
+
+One iteration is a rollout of T steps in E environments, one block added to the replay ring, and U updates of SimSiam and
+SAC. Many iterations run in one compiled, donated call over all devices; Python sees scalars.
+"""
+import functools
+import math
+import time
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from palm_jax import augment, devices, environment, pictures, replay, reward, sac, simsiam
+from palm_jax.checkpoint import Checkpoints, Preemption, any_process, write_json_atomic
+from palm_jax.encoder import make_encoder
+from palm_jax.errors import NonFiniteError, UserError
+from palm_jax.generator import load_generator
+from palm_jax.metrics import MetricWriter, Progress
+from palm_jax.monitors import make_monitors
+
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float64': jnp.float64}
+
+
+def default_config():
+  """Sizes of the loop. Other parts bring their own: environment, replay, reward, simsiam, sac, encoder."""
+  return ConfigDict(dict(
+      env_steps=50_000_000,  # paper section 5.1
+      num_envs=64,  # over all devices
+      rollout_length=8,
+      batch_size=512,  # SimSiam on CIFAR; one batch feeds SimSiam, the reward and SAC
+      updates_per_iteration=1,  # env steps of an iteration = batch_size * updates: each pair is seen once on average
+      warmup_steps=4096,  # env steps with uniformly random actions before the first update (jaxrl: 1000; URLB: 4000)
+      iterations_per_call=50,
+      dtype='float32',  # compute dtype of the networks; statistics, rewards and losses are at least float32
+      checkpoint_minutes=10.,
+      monitor_fraction=0.05,  # monitors and pictures every such share of the run
+  ))
+
+
+@flax.struct.dataclass
+class State:
+  """Everything that a run is; a checkpoint holds all of it. E environments over all devices.
+
+  Attributes:
+    iteration: () int32.
+    key: typed key; every draw is a function of (key, iteration, step, global id).
+    env: environment.EnvState.
+    frames: (E, H, W, C) uint8, what the agent sees now.
+    ring: replay.Replay.
+    ssl: {'params', 'batch_stats', 'opt_state'} of encoder, projector and predictor.
+    agent: sac.SAC.
+  """
+  iteration: jax.Array
+  key: jax.Array
+  env: environment.EnvState
+  frames: jax.Array
+  ring: replay.Replay
+  ssl: dict[str, Any]
+  agent: sac.SAC
+
+  @staticmethod
+  def specs():
+    """Where each part lies: environments are sharded over 'data', the rest is on every device."""
+    return State(iteration=P(), key=P(), env=P('data'), frames=P('data'),
+                 ring=replay.Replay(frames=P(None, 'data'), actions=P(None, 'data'), total=P()), ssl=P(), agent=P())
+
+
+class World(NamedTuple):
+  """What does not change in a run but is traced: the generator's variables and the dynamics."""
+  variables: Any
+  dynamics: environment.Dynamics
+
+
+class Program(NamedTuple):
+  """The compiled pieces of a run and the sizes that they share."""
+  init: Any  # (key, world) -> State
+  state_shardings: State
+  call: Any  # (State, World) -> (State, metrics of (iterations_per_call,) arrays); donates the state
+  modules: simsiam.Modules
+  num_calls: int
+  env_steps_per_iteration: int
+  action: Any  # (State.ssl, State.agent, frames, keys) -> actions
+
+
+def make_world(config, generator, mesh):
+  """World on every device of the mesh, with alpha and beta checked to lie in [0, 1]."""
+  for name in ('alpha', 'beta'):
+    if not 0 <= config.environment[name] <= 1:
+      raise UserError(f'environment.{name}={config.environment[name]} is not in [0, 1]: it is a share')
+  dynamics = environment.Dynamics(alpha=jnp.asarray(config.environment.alpha, jnp.float32),
+                                  beta=jnp.asarray(config.environment.beta, jnp.float32))
+  return devices.replicate(mesh, World(variables=generator.variables, dynamics=dynamics))
+
+
+def check_sizes(config, num_devices):
+  """Raises UserError on sizes that cannot work, before anything is compiled."""
+  p, r = config.pretrain, config.replay
+  devices.check_divisible('replay.num_shards', r.num_shards, num_devices, 'devices')
+  devices.check_divisible('pretrain.num_envs', p.num_envs, r.num_shards, 'replay.num_shards')
+  devices.check_divisible('pretrain.batch_size', p.batch_size, r.num_shards, 'replay.num_shards')
+  devices.check_divisible('replay.capacity', r.capacity, p.num_envs * p.rollout_length, 'num_envs * rollout_length')
+  for name in ('env_steps', 'updates_per_iteration', 'iterations_per_call', 'rollout_length'):
+    if p[name] < 1:
+      raise UserError(f'pretrain.{name}={p[name]} is not positive: set it to 1 or more')
+  if p.dtype not in DTYPES:
+    raise UserError(f'pretrain.dtype={p.dtype!r} is unknown: choose one of {", ".join(DTYPES)}')
+  if config.environment.episode_length < 2:
+    raise UserError(f'environment.episode_length={config.environment.episode_length} has no consecutive frames: set it to 2 or more')
+  if p.batch_size > r.capacity:
+    raise UserError(f'pretrain.batch_size={p.batch_size} is larger than the replay (replay.capacity={r.capacity}): '
+                    'lower the first or raise the second')
+  if p.warmup_steps < max(p.batch_size, 3 * p.num_envs):
+    raise UserError(f'pretrain.warmup_steps={p.warmup_steps} gives the first update too few frames: '
+                    f'set it to {max(p.batch_size, 3 * p.num_envs)} or more')
+  if p.warmup_steps >= p.env_steps:
+    raise UserError(f'pretrain.warmup_steps={p.warmup_steps} is not below pretrain.env_steps={p.env_steps}: nothing would be learned')
+  if config.reward.k >= p.batch_size:
+    raise UserError(f'reward.k={config.reward.k} needs more neighbours than pretrain.batch_size={p.batch_size} has')
+  if config.reward.on not in ('next', 'current'):
+    raise UserError(f"reward.on={config.reward.on!r} is unknown: choose 'next' or 'current'")
+
+
+def make_program(config, generator, mesh):
+  """Builds a run's functions; nothing is compiled yet.
+
+  Args:
+    config: the whole config.
+    generator: object with apply(variables, z, labels), z_dim, num_classes, image_shape (DESIGN: any generator).
+    mesh: one-dimensional mesh, axis 'data'.
+
+  Returns:
+    Program.
+
+  Raises:
+    UserError: on impossible sizes.
+  """
+  check_sizes(config, mesh.size)
+  p, num_shards = config.pretrain, config.replay.num_shards
+  num_envs, length = p.num_envs, config.environment.episode_length
+  envs_per_device, shards_per_device = num_envs // mesh.size, num_shards // mesh.size
+  steps_per_iteration = p.rollout_length * num_envs
+  warmup_iterations = math.ceil(p.warmup_steps / steps_per_iteration)
+  num_calls = math.ceil(p.env_steps / steps_per_iteration / p.iterations_per_call)
+  num_updates = (num_calls * p.iterations_per_call - warmup_iterations) * p.updates_per_iteration
+  dtype = DTYPES[p.dtype]
+  real = jnp.promote_types(dtype, jnp.float32)  # parameters, latents, actions
+  modules = simsiam.make_modules(make_encoder(config.encoder, 'data', dtype), config.simsiam, 'data', dtype)
+  optimizer = simsiam.make_optimizer(config.simsiam, num_updates, p.batch_size)
+  views = augment.make_augment(config.simsiam.augment)
+  reward_options = {k: config.reward[k] for k in ('k', 'average', 'transform', 'include_self', 'clip')}
+
+  def render(world, env):
+    images = generator.apply(world.variables, env.z, env.label, truncation_psi=config.environment.truncation_psi)
+    return environment.to_uint8(images)
+
+  def encode(params, batch_stats, frames):
+    variables = {'params': params['encoder'], 'batch_stats': batch_stats['encoder']}
+    return modules.encoder.apply(variables, frames, train=False)  # (E, F)
+
+  def cast(tree):
+    return jax.tree.map(lambda x: x.astype(real) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+  def init(key, world):
+    key, key_env, key_ssl, key_agent = jax.random.split(key, 4)
+    ids = jnp.arange(num_envs)
+    env = environment.reset(key_env, ids, environment.staggered_steps(ids, num_envs, length),
+                            generator.z_dim, generator.num_classes, real)
+    frames = render(world, env)
+    params, batch_stats = cast(simsiam.init(modules, key_ssl, frames[:2]))
+    h = encode(params, batch_stats, frames[:2])
+    return State(iteration=jnp.zeros((), jnp.int32), key=key, env=env, frames=frames,
+                 ring=replay.create(config.replay.capacity // num_envs, num_envs, generator.image_shape, generator.z_dim, real),
+                 ssl=dict(params=params, batch_stats=batch_stats, opt_state=optimizer.init(params)),
+                 agent=cast(sac.init(key_agent, h.shape[1], generator.z_dim, config.sac)))
+
+  def action(ssl, agent, frames, keys):
+    """The policy's draw on the encoder's (eval-mode) view: frames (E, H, W, C) uint8, keys (E,) -> (E, z_dim)."""
+    h = encode(ssl['params'], ssl['batch_stats'], frames)
+    noise = jax.vmap(lambda k: jax.random.normal(k, (generator.z_dim,), real))(keys)
+    return sac.act(agent, h.astype(real), noise, config.sac)
+
+  def rollout(state, world, key, warm):
+    """T steps in the local environments -> env, frames, (T, E, ...) frames and actions."""
+    ids = jax.lax.axis_index('data') * envs_per_device + jnp.arange(envs_per_device)
+
+    def one_step(carry, t):
+      env, frames = carry
+      key_policy, key_env = jax.random.split(jax.random.fold_in(key, t))
+      keys = environment.env_keys(key_policy, ids)
+      random = lambda: jax.vmap(lambda k: jax.random.uniform(k, (generator.z_dim,), real, -1, 1))(keys)
+      actions = jax.lax.cond(warm, random, lambda: action(state.ssl, state.agent, frames, keys))
+      env = environment.step(env, actions, key_env, ids, world.dynamics, length, generator.num_classes)
+      return (env, render(world, env)), (frames, actions)
+
+    (env, frames), block = jax.lax.scan(one_step, (state.env, state.frames), jnp.arange(p.rollout_length))
+    return env, frames, block
+
+  def update(ring, carry, key):
+    """One batch for SimSiam, the reward and SAC; SimSiam's forward pass is the only one over the batch."""
+    ssl, agent = carry
+    key_sample, key_views, key_sac = jax.random.split(key, 3)
+    shards = jax.lax.axis_index('data') * shards_per_device + jnp.arange(shards_per_device)
+    fold = lambda k: jax.vmap(lambda i: jax.random.fold_in(k, i))(shards)
+    first_ids = jax.lax.axis_index('data') * envs_per_device + jnp.arange(envs_per_device)
+    per_shard = p.batch_size // num_shards
+    frames, actions, next_frames = replay.sample(
+        ring, fold(key_sample), per_shard, environment.staggered_steps(first_ids, num_envs, length), length)
+    view_keys = jax.vmap(lambda k: jax.random.split(k, (per_shard, 2)))(fold(key_views)).reshape(-1, 2)
+
+    def loss_fn(params):
+      return simsiam.forward(modules, params, ssl['batch_stats'], views(view_keys[:, 0], frames),
+                             views(view_keys[:, 1], next_frames), symmetric=config.simsiam.symmetric, axis_name='data')
+    (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(ssl['params'])
+    updates, opt_state = optimizer.update(grads, ssl['opt_state'], ssl['params'])
+    new_ssl = dict(params=optax.apply_updates(ssl['params'], updates), batch_stats=aux.batch_stats, opt_state=opt_state)
+
+    h, next_h = aux.h.astype(real), aux.h_next.astype(real)
+    r = reward.global_entropy_reward(next_h if config.reward.on == 'next' else h, 'data', **reward_options)
+    noise = jax.vmap(lambda k: jax.random.normal(k, (2, per_shard, generator.z_dim), real))(fold(key_sac))
+    noise = noise.swapaxes(0, 1).reshape(2, -1, generator.z_dim)
+    batch = sac.Batch(h=h, action=actions, reward=r, next_h=next_h, discount=jnp.full_like(r, config.sac.gamma))
+    agent, sac_metrics = sac.update(agent, batch, noise, config.sac, axis_name='data')
+    return (new_ssl, agent), dict(aux.metrics, ssl_grad_norm=optax.tree.norm(grads), **sac_metrics)
+
+  def iteration(state, world):
+    key_rollout, key_update = jax.random.split(jax.random.fold_in(state.key, state.iteration))
+    warm = state.iteration < warmup_iterations
+    env, frames, block = rollout(state, world, key_rollout, warm)
+    ring = replay.add(state.ring, *block)
+
+    def learn():
+      carry, metrics = jax.lax.scan(functools.partial(update, ring), (state.ssl, state.agent),
+                                    jax.random.split(key_update, p.updates_per_iteration))
+      return *carry, jax.tree.map(jnp.mean, metrics)
+
+    def wait():
+      metrics = jax.eval_shape(learn)[2]
+      return state.ssl, state.agent, jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), metrics)
+    ssl, agent, metrics = jax.lax.cond(warm, wait, learn)
+    return state.replace(iteration=state.iteration + 1, env=env, frames=frames, ring=ring, ssl=ssl, agent=agent), metrics
+
+  def call(state, world):
+    state, metrics = jax.lax.scan(lambda s, _: iteration(s, world), state, length=p.iterations_per_call)
+    return state, dict(metrics, updated=(state.iteration - p.iterations_per_call + jnp.arange(p.iterations_per_call)
+                                         >= warmup_iterations))
+
+  specs = State.specs()
+  sharded_call = jax.shard_map(call, mesh=mesh, in_specs=(specs, P()), out_specs=(specs, P()))
+  state_shape = jax.eval_shape(init, jax.random.key(0), jax.eval_shape(lambda: make_world(config, generator, mesh)))
+  full_specs = jax.tree.map(lambda spec, part: jax.tree.map(lambda _: spec, part), specs, state_shape,
+                            is_leaf=lambda x: isinstance(x, P))
+  logging.debug('%d calls of %d iterations of %d env steps', num_calls, p.iterations_per_call, steps_per_iteration)
+  state_shardings = devices.shardings(mesh, full_specs)
+  return Program(init=jax.jit(init, out_shardings=state_shardings), state_shardings=state_shardings,
+                 call=jax.jit(sharded_call, donate_argnums=0), modules=modules, num_calls=num_calls,
+                 env_steps_per_iteration=steps_per_iteration, action=action)
+
+
+PROGRESS_METRICS = ('loss', 'z_std_ratio', 'h_effective_rank', 'reward', 'alpha', 'alpha_logp', 'entropy_per_dim')
+
+
+def train(config, workdir, mesh):
+  """The job: pretrains in the world of `config.generator.path` (or this workdir's own generator), going on where it was.
+
+  Writes checkpoints, metrics and films under `<workdir>/pretrain` and, when complete, `<workdir>/results/pretrain.json`.
+
+  Args:
+    config: the whole config.
+    workdir: pathlib.Path.
+    mesh: one-dimensional mesh, axis 'data'.
+
+  Returns:
+    True when complete, False when stopped by SIGTERM; then everything is saved.
+
+  Raises:
+    UserError: impossible sizes, missing or damaged files.
+    NonFiniteError: a loss or gradient became NaN or infinite; the last good checkpoint stays.
+  """
+  folder, first_process = workdir / 'pretrain', jax.process_index() == 0
+  generator = load_generator(config.generator.path or workdir)
+  program = make_program(config, generator, mesh)
+  world = make_world(config, generator, mesh)
+  monitors = make_monitors(config, generator, program)
+  key = jax.random.key(config.seed)
+  template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                          jax.eval_shape(program.init, key, world), program.state_shardings)
+  checkpoints = Checkpoints(folder / 'checkpoints')
+  restored = checkpoints.restore({'state': template})
+  if restored:
+    step, state, seconds = restored.step, restored.items['state'], restored.metadata['seconds']
+    logging.info('pretrain: going on from iteration %d', step)
+  else:
+    step, state, seconds = 0, program.init(key, world), 0.
+
+  p, per_call = config.pretrain, config.pretrain.iterations_per_call
+  total = program.num_calls * per_call
+  monitor_every = max(1, round(program.num_calls * p.monitor_fraction)) * per_call
+  writer = MetricWriter(folder, step) if first_process else None
+  progress = Progress('pretrain', total * program.env_steps_per_iteration, 'env steps')
+  started, saved_at, scalars = time.monotonic() - seconds, time.monotonic(), {}
+  with checkpoints, Preemption() as preemption:
+    while step < total:
+      state, metrics = program.call(state, world)
+      metrics = jax.device_get(metrics)
+      updated = metrics.pop('updated')
+      check_finite(metrics, step, folder)
+      step += per_call
+      env_steps = step * program.env_steps_per_iteration
+      if updated.any():
+        scalars = scalars | {name: float(values[updated].mean()) for name, values in metrics.items()}
+      if step % monitor_every == 0 or step == total:
+        scalars = scalars | monitors.ranks(state.ssl, world, key)
+        film = jax.device_get(monitors.film(state.ssl, state.agent, world, key))
+        if first_process:
+          write_film(folder / 'rollouts', env_steps, *film)
+      if first_process:
+        writer.write(step, dict(scalars, env_steps=env_steps))
+        progress.update(env_steps, {name: scalars[name] for name in PROGRESS_METRICS if name in scalars})
+      stop = preemption.requested
+      if step == total or stop or any_process(time.monotonic() - saved_at > 60 * p.checkpoint_minutes):
+        encoder = {'params': state.ssl['params']['encoder'], 'batch_stats': state.ssl['batch_stats']['encoder']}
+        checkpoints.save(step, {'state': state, 'encoder': encoder}, {'seconds': time.monotonic() - started})
+        saved_at = time.monotonic()
+      if stop:
+        break
+  if first_process:
+    writer.close()
+  if step < total:
+    return False
+  if first_process:
+    write_json_atomic(workdir / 'results' / 'pretrain.json', dict(
+        metrics=scalars, env_steps=step * program.env_steps_per_iteration, iterations=step, checkpoint_step=step,
+        seconds=time.monotonic() - started, seed=config.seed, generator=str(config.generator.path or 'own'),
+        **devices.describe(mesh)))
+  return True
+
+
+def check_finite(metrics, first_iteration, folder):
+  """Raises NonFiniteError naming the first metric and iteration that is NaN or infinite; (iterations,) arrays."""
+  bad = {name: int(np.argmin(np.isfinite(values))) for name, values in metrics.items() if not np.all(np.isfinite(values))}
+  if bad:
+    name = min(bad, key=bad.get)
+    raise NonFiniteError(
+        f'pretrain: {name} is {metrics[name][bad[name]]} at iteration {first_iteration + bad[name]}: lower the learning rates '
+        f'(simsiam.lr, sac.lr_*); the last good checkpoint is in {folder / "checkpoints"}')
+
+
+def write_film(folder, env_steps, frames, labels):
+  """A strip like the paper's Figure 2, one episode a row, every fourth frame; and all frames as an animated WebP."""
+  name = f'{env_steps:010d}'
+  pictures.save_png(folder / f'{name}.png', pictures.rollout_strip(frames[:, ::4], labels))
+  shown = frames[:5 * (len(frames) // 5) or len(frames)]
+  shown = shown.reshape(-1, min(5, len(frames)), *frames.shape[1:])  # (rows, columns, steps, H, W, C)
+  pictures.save_webp(folder / f'{name}.webp', [pictures.grid(shown[:, :, t]) for t in range(frames.shape[1])])

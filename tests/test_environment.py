@@ -1,0 +1,95 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from palm_jax import environment as env_lib
+
+LENGTH, ENVS, DIM, CLASSES = 5, 4096, 8, 3
+
+
+def make_step(alpha, beta):
+  dynamics = env_lib.Dynamics(jnp.float32(alpha), jnp.float32(beta))
+  ids = jnp.arange(ENVS)
+  def run(state, action, key):
+    return step(state, action, key, ids, dynamics)
+  return run
+
+
+@jax.jit
+def step(state, action, key, ids, dynamics):
+  return env_lib.step(state, action, key, ids, dynamics, LENGTH, CLASSES)
+
+
+@pytest.fixture(scope='module')
+def start():
+  ids = jnp.arange(ENVS)
+  return env_lib.reset(jax.random.key(0), ids, jnp.zeros(ENVS, jnp.int32), DIM, CLASSES)
+
+
+def test_first_latent_is_standard_normal_and_labels_uniform(start):
+  assert stats.kstest(np.asarray(start.z).ravel(), 'norm').pvalue > 1e-3
+  counts = np.bincount(np.asarray(start.label), minlength=CLASSES)
+  assert counts.size == CLASSES and stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_dynamics_follow_the_two_equations(start):
+  """alpha = 1 takes the noise out: z <- beta z + (1 - beta) a exactly; alpha = 0 takes the action out."""
+  action = jnp.full((ENVS, DIM), 0.3)
+  nxt = make_step(1., 0.75)(start, action, jax.random.key(1))
+  np.testing.assert_allclose(nxt.z, 0.75 * start.z + 0.25 * 0.3, rtol=1e-6, atol=1e-6)
+  other = make_step(0., 0.75)(start, -action, jax.random.key(1))
+  same = make_step(0., 0.75)(start, action, jax.random.key(1))
+  np.testing.assert_array_equal(other.z, same.z)
+  eps = (np.asarray(same.z) - 0.75 * np.asarray(start.z)) / 0.25
+  assert stats.kstest(eps.ravel(), 'norm').pvalue > 1e-3
+
+
+def test_episode_is_cut_and_label_changes_only_there(start):
+  run, state, labels, steps, zs = make_step(0.5, 0.95), start, [], [], []
+  for t in range(2 * LENGTH + 1):
+    labels.append(np.asarray(state.label)), steps.append(np.asarray(state.step)), zs.append(np.asarray(state.z))
+    state = run(state, jnp.zeros((ENVS, DIM)), jax.random.key(10 + t))
+  np.testing.assert_array_equal(np.stack(steps)[:, 0], np.arange(2 * LENGTH + 1) % LENGTH)
+  for t in range(1, 2 * LENGTH + 1):
+    if t % LENGTH:
+      np.testing.assert_array_equal(labels[t], labels[t - 1])
+      assert np.corrcoef(zs[t].ravel(), zs[t - 1].ravel())[0, 1] > 0.9
+    else:
+      assert 0.55 < np.mean(labels[t] != labels[t - 1]) < 0.78  # 2/3 of fresh labels differ
+      assert abs(np.corrcoef(zs[t].ravel(), zs[t - 1].ravel())[0, 1]) < 0.05
+
+
+def test_an_environment_does_not_depend_on_its_neighbours(start):
+  ids = jnp.array([5, 77])
+  part = env_lib.reset(jax.random.key(0), ids, jnp.zeros(2, jnp.int32), DIM, CLASSES)
+  np.testing.assert_array_equal(part.z, start.z[ids])
+  dynamics = env_lib.Dynamics(jnp.float32(0.5), jnp.float32(0.95))
+  a = step(part, jnp.zeros((2, DIM)), jax.random.key(2), ids, dynamics)
+  b = make_step(0.5, 0.95)(start, jnp.zeros((ENVS, DIM)), jax.random.key(2))
+  np.testing.assert_allclose(a.z, b.z[ids], rtol=1e-6)  # vector and scalar code may fuse differently
+
+
+def test_alpha_and_beta_do_not_recompile(start):
+  size = step._cache_size()
+  for alpha, beta in ((0.1, 0.2), (0.9, 0.3)):
+    make_step(alpha, beta)(start, jnp.zeros((ENVS, DIM)), jax.random.key(0))
+  assert step._cache_size() == max(size, 1)
+
+
+def test_unconditional_generator_has_one_label():
+  state = env_lib.reset(jax.random.key(0), jnp.arange(16), jnp.zeros(16, jnp.int32), DIM, 0)
+  assert not np.any(state.label)
+
+
+def test_staggered_steps_spread_the_ends():
+  steps = env_lib.staggered_steps(jnp.arange(16), 16, 64)
+  np.testing.assert_array_equal(steps, np.arange(16) * 4)
+
+
+def test_quantisation_is_the_original_tools():
+  x = np.linspace(-1.3, 1.3, 1001, dtype=np.float32)
+  want = np.clip(x * np.float32(127.5) + 128, 0, 255).astype(np.uint8)
+  np.testing.assert_array_equal(env_lib.to_uint8(jnp.asarray(x)), want)
+  assert env_lib.to_uint8(jnp.array([-1., 0., 1.])).tolist() == [0, 128, 255]

@@ -1,0 +1,32 @@
+"""A small world for tests: the generator's protocol with one matrix behind it."""
+import jax
+import jax.numpy as jnp
+
+from configs import cifar
+
+
+class LinearGenerator:
+  """tanh(z W + offset of the class) as an 8x8 grey picture."""
+  z_dim, num_classes, image_shape = 6, 3, (8, 8, 1)
+
+  def __init__(self):
+    keys = jax.random.split(jax.random.key(7))
+    self.variables = dict(w=jax.random.normal(keys[0], (self.z_dim, 64)) / 2, offset=jax.random.normal(keys[1], (self.num_classes, 64)))
+
+  @staticmethod
+  def apply(variables, z, labels, truncation_psi=1.):
+    return jnp.tanh(truncation_psi * z @ variables['w'] + variables['offset'][labels]).reshape(-1, 8, 8, 1)
+
+
+def tiny_config():
+  """Everything small; the ring wraps and episodes end within a few iterations."""
+  c = cifar.get_config()
+  c.encoder.width = 4
+  c.environment.episode_length = 7
+  c.replay.update(dict(capacity=16 * 12, num_shards=8))
+  c.simsiam.update(dict(proj_hidden=16, proj_dim=16, pred_hidden=8))
+  c.sac.update(dict(hidden=(16, 16), trunk=8))
+  c.reward.k = 3
+  c.pretrain.update(dict(env_steps=16 * 4 * 24, num_envs=16, rollout_length=4, batch_size=32, updates_per_iteration=2,
+                         warmup_steps=128, iterations_per_call=8, checkpoint_minutes=60.))
+  return c
