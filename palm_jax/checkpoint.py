@@ -50,7 +50,8 @@ class Checkpoints:
   def __init__(self, folder, keep=2):
     self.folder, self._keep = pathlib.Path(folder).absolute(), keep
     self._pending, self._damaged = None, []
-    logging.get_absl_logger().addFilter(_without_orbax_chatter)
+    for logger in (logging.get_absl_logger(), python_logging.getLogger('asyncio')):
+      logger.addFilter(_without_orbax_chatter)
     try:
       if jax.process_index() == 0:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -99,9 +100,12 @@ class Checkpoints:
         os.rename(self.folder / name, self.folder / f'{name}.damaged')
     _barrier('damaged')
     record = {'metadata': metadata, 'items': {name: _describe(tree) for name, tree in items.items()}}
+    context = ocp.Context()
+    context.async_options.create_directories_asynchronously = False  # a refused mkdir would delay the exit by 5 minutes
     try:
-      response = ocp.save_checkpointables_async(self.folder / str(step), items,
-                                                custom_metadata={'record': record, 'sha256': _json_digest(record)})
+      with context:
+        response = ocp.save_checkpointables_async(self.folder / str(step), items,
+                                                  custom_metadata={'record': record, 'sha256': _json_digest(record)})
     except (OSError, ValueError) as e:
       self._refuse(step, e)
     self._pending = step, response
@@ -285,15 +289,28 @@ def _load(folder, step, make_templates):
   if any_process(reason):
     raise Damaged(reason or 'another process cannot read it')
   templates = make_templates(record)
-  for name, template in templates.items():
-    _check_shapes(f'{path}/{name}', record['items'].get(name, {}), template)
+  saved = {f'{name}/{leaf}': f'{about["dtype"]}{tuple(about["shape"])}'
+           for name in templates for leaf, about in record['items'].get(name, {}).items()}
+  if misfit := _first_misfit(saved, _signatures(templates)):
+    raise UserError(f'{path} is a checkpoint of another config: {misfit}: '
+                    'choose another --workdir, or go back to its config')
+  context, this = ocp.Context(), jax.process_index()
+  # Each process alone: one that finds damage leaves orbax early, and the others would wait 5 minutes for it.
+  context.multiprocessing_options.primary_host, context.multiprocessing_options.active_processes = this, {this}
   try:
-    items = ocp.load_checkpointables(path, templates)
-    reason = _difference(items, record['items'])
+    with context:
+      items = ocp.load_checkpointables(path, templates)
+    # Orbax makes a typed key a plain array where its file on types is missing.
+    reason = _first_misfit(_signatures(items), _signatures(templates))
   except jax.errors.JaxRuntimeError:  # out of memory says nothing about the files
     raise
-  except Exception as e:  # orbax raises whatever the damaged bytes lead it into
-    reason = f'{type(e).__name__}: {_one_line(e)}'
+  except Exception as e:  # orbax raises whatever the damaged bytes lead it into, and hides the first cause
+    while e.__cause__ or e.__context__:
+      e = e.__cause__ or e.__context__
+    reason = f'orbax cannot read it ({type(e).__name__}: {_one_line(e)})'
+  if any_process(reason):
+    raise Damaged(reason or 'another process found damage')
+  reason = _difference(items, record['items'])
   if any_process(reason):
     raise Damaged(reason or 'another process found damage')
   return Restored(step, items, record['metadata'])
@@ -305,14 +322,17 @@ def _leaves(tree):
           for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def _check_shapes(where, saved, template):
-  """Raises UserError naming the first leaf in which a step and a template differ."""
-  saved = {path: f'{leaf["dtype"]}{tuple(leaf["shape"])}' for path, leaf in saved.items()}
-  expected = {path: f'{leaf.dtype}{tuple(leaf.shape)}' for path, leaf in _leaves(template).items()}
-  for path in [*expected, *(saved.keys() - expected.keys())]:
-    if saved.get(path) != expected.get(path):
-      raise UserError(f'{where} is a checkpoint of another config: {path} is {saved.get(path, "absent")} there, '
-                      f'{expected.get(path, "absent")} expected: choose another --workdir, or go back to its config')
+def _signatures(tree):
+  """{path: 'float32(3, 4)'}."""
+  return {path: f'{leaf.dtype}{tuple(leaf.shape)}' for path, leaf in _leaves(tree).items()}
+
+
+def _first_misfit(there, expected):
+  """Names the first leaf in which two trees' signatures differ, or None."""
+  for path in [*expected, *(there.keys() - expected.keys())]:
+    if there.get(path) != expected.get(path):
+      return f'{path} is {there.get(path, "absent")} there, {expected.get(path, "absent")} expected'
+  return None
 
 
 def _nested_template(saved):
@@ -390,10 +410,9 @@ def _difference(items, saved):
   names, blocks, expected = [], [], []
   for name, tree in items.items():
     for path, leaf in _leaves(tree).items():
-      leaf = _plain(leaf)
       for box, digest in saved[name][path]['blocks']:
         names.append(f'{name}/{path}')
-        blocks.append((leaf, tuple(map(tuple, box))))
+        blocks.append((_plain(leaf), tuple(map(tuple, box))))
         expected.append(digest)
   digests = [d.tobytes().hex() for d in _digests(blocks)]
   unknown = sum(d == '00' * 32 for d in digests)
@@ -420,6 +439,8 @@ def _barrier(name):
 
 
 def _without_orbax_chatter(record):
-  """Orbax logs every stage of a save, and a disk error once a thread with its stack, before it raises it."""
-  ours = f'{os.sep}orbax{os.sep}' not in record.pathname
-  return ours or (record.levelno >= python_logging.WARNING and '_SignalingThread' not in record.getMessage())
+  """Orbax logs every stage of a save, and a disk error or damage once a thread with its stack, before it raises it."""
+  message = record.getMessage()
+  if '_SignalingThread' in message or 'exception was never retrieved' in message and 'orbax' in message:
+    return False
+  return f'{os.sep}orbax{os.sep}' not in record.pathname or record.levelno >= python_logging.WARNING

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from palm_jax.convolution import flax_conv
 from palm_jax.errors import UserError
 
 KAIMING = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')  # torchvision/models/resnet.py
@@ -81,7 +82,7 @@ class ResNet18(nn.Module):
   @nn.compact
   def __call__(self, images, train: bool):
     """images (B, H, W, C), uint8 or floats in [-1, 1] -> (B, 8 * width), at least float32."""
-    conv = partial(nn.Conv, use_bias=False, kernel_init=KAIMING, dtype=self.dtype)
+    conv = partial(nn.Conv, use_bias=False, kernel_init=KAIMING, dtype=self.dtype, conv_general_dilated=flax_conv)
     norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5,
                    axis_name=self.axis_name, dtype=self.dtype)
     last_scale_init = nn.initializers.zeros if self.zero_init_residual else nn.initializers.ones

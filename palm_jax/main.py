@@ -81,7 +81,9 @@ def run(config, job, workdir):
   logging.info('%s: %d %s device(s)', workdir, mesh.size, mesh.devices.flat[0].platform)
   for name in config.jobs if job == 'all' else (job,):
     result = workdir / 'results' / f'{name}.json'
-    if result.exists():
+    if job == 'all' and name == 'generator' and config.generator.path:
+      logging.info('generator: that of %s', config.generator.path)
+    elif result.exists():
       logging.info('%s: complete, skipped (delete %s to run it again)', name, result)
     elif not run_job(name, config, workdir, mesh):
       logging.info('%s: stopped and saved; the same command goes on', name)

@@ -215,6 +215,7 @@ def make_program(config, generator, mesh):
     view_keys = jax.vmap(lambda k: jax.random.split(k, (per_shard, 2)))(fold(key_views)).reshape(-1, 2)
 
     def loss_fn(params):
+      params = jax.lax.pcast(params, 'data', to='varying')  # one all-reduce a parameter in the gradient
       return simsiam.forward(modules, params, ssl['batch_stats'], views(view_keys[:, 0], frames),
                              views(view_keys[:, 1], next_frames), symmetric=config.simsiam.symmetric, axis_name='data')
     (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(ssl['params'])

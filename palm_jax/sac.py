@@ -18,7 +18,7 @@ def default_config():
       lr_alpha=3e-4,  # brax: alpha's own; with 512 actions it has far to go
       hidden=(1024, 1024),  # ProtoRL config.yaml
       trunk=50,  # ProtoRL config.yaml feature_dim; 0: none
-      log_std_min=-10.,  # ProtoRL config.yaml log_std_bounds
+      log_std_min=-5.,  # cleanrl; ProtoRL's -10 starts 512 actions at an entropy of -1318, far below the target
       log_std_max=2.,  # ProtoRL config.yaml log_std_bounds
       gamma=0.99,  # ProtoRL config.yaml
       tau=0.01,  # ProtoRL config.yaml
@@ -230,7 +230,7 @@ def update(state, batch, noise, config, axis_name=None):
   metrics = dict(critic_loss=critic_loss, actor_loss=actor_loss, alpha_loss=alpha_loss, alpha=alpha,
                  entropy_per_dim=-log_prob / noise.shape[-1], alpha_logp=alpha * log_prob,
                  q=q, target_q=average(target_q), reward=average(batch.reward),
-                 critic_grad_norm=optax.global_norm(critic_grads), actor_grad_norm=optax.global_norm(actor_grads))
+                 critic_grad_norm=optax.tree.norm(critic_grads), actor_grad_norm=optax.tree.norm(actor_grads))
   new_state = SAC(actor=actor_params, critic=critic_params,
                   target_critic=optax.incremental_update(critic_params, state.target_critic, config.tau),
                   log_alpha=log_alpha, actor_opt=actor_opt, critic_opt=critic_opt, alpha_opt=alpha_opt)

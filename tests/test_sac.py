@@ -23,25 +23,42 @@ def tiny_config(**changes):
 
 
 def inputs(dtype=np.float32):
-  rng = np.random.default_rng(0)
+  rng = np.random.default_rng(1)  # no ReLU's input is nearly 0, where float32 and float64 would part
   draw = lambda *shape: rng.normal(size=shape).astype(dtype)
   discount = np.where(np.arange(B) % 4, 0.99, 0).astype(dtype)  # every fourth transition truly ends
   batch = sac.Batch(draw(B, F), np.tanh(draw(B, A)), draw(B), draw(B, F), discount)
   return batch, draw(2, B, A)
 
 
-def make_state(config):
-  """An agent whose target differs from its critic, so that taking one for the other shows."""
-  state = sac.init(jax.random.key(0), F, A, config)
-  other = sac.init(jax.random.key(1), F, A, config)
-  return state.replace(target_critic=other.critic)
+@functools.cache
+def make_state(dtype=np.float32):
+  """An agent, as numpy arrays, whose target differs from its critic, so that taking one for the other shows."""
+  with jax.enable_x64(False):
+    init = jax.jit(lambda key: sac.init(key, F, A, tiny_config()))
+    state = init(jax.random.key(0)).replace(target_critic=init(jax.random.key(1)).critic)
+  return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, jax.device_get(state))
+
+
+@functools.cache
+def compiled_update():
+  def update(state, changes):
+    batch, noise = inputs(np.float64)
+    return sac.update(state, batch, noise, types.SimpleNamespace(**{**tiny_config(), **changes}))
+  return jax.jit(update)
+
+
+def update(state, **changes):
+  """One update in float64; learning rates and target_entropy_scale are traced, so all tests share one program."""
+  names = ('lr_actor', 'lr_critic', 'lr_alpha', 'target_entropy_scale')
+  with jax.enable_x64(True):
+    return jax.device_get(compiled_update()(state, {name: changes.get(name, tiny_config()[name]) for name in names}))
 
 
 @pytest.fixture(scope='module')
 def step():
-  """One update: state before, after, and metrics."""
-  state, (batch, noise) = make_state(tiny_config()), inputs()
-  return state, *jax.jit(lambda *args: sac.update(*args, tiny_config()))(state, batch, noise)
+  """State before one update, after it, and its metrics."""
+  state = make_state(np.float64)
+  return state, *update(state)
 
 
 def dense(p, x):
@@ -64,7 +81,7 @@ def policy_numpy(variables, h, noise):
   """Action and log-density with scipy's Gaussian and the change of variables written in the action."""
   p = variables['params']
   mean, raw = np.split(mlp_numpy(p['MLP_0'], trunk_numpy(p['Trunk_0'], h)), 2, axis=-1)
-  std = np.exp(-10 + 6 * (np.tanh(raw) + 1))
+  std = np.exp(-5 + 3.5 * (np.tanh(raw) + 1))
   x = mean + std * noise
   action = np.tanh(x)
   return action, (scipy.stats.norm.logpdf(x, mean, std) - np.log1p(-action**2)).sum(-1)
@@ -119,45 +136,46 @@ def test_entropy_of_512_actions():
 def test_losses_and_target_by_hand(step):
   state, new, metrics = step
   batch, noise = inputs(np.float64)
+  alpha = np.exp(state.log_alpha)
+  assert alpha == pytest.approx(0.1)
   next_action, next_log_prob = policy_numpy(state.actor, batch.next_h, noise[0])
   target = batch.reward + batch.discount * (
-      values_numpy(state.target_critic, batch.next_h, next_action).min(0) - 0.1 * next_log_prob)
+      values_numpy(state.target_critic, batch.next_h, next_action).min(0) - alpha * next_log_prob)
   q = values_numpy(state.critic, batch.h, batch.action)
   action, log_prob = policy_numpy(state.actor, batch.h, noise[1])
+  value = values_numpy(new.critic, batch.h, action).min(0)  # by the critic just updated
   want = dict(
-      target_q=target.mean(), q=q.mean(), reward=batch.reward.mean(), alpha=0.1,
+      target_q=target.mean(), q=q.mean(), reward=batch.reward.mean(), alpha=alpha,
       critic_loss=((q[0] - target)**2).mean() + ((q[1] - target)**2).mean(),
-      actor_loss=(0.1 * log_prob - values_numpy(new.critic, batch.h, action).min(0)).mean(),  # the critic's new values
-      alpha_loss=0.1 * (-log_prob.mean() + A), entropy_per_dim=-log_prob.mean() / A, alpha_logp=0.1 * log_prob.mean())
-  for name, value in want.items():
-    assert float(metrics[name]) == pytest.approx(value, rel=1e-4), name
+      actor_loss=(alpha * log_prob - value).mean(),
+      alpha_loss=alpha * (-log_prob.mean() + A), entropy_per_dim=-log_prob.mean() / A,
+      alpha_logp=alpha * log_prob.mean())
+  for name in want:
+    assert float(metrics[name]) == pytest.approx(want[name], rel=1e-9), name
   assert set(metrics) == {*want, 'critic_grad_norm', 'actor_grad_norm'}
 
 
 def test_gradients_by_finite_differences():
-  """Along the gradient each loss falls at the rate of the norm reported; the target is no path for it."""
-  with jax.enable_x64(True):
-    cast = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, tree)
-    state, (batch, noise) = cast(make_state(tiny_config())), inputs(np.float64)
-    run = jax.jit(lambda state, lr: sac.update(state, batch, noise, types.SimpleNamespace(
-        **{**dict(tiny_config()), 'lr_critic': lr, 'lr_actor': lr})))
-    _, metrics = run(state, 0.)
+  """Along its gradient each loss changes at the rate of the norm reported."""
+  state = make_state(np.float64)
+  frozen = dict(lr_actor=0., lr_critic=0.)
+  new, metrics = update(state, **frozen)
+  for part in ('critic', 'actor'):
+    norm = metrics[f'{part}_grad_norm']
     # Adam's first moment after one step is 0.1 of the gradient.
-    moved = run(state, 0.)[0]
-    for part, loss in (('critic', 'critic_loss'), ('actor', 'actor_loss')):
-      grads = jax.tree.map(lambda m: m / 0.1, getattr(moved, f'{part}_opt')[0].mu)
-      norm = float(metrics[f'{part}_grad_norm'])
-      shifted = []
-      for sign in (1, -1):
-        params = jax.tree.map(lambda p, g, s=sign: p + s * 1e-6 * g / norm, getattr(state, part), grads)
-        shifted.append(float(run(state.replace(**{part: params}), 0.)[1][loss]))
-      assert (shifted[0] - shifted[1]) / 2e-6 == pytest.approx(norm, rel=1e-5), part
+    direction = jax.tree.map(lambda m, n=norm: m / 0.1 / n, getattr(new, f'{part}_opt')[0].mu)
+    loss = []
+    for size in (1e-6, -1e-6):
+      params = jax.tree.map(lambda p, d, s=size: p + s * d, getattr(state, part), direction)
+      loss.append(update(state.replace(**{part: params}), **frozen)[1][f'{part}_loss'])
+    assert (loss[0] - loss[1]) / 2e-6 == pytest.approx(norm, rel=1e-6), part
 
 
 def test_target_is_a_moving_average(step):
   state, new, _ = step
-  for target, old, critic in zip(*map(jax.tree.leaves, (new.target_critic, state.target_critic, new.critic)), strict=True):
-    np.testing.assert_allclose(target, 0.01 * np.float64(critic) + 0.99 * np.float64(old), rtol=1e-5, atol=1e-7)
+  trees = map(jax.tree.leaves, (new.target_critic, state.target_critic, new.critic))
+  for target, old, critic in zip(*trees, strict=True):
+    np.testing.assert_allclose(target, 0.01 * critic + 0.99 * old, rtol=1e-12)
 
 
 def test_each_part_has_its_own_learning_rate(step):
@@ -173,47 +191,47 @@ def test_each_part_has_its_own_learning_rate(step):
 @pytest.mark.parametrize('scale, sign', [(-10., 1), (10., -1)])
 def test_temperature_moves_towards_the_target_entropy(scale, sign):
   """Wanted entropy +10 a dimension is above what the policy has: alpha grows; -10 is below: it falls."""
-  state, (batch, noise) = make_state(tiny_config()), inputs()
-  new, metrics = jax.jit(lambda *args: sac.update(*args, tiny_config(target_entropy_scale=scale)))(state, batch, noise)
+  state = make_state(np.float64)
+  new, metrics = update(state, target_entropy_scale=scale)
   assert -10 < metrics['entropy_per_dim'] < 10
   assert np.sign(new.log_alpha - state.log_alpha) == sign
 
 
-def run_on(num_devices, dtype, num_updates):
-  """`num_updates` updates with the batch sharded over devices -> state, metrics of the first update and of the last."""
+def updates_on(num_devices, dtype, num_updates=1):
+  """Updates with the batch sharded over devices -> state, metrics."""
   mesh = jax.make_mesh((num_devices,), ('data',), axis_types=(jax.sharding.AxisType.Auto,),
                        devices=jax.devices()[:num_devices])
-  config = tiny_config()
-  cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-  state, (batch, noise) = jax.tree.map(cast, make_state(config)), inputs(dtype)
-  sharded = jax.jit(jax.shard_map(lambda *args: sac.update(*args, config, axis_name='data'), mesh=mesh,
+  state, (batch, noise) = make_state(dtype), inputs(dtype)
+  sharded = jax.jit(jax.shard_map(lambda *args: sac.update(*args, tiny_config(), axis_name='data'), mesh=mesh,
                                   in_specs=(P(), P('data'), P(None, 'data')), out_specs=P()))
-  history = []
   for _ in range(num_updates):
     state, metrics = jax.block_until_ready(sharded(state, batch, noise))
-    history.append(jax.device_get(metrics))
-  return jax.device_get(state), history[0], history[-1]
+  return jax.device_get((state, metrics))
 
 
 def test_gradient_norms_do_not_grow_with_the_devices(step):
   """The mistake of averaging gradients that are already summed makes them D times too large."""
+  want = step[2]
   for num_devices in (1, 2, 8):
-    _, metrics, _ = run_on(num_devices, np.float32, 1)
-    for name, want in step[2].items():
-      np.testing.assert_allclose(metrics[name], want, rtol=1e-4, atol=1e-6, err_msg=f'{name}, {num_devices} devices')
+    _, metrics = updates_on(num_devices, np.float32)
+    for name in want:
+      np.testing.assert_allclose(metrics[name], want[name], rtol=1e-4, err_msg=f'{name}, {num_devices} devices')
 
 
 def test_one_two_and_eight_devices_agree_in_float64():
+  state = make_state(np.float64)
+  for _ in range(5):
+    state, metrics = update(state)
+  assert state.actor['params']['MLP_0']['Dense_0']['kernel'].dtype == np.float64
   with jax.enable_x64(True):
-    want, *others = (run_on(num_devices, np.float64, 5) for num_devices in (1, 2, 8))
-  assert want[0].actor['params']['MLP_0']['Dense_0']['kernel'].dtype == np.float64
-  for other in others:
-    for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(want), strict=True):
-      np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+    for num_devices in (2, 8):
+      other = updates_on(num_devices, np.float64, num_updates=5)
+      for a, b in zip(jax.tree.leaves(other), jax.tree.leaves((state, metrics)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_initial_layers_are_orthogonal():
-  state = sac.init(jax.random.key(0), F, A, tiny_config())
+  state = make_state()
   for tree in (state.actor, state.critic):
     kernels = [x for x in jax.tree.leaves(tree) if x.ndim == 2]
     assert len(kernels) >= 4
@@ -226,21 +244,22 @@ def test_initial_layers_are_orthogonal():
 def test_log_std_stays_in_its_bounds_with_a_gradient():
   actor = sac.Actor(A, (16,), 0, log_std_min=-5., log_std_max=1.)
   h = jnp.asarray(inputs()[0].h)
-  params = actor.init(jax.random.key(0), h)
+  params = jax.jit(actor.init)(jax.random.key(0), h)
+  log_std_of = jax.jit(lambda h: actor.apply(params, h)[1])
   for scale, low, high in ((0., -2., -2.), (1., -5., 1.), (1e6, -5., 1.)):
-    log_std = actor.apply(params, scale * h)[1]
+    log_std = log_std_of(scale * h)
     assert low <= float(log_std.min()) and float(log_std.max()) <= high
-  assert {float(x) for x in np.unique(actor.apply(params, 1e6 * h)[1])} == {-5., 1.}
-  assert np.all(np.asarray(jax.grad(lambda h: actor.apply(params, h)[1].sum())(h)).any(axis=1))
+  assert {float(x) for x in np.unique(log_std_of(1e6 * h))} == {-5., 1.}
+  assert np.all(np.asarray(jax.grad(lambda h: log_std_of(h).sum())(h)).any(axis=1))
 
 
 def test_networks_compute_in_bfloat16():
   h, action = jnp.asarray(inputs()[0].h), jnp.asarray(inputs()[0].action)
   for make, arguments in ((functools.partial(sac.Actor, A), (h,)), (sac.Critic, (h, action))):
     full, half = (make(hidden=(16, 16), trunk=8, dtype=dtype) for dtype in (None, jnp.bfloat16))
-    params = half.init(jax.random.key(0), *arguments)
+    params = jax.jit(half.init)(jax.random.key(0), *arguments)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype('float32')}
-    a, b = jnp.asarray(full.apply(params, *arguments)), jnp.asarray(half.apply(params, *arguments))
+    a, b = (jnp.asarray(jax.jit(net.apply)(params, *arguments)) for net in (full, half))
     assert b.dtype == jnp.float32
     assert 0 < float(jnp.abs(a - b).max()) < 0.2
 

@@ -12,12 +12,9 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
+from palm_jax.convolution import conv
+
 TAPS = (1 / 8, 3 / 8, 3 / 8, 1 / 8)
-
-
-def conv(x, kernel, padding='SAME'):
-  """Correlation of x (N, H, W, I) with kernel (k, k, I, O), stride 1."""
-  return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
 
 
 def fir(x, pad, stride=1, gain=1.):

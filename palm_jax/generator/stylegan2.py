@@ -135,7 +135,7 @@ class Discriminator(nn.Module):
     if not self.num_classes:
       return x[:, 0]
     label_map = MappingNetwork(width, self.mapping_layers, self.num_classes, name='mapping')(None, labels)
-    return (x * label_map).sum(-1) / np.sqrt(width)
+    return (x * label_map).sum(-1) / np.sqrt(width).item()
 
 
 def generator_from_official(state, *, conv_clamp=None, dtype=None):

@@ -32,6 +32,7 @@ LOSSES = 'loss_g', 'loss_d', 'r1', 'pl'
 def default_config():
   """StyleGAN2-ADA's --cfg=cifar without its augmentation; values of stylegan2-ada-pytorch, train.py, unless named."""
   return ConfigDict(dict(
+      path='',  # workdir of another run whose generator to play in; empty: train one here
       z_dim=512,
       w_dim=512,
       mapping_layers=2,
@@ -235,7 +236,7 @@ def make_iteration(config, G, D, num_devices):
     (loss, aux), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
     grads = jax.tree.map(lambda g: jnp.nan_to_num(g, nan=0., posinf=1e5, neginf=-1e5), grads)
     updates, opt_state = optimizer.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, loss, optax.global_norm(grads), aux
+    return optax.apply_updates(params, updates), opt_state, loss, optax.tree.norm(grads), aux
 
   def g_main(state, key, all_labels):
     def loss_fn(params):
