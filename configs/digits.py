@@ -11,7 +11,7 @@ def get_config():
   c = cifar.get_config()
   c.name = 'digits'
   c.data.name = 'digits'
-  c.generator.update(dict(z_dim=32, w_dim=32, channel_base=512, channel_max=64, d_channel_base=512, d_channel_max=64,
+  c.generator.update(dict(z_dim=32, w_dim=32, channel_base=256, channel_max=32, d_channel_base=256, d_channel_max=32,
                           batch_size=32, mbstd_group=4, kimg=100., ema_kimg=10., conv_clamp=0., iterations_per_call=25,
                           snapshot_kimg=10., checkpoint_minutes=2.))
   c.replay.capacity = 65_536  # 4 MB

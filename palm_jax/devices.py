@@ -3,7 +3,8 @@ import importlib.metadata
 import os
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from palm_jax.errors import UserError
 

@@ -1,34 +1,90 @@
 """python -m palm_jax.main --config=configs/digits.py [--job=...] [--workdir=...] [--config.x.y=value ...]"""
 import difflib
 import errno
+import functools
 import json
 import logging as python_logging
 import pathlib
 import sys
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from palm_jax import devices
 from palm_jax.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file('config', 'configs/digits.py', 'Config file, with `:variant` where it has some.')
-_JOB = flags.DEFINE_string('job', 'all', 'generator, pretrain, probe, or all: those of config.jobs, in order.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Where everything is written; default runs/<config.name>.')
-_DOWNLOAD = flags.DEFINE_bool('download', False, 'Allow the data set to be fetched from where it is published.')
+DEFAULT_CONFIG = 'configs/digits.py'
+
+
+def parse_flags(argv):
+  """Defines the flags and reads them.
+
+  Returns:
+    What absl leaves of argv.
+
+  Raises:
+    UserError: a flag, config file, variant, key or value that cannot be; in one line.
+  """
+  define = functools.partial(config_flags.DEFINE_config_file, 'config', DEFAULT_CONFIG,
+                             'Config file, with `:variant` where it has some.')
+  try:
+    # First without the --config.key=value, because ml_collections meets an unknown key with a traceback.
+    plain = flags.FlagValues()
+    plain.set_gnu_getopt(True)  # reads on beyond the values of flags that it does not know
+    define(flag_values=plain, sys_argv=[])
+    plain([arg for arg in argv if not arg.startswith('--config.')], known_only=True)
+    check_keys(argv, plain.config, plain['config'].config_filename)
+    define()
+    flags.DEFINE_string('job', 'all', 'generator, pretrain, probe, or all: those of config.jobs, in order.')
+    flags.DEFINE_string('workdir', None, 'Where everything is written; default runs/<config.name>.')
+    flags.DEFINE_bool('download', False, 'Allow the data set to be fetched from where it is published.')
+    return flags.FLAGS(argv)
+  except flags.Error as e:
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    raise UserError(' '.join([lines[0], *lines[1:][-1:]])) from e  # between the first and the last is a traceback
+
+
+def check_keys(argv, config, path):
+  """Raises UserError unless the config of `path` is there and has each key of argv's --config.key=value."""
+  if not isinstance(config, ConfigDict):  # ml_collections' stand-in for a file that it cannot read
+    raise UserError(f'--config={path} cannot be read (working folder: {pathlib.Path.cwd()}): give a config file, '
+                    f'such as {DEFAULT_CONFIG}')
+  keys = flatten(config.to_dict())
+  for arg in argv:
+    key = arg.removeprefix('--config.').partition('=')[0]
+    if arg.startswith('--config.') and key not in keys:
+      raise UserError(f'--config.{key} is unknown: expected a key of {path}{nearest(key, keys)}')
+
+
+def nearest(name, names):
+  near = difflib.get_close_matches(name, names, 1)
+  return f' (did you mean {near[0]}?)' if near else ''
+
+
+def check(config, jobs, num_devices):
+  """Raises UserError on settings that one of the jobs would refuse, before the first of them starts."""
+  if 'generator' in jobs:
+    from palm_jax.generator import train
+    train.check_config(config.generator, num_devices)
+  if 'pretrain' in jobs:
+    from palm_jax import pretrain
+    pretrain.check_config(config, num_devices)
 
 
 def claim_workdir(workdir, config):
-  """Writes config.json, or checks that the one there is the same.
+  """Writes config.json, or checks that the one there is the same. One that no job has written to may change its config.
 
   Raises:
-    UserError: the workdir belongs to another config; the message names the keys that differ.
+    UserError: the workdir cannot be made, or belongs to another config; the message names the keys that differ.
   """
   from palm_jax.checkpoint import write_json_atomic
   path, now = workdir / 'config.json', json.loads(config.to_json_best_effort())
-  if not path.exists():
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(path, now)
+  if not path.exists() or not any((workdir / name).exists() for name in (*JOBS, 'results')):
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+      write_json_atomic(path, now)
+    except OSError as e:
+      raise UserError(f'{workdir} cannot be written ({e.strerror}): mend that or choose another --workdir') from e
     return
   try:
     saved = flatten(json.loads(path.read_text()))
@@ -38,7 +94,8 @@ def claim_workdir(workdir, config):
   differ = [f'{k}: {saved.get(k, missing)} there, {now.get(k, missing)} now'
             for k in sorted(saved.keys() | now.keys()) if saved.get(k, missing) != now.get(k, missing)]
   if differ:
-    raise UserError(f'{workdir} was made with another config ({"; ".join(differ)}): choose another --workdir, or go back to its config')
+    raise UserError(f'{workdir} was made with another config ({"; ".join(differ)}): '
+                    'choose another --workdir, or go back to its config')
 
 
 def flatten(tree, prefix=''):
@@ -48,44 +105,54 @@ def flatten(tree, prefix=''):
   return {k: v for name, sub in tree.items() for k, v in flatten(sub, f'{prefix}{name}.').items()}
 
 
-def load_data(config):
+def load_data(config, download):
   from palm_jax import data
-  return data.load(config.data.name, download=_DOWNLOAD.value, data_dir=config.data.dir or None)
+  return data.load(config.data.name, download=download, data_dir=config.data.dir or None)
 
 
-def run_job(job, config, workdir, mesh):
+def run_job(job, config, workdir, data, mesh):
   """Runs one job to its end. Returns False if it was asked to stop before (its state is saved)."""
   # Imported here: a job loads only what it needs, and nothing before the flags are read.
   if job == 'generator':
     from palm_jax.generator import train
-    return train.train(config, workdir, load_data(config), mesh)
+    return train.train(config, workdir, data, mesh)
   if job == 'pretrain':
     from palm_jax import pretrain
     return pretrain.train(config, workdir, mesh)
   from palm_jax.evaluate import probe
-  return probe.evaluate(config, workdir, load_data(config), mesh)
+  return probe.evaluate(config, workdir, data, mesh)
 
 
 JOBS = ('generator', 'pretrain', 'probe')
 
 
-def run(config, job, workdir):
-  """The jobs in order, skipping those whose results are complete in the workdir."""
-  names = (*JOBS, 'all')
-  if job not in names:
-    near = difflib.get_close_matches(job, names, 1)
-    raise UserError(f'--job={job} is unknown: choose one of {", ".join(names)}' + (f' (did you mean {near[0]}?)' if near else ''))
-  workdir = pathlib.Path(workdir or f'runs/{config.name}').absolute()
-  claim_workdir(workdir, config)
-  mesh = devices.make_mesh()
-  logging.info('%s: %d %s device(s)', workdir, mesh.size, mesh.devices.flat[0].platform)
+def run(config, job, workdir, download=False):
+  """The jobs in order, skipping those whose results are complete in the workdir.
+
+  Raises:
+    UserError: settings, data or a workdir that cannot be, before anything is computed or written.
+  """
+  import jax
   for name in config.jobs if job == 'all' else (job,):
-    result = workdir / 'results' / f'{name}.json'
-    if job == 'all' and name == 'generator' and config.generator.path:
-      logging.info('generator: that of %s', config.generator.path)
-    elif result.exists():
-      logging.info('%s: complete, skipped (delete %s to run it again)', name, result)
-    elif not run_job(name, config, workdir, mesh):
+    if name not in JOBS:
+      raise UserError(f'job {name!r} is unknown: choose one of {", ".join(JOBS)}, all{nearest(name, (*JOBS, "all"))}')
+  workdir = pathlib.Path(workdir or f'runs/{config.name}').absolute()
+  result = lambda name: workdir / 'results' / f'{name}.json'
+  jobs = config.jobs if job == 'all' else (job,)
+  if job == 'all' and config.generator.path:
+    logging.info('generator: that of %s', config.generator.path)
+    jobs = [name for name in jobs if name != 'generator']
+  mesh = devices.make_mesh()
+  check(config, jobs, mesh.size)
+  data = load_data(config, download) if any(name != 'pretrain' and not result(name).exists() for name in jobs) else None
+  claim_workdir(workdir, config)
+  if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
+    jax.config.update('jax_compilation_cache_dir', str(workdir / 'compilation_cache'))
+  logging.info('%s: %d %s device(s)', workdir, mesh.size, mesh.devices.flat[0].platform)
+  for name in jobs:
+    if result(name).exists():
+      logging.info('%s: complete, skipped (delete %s to run it again)', name, result(name))
+    elif not run_job(name, config, workdir, data, mesh):
       logging.info('%s: stopped and saved; the same command goes on', name)
       return
 
@@ -95,7 +162,7 @@ def main(argv):
     raise UserError(f'unexpected argument {argv[1]!r}: flags begin with --')
   devices.configure()
   python_logging.getLogger('jax').setLevel(python_logging.WARNING)  # it tells of every backend that is not there
-  run(_CONFIG.value, _JOB.value, _WORKDIR.value)
+  run(flags.FLAGS.config, flags.FLAGS.job, flags.FLAGS.workdir, flags.FLAGS.download)
 
 
 def fail(message):
@@ -107,15 +174,15 @@ def exit_on_user_error(main):
   """Wraps a main function: a UserError, a full disk or a forbidden path becomes one line and exit code 2."""
   def wrapped(argv):
     try:
-      main(argv)
+      return main(argv)
     except UserError as e:
       fail(e)
     except OSError as e:
-      if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+      if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
         raise
-      fail(f'{e.strerror}: {e.filename}: free space there or choose another --workdir')
+      fail(f'{e.strerror}: {e.filename or "the file being written"}: free space there or choose another --workdir')
   return wrapped
 
 
 if __name__ == '__main__':
-  app.run(exit_on_user_error(main))
+  app.run(exit_on_user_error(main), flags_parser=exit_on_user_error(parse_flags))

@@ -90,29 +90,33 @@ class Program(NamedTuple):
 
 
 def make_world(config, generator, mesh):
-  """World on every device of the mesh, with alpha and beta checked to lie in [0, 1]."""
-  for name in ('alpha', 'beta'):
-    if not 0 <= config.environment[name] <= 1:
-      raise UserError(f'environment.{name}={config.environment[name]} is not in [0, 1]: it is a share')
+  """World on every device of the mesh."""
   dynamics = environment.Dynamics(alpha=jnp.asarray(config.environment.alpha, jnp.float32),
                                   beta=jnp.asarray(config.environment.beta, jnp.float32))
   return devices.replicate(mesh, World(variables=generator.variables, dynamics=dynamics))
 
 
-def check_sizes(config, num_devices):
-  """Raises UserError on sizes that cannot work, before anything is compiled."""
+def check_config(config, num_devices):
+  """Raises UserError on settings that cannot work, before anything is compiled."""
   p, r = config.pretrain, config.replay
+  for name in ('env_steps', 'updates_per_iteration', 'iterations_per_call', 'rollout_length'):
+    if p[name] < 1:
+      raise UserError(f'pretrain.{name}={p[name]} is not positive: set it to 1 or more')
+  for name in ('alpha', 'beta'):
+    if not 0 <= config.environment[name] <= 1:
+      raise UserError(f'environment.{name}={config.environment[name]} is not in [0, 1]: it is a share; set it there')
   devices.check_divisible('replay.num_shards', r.num_shards, num_devices, 'devices')
   devices.check_divisible('pretrain.num_envs', p.num_envs, r.num_shards, 'replay.num_shards')
   devices.check_divisible('pretrain.batch_size', p.batch_size, r.num_shards, 'replay.num_shards')
   devices.check_divisible('replay.capacity', r.capacity, p.num_envs * p.rollout_length, 'num_envs * rollout_length')
-  for name in ('env_steps', 'updates_per_iteration', 'iterations_per_call', 'rollout_length'):
-    if p[name] < 1:
-      raise UserError(f'pretrain.{name}={p[name]} is not positive: set it to 1 or more')
   if p.dtype not in DTYPES:
     raise UserError(f'pretrain.dtype={p.dtype!r} is unknown: choose one of {", ".join(DTYPES)}')
   if config.environment.episode_length < 2:
-    raise UserError(f'environment.episode_length={config.environment.episode_length} has no consecutive frames: set it to 2 or more')
+    raise UserError(f'environment.episode_length={config.environment.episode_length} has no consecutive frames: '
+                    'set it to 2 or more')
+  if r.capacity < 3 * p.num_envs:
+    raise UserError(f'replay.capacity={r.capacity} is too small for consecutive frames of pretrain.num_envs='
+                    f'{p.num_envs} environments: set it to {3 * p.num_envs} or more')
   if p.batch_size > r.capacity:
     raise UserError(f'pretrain.batch_size={p.batch_size} is larger than the replay (replay.capacity={r.capacity}): '
                     'lower the first or raise the second')
@@ -120,11 +124,16 @@ def check_sizes(config, num_devices):
     raise UserError(f'pretrain.warmup_steps={p.warmup_steps} gives the first update too few frames: '
                     f'set it to {max(p.batch_size, 3 * p.num_envs)} or more')
   if p.warmup_steps >= p.env_steps:
-    raise UserError(f'pretrain.warmup_steps={p.warmup_steps} is not below pretrain.env_steps={p.env_steps}: nothing would be learned')
-  if config.reward.k >= p.batch_size:
-    raise UserError(f'reward.k={config.reward.k} needs more neighbours than pretrain.batch_size={p.batch_size} has')
-  if config.reward.on not in ('next', 'current'):
-    raise UserError(f"reward.on={config.reward.on!r} is unknown: choose 'next' or 'current'")
+    raise UserError(f'pretrain.warmup_steps={p.warmup_steps} is not below pretrain.env_steps={p.env_steps}: '
+                    'nothing would be learned; lower the first or raise the second')
+  if not 1 <= config.reward.k < p.batch_size:
+    raise UserError(f'reward.k={config.reward.k} is impossible with pretrain.batch_size={p.batch_size}: '
+                    f'choose 1 to {p.batch_size - 1}, or a larger batch')
+  for name, known in (('on', ('next', 'current')), ('transform', reward.TRANSFORMS)):
+    if config.reward[name] not in known:
+      raise UserError(f'reward.{name}={config.reward[name]!r} is unknown: choose one of {", ".join(known)}')
+  augment.make_augment(config.simsiam.augment)
+  simsiam.make_modules(make_encoder(config.encoder), config.simsiam)
 
 
 def make_program(config, generator, mesh):
@@ -141,7 +150,7 @@ def make_program(config, generator, mesh):
   Raises:
     UserError: on impossible sizes.
   """
-  check_sizes(config, mesh.size)
+  check_config(config, mesh.size)
   p, num_shards = config.pretrain, config.replay.num_shards
   num_envs, length = p.num_envs, config.environment.episode_length
   envs_per_device, shards_per_device = num_envs // mesh.size, num_shards // mesh.size
@@ -295,17 +304,18 @@ def train(config, workdir, mesh):
   checkpoints = Checkpoints(folder / 'checkpoints')
   restored = checkpoints.restore({'state': template})
   if restored:
-    step, state, seconds = restored.step, restored.items['state'], restored.metadata['seconds']
+    step, state = restored.step, restored.items['state']
+    scalars, seconds = restored.metadata['metrics'], restored.metadata['seconds']
     logging.info('pretrain: going on from iteration %d', step)
   else:
-    step, state, seconds = 0, program.init(key, world), 0.
+    step, state, scalars, seconds = 0, program.init(key, world), {}, 0.
 
   p, per_call = config.pretrain, config.pretrain.iterations_per_call
   total = program.num_calls * per_call
   monitor_every = max(1, round(program.num_calls * p.monitor_fraction)) * per_call
   writer = MetricWriter(folder, step) if first_process else None
   progress = Progress('pretrain', total * program.env_steps_per_iteration, 'env steps')
-  started, saved_at, scalars = time.monotonic() - seconds, time.monotonic(), {}
+  started, saved_at = time.monotonic() - seconds, time.monotonic()
   with checkpoints, Preemption() as preemption:
     while step < total:
       state, metrics = program.call(state, world)
@@ -327,7 +337,8 @@ def train(config, workdir, mesh):
       stop = preemption.requested
       if step == total or stop or any_process(time.monotonic() - saved_at > 60 * p.checkpoint_minutes):
         encoder = {'params': state.ssl['params']['encoder'], 'batch_stats': state.ssl['batch_stats']['encoder']}
-        checkpoints.save(step, {'state': state, 'encoder': encoder}, {'seconds': time.monotonic() - started})
+        checkpoints.save(step, {'state': state, 'encoder': encoder},
+                         {'seconds': time.monotonic() - started, 'metrics': scalars})
         saved_at = time.monotonic()
       if stop:
         break
@@ -347,10 +358,10 @@ def check_finite(metrics, first_iteration, folder):
   """Raises NonFiniteError naming the first metric and iteration that is NaN or infinite; (iterations,) arrays."""
   bad = {name: int(np.argmin(np.isfinite(values))) for name, values in metrics.items() if not np.all(np.isfinite(values))}
   if bad:
-    name = min(bad, key=bad.get)
+    name = min(bad, key=lambda name: (bad[name], name != 'loss'))  # the rest of an iteration follows from its loss
     raise NonFiniteError(
-        f'pretrain: {name} is {metrics[name][bad[name]]} at iteration {first_iteration + bad[name]}: lower the learning rates '
-        f'(simsiam.lr, sac.lr_*); the last good checkpoint is in {folder / "checkpoints"}')
+        f'pretrain: {name} is {metrics[name][bad[name]]} at iteration {first_iteration + bad[name]}: '
+        f'lower the learning rates (simsiam.lr, sac.lr_*); the last good checkpoint is in {folder / "checkpoints"}')
 
 
 def write_film(folder, env_steps, frames, labels):

@@ -37,7 +37,8 @@ def test_values_first_and_second_gradients_are_xlas(name):
     for f in (ours, functools.partial(xla, stride=stride, padding=padding)):
       loss = lambda x, k, f=f: jnp.sum(jnp.tanh(f(x, k)) ** 2)
       penalty = lambda x, k, loss=loss: jnp.sum(jax.grad(loss)(x, k) ** 2) + jnp.sum(w * jax.grad(loss, 1)(x, k))
-      results.append(jax.jit(lambda x, k, f=f, a=loss, b=penalty: (f(x, k), jax.grad(a, (0, 1))(x, k), jax.grad(b, (0, 1))(x, k)))(x, kernel))
+      evaluate = jax.jit(lambda x, k, *_, f=f, a=loss, b=penalty: (f(x, k), jax.grad(a, (0, 1))(x, k), jax.grad(b, (0, 1))(x, k)))
+      results.append(evaluate(x, kernel))
     for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
 
@@ -46,7 +47,8 @@ def test_gradient_of_a_replicated_kernel_is_summed_over_devices():
   mesh = jax.sharding.Mesh(jax.devices()[:2], ('data',), axis_types=(AxisType.Auto,))
   x, kernel = jax.random.normal(jax.random.key(0), (4, 5, 5, 2)), jax.random.normal(jax.random.key(1), (3, 3, 2, 3))
   loss = lambda k, x: jnp.mean(jnp.tanh(convolution.conv(x, k)) ** 2)
-  sharded = jax.shard_map(jax.grad(lambda k, x: lax.pmean(loss(k, x), 'data')), mesh=mesh, in_specs=(P(), P('data')), out_specs=P())
+  sharded = jax.shard_map(jax.grad(lambda k, x: lax.pmean(loss(k, x), 'data')), mesh=mesh,
+                          in_specs=(P(), P('data')), out_specs=P())
   np.testing.assert_allclose(sharded(kernel, x), jax.grad(loss)(kernel, x), rtol=1e-5, atol=1e-7)
 
 

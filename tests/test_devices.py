@@ -50,7 +50,8 @@ def test_one_two_and_eight_devices_compute_the_same_in_float64():
   for state, metrics in others:
     np.testing.assert_array_equal(state.ring.frames, want.ring.frames)
     np.testing.assert_array_equal(state.frames, want.frames)
-    for a, b in zip(jax.tree.leaves((state.ssl, state.agent, state.env)), jax.tree.leaves((want.ssl, want.agent, want.env)), strict=True):
+    parts = lambda s: jax.tree.leaves((s.ssl, s.agent, s.env))
+    for a, b in zip(parts(state), parts(want), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
     for name in metrics:
       np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=1e-7, atol=1e-9, err_msg=name)

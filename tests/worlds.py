@@ -11,7 +11,8 @@ class LinearGenerator:
 
   def __init__(self):
     keys = jax.random.split(jax.random.key(7))
-    self.variables = dict(w=jax.random.normal(keys[0], (self.z_dim, 64)) / 2, offset=jax.random.normal(keys[1], (self.num_classes, 64)))
+    self.variables = dict(w=jax.random.normal(keys[0], (self.z_dim, 64)) / 2,
+                          offset=jax.random.normal(keys[1], (self.num_classes, 64)))
 
   @staticmethod
   def apply(variables, z, labels, truncation_psi=1.):

@@ -357,7 +357,8 @@ def evaluate(config, workdir, dataset, mesh):
 
   before = jax.tree.map(np.copy, variables)
   apply = functools.partial(encoder.apply, train=False)
-  feature_sets = {name: tuple(features.extract(jax.tree_util.Partial(apply, of), split.images, mesh=mesh) for split in (train, test))
+  extract = lambda of, split: features.extract(jax.tree_util.Partial(apply, of), split.images, mesh=mesh)
+  feature_sets = {name: (extract(of, train), extract(of, test))
                   for name, of in (('PALM encoder', variables), ('untrained encoder', untrained))}
   assert_frozen(before, variables)
   feature_sets['pixels'] = features.pixels(train.images), features.pixels(test.images)

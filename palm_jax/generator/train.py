@@ -43,7 +43,7 @@ def default_config():
       d_mapping_layers=8,  # training/networks.py; models converted from TensorFlow have 0
       d_channel_base=0,  # 0: as G
       d_channel_max=0,  # 0: as G
-      mbstd_group=32,  # at most the batch of one device
+      mbstd_group=32,  # fewer where a device has fewer images, as there
       batch_size=64,  # over all devices
       kimg=100_000.,  # thousands of real images seen
       lr=0.0025,
@@ -126,10 +126,10 @@ def check_config(config, num_devices):
     raise UserError(f'generator.style_mixing={config.style_mixing} is not in [0, 1]: it is a probability')
   devices.check_divisible('generator.batch_size', config.batch_size, num_devices, 'devices')
   local = config.batch_size // num_devices
-  if config.mbstd_group < 1 or local % config.mbstd_group:
+  group = min(config.mbstd_group, local)
+  if group < 1 or local % group:
     raise UserError(f'generator.mbstd_group={config.mbstd_group} does not divide the {local} images of a device '
-                    f'(batch_size {config.batch_size} on {num_devices}): '
-                    f'set it to {math.gcd(local, max(config.mbstd_group, 1))}, for example')
+                    f'(batch_size {config.batch_size} on {num_devices}): set it to {math.gcd(local, max(group, 1))}, for example')
   if config.pl_weight and local % 2:
     raise UserError(f'generator.batch_size={config.batch_size} gives a device {local} images, of which path lengths '
                     'take half: make it even or set generator.pl_weight=0')
@@ -195,7 +195,8 @@ def make_iteration(config, G, D, num_devices):
   def by_groups(x):
     # D's minibatch statistic groups samples that lie local / group apart. Laid out so, those are samples with
     # consecutive global ids, whatever the number of devices.
-    return x.reshape(local // config.mbstd_group, config.mbstd_group).T.reshape(-1)
+    group = min(config.mbstd_group, local)
+    return x.reshape(local // group, group).T.reshape(-1)
 
   def sample_ids(count):
     return jax.lax.axis_index('data') * count + jnp.arange(count)
@@ -373,6 +374,8 @@ def train(config, workdir, data, mesh):
     restored = checkpoints.restore({'state': template})
     state = restored.items['state'] if restored else init(jax.random.key(config.seed))
     step = saved_step = restored.step if restored else 0
+    if restored:
+      logging.info('generator: going on from iteration %d', step)
     metrics, seconds = (restored.metadata['metrics'], restored.metadata['seconds']) if restored else ({}, 0.)
     first_process = jax.process_index() == 0
     if first_process:

@@ -1,0 +1,235 @@
+"""Mistakes end in one line that says what to do, before anything is compiled, and leave nothing behind."""
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from palm_jax import main
+from palm_jax.checkpoint import Checkpoints, list_steps, write_json_atomic
+from palm_jax.generator import train
+from tests.worlds import tiny_config
+
+ROOT = pathlib.Path(__file__).parents[1]
+COMPILED = []  # seconds of each compilation
+
+
+def note_compilation(event, seconds, **_):
+  if event == '/jax/core/compile/backend_compile_duration':
+    COMPILED.append(seconds)
+
+
+jax.monitoring.register_event_duration_secs_listener(note_compilation)
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+  """A folder of data, most of it bad."""
+  folder = tmp_path_factory.mktemp('files')
+  images, labels = np.zeros((20, 8, 8, 3), np.uint8), np.arange(20) % 3
+  np.savez(folder / 'good.npz', images=images, labels=labels)
+  np.savez(folder / 'nchw.npz', images=images.transpose(0, 3, 1, 2), labels=labels)
+  np.savez(folder / '28x28.npz', images=np.zeros((20, 28, 28, 1), np.uint8), labels=labels)
+  np.savez(folder / 'negative.npz', images=images, labels=labels - 1)
+  np.savez(folder / 'unnamed.npz', images=images, labels=labels, class_names=['cat', 'dog'])
+  whole = (folder / 'good.npz').read_bytes()
+  (folder / 'cut.npz').write_bytes(whole[:len(whole) // 2])
+  (folder / 'cifar-10-binary.tar.gz').write_bytes(b'\x1f\x8b\x08\0half of it')
+  (folder / 'file').write_text('no folder')
+  return folder
+
+
+@pytest.fixture(autouse=True)
+def compilation_cache(tmp_path_factory):
+  """`run` sets one in the workdir where none is; the other tests keep theirs."""
+  before = jax.config.jax_compilation_cache_dir
+  jax.config.update('jax_compilation_cache_dir', before or str(tmp_path_factory.getbasetemp() / 'cache'))
+  yield
+  jax.config.update('jax_compilation_cache_dir', before)
+
+
+def config_for(files, **changes):
+  """Everything tiny and right on 8 devices, but for the changes: {'section__key': value}."""
+  c = tiny_config()
+  c.name, c.data.name = 'bad', str(files / 'good.npz')
+  c.generator.update(dict(z_dim=4, w_dim=4, mapping_layers=1, channel_base=32, channel_max=4, conv_clamp=0.,
+                          d_mapping_layers=0, mbstd_group=2, batch_size=16))
+  c.update_from_flattened_dict({name.replace('__', '.'): value for name, value in changes.items()})
+  return c
+
+
+def save_generator(config, workdir):
+  """What a finished generator job leaves of its network, untrained."""
+  G, _ = train.make_networks(config.generator, (8, 8, 1), 3)
+  variables = jax.jit(lambda key: G.init(key, np.zeros((1, 4), np.float32), np.zeros(1, np.int32)))(jax.random.key(0))
+  write_json_atomic(workdir / 'generator' / 'network.json', train.network_fields(G))
+  with Checkpoints(workdir / 'generator' / 'checkpoints') as checkpoints:
+    checkpoints.save(1, {'generator': variables}, {})
+
+
+def refuse(capfd, config, job, workdir):
+  """Runs the jobs, which must end with code 2 and one line on stderr; returns the line."""
+  entry = main.exit_on_user_error(lambda _: main.run(config, job, str(workdir)))
+  with pytest.raises(SystemExit) as caught:
+    entry([])
+  assert caught.value.code == 2
+  lines = capfd.readouterr().err.splitlines()
+  assert len(lines) == 1, lines
+  return lines[0]
+
+
+def contents(folder):
+  return {p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in folder.rglob('*')}
+
+
+@pytest.mark.parametrize('job, changes, words', [
+    ('generator', dict(data__name='{files}/none.npz'), ['none.npz: no such file', 'data may be digits']),
+    ('all', dict(data__name='cifar-10'), ["unknown data 'cifar-10'", 'did you mean cifar10?']),
+    ('probe', dict(data__name='cifar10', data__dir='{files}/empty'),
+     ['cifar10 is not in', '--download', 'fetch by hand: curl']),
+    ('generator', dict(data__name='{files}/nchw.npz'),
+     ['(20, 3, 8, 8)', 'expected 1 or 3 channels', 'images.transpose(0, 2, 3, 1)']),
+    ('generator', dict(data__name='{files}/28x28.npz'), ['28x28', 'power of two', 'resize']),
+    ('generator', dict(data__name='{files}/negative.npz'), ['labels hold -1', 'expected a class 0..K-1', 'drop']),
+    ('all', dict(data__name='{files}/unnamed.npz'), ['labels hold 2', 'expected 0..1', 'name each']),
+    ('all', dict(data__name='{files}/cut.npz'), ['cut.npz: not a readable .npz', 'write it again']),
+    ('probe', dict(data__name='{files}/cifar-10-binary.tar.gz'), ['damaged or not a .tar.gz', 'fetch it again']),
+    ('pretrian', {}, ["job 'pretrian'", 'choose one of generator, pretrain, probe, all', 'did you mean pretrain?']),
+    ('all', dict(jobs=('prob',)), ["job 'prob'", 'did you mean probe?']),
+    ('generator', dict(generator__batch_size=12),
+     ['generator.batch_size=12', 'multiple of devices=8', 'set generator.batch_size to 16']),
+    ('generator', dict(generator__mbstd_group=3),
+     ['generator.mbstd_group=3', 'does not divide the 2 images', 'set it to 1']),
+    ('generator', dict(generator__lr=-1.), ['generator.lr=-1.0 is not positive', 'set it above 0']),
+    ('all', dict(pretrain__num_envs=20),
+     ['pretrain.num_envs=20', 'replay.num_shards=8', 'set pretrain.num_envs to 16']),
+    ('pretrain', dict(replay__num_shards=4), ['replay.num_shards=4', 'devices=8', 'set replay.num_shards to 8']),
+    ('pretrain', dict(pretrain__batch_size=36),
+     ['pretrain.batch_size=36', 'replay.num_shards=8', 'set pretrain.batch_size to 32']),
+    ('pretrain', dict(replay__capacity=100),
+     ['replay.capacity=100', 'num_envs * rollout_length=64', 'set replay.capacity to 128']),
+    ('pretrain', dict(pretrain__batch_size=128, replay__capacity=64),
+     ['pretrain.batch_size=128', 'replay.capacity=64', 'lower the first']),
+    ('pretrain', dict(pretrain__rollout_length=1, replay__capacity=32, pretrain__batch_size=16),
+     ['replay.capacity=32', 'pretrain.num_envs=16', 'set it to 48']),
+    ('pretrain', dict(environment__alpha=1.5), ['environment.alpha=1.5', 'not in [0, 1]', 'set it']),
+    ('all', dict(environment__beta=-0.1), ['environment.beta=-0.1', 'not in [0, 1]', 'set it']),
+    ('pretrain', dict(environment__beta=float('nan')), ['environment.beta=nan', 'not in [0, 1]', 'set it']),
+    ('pretrain', dict(environment__episode_length=1), ['environment.episode_length=1', 'set it to 2 or more']),
+    ('pretrain', dict(reward__k=32), ['reward.k=32', 'pretrain.batch_size=32', 'choose 1 to 31']),
+    ('pretrain', dict(reward__k=0), ['reward.k=0', 'choose 1 to 31']),
+    ('pretrain', dict(reward__transform='sqrt'), ["reward.transform='sqrt'", 'choose one of log1p, log']),
+    ('pretrain', dict(reward__on='previous'), ["reward.on='previous'", 'choose one of next, current']),
+    ('pretrain', dict(simsiam__augment='simsaim'), ["augment 'simsaim'", 'expected one of', "did you mean 'simsiam'?"]),
+    ('pretrain', dict(simsiam__proj_layers=4), ['proj_layers=4', 'expected 2 (CIFAR) or 3']),
+    ('all', dict(encoder__name='resnet81'), ["encoder 'resnet81'", 'expected one of', "did you mean 'resnet18'?"]),
+    ('pretrain', dict(pretrain__dtype='float8'), ["pretrain.dtype='float8'", 'choose one of float32']),
+    ('pretrain', dict(pretrain__env_steps=0), ['pretrain.env_steps=0 is not positive', 'set it to 1 or more']),
+    ('pretrain', dict(pretrain__rollout_length=0),
+     ['pretrain.rollout_length=0 is not positive', 'set it to 1 or more']),
+    ('pretrain', dict(pretrain__num_envs=0),
+     ['pretrain.num_envs=0', 'positive multiple', 'set pretrain.num_envs to 8']),
+    ('pretrain', dict(pretrain__warmup_steps=16), ['pretrain.warmup_steps=16', 'too few frames', 'set it to 48']),
+    ('pretrain', dict(pretrain__warmup_steps=1536),
+     ['pretrain.warmup_steps=1536', 'not below pretrain.env_steps=1536']),
+    ('pretrain', {}, ['holds no generator', 'give the workdir']),
+    ('pretrain', dict(generator__path='{files}'), ['holds no generator', 'generator/network.json', 'give the workdir']),
+    ('all', dict(generator__path='{files}/none'), ['none holds no generator', 'give the workdir']),
+    ('probe', {}, ['pretrain/checkpoints has no checkpoint', 'run the job that makes it']),
+])
+def test_bad_input_is_one_line_before_any_work(capfd, files, tmp_path, job, changes, words):
+  changes = {k: v.format(files=files) if isinstance(v, str) else v for k, v in changes.items()}
+  workdir, compiled = tmp_path / 'run', len(COMPILED)
+  line = refuse(capfd, config_for(files, **changes), job, workdir)
+  assert all(word in line for word in words), line
+  assert sum(COMPILED[compiled:]) == 0
+  assert contents(tmp_path).keys() <= {pathlib.Path('run'), pathlib.Path('run/config.json')}
+  # The workdir is not bound to the mistake: the mended config gets as far as it can without a generator.
+  assert 'holds no generator' in refuse(capfd, config_for(files), 'pretrain', workdir)
+
+
+def test_a_workdir_of_another_config_names_what_differs(capfd, files, tmp_path):
+  config = config_for(files)
+  main.claim_workdir(tmp_path, config)
+  save_generator(config, tmp_path)
+  before = contents(tmp_path)
+  line = refuse(capfd, config_for(files, pretrain__batch_size=64, seed=3), 'pretrain', tmp_path)
+  assert 'another config (pretrain.batch_size: 32 there, 64 now; seed: 0 there, 3 now): choose another --workdir' \
+      in line
+  assert contents(tmp_path) == before
+
+  (tmp_path / 'config.json').write_text('{"seed": ')
+  line = refuse(capfd, config, 'pretrain', tmp_path)
+  assert 'config.json is damaged' in line and 'restore it or choose another --workdir' in line
+
+
+def test_checkpoints_of_another_config_or_damaged_ones(capfd, files, tmp_path):
+  config = config_for(files)
+  main.claim_workdir(tmp_path, config)
+  save_generator(config, tmp_path)
+  with Checkpoints(tmp_path / 'pretrain' / 'checkpoints') as checkpoints:
+    checkpoints.save(8, {'state': {'iteration': np.array(8, np.int32)}}, {})
+  before, compiled = contents(tmp_path), len(COMPILED)
+  line = refuse(capfd, config, 'pretrain', tmp_path)
+  assert 'pretrain/checkpoints/8 is a checkpoint of another config' in line and 'choose another --workdir' in line
+  assert contents(tmp_path) == before and sum(COMPILED[compiled:]) < 1
+
+  (tmp_path / 'generator' / 'checkpoints' / '1' / '_CHECKPOINT_METADATA').write_text('{')
+  line = refuse(capfd, config_for(files), 'pretrain', tmp_path)
+  assert 'generator/checkpoints is damaged' in line and 'restore a copy' in line
+
+
+@pytest.mark.parametrize('below', ['file/run', '/proc/run'])
+def test_a_workdir_that_cannot_be_made(capfd, files, tmp_path, below):
+  line = refuse(capfd, config_for(files), 'pretrain', files / below)
+  assert f'{files / below} cannot be written' in line and 'choose another --workdir' in line
+
+
+def test_a_diverging_run_names_metric_and_iteration_and_keeps_its_checkpoint(capfd, files, tmp_path):
+  config = config_for(files, simsiam__lr=1e30, pretrain__iterations_per_call=2, pretrain__checkpoint_minutes=0.,
+                      pretrain__monitor_fraction=1.)
+  save_generator(config, tmp_path)
+  line = refuse(capfd, config, 'pretrain', tmp_path)
+  # Two iterations of random play come first, and are saved.
+  assert 'pretrain: loss is nan at iteration 2: lower the learning rates' in line
+  assert str(tmp_path / 'pretrain' / 'checkpoints') in line
+  assert list_steps(tmp_path / 'pretrain' / 'checkpoints') == [2]
+  assert not (tmp_path / 'results').exists()
+  assert not [*tmp_path.rglob('*.part'), *tmp_path.rglob('*orbax-checkpoint-tmp*')]
+
+
+def command(*args, limit='unlimited'):
+  """python -m palm_jax.main, with files of at most `limit` blocks as on a full disk -> (code, lines of stderr)."""
+  done = subprocess.run(
+      ['sh', '-c', f'ulimit -f {limit}; exec "$@"', 'sh', sys.executable, '-m', 'palm_jax.main', *args],
+      cwd=ROOT, capture_output=True, text=True, timeout=120,
+      env=dict(os.environ, JAX_PLATFORMS='cpu', PYTHONDONTWRITEBYTECODE='1'))
+  return done.returncode, done.stderr.splitlines()
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--config.pretrain.batchsize=3'],
+     ['--config.pretrain.batchsize is unknown', 'did you mean pretrain.batch_size?']),
+    (['--config=configs/digits.py', '--config.pretrain.batch_size=many'],
+     ['--config.pretrain.batch_size=many', 'invalid literal']),
+    (['--config=configs/digit.py'], ['--config=configs/digit.py cannot be read', 'such as configs/digits.py']),
+    (['--job', 'probe', '--config', 'configs/cifar.py:smal'],
+     ['configs/cifar.py:smal is unknown', 'variants are cifar100, small']),
+    (['--config=configs/digits.py:tiny'], ['--config=configs/digits.py:tiny', 'get_config() takes 0']),
+    (['--job=pretrian'], ["job 'pretrian' is unknown", 'did you mean pretrain?']),
+])
+def test_the_command_line_ends_with_code_2_and_one_line(tmp_path, args, words):
+  code, lines = command(*args, f'--workdir={tmp_path / "run"}')
+  assert code == 2 and len(lines) == 1 and lines[0].startswith('palm_jax: '), lines
+  assert all(word in lines[0] for word in words), lines
+  assert not any(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half(tmp_path):
+  code, lines = command('--config.jobs=("pretrain",)', f'--workdir={tmp_path / "run"}', limit=1)
+  assert code == 2 and len(lines) == 1, lines
+  assert f'{tmp_path / "run"} cannot be written (File too large)' in lines[0] and 'choose another --workdir' in lines[0]
+  assert not any((tmp_path / 'run').iterdir())
