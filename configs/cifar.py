@@ -53,11 +53,12 @@ def small(c):
   """Two CPU cores: the same code, 32x32 pictures, a narrow generator and a narrow ResNet-18."""
   c.name += '_small'
   c.generator.update(dict(z_dim=64, w_dim=64, channel_base=1024, channel_max=64, d_channel_base=1024, d_channel_max=64,
-                          batch_size=32, mbstd_group=8, kimg=300., ema_kimg=20., conv_clamp=0., iterations_per_call=16,
-                          snapshot_kimg=20., checkpoint_minutes=5.))
-  c.replay.capacity = 65_536  # 200 MB
+                          batch_size=32, mbstd_group=8, kimg=160., ema_kimg=20., conv_clamp=0., iterations_per_call=16,
+                          snapshot_kimg=10., checkpoint_minutes=5.))
+  c.environment.update(dict(alpha=0.95, beta=0.5))  # paper Figure 5: the best alpha, and a beta of the best range
+  c.replay.capacity = 65_536  # 200 MB of frames
   c.encoder.width = 16
-  c.simsiam.update(dict(proj_hidden=256, proj_dim=256, pred_hidden=64))
+  c.simsiam.update(dict(proj_hidden=256, proj_dim=256, pred_hidden=64, lr=0.3))  # ten times the paper's: few updates
   c.sac.hidden = (256, 256)
-  c.pretrain.update(dict(env_steps=400_000, num_envs=32, rollout_length=8, batch_size=256, warmup_steps=4096,
-                         iterations_per_call=25, checkpoint_minutes=5.))
+  c.pretrain.update(dict(env_steps=60_000, num_envs=32, rollout_length=4, batch_size=64, updates_per_iteration=2,
+                         warmup_steps=1024, iterations_per_call=10, checkpoint_minutes=5.))

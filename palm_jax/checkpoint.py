@@ -50,8 +50,7 @@ class Checkpoints:
   def __init__(self, folder, keep=2):
     self.folder, self._keep = pathlib.Path(folder).absolute(), keep
     self._pending, self._damaged = None, []
-    for logger in (logging.get_absl_logger(), python_logging.getLogger('asyncio')):
-      logger.addFilter(_without_orbax_chatter)
+    _quieten_orbax()
     try:
       if jax.process_index() == 0:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -182,6 +181,7 @@ def load_item(folder, name, step=None, template=None):
   Raises:
     UserError: no such step or item, damage (for step=None: of every step), or another shape than the template's.
   """
+  _quieten_orbax()
   folder = pathlib.Path(folder).absolute()
 
   def templates(record):
@@ -436,6 +436,11 @@ def _one_line(error):
 def _barrier(name):
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
+
+
+def _quieten_orbax():
+  for logger in (logging.get_absl_logger(), python_logging.getLogger('asyncio')):
+    logger.addFilter(_without_orbax_chatter)
 
 
 def _without_orbax_chatter(record):

@@ -235,6 +235,8 @@ def learning_rate(config, total_updates, batch_size):
     raise UserError(f'warmup_updates={config.warmup_updates} of {total_updates} updates: expected at least 0 and fewer '
                     'than there are updates; shorten the warm-up or train longer')
   peak = config.lr * batch_size / 256
+  if not config.warmup_updates:
+    return optax.cosine_decay_schedule(peak, total_updates)
   return optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup_updates, total_updates)
 
 
