@@ -35,7 +35,6 @@ def get_config(variant=''):
   c.reward = reward.default_config()
   c.sac = sac.default_config()
   c.pretrain = pretrain.default_config()
-  c.probe = ConfigDict()
 
   for word in filter(None, variant.split(',')):
     if word in PRESETS:

@@ -34,7 +34,7 @@ def default_config():
       env_steps=50_000_000,  # paper section 5.1
       num_envs=64,  # over all devices
       rollout_length=8,
-      batch_size=512,  # SimSiam on CIFAR; one batch feeds SimSiam, the reward and SAC
+      batch_size=512,  # SimSiam on CIFAR (arXiv 2011.10566, appendix D); one batch feeds SimSiam, the reward and SAC
       updates_per_iteration=1,  # env steps of an iteration = batch_size * updates: each pair is seen once on average
       warmup_steps=4096,  # env steps with uniformly random actions before the first update (jaxrl: 1000; URLB: 4000)
       iterations_per_call=50,

@@ -65,12 +65,11 @@ def eight():
 def test_gradient_norms_do_not_grow_with_the_devices(eight):
   """The mistake of averaging gradients that are already summed makes them D times too large."""
   norms = []
-  for program, state, world in (start(1), start(2), eight):
+  for program, state, world in (start(1), eight):
     _, metrics = program.call(jax.tree.map(lambda x: x.copy(), state), world)
     first = int(np.argmax(metrics['updated']))
     norms.append([float(metrics[name][first]) for name in ('ssl_grad_norm', 'critic_grad_norm', 'actor_grad_norm')])
   np.testing.assert_allclose(norms[1], norms[0], rtol=2e-3)
-  np.testing.assert_allclose(norms[2], norms[0], rtol=2e-3)
 
 
 def test_replay_is_updated_in_place(eight):

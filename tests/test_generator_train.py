@@ -311,7 +311,7 @@ def test_nan_stops_the_job_and_is_named(job):
 
 @pytest.mark.parametrize('changes, count, words', [
     (dict(batch_size=12), 8, 'batch_size=12'),
-    (dict(mbstd_group=4), 8, 'mbstd_group=4 .* set it to 2'),
+    (dict(batch_size=24), 8, 'mbstd_group=2 .* set it to 1'),
     (dict(r1_interval=16), 1, 'iterations_per_call=4 is below generator.r1_interval=16'),
     (dict(pl_weight=2., mbstd_group=1, batch_size=8), 8, 'path lengths'),
     (dict(style_mixing=2.), 1, 'style_mixing=2.0'),
