@@ -96,8 +96,8 @@ def assert_norms_close(tree, names, norms):
   actual = np.array([np.linalg.norm(x) for x in official_leaves(tree, names)])
   assert len(jax.tree.leaves(tree)) == len(names)
   assert_close(actual, norms, 1e-5)
-  # Each on its own too, down to what is a rounding error of an exact zero (such as R1's gradient of the last bias).
-  np.testing.assert_allclose(actual, norms, rtol=1e-4, atol=1e-7 * norms.max())
+  # Each on its own too, down to what sums that cancel (a noise strength, R1 on the last bias) lose to rounding.
+  np.testing.assert_allclose(actual, norms, rtol=1e-4, atol=1e-6 * norms.max())
 
 
 class TestOfficial:
