@@ -149,7 +149,9 @@ class TestOfficial:
     small = [name for name in a if name.startswith('gradp/')]
     assert small
     for name, ours in zip(small, official_leaves(of_params, [n[len('gradp/'):] for n in small]), strict=True):
-      assert_close(ours, a[name], 1e-4, name)
+      # A noise strength's gradient is a sum over all pixels that nearly cancels: judged against what it sums.
+      scale = max(np.abs(a[name]).max(), a['grad_param_norms'].max() / 100)
+      assert_close(ours, a[name], 1e-4, name, scale)
 
     silent = jax.tree.map(lambda x: jnp.zeros_like(x) if x.ndim == 0 else x, params)  # noise_strength 0: no noise
     (_, of_z), images = g_gradients(silent, a['z'], .7, a['grad_R'])
