@@ -6,7 +6,11 @@
 
 alpha and beta: the paper contradicts itself, so both readings have a name: `paper_text` (0.5, 0.95: sections 4.1 and 6)
 and `paper_fig5` (0.95, 0.75: the best cell of Figure 5). Append one: configs/cifar.py:small,paper_fig5.
-SMALL_NOTE
+`small`, measured on two CPU cores: generator 38 minutes (160 kimg), then up to 9 minutes a pretraining, 4 to 6 the probe;
+1.8 GB. Linear accuracy, three seeds, on JPEG copies of CIFAR-10: PALM encoder 39.2 +- 1.1%, untrained 34.4 +- 0.8%, pixels 41.2%.
+To use one generator for several seeds: --config.seed=1 --config.generator.path=runs/cifar_small --workdir=runs/seed1.
+The full size was not run yet. By arithmetic 50M steps are about 1e18 FLOP, an hour of one H200 at 35 to 40% of its bf16 peak;
+the replay takes 5.3 GB over all devices. To compare with: SimSiam with augmentation 90.5 / 66.0% on CIFAR-10 / 100 (solo-learn).
 """
 from ml_collections import ConfigDict
 
