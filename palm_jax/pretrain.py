@@ -266,7 +266,6 @@ def make_program(config, generator, mesh):
   state_shape = jax.eval_shape(init, jax.random.key(0), jax.eval_shape(lambda: make_world(config, generator, mesh)))
   full_specs = jax.tree.map(lambda spec, part: jax.tree.map(lambda _: spec, part), specs, state_shape,
                             is_leaf=lambda x: isinstance(x, P))
-  logging.debug('%d calls of %d iterations of %d env steps', num_calls, p.iterations_per_call, steps_per_iteration)
   state_shardings = devices.shardings(mesh, full_specs)
   return Program(init=jax.jit(init, out_shardings=state_shardings), state_shardings=state_shardings,
                  call=jax.jit(sharded_call, donate_argnums=0), modules=modules, num_calls=num_calls,

@@ -419,7 +419,7 @@ def train(config, workdir, data, mesh):
     checkpoints.wait()
     result = dict(job='generator', images=step * batch, iterations=step, seconds=seconds + time.monotonic() - began,
                   metrics=metrics, settings=c.to_dict(), seed=config.seed, data=data.source,
-                  devices=f'{mesh.size} x {mesh.devices.flat[0].device_kind}', versions=dict(jax=jax.__version__))
+                  **devices.describe(mesh))
     if first_process:
       write_json_atomic(workdir / 'results' / 'generator.json', result)
     return result
