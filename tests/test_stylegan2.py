@@ -299,11 +299,20 @@ class TestNetworks:
     with pytest.raises(UserError, match='batch of 6'):
       minibatch_std(jnp.asarray(x), 4)
 
-  @pytest.mark.parametrize('resolution', [8, 16, 32, 64])
-  def test_shapes_grey_unconditional(self, resolution):
-    channels = channels_for(resolution, 128, 8)
-    G = Generator(z_dim=4, w_dim=5, num_classes=0, channels=channels, image_channels=1)
-    D = Discriminator(num_classes=0, channels=channels, image_channels=1)
+  def test_minibatch_std_of_several_channels(self):
+    x = np.random.default_rng(0).normal(size=(4, 2, 2, 6))
+    y = np.asarray(minibatch_std(jnp.asarray(x, jnp.float32), 4, 3))
+    for f in range(3):  # a statistic sees its own third of the channels
+      expected = np.sqrt(x[..., 2 * f:2 * f + 2].var(0) + 1e-8).mean()
+      np.testing.assert_allclose(y[..., 6 + f], np.full((4, 2, 2), expected), rtol=1e-5)
+    assert minibatch_std(jnp.asarray(x), 4, 0).shape == x.shape
+
+  @pytest.mark.parametrize('resolution, base_size, layers', [(8, 4, 2), (16, 4, 3), (32, 4, 4), (64, 4, 5), (96, 3, 6)])
+  def test_shapes_grey_unconditional(self, resolution, base_size, layers):
+    channels = channels_for(resolution, 128, 8, base_size)
+    assert len(channels) == layers and channels[-1] == min(128 // resolution, 8)
+    G = Generator(z_dim=4, w_dim=5, num_classes=0, channels=channels, image_channels=1, base_size=base_size)
+    D = Discriminator(num_classes=0, channels=channels, image_channels=1, base_size=base_size)
     assert G.resolution == D.resolution == resolution and G.image_shape == (resolution, resolution, 1)
 
     def run(key, z):
@@ -312,7 +321,7 @@ class TestNetworks:
       ws = G.apply(variables, z, method='mapping')
       return ws, images, D.init_with_output(key, images)[0]
     ws, images, logits = jax.eval_shape(run, jax.random.key(0), jnp.zeros((3, 4)))
-    assert ws.shape == (3, G.num_ws, 5) and G.num_ws == 2 * np.log2(resolution) - 2
+    assert ws.shape == (3, G.num_ws, 5) and G.num_ws == 2 * layers
     assert images.shape == (3, resolution, resolution, 1) and logits.shape == (3,)
 
   def test_parameter_counts_of_the_cifar_config(self):
@@ -421,6 +430,10 @@ class TestErrors:
   def test_resolution(self, resolution):
     with pytest.raises(UserError, match=f'resolution {resolution}'):
       channels_for(resolution)
+
+  def test_resolution_of_another_base(self):
+    with pytest.raises(UserError, match='resolution 64: expected one of 6, 12, 24, 48'):
+      channels_for(64, base_size=3)
 
   def test_noise(self, tiny):
     with pytest.raises(UserError, match='noise'):

@@ -22,18 +22,24 @@ W_AVG_MOMENTUM = .995  # stylegan2-ada-pytorch, MappingNetwork w_avg_beta
 NOISE_MODES = 'const', 'random', 'none'
 
 
-def channels_for(resolution, channel_base=32768, channel_max=512):
-  """Widths at 4, 8, ..., resolution: min(channel_base // r, channel_max). UserError unless a power of two >= 8."""
-  if resolution < 8 or resolution & (resolution - 1):
-    raise UserError(f'resolution {resolution}: expected a power of two, 8 or more; resize the images.')
-  return tuple(min(channel_base // 2 ** i, channel_max) for i in range(2, resolution.bit_length()))
+def channels_for(resolution, channel_base=32768, channel_max=512, base_size=4):
+  """Widths at base_size, twice that, ..., resolution: min(channel_base // r, channel_max).
+
+  UserError unless resolution is base_size doubled once or more.
+  """
+  doublings = (max(resolution, 1) // base_size).bit_length() - 1
+  if doublings < 1 or resolution != base_size << doublings:
+    sizes = ', '.join(str(base_size << i) for i in range(1, 5))
+    raise UserError(f'resolution {resolution}: expected one of {sizes}, ...; resize or pad the images.')
+  return tuple(min(channel_base // (base_size << i), channel_max) for i in range(doublings + 1))
 
 
 class Generator(nn.Module):
   """z, labels -> images. Collections: 'params', and 'buffers' with w_avg and the constant noise pictures.
 
-  channels: widths at 4, 8, ..., resolution (see `channels_for`). num_classes 0 means unconditional; labels are then
-  ignored and may be None. Otherwise labels are (N,) integers or (N, num_classes) vectors.
+  channels: widths at base_size, twice that, ..., resolution (see `channels_for`). num_classes 0 means unconditional;
+  labels are then ignored and may be None. Otherwise labels are (N,) integers or (N, num_classes) vectors.
+  embed_features and layer_features: widths of the label's embedding and of the mapping's hidden layers; None is w_dim.
   noise: 'const' (the stored pictures), 'none', or 'random', drawn from noise_keys, (N,) typed keys, one a sample, so
   that a sample does not depend on how the batch lies on the devices.
   """
@@ -44,11 +50,14 @@ class Generator(nn.Module):
   image_channels: int = 3
   mapping_layers: int = 8  # stylegan2-ada-pytorch; its cifar config has 2
   conv_clamp: float | None = None
+  base_size: int = 4
+  embed_features: int | None = None
+  layer_features: int | None = None
   dtype: Any = None
 
   @property
   def resolution(self):
-    return _resolution(self.channels)
+    return _resolution(self.channels, self.base_size)
 
   @property
   def image_shape(self):
@@ -59,8 +68,10 @@ class Generator(nn.Module):
     return 2 * len(self.channels)
 
   def setup(self):
-    self.mapping_network = MappingNetwork(self.w_dim, self.mapping_layers, self.num_classes)
-    self.synthesis_network = SynthesisNetwork(self.channels, self.image_channels, self.conv_clamp, self.dtype)
+    self.mapping_network = MappingNetwork(self.w_dim, self.mapping_layers, self.num_classes, self.embed_features,
+                                          self.layer_features)
+    self.synthesis_network = SynthesisNetwork(self.base_size, self.channels, self.image_channels, self.conv_clamp,
+                                              self.dtype)
     self.w_avg = self.variable('buffers', 'w_avg', jnp.zeros, (self.w_dim,))
 
   def __call__(self, z, labels=None, truncation_psi=1., truncation_cutoff=None, noise='const', noise_keys=None):
@@ -103,7 +114,8 @@ class Discriminator(nn.Module):
   """images (N, H, W, C) in [-1, 1], labels as in `Generator` -> logits (N,) in at least float32.
 
   The minibatch standard deviation sees groups of min(mbstd_group, N) samples of this call, N / group apart.
-  mapping_layers is the depth of the label's mapping, unused without classes.
+  mapping_layers is the depth of the label's mapping, unused without classes; label_features is its output, embed_features
+  and layer_features its inner widths. None: channels[0], and label_features for the last two.
   UserError for images of another size, an unknown architecture and an N that the group does not divide.
   """
   num_classes: int
@@ -112,12 +124,17 @@ class Discriminator(nn.Module):
   architecture: str = 'resnet'  # stylegan2-ada-pytorch; its cifar config has 'orig'
   mapping_layers: int = 8  # stylegan2-ada-pytorch
   mbstd_group: int = 4  # stylegan2-ada-pytorch; its cifar config has 32
+  mbstd_channels: int = 1  # stylegan2-ada-pytorch
   conv_clamp: float | None = None
+  base_size: int = 4
+  label_features: int | None = None
+  embed_features: int | None = None
+  layer_features: int | None = None
   dtype: Any = None
 
   @property
   def resolution(self):
-    return _resolution(self.channels)
+    return _resolution(self.channels, self.base_size)
 
   @nn.compact
   def __call__(self, images, labels=None):
@@ -129,13 +146,15 @@ class Discriminator(nn.Module):
     x = images
     for i in reversed(range(1, len(self.channels))):
       x = DiscriminatorBlock(self.channels[i - 1:i + 1], self.architecture, i == len(self.channels) - 1,
-                             self.conv_clamp, self.dtype, name=f'b{4 << i}')(x)
-    width = self.channels[0]
-    x = DiscriminatorEpilogue(width if self.num_classes else 1, self.mbstd_group, self.conv_clamp, name='b4')(x)
+                             self.conv_clamp, self.dtype, name=f'b{self.base_size << i}')(x)
+    features = (self.label_features or self.channels[0]) if self.num_classes else 1
+    x = DiscriminatorEpilogue(features, self.mbstd_group, self.mbstd_channels, self.conv_clamp,
+                              name=f'b{self.base_size}')(x)
     if not self.num_classes:
       return x[:, 0]
-    label_map = MappingNetwork(width, self.mapping_layers, self.num_classes, name='mapping')(None, labels)
-    return (x * label_map).sum(-1) / np.sqrt(width).item()
+    label_map = MappingNetwork(features, self.mapping_layers, self.num_classes, self.embed_features, self.layer_features,
+                               name='mapping')(None, labels)
+    return (x * label_map).sum(-1) / np.sqrt(features).item()
 
 
 def generator_from_official(state, *, conv_clamp=None, dtype=None):
@@ -144,14 +163,11 @@ def generator_from_official(state, *, conv_clamp=None, dtype=None):
   conv_clamp is not in the tensors: take it from the file's constructor arguments. UserError names what does not fit.
   """
   shape = functools.partial(_shape, state)
-  channels = _widths(state, 'synthesis.b{}.conv1.weight')
-  w_dim = shape('mapping.w_avg')[0]
-  num_classes = shape('mapping.embed.weight')[1] if 'mapping.embed.weight' in state else 0
-  inputs, layers = shape('mapping.fc0.weight')[1], _count_layers(state)
+  mapping = _mapping_fields(state, shape('mapping.w_avg')[0])
   generator = Generator(
-    z_dim=inputs - (shape('mapping.embed.weight')[0] if num_classes else 0), w_dim=w_dim, num_classes=num_classes,
-    channels=channels, image_channels=shape('synthesis.b4.torgb.weight')[0], mapping_layers=layers,
-    conv_clamp=conv_clamp, dtype=dtype)
+    z_dim=shape('mapping.fc0.weight')[1] - (shape('mapping.embed.weight')[0] if mapping['num_classes'] else 0),
+    w_dim=shape('mapping.w_avg')[0], channels=_widths(state, 'synthesis.b{}.conv1.weight'),
+    image_channels=shape('synthesis.b4.torgb.weight')[0], conv_clamp=conv_clamp, dtype=dtype, **mapping)
   labels = np.zeros(1, np.int32)
   template = jax.eval_shape(generator.init, jax.random.key(0), np.zeros((1, generator.z_dim), np.float32), labels)
   renamed = {re.sub('^(mapping|synthesis)[.](?!w_avg)', r'\1_network.', name): x for name, x in state.items()}
@@ -168,11 +184,12 @@ def discriminator_from_official(state, *, mbstd_group=4, conv_clamp=None, dtype=
   shape = functools.partial(_shape, state)
   channels = (shape('b4.conv.weight')[0], *_widths(state, 'b{}.conv0.weight', first=8))
   resolution = _resolution(channels)
-  num_classes = shape('mapping.embed.weight')[1] if 'mapping.embed.weight' in state else 0
+  label_features = shape('b4.out.weight')[0]
   discriminator = Discriminator(
-    num_classes=num_classes, channels=channels, image_channels=shape(f'b{resolution}.fromrgb.weight')[1],
-    architecture='resnet' if 'b8.skip.weight' in state else 'orig', mapping_layers=_count_layers(state),
-    mbstd_group=mbstd_group, conv_clamp=conv_clamp, dtype=dtype)
+    channels=channels, image_channels=shape(f'b{resolution}.fromrgb.weight')[1],
+    architecture='resnet' if 'b8.skip.weight' in state else 'orig', mbstd_group=mbstd_group,
+    mbstd_channels=shape('b4.conv.weight')[1] - channels[0], label_features=label_features, conv_clamp=conv_clamp,
+    dtype=dtype, **_mapping_fields(state, label_features))
   images = np.zeros((1, resolution, resolution, discriminator.image_channels), np.float32)
   template = jax.eval_shape(discriminator.init, jax.random.key(0), images, np.zeros(1, np.int32))
   # The original flattens (C, H, W), this network (H, W, C).
@@ -188,22 +205,26 @@ class MappingNetwork(nn.Module):
   features: int
   num_layers: int
   num_classes: int
+  embed_features: int | None
+  layer_features: int | None
 
   @nn.compact
   def __call__(self, z, labels):
     inputs = [] if z is None else [_normalize(z)]
     if self.num_classes:
       vectors = _label_vectors(labels, self.num_classes)
-      inputs.append(_normalize(ops.Dense(self.features, name='embed')(vectors)))
+      inputs.append(_normalize(ops.Dense(self.embed_features or self.features, name='embed')(vectors)))
     x = jnp.concatenate(inputs, -1)
     for i in range(self.num_layers):
-      x = ops.Dense(self.features, lr_mult=.01, activate=True, name=f'fc{i}')(x)
+      width = self.features if i == self.num_layers - 1 else self.layer_features or self.features
+      x = ops.Dense(width, lr_mult=.01, activate=True, name=f'fc{i}')(x)
     return x
 
 
 class SynthesisBlock(nn.Module):
   """The index-th resolution: (x, image) -> (x, image). Both are None in the first, which starts from a constant."""
   index: int
+  base_size: int
   features: int
   image_channels: int
   conv_clamp: float | None
@@ -218,7 +239,7 @@ class SynthesisBlock(nn.Module):
     # A block's ToRGB shares its w with the first convolution of the next block.
     first, second, rgb = 2 * self.index - 1, 2 * self.index, 2 * self.index + 1
     if self.index == 0:
-      const = self.param('const', nn.initializers.normal(1.), (4, 4, self.features))
+      const = self.param('const', nn.initializers.normal(1.), (self.base_size, self.base_size, self.features))
       x = jnp.broadcast_to(const, (len(ws), *const.shape))
     else:
       x = layer(x, first, True, 'conv0')
@@ -229,6 +250,7 @@ class SynthesisBlock(nn.Module):
 
 class SynthesisNetwork(nn.Module):
   """ws (N, num_ws, w_dim) -> image (N, H, W, C): the sum of every resolution's picture ('skip' architecture)."""
+  base_size: int
   channels: tuple[int, ...]
   image_channels: int
   conv_clamp: float | None
@@ -238,7 +260,8 @@ class SynthesisNetwork(nn.Module):
   def __call__(self, ws, noise, noise_keys):
     x = image = None
     for i, width in enumerate(self.channels):
-      block = SynthesisBlock(i, width, self.image_channels, self.conv_clamp, self.dtype, name=f'b{4 << i}')
+      block = SynthesisBlock(i, self.base_size, width, self.image_channels, self.conv_clamp, self.dtype,
+                             name=f'b{self.base_size << i}')
       x, image = block(x, image, ws, noise, noise_keys)
     return image
 
@@ -267,32 +290,35 @@ class DiscriminatorBlock(nn.Module):
 
 
 class DiscriminatorEpilogue(nn.Module):
-  """(N, 4, 4, C) -> (N, outputs), in at least float32."""
+  """(N, base_size, base_size, C) -> (N, outputs), in at least float32."""
   outputs: int
   mbstd_group: int
+  mbstd_channels: int
   conv_clamp: float | None
 
   @nn.compact
   def __call__(self, x):
     width = x.shape[-1]
-    x = minibatch_std(x.astype(ops.at_least_float32(x)), self.mbstd_group)
+    x = minibatch_std(x.astype(ops.at_least_float32(x)), self.mbstd_group, self.mbstd_channels)
     x = ops.ConvLayer(width, 3, conv_clamp=self.conv_clamp, name='conv')(x)
     x = ops.Dense(width, activate=True, name='fc')(x.reshape(len(x), -1))
     return ops.Dense(self.outputs, name='out')(x)
 
 
-def minibatch_std(x, group):
-  """Appends to x (N, H, W, C) one channel: its group's mean standard deviation. Groups are strided: j, j + N/group, ...
+def minibatch_std(x, group, num_channels=1):
+  """Appends to x (N, H, W, C) its group's mean standard deviations: num_channels of them, each over C / num_channels.
 
-  UserError when min(group, N) does not divide N.
+  Groups are strided: j, j + N/group, ... UserError when min(group, N) does not divide N.
   """
+  if not num_channels:
+    return x
   group = min(group, len(x))
   if len(x) % group:
     raise UserError(f'batch of {len(x)} images: expected a multiple of the minibatch-std group {group}; change either.')
   y = x.reshape(group, -1, *x.shape[1:])
-  y = jnp.sqrt(y.var(0) + 1e-8).mean((1, 2, 3))
-  y = jnp.tile(y, group)[:, None, None, None]
-  return jnp.concatenate([x, jnp.broadcast_to(y, (*x.shape[:3], 1))], -1)
+  y = jnp.sqrt(y.var(0) + 1e-8).mean((1, 2)).reshape(y.shape[1], num_channels, -1).mean(-1)
+  y = jnp.tile(y, (group, 1))[:, None, None]
+  return jnp.concatenate([x, jnp.broadcast_to(y, (*x.shape[:3], num_channels))], -1)
 
 
 def _normalize(x):
@@ -311,10 +337,11 @@ def _label_vectors(labels, num_classes):
   return labels
 
 
-def _resolution(channels):
+def _resolution(channels, base_size=4):
   if len(channels) < 2:
-    raise UserError(f'channels {channels}: expected one width for each of 4, 8, ..., resolution; see channels_for.')
-  return 2 << len(channels)
+    raise UserError(f'channels {channels}: expected one width for each of {base_size}, {2 * base_size}, ..., resolution; '
+                    'see channels_for.')
+  return base_size << len(channels) - 1
 
 
 def _shape(state, name):
@@ -331,8 +358,15 @@ def _widths(state, pattern, first=4):
   return tuple(widths)
 
 
-def _count_layers(state):
-  return sum(re.fullmatch(r'mapping[.]fc\d+[.]weight', name) is not None for name in state)
+def _mapping_fields(state, features):
+  """Fields of the network whose mapping ends in `features`; widths that are the default are left to it."""
+  layers = sum(re.fullmatch(r'mapping[.]fc\d+[.]weight', name) is not None for name in state)
+  conditional = 'mapping.embed.weight' in state
+  embed = _shape(state, 'mapping.embed.weight')[0] if conditional else features
+  hidden = _shape(state, 'mapping.fc0.weight')[0] if layers > 1 else features
+  return dict(num_classes=_shape(state, 'mapping.embed.weight')[1] if conditional else 0, mapping_layers=layers,
+              embed_features=embed if embed != features else None,
+              layer_features=hidden if hidden != features else None)
 
 
 def _convert(state, template):
