@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from palm_jax import encoder, environment, pretrain, reward, sac, simsiam
 from palm_jax.errors import UserError
+from palm_jax.evaluate import quality
 from palm_jax.generator import train
 
 PRESETS = {'paper_text': (0.5, 0.95), 'paper_fig5': (0.95, 0.75)}
@@ -39,6 +40,7 @@ def get_config(variant=''):
   c.reward = reward.default_config()
   c.sac = sac.default_config()
   c.pretrain = pretrain.default_config()
+  c.quality = quality.default_config()  # --job=quality: FID and its like of the generator
 
   for word in filter(None, variant.split(',')):
     if word in PRESETS:
@@ -55,9 +57,10 @@ def get_config(variant=''):
 def small(c):
   """Two CPU cores: the same code, 32x32 pictures, a narrow generator and a narrow ResNet-18."""
   c.name += '_small'
-  c.generator.update(dict(z_dim=64, w_dim=64, channel_base=1024, channel_max=64, d_channel_base=1024, d_channel_max=64,
-                          batch_size=32, mbstd_group=8, kimg=160., ema_kimg=20., conv_clamp=0., iterations_per_call=16,
-                          snapshot_kimg=10., checkpoint_minutes=5.))
+  c.generator.update(dict(path='cifar10-small', z_dim=64, w_dim=64, channel_base=1024, channel_max=128, batch_size=32,
+                          mbstd_group=8, kimg=600., ema_kimg=50., conv_clamp=0., iterations_per_call=16,
+                          augment='none',  # 50,000 pictures are enough for so short a training
+                          snapshot_kimg=20., checkpoint_minutes=5.))
   c.environment.update(dict(alpha=0.95, beta=0.5))  # paper Figure 5: the best alpha, and a beta of the best range
   c.replay.capacity = 65_536  # 200 MB of frames
   c.encoder.width = 16

@@ -16,11 +16,13 @@ def get_config():
   c.data.name = 'digits'
   c.generator.update(dict(z_dim=32, w_dim=32, channel_base=256, channel_max=32, d_channel_base=256, d_channel_max=32,
                           batch_size=32, mbstd_group=4, kimg=120., ema_kimg=10., conv_clamp=0., iterations_per_call=25,
+                          augment='none',  # flips and turns make other digits
                           r1_gamma=1.,  # at 0.01 D is too sure of 1,437 pictures and G forgets z
                           snapshot_kimg=10., checkpoint_minutes=2.))
   c.environment.update(dict(alpha=0.95, beta=0.5))  # paper Figure 5: the best alpha, and a beta of the best range
   c.replay.capacity = 65_536  # 4 MB of frames
   c.encoder.width = 16
+  c.quality.update(dict(num_images=10_000, proxy_epochs=15))
   c.simsiam.update(dict(proj_hidden=256, proj_dim=256, pred_hidden=64, lr=0.3))  # ten times the paper's: few updates
   c.sac.hidden = (256, 256)
   c.pretrain.update(dict(env_steps=200_000, num_envs=32, rollout_length=4, batch_size=128, warmup_steps=4096,

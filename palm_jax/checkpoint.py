@@ -51,6 +51,7 @@ class Checkpoints:
     self.folder, self._keep = pathlib.Path(folder).absolute(), keep
     self._pending, self._damaged = None, []
     _quieten_orbax()
+    error = None
     try:
       if jax.process_index() == 0:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -58,8 +59,10 @@ class Checkpoints:
           for path in self.folder.glob(pattern):
             shutil.rmtree(path)
     except OSError as e:
-      raise UserError(f'{self.folder} cannot hold checkpoints ({e.strerror}): choose another --workdir') from e
-    _barrier('checkpoints')
+      error = e
+    if any_process(error):
+      reason = error.strerror if error else 'another process says why'
+      raise UserError(f'{self.folder} cannot hold checkpoints ({reason}): choose another --workdir') from error
 
   def __enter__(self):
     return self

@@ -28,7 +28,7 @@ def conv(x, kernel, padding='SAME'):
     padding = ((0, 0), (0, 0))
   if height == width == 1 and padding == ((0, 0), (0, 0)):
     return x @ kernel[0, 0]
-  if jax.default_backend() != 'cpu':
+  if _platform() != 'cpu':
     return _plain(x, kernel, tuple(map(tuple, padding)))
   # Inside shard_map a custom gradient must vary over the mesh as its argument does.
   varying = lambda a: jax.typeof(a).manual_axis_type.varying
@@ -54,6 +54,12 @@ def strided_conv(x, kernel):
 def flax_conv(x, kernel, strides, padding, **_):
   """For nn.Conv(conv_general_dilated=flax_conv): strides 1, or 2 with the kernels of `strided_conv`."""
   return conv(x, kernel, padding) if tuple(strides) == (1, 1) else strided_conv(x, kernel)
+
+
+def _platform():
+  """That of the mesh being traced for: ahead of time it is not the process's own."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else jax.default_backend()
 
 
 def _plain(x, kernel, padding):

@@ -262,9 +262,9 @@ def _checked_split(where, split, class_names):
   if images.ndim != 4:
     hint = '; grey images need a channel axis: images[..., None]' if images.ndim == 3 else ''
     raise UserError(f'{where}: images have shape {images.shape}, expected (N, height, width, channels){hint}')
-  if images.shape[3] not in (1, 3):
+  if images.shape[3] not in (1, 3, 4):  # 4: a stack of grey frames
     hint = '; it looks like (N, C, H, W): images.transpose(0, 2, 3, 1)' if images.shape[1] in (1, 3) else ''
-    raise UserError(f'{where}: images have shape {images.shape}, expected 1 or 3 channels in the last place{hint}')
+    raise UserError(f'{where}: images have shape {images.shape}, expected 1, 3 or 4 channels in the last place{hint}')
   if not images.size:
     raise UserError(f'{where}: images have shape {images.shape}: nothing in it; expected at least one image')
   if labels.ndim != 1 or labels.dtype.kind not in 'iu':

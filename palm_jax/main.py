@@ -35,9 +35,12 @@ def parse_flags(argv):
     plain([arg for arg in argv if not arg.startswith('--config.')], known_only=True)
     check_keys(argv, plain.config, plain['config'].config_filename)
     define()
-    flags.DEFINE_string('job', 'all', 'generator, pretrain, probe, or all: those of config.jobs, in order.')
+    flags.DEFINE_string('job', 'all', f'{", ".join(JOBS)}, or all: those of config.jobs, in order.')
     flags.DEFINE_string('workdir', None, 'Where everything is written; default runs/<config.name>.')
     flags.DEFINE_bool('download', False, 'Allow the data set to be fetched from where it is published.')
+    flags.DEFINE_string('coordinator_address', None, 'HOST:PORT of process 0, where JAX cannot find the processes itself.')
+    flags.DEFINE_integer('num_processes', None, 'How many there are; with --coordinator_address.')
+    flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0; with --coordinator_address.')
     return flags.FLAGS(argv)
   except flags.Error as e:
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
@@ -69,6 +72,9 @@ def check(config, jobs, num_devices):
   if 'pretrain' in jobs:
     from palm_jax import pretrain
     pretrain.check_config(config, num_devices)
+  if 'quality' in jobs:
+    from palm_jax.evaluate import quality
+    quality.check_config(config, num_devices)
 
 
 def claim_workdir(workdir, config):
@@ -119,11 +125,17 @@ def run_job(job, config, workdir, data, mesh):
   if job == 'pretrain':
     from palm_jax import pretrain
     return pretrain.train(config, workdir, mesh)
-  from palm_jax.evaluate import probe
-  return probe.evaluate(config, workdir, data, mesh)
+  if job == 'probe':
+    from palm_jax.evaluate import probe
+    return probe.evaluate(config, workdir, data, mesh)
+  if job == 'quality':
+    from palm_jax.evaluate import quality
+    return quality.evaluate(config, workdir, data, mesh)
+  from palm_jax import benchmark
+  return benchmark.benchmark(config, workdir, data, mesh)
 
 
-JOBS = ('generator', 'pretrain', 'probe')
+JOBS = ('generator', 'pretrain', 'probe', 'quality', 'benchmark')
 
 
 def run(config, job, workdir, download=False):
@@ -161,6 +173,7 @@ def main(argv):
   if len(argv) > 1:
     raise UserError(f'unexpected argument {argv[1]!r}: flags begin with --')
   devices.configure()
+  devices.initialize_distributed(flags.FLAGS.coordinator_address, flags.FLAGS.num_processes, flags.FLAGS.process_id)
   python_logging.getLogger('jax').setLevel(python_logging.WARNING)  # it tells of every backend that is not there
   run(flags.FLAGS.config, flags.FLAGS.job, flags.FLAGS.workdir, flags.FLAGS.download)
 

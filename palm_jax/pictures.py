@@ -15,20 +15,22 @@ def grid(images, scale=None, labels=None):
   """Images in rows and columns, small ones enlarged by whole pixels.
 
   Args:
-    images: (R, C, H, W, channels) uint8, 1 or 3 channels.
+    images: (R, C, H, W, channels) uint8. Other channels than 1 or 3 are shown as so many grey frames side by side.
     scale: whole number of pixels for one; None enlarges to cells of at least 64 pixels, within 1600 pixels of width.
     labels: R names, written at the left of the rows.
 
   Returns:
-    (R*H*scale, C*W*scale, channels) uint8; labels add a column at the left.
+    (R*H*scale, C*W*scale, 1 or 3) uint8; labels add a column at the left.
 
   Raises:
     UserError: another shape or dtype.
   """
   images = np.asarray(images)
-  if images.ndim != 5 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3) or 0 in images.shape:
+  if images.ndim != 5 or images.dtype != np.uint8 or 0 in images.shape:
     raise UserError(f'a grid of {images.dtype}{images.shape} cannot be drawn: '
-                    'expected uint8 (rows, columns, height, width, 1 or 3 channels)')
+                    'expected uint8 (rows, columns, height, width, channels)')
+  if images.shape[-1] not in (1, 3):
+    images = images.swapaxes(-1, -2).reshape(*images.shape[:3], -1, 1)
   rows, columns, height, width, channels = images.shape
   if scale is None:
     scale = max(1, min(-(-CELL // max(height, width)), WIDTH // (columns * width)))
@@ -39,20 +41,6 @@ def grid(images, scale=None, labels=None):
   if len(labels) != rows:
     raise UserError(f'{len(labels)} labels for a grid of {rows} rows: give one for each row')
   return np.concatenate([_label_column([str(label) for label in labels], height * scale, channels), picture], axis=1)
-
-
-def rollout_strip(frames, labels=None, scale=None):
-  """Episodes as the paper's Figure 2 shows them: one a row, time to the right.
-
-  Args:
-    frames: (episodes, steps, H, W, channels) uint8.
-    labels: a name or class number for each episode, or None.
-    scale: as for `grid`.
-
-  Returns:
-    Image, uint8.
-  """
-  return grid(frames, scale, labels)
 
 
 def save_png(path, image):

@@ -91,9 +91,12 @@ class Program(NamedTuple):
 
 def make_world(config, generator, mesh):
   """World on every device of the mesh."""
-  dynamics = environment.Dynamics(alpha=jnp.asarray(config.environment.alpha, jnp.float32),
-                                  beta=jnp.asarray(config.environment.beta, jnp.float32))
-  return devices.replicate(mesh, World(variables=generator.variables, dynamics=dynamics))
+  return devices.replicate(mesh, _host_world(config, generator))
+
+
+def _host_world(config, generator):
+  dynamics = environment.Dynamics(alpha=np.float32(config.environment.alpha), beta=np.float32(config.environment.beta))
+  return World(variables=generator.variables, dynamics=dynamics)
 
 
 def check_config(config, num_devices):
@@ -263,7 +266,7 @@ def make_program(config, generator, mesh):
 
   specs = State.specs()
   sharded_call = jax.shard_map(call, mesh=mesh, in_specs=(specs, P()), out_specs=(specs, P()))
-  state_shape = jax.eval_shape(init, jax.random.key(0), jax.eval_shape(lambda: make_world(config, generator, mesh)))
+  state_shape = jax.eval_shape(init, jax.random.key(0), _host_world(config, generator))
   full_specs = jax.tree.map(lambda spec, part: jax.tree.map(lambda _: spec, part), specs, state_shape,
                             is_leaf=lambda x: isinstance(x, P))
   state_shardings = devices.shardings(mesh, full_specs)
@@ -366,7 +369,7 @@ def check_finite(metrics, first_iteration, folder):
 def write_film(folder, env_steps, frames, labels):
   """A strip like the paper's Figure 2, one episode a row, every fourth frame; and all frames as an animated WebP."""
   name = f'{env_steps:010d}'
-  pictures.save_png(folder / f'{name}.png', pictures.rollout_strip(frames[:, ::4], labels))
+  pictures.save_png(folder / f'{name}.png', pictures.grid(frames[:, ::4], labels=labels))
   shown = frames[:5 * (len(frames) // 5) or len(frames)]
   shown = shown.reshape(-1, min(5, len(frames)), *frames.shape[1:])  # (rows, columns, steps, H, W, C)
   pictures.save_webp(folder / f'{name}.webp', [pictures.grid(shown[:, :, t]) for t in range(frames.shape[1])])

@@ -206,7 +206,7 @@ def test_npz_in_its_three_forms(tmp_path):
 @pytest.mark.parametrize('change, match', [
   (dict(images=pictures(6, 4) / 255.), 'float64, expected uint8'),
   (dict(images=pictures(6, 4)[..., 0]), r'shape \(6, 4, 4\).*images\[..., None\]'),
-  (dict(images=pictures(6, 4).transpose(0, 3, 1, 2)), r'1 or 3 channels.*transpose\(0, 2, 3, 1\)'),
+  (dict(images=pictures(6, 8).transpose(0, 3, 1, 2)), r'1, 3 or 4 channels.*transpose\(0, 2, 3, 1\)'),
   (dict(images=pictures(6, 4)[:0], labels=np.zeros(0, int)), 'nothing in it'),
   (dict(labels=np.arange(5)), '5 labels for 6 images'),
   (dict(labels=np.arange(6.)), 'dtype float64, expected'),

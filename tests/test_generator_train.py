@@ -1,6 +1,4 @@
-"""Training of StyleGAN2: losses, optimiser, moving average, devices, resuming."""
-import contextlib
-import functools
+"""The generator's job: settings and their checks, data order, stopping and resuming, starting from trained networks."""
 import math
 import os
 import signal
@@ -10,15 +8,18 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from ml_collections import ConfigDict
 
+from configs import generator as presets
 from palm_jax import devices
 from palm_jax.checkpoint import Checkpoints, load_item
 from palm_jax.data import Data, Split
 from palm_jax.errors import NonFiniteError, UserError
-from palm_jax.generator import load_generator, losses, train
+from palm_jax.generator import load_generator, train
+from palm_jax.generator.snapshots import load_discriminator, load_snapshot
+from palm_jax.generator.warm_start import load_networks
+from palm_jax.metrics import read_jsonl
 
 COLOURS = np.array([[230, 40, 40], [40, 230, 40], [40, 40, 230]], np.uint8)
 
@@ -31,104 +32,14 @@ def compile_cache(tmp_path_factory):
   jax.config.update('jax_compilation_cache_dir', None)
 
 
-@contextlib.contextmanager
-def double_precision():
-  """With it goes a compiler that hurries: these few steps cost far less than their compilation."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  try:
-    with jax.enable_x64(True):
-      yield
-  finally:
-    jax.config.update('jax_disable_most_optimizations', False)
-
-
 def tiny(**changes):
   config = train.default_config()
   config.update(dict(z_dim=8, w_dim=8, mapping_layers=1, channel_base=64, channel_max=8, conv_clamp=0.,
                      d_mapping_layers=0, mbstd_group=2, batch_size=16, lr=0.01, r1_gamma=0.1, r1_interval=4,
-                     pl_interval=2, ema_kimg=.5, iterations_per_call=4, snapshot_kimg=.5, checkpoint_minutes=60.))
+                     pl_interval=2, ema_kimg=.5, augment='color', ada_interval=3, ada_kimg=50.,
+                     ada_target=0., iterations_per_call=4, snapshot_kimg=.5, checkpoint_minutes=60.))
   config.update(changes)
   return config
-
-
-# ---- losses
-
-
-def test_losses_are_cross_entropies_of_the_logits():
-  real, fake = np.array([2., -1., 0.]), np.array([-3., 1.5, .5])
-  sigmoid = lambda x: 1 / (1 + np.exp(-x))
-  np.testing.assert_allclose(losses.generator_loss(jnp.asarray(fake)), -np.log(sigmoid(fake)).mean(), rtol=1e-6)
-  np.testing.assert_allclose(losses.discriminator_loss(jnp.asarray(real), jnp.asarray(fake)),
-                             -np.log(sigmoid(real)).mean() - np.log(1 - sigmoid(fake)).mean(), rtol=1e-6)
-
-
-def test_r1_is_the_squared_slope():
-  rng = np.random.default_rng(0)
-  images, slope = rng.normal(size=(3, 4, 4, 2)), rng.normal(size=(4, 4, 2))
-  linear = losses.r1_penalty(lambda x: (x * slope).sum((1, 2, 3)) + 5, jnp.asarray(images))
-  np.testing.assert_allclose(linear, np.full(3, (slope ** 2).sum()), rtol=1e-5)
-
-  # Samples see each other, as in the minibatch statistic: the derivative is of the sum of all logits.
-  f = lambda x, xp: (xp.tanh((x * slope).sum((1, 2, 3))) * x.std(0).sum())
-  wanted, h = np.zeros(3), 1e-5
-  for at in np.ndindex(images.shape):
-    step = np.zeros_like(images)
-    step[at] = h
-    wanted[at[0]] += ((f(images + step, np).sum() - f(images - step, np).sum()) / (2 * h)) ** 2
-  np.testing.assert_allclose(losses.r1_penalty(lambda x: f(x, jnp), jnp.asarray(images)), wanted, rtol=1e-4)
-
-
-def test_path_lengths_of_a_linear_synthesis():
-  rng = np.random.default_rng(0)
-  jacobian, ws, y = rng.normal(size=(3, 5, 4, 4, 2)), rng.normal(size=(6, 3, 5)), rng.normal(size=(6, 4, 4, 2))
-  lengths = losses.path_lengths(lambda w: jnp.einsum('nlk,lkhwc->nhwc', w, jacobian), jnp.asarray(ws), jnp.asarray(y))
-  products = np.einsum('nhwc,lkhwc->nlk', y / 4, jacobian)  # 4 = sqrt(4 * 4 pixels)
-  np.testing.assert_allclose(lengths, np.sqrt((products ** 2).sum(2).mean(1)), rtol=1e-5)
-
-
-def test_path_length_mean_moves_first_and_carries_gradient():
-  lengths, pl_mean = np.array([1., 3.]), 0.
-  for wanted in (.02, .02 + .01 * (2 - .02)):
-    penalty, pl_mean = losses.path_length_penalty(jnp.asarray(lengths), pl_mean)
-    np.testing.assert_allclose(pl_mean, wanted, rtol=1e-6)
-    np.testing.assert_allclose(penalty, (lengths - wanted) ** 2, rtol=1e-6)
-  slope = jax.grad(lambda x: losses.path_length_penalty(x, 1.)[0].mean())(jnp.asarray(lengths))
-  mean = 1 + .01 * (2 - 1)
-  by_hand = (lengths - mean) - (lengths - mean).sum() * .01 / 2
-  np.testing.assert_allclose(slope, by_hand, rtol=1e-5)
-
-
-# ---- optimiser, moving average, data order
-
-
-@pytest.mark.parametrize('network', ['G', 'D'])
-def test_adam_is_shared_and_corrected(network):
-  """Against Adam as in torch, written out; G has no second kind of step because path lengths are off."""
-  config = train.default_config()
-  interval, regularised = {'G': (4, False), 'D': (16, True)}[network]
-  rng, share = np.random.default_rng(0), interval / (interval + 1)
-  x, v, count = np.array([1., -2.]), np.zeros(2), 0
-  optimizer = train.make_optimizers(config)['GD'.index(network)]
-  with jax.enable_x64(True):
-    params = jnp.asarray(x)
-    state, update = optimizer.init(params), jax.jit(optimizer.update)
-    for iteration in range(33):
-      for _ in range(1 + (regularised and iteration % interval == 0)):
-        gradient = rng.normal(size=2) * 10. ** rng.integers(-6, 3)
-        count += 1
-        b2 = .99 ** share
-        v = b2 * v + (1 - b2) * gradient ** 2
-        x = x - .0025 * share * gradient / (np.sqrt(v / (1 - b2 ** count)) + 1e-8)
-        step, state = update(jnp.asarray(gradient), state, params)
-        params = optax.apply_updates(params, step)
-    np.testing.assert_allclose(params, x, rtol=1e-12)
-
-
-def test_ema_decay_ramps_up():
-  config = train.default_config()
-  for step, half_life in ((0, 1e-8), (1, 64 * .05), (10_000, 32_000.), (10 ** 6, 500_000.)):
-    np.testing.assert_allclose(train.ema_decay(config, jnp.int32(step)), .5 ** (64 / half_life), rtol=1e-5)
-  assert train.ema_decay(config, jnp.int32(0)) == 0
 
 
 def test_batch_indices_walk_through_whole_epochs():
@@ -141,85 +52,12 @@ def test_batch_indices_walk_through_whole_epochs():
   assert not np.array_equal(train.batch_indices(4, 0, 70, 20), walk)
 
 
-# ---- the compiled call
-
-
-def in_float64(tree):
-  return jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
-
-
-@pytest.fixture(scope='module')
-def run():
-  """f(number of devices) -> (states around each of five iterations, metrics): float64, everything on, numpy."""
-  config = tiny(pl_weight=2., style_mixing=.5)
-  rng = np.random.default_rng(0)
-  images, labels = rng.integers(0, 256, (40, 8, 8, 1), np.uint8), rng.integers(0, 3, 40).astype(np.int32)
-  G, D = train.make_networks(config, (8, 8, 1), 3)
-  with double_precision():
-    first = jax.device_get(jax.jit(lambda key: in_float64(train.init_state(config, G, D, key)).replace(key=0))(
-        jax.random.key(0)))
-
-  @functools.cache
-  def run(count):
-    with double_precision():
-      mesh = devices.make_mesh(count)
-      call = train.make_train_call(config, G, D, mesh)
-      data = devices.replicate(mesh, (images, labels))
-      state, states, metrics = devices.replicate(mesh, first.replace(key=jax.random.key(1))), [first], []
-      for step in range(5):
-        indices = train.batch_indices(0, step * 16, 16, 40).reshape(1, 16)
-        state, metric = call(state, *data, jax.device_put(indices, jax.NamedSharding(mesh, jax.P(None, 'data'))))
-        states.append(jax.device_get(state.replace(key=0)))
-        metrics.append(jax.device_get(metric))
-    return states, metrics
-  return run
-
-
-@pytest.mark.parametrize('count', [pytest.param(2, marks=pytest.mark.slow), 8])
-def test_any_number_of_devices_computes_the_same(run, count):
-  for wanted, got in zip(jax.tree.leaves(run(1)), jax.tree.leaves(run(count)), strict=True):
-    np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-9)
-  states = run(count)[0]
-  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), states[0].D, states[-1].D)
-  assert min(jax.tree.leaves(moved)) > 1e-3
-
-
-def test_gradient_norms_do_not_grow_with_devices(run):
-  for name in ('grad_norm_g', 'grad_norm_pl', 'grad_norm_d', 'grad_norm_r1'):
-    one, eight = (run(count)[1][0][name] for count in (1, 8))
-    assert one > 1e-3
-    np.testing.assert_allclose(eight, one, rtol=1e-9)
-
-
-def test_moving_average_by_hand(run):
-  average = None
-  for step, state in enumerate(run(1)[0][1:]):
-    if step == 0:
-      average = state.G['params']
-    decay = .5 ** (16 / min(500., step * 16 * .05)) if step else 0.
-    average = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * new, average, state.G['params'])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), state.G_ema['params'], average)
-    jax.tree.map(np.testing.assert_array_equal, state.G_ema['buffers'], state.G['buffers'])
-    if step == 0:
-      jax.tree.map(np.testing.assert_array_equal, state.G_ema, state.G)
-
-
-def test_first_steps_have_the_corrected_length(run):
-  """Adam without momentum moves by lr * share * sign(gradient) at first; G makes two steps in this iteration, D two."""
-  before, after = run(1)[0][:2]
-  for old, new, share in ((before.G['params'], after.G['params'], 2 / 3), (before.D, after.D, 4 / 5)):
-    moved = max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), old, new)))
-    assert .01 * share < moved < .01 * share * (1 + math.sqrt(2) * 1.01)
-
-
-def test_lazy_phases_run_when_they_should(run):
-  states, metrics = run(1)
-  assert [m['r1'] > 0 for m in metrics] == [True, False, False, False, True]
-  assert [m['pl'] > 0 for m in metrics] == [True, False, True, False, True]
-  assert [int(s.opt_d[0].count) for s in states] == [0, 2, 3, 4, 5, 7]
-  assert [int(s.opt_g[0].count) for s in states] == [0, 2, 3, 5, 6, 8]
-  pl_means = [s.pl_mean for s in states]
-  assert (np.diff(pl_means) != 0).tolist() == [True, False, True, False, True]
+def test_the_walk_covers_both_copies_once_an_epoch():
+  """What the job asks for with mirror on: 40 images, of which those from 40 on are the flipped ones."""
+  walk = train.batch_indices(3, 0, 160, 80)
+  for epoch in range(2):
+    first = walk[epoch * 80:][:80]
+    assert sorted(first) == list(range(80)) and sorted(first % 40) == sorted([*range(40)] * 2)
 
 
 # ---- the job
@@ -251,11 +89,15 @@ def job(tmp_path_factory):
   return stopped, whole, result, config, data, mesh
 
 
-def checkpointed(workdir, config, data, mesh):
-  G, D = train.make_networks(config.generator, (8, 8, 3), 3)
-  template = jax.eval_shape(lambda key: train.init_state(config.generator, G, D, key), jax.random.key(0))
+def template_of(config, image_shape, num_classes, mesh):
+  G, D = train.make_networks(config, image_shape, num_classes)
+  shapes = jax.eval_shape(lambda key: train.init_state(config, G, D, key), jax.random.key(0))
   everywhere = jax.NamedSharding(mesh, jax.P())
-  template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), template)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
+
+
+def checkpointed(workdir, config, data, mesh):
+  template = template_of(config.generator, (8, 8, 3), 3, mesh)
   return load_item(workdir / 'generator' / 'checkpoints', 'state', template=template)
 
 
@@ -265,6 +107,16 @@ def test_resuming_is_exact(job):
   assert step == other_step
   assert jax.random.key_data(a.key).tolist() == jax.random.key_data(b.key).tolist()
   jax.tree.map(np.testing.assert_array_equal, a.replace(key=0), b.replace(key=0))
+
+
+def test_augmentation_is_part_of_a_resumed_run(job):
+  """p has moved, and there are signs from after its last move."""
+  stopped, result = job[0], job[2]
+  _, state = checkpointed(stopped, *job[3:])
+  rows = read_jsonl(stopped / 'generator' / 'metrics.jsonl')
+  assert max(row['augment_p'] for row in rows) > 0
+  assert result['metrics']['augment_p'] == rows[-1]['augment_p'] == state.augment_p
+  assert (state.sign_count > 0) == (int(state.step) % 3 > 0)
 
 
 def test_no_step_of_g_where_path_lengths_are_off(job):
@@ -306,6 +158,108 @@ def test_nan_stops_the_job_and_is_named(job):
   assert load_item(workdir / 'generator' / 'checkpoints', 'generator')[0] == step + 4
 
 
+# ---- starting from trained networks
+
+
+def test_a_run_starts_from_the_networks_of_another(job, tmp_path):
+  stopped, _, _, config, data, mesh = job
+  _, before = checkpointed(stopped, config, data, mesh)
+  config = ConfigDict(config.to_dict())
+  config.generator.update(dict(init_from=str(stopped), lr=1e-9, kimg=4 * 16 / 1000, augment='none', r1_gamma=0.))
+  train.train(config, tmp_path, data, mesh)
+  step, after = checkpointed(tmp_path, config, data, mesh)
+  assert step == 4 == int(after.opt_g[0].count) and after.augment_p == 0
+  same = lambda a, b: jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6), a, b)
+  same(after.G['params'], before.G['params'])
+  same(after.D, before.D)
+  # G_ema starts from that of the other run, and not from a copy of G.
+  decay = .5 ** (16 / 500)
+  expected = jax.tree.map(lambda now, old: now + decay ** 4 * (old - now), before.G['params'], before.G_ema['params'])
+  same(after.G_ema['params'], expected)
+  apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), after.G_ema['params'], before.G['params'])
+  assert max(jax.tree.leaves(apart)) > 1e-3
+
+
+def test_networks_of_a_snapshot(shared):
+  """The official file's tensors arrive where the state has them, for D as for both G."""
+  path, mesh = shared / 'fixtures' / 'stylegan2' / 'a_tiny_cond32.nosrc.pkl', devices.make_mesh(2)
+  G, variables = load_snapshot(path, 'G')
+  D, d_variables = load_discriminator(path)
+  config = tiny(z_dim=G.z_dim, w_dim=G.w_dim, mapping_layers=G.mapping_layers, channel_base=32 * G.channels[-1],
+                channel_max=max(G.channels), d_mapping_layers=D.mapping_layers)
+  template = template_of(config, G.image_shape, G.num_classes, mesh)
+  networks = load_networks(path, template)
+  jax.tree.map(np.testing.assert_array_equal, networks['G'], variables)
+  jax.tree.map(np.testing.assert_array_equal, networks['D'], d_variables['params'])
+  assert jax.tree.leaves(networks['G_ema'])[0].sharding == jax.NamedSharding(mesh, jax.P())
+  with pytest.raises(UserError, match=r'G has .* of shape .*, this config .*: set the sizes'):
+    load_networks(path, template_of(tiny(), (8, 8, 3), 3, mesh))
+
+
+def test_networks_of_another_size(job):
+  stopped, _, _, config, _, mesh = job
+  config = ConfigDict(config.generator.to_dict())
+  config.w_dim = 4
+  with pytest.raises(UserError, match=f'init_from={stopped} is no run with networks of this size.*w_avg|kernel'):
+    load_networks(stopped, template_of(config, (8, 8, 3), 3, mesh))
+
+
+# ---- pictures
+
+
+def test_truncated_pictures_are_alike(job):
+  """At 0 every latent is the average one: all pictures are the same, of whichever class."""
+  generator = load_generator(job[0])
+  draw = jax.jit(lambda psi: train.sample_images(generator.network, generator.variables, jax.random.key(1), psi))
+  full, none = draw(1.), draw(0.)
+  assert full.shape == (3, 10, 8, 8, 3) and full.dtype == np.uint8
+  assert (none == none[:1, :1]).all() and not (full == full[:, :1]).all()
+
+
+# ---- presets
+
+PRESETS = {'cifar': ((32, 32, 3), 10), 'paper256': ((256, 256, 3), 0), 'auto64': ((64, 64, 3), 0),
+           'atari': ((96, 96, 4), 0), 'digits': ((8, 8, 1), 10)}
+
+
+@pytest.mark.parametrize('variant', PRESETS)
+def test_presets_build_at_full_size(variant):
+  (image_shape, num_classes), config = PRESETS[variant], presets.get_config(variant)
+  assert config.jobs == ('generator',)
+  train.check_config(config.generator, 1)
+  G, D = train.make_networks(config.generator, image_shape, num_classes)
+  state = jax.eval_shape(lambda key: train.init_state(config.generator, G, D, key), jax.random.key(0))
+
+  count = config.generator.mbstd_group
+
+  def judged(state):
+    labels, keys = jnp.zeros(count, jnp.int32), jax.random.split(state.key, count)
+    images = G.apply(state.G, jnp.zeros((count, G.z_dim)), labels, noise='random', noise_keys=keys)
+    return images, D.apply({'params': state.D}, images, labels)
+  images, logits = jax.eval_shape(judged, state)
+  assert images.shape == (count, *image_shape) and logits.shape == (count,)
+  if variant == 'cifar':  # of the original's own networks
+    sizes = [sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.G['params'], state.D)]
+    assert sizes == [20_215_315, 23_089_664]
+
+
+def test_values_of_presets():
+  """Of stylegan2-ada-pytorch's train.py, worked out by hand for --cfg=auto."""
+  def values(variant, *names):
+    return [presets.get_config(variant).generator[name] for name in names]
+  names = 'batch_size', 'mbstd_group', 'channel_base', 'lr', 'r1_gamma', 'ema_kimg', 'mapping_layers', 'pl_weight'
+  np.testing.assert_allclose(values('auto64', *names), [32, 4, 16384, .0025, .0256, 10, 2, 2])
+  np.testing.assert_allclose(values('auto256', *names), [16, 4, 16384, .0025, .8192, 5, 2, 2])
+  np.testing.assert_allclose(values('auto256x8', *names), [64, 4, 16384, .0025, .2048, 20, 2, 2])
+  np.testing.assert_allclose(values('auto1024x8', *names), [32, 4, 32768, .002, 6.5536, 10, 2, 2])
+  np.testing.assert_allclose(values('paper256', *names), [64, 8, 16384, .0025, 1, 20, 8, 2])
+  np.testing.assert_allclose(values('cifar', *names), [64, 32, 32768, .0025, .01, 500, 2, 0])
+  assert values('cifar', 'augment', 'architecture', 'style_mixing', 'kimg') == ['bgc', 'orig', 0, 100_000]
+  train.check_config(presets.get_config('auto1024x8').generator, 8)
+  with pytest.raises(UserError, match='auto0 is unknown'):
+    presets.get_config('auto0')
+
+
 # ---- bad input
 
 
@@ -317,21 +271,29 @@ def test_nan_stops_the_job_and_is_named(job):
     (dict(style_mixing=2.), 1, 'style_mixing=2.0'),
     (dict(lr=0.), 1, 'lr=0.0'),
     (dict(r1_gamma=-1.), 1, 'r1_gamma=-1.0'),
+    (dict(augment='flip'), 1, "augment='flip' is unknown: choose .*bgc"),
+    (dict(dtype='float16'), 1, "dtype='float16' is unknown: choose float32, bfloat16"),
+    (dict(architecture='skip'), 1, "architecture='skip'"),
+    (dict(accumulate=3), 1, 'accumulate=3 does not divide the 16 images'),
+    (dict(accumulate=0), 1, 'accumulate=0 is not positive'),
+    (dict(accumulate=8, pl_weight=2., mbstd_group=1), 2, 'pl_weight=2.0: path lengths take half of the 1 images'),
+    (dict(accumulate=4, mbstd_group=3), 1, 'mbstd_group=3 does not divide the 4 images'),
+    (dict(mbstd_group=0), 1, 'mbstd_group=0'),
+    (dict(base_size=0), 1, 'base_size=0'),
+    (dict(ada_target=1.5), 1, 'ada_target=1.5'),
+    (dict(ada_interval=0), 1, 'ada_interval=0'),
+    (dict(ada_kimg=0.), 1, 'ada_kimg=0.0'),
+    (dict(truncation_psi=-.1), 1, 'truncation_psi=-0.1'),
 ])
 def test_sizes_that_cannot_work(changes, count, words):
   with pytest.raises(UserError, match=words):
     train.check_config(tiny(**changes), count)
 
 
-@pytest.mark.parametrize('shape', [(12, 12, 1), (8, 16, 3), (4, 4, 1)])
-def test_images_of_another_shape(shape):
-  with pytest.raises(UserError, match=f'{shape[0]}x{shape[1]}'):
-    train.make_networks(tiny(), shape, 3)
-
-
-def test_unknown_architecture():
-  with pytest.raises(UserError, match="architecture='skip'"):
-    train.make_networks(tiny(architecture='skip'), (8, 8, 1), 3)
+@pytest.mark.parametrize('base_size, shape', [(4, (12, 12, 1)), (4, (8, 16, 3)), (4, (4, 4, 1)), (3, (8, 8, 1)), (16, (8, 8, 1))])
+def test_images_of_another_shape(base_size, shape):
+  with pytest.raises(UserError, match=f'{shape[0]}x{shape[1]}: with generator.base_size={base_size}'):
+    train.make_networks(tiny(base_size=base_size), shape, 3)
 
 
 def test_no_generator_there(tmp_path):

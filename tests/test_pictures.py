@@ -34,7 +34,14 @@ def test_labels_stand_at_the_left_of_their_rows(images):
   dark = (labelled[:, :margin] < 128).any(axis=(1, 2)).reshape(3, 20)
   assert dark[0].any() and not dark[1].any() and dark[2].any()
   assert not dark[:, [0, -1]].any()  # no label runs into the next row
-  np.testing.assert_array_equal(pictures.rollout_strip(images, ['cat', '', 7], 5), labelled)
+
+
+def test_stacks_of_frames_are_shown_side_by_side():
+  images = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 6, 4), np.uint8)
+  shown = pictures.grid(images, 1)
+  assert shown.shape == (2 * 4, 3 * 4 * 6, 1)
+  for frame in range(4):
+    np.testing.assert_array_equal(shown[4:, 48 + 6 * frame:54 + 6 * frame, 0], images[1, 2, ..., frame])
 
 
 @pytest.mark.parametrize('channels', [1, 3])

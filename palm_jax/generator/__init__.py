@@ -1,17 +1,33 @@
 """Picture generators behind one protocol."""
 import dataclasses
+import difflib
+import importlib.resources
 import json
+import os
 import pathlib
 from typing import Any
 
+import jax
+import numpy as np
+import safetensors.numpy
+from flax import traverse_util
+
 from palm_jax.checkpoint import load_item
 from palm_jax.errors import UserError
+from palm_jax.generator.snapshots import as_float32, load_snapshot, read_arrays
 from palm_jax.generator.stylegan2 import Generator
+from palm_jax.torch_files import SnapshotError
+
+NETWORK_KEY = 'palm_jax_network'  # of the metadata of our .safetensors: the Generator's fields as JSON
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedGenerator:
-  """A network with its variables; `apply` is pure, so that variables can be arguments of a compiled function."""
+  """A network with its variables; `apply` is pure, so that variables can be arguments of a compiled function.
+
+  Precision is the caller's: accelerators multiply float32 in fewer bits unless the call is compiled within
+  `jax.default_matmul_precision('highest')`, with which images agree with the original's to 1e-5 of their range.
+  """
   network: Generator
   variables: Any  # {'params', 'buffers'}
 
@@ -38,23 +54,122 @@ class LoadedGenerator:
     return self.apply(self.variables, z, labels, truncation_psi, truncation_cutoff, noise, noise_keys)
 
 
-def load_generator(path):
-  """The newest averaged generator (G_ema) of a run.
+def load_generator(path_or_name, network='G_ema'):
+  """A generator out of a file, a run, or this package. Nothing in a file is executed, nothing is downloaded.
 
   Args:
-    path: workdir of a palm_jax run whose generator job has saved at least once.
+    path_or_name: one of
+      - a .pkl snapshot of stylegan2-ada-pytorch, or an .npz or .safetensors with its names (`snapshots.load_snapshot`);
+      - a .safetensors file of `save_safetensors`;
+      - the workdir of a palm_jax run whose generator job has saved at least once;
+      - a folder that palm_jax.generator.convert wrote;
+      - the name of a bundled generator.
+    network: 'G_ema', the average over the training, or 'G', which only the files of the first kind hold.
 
   Returns:
-    LoadedGenerator with variables as numpy arrays.
+    LoadedGenerator with variables as float32 numpy arrays (of a run: as they were trained).
 
   Raises:
-    UserError: the path is no such workdir, or its checkpoints are damaged.
+    UserError: nothing of this kind is there, it is damaged, or its network is not one that `Generator` is.
   """
-  folder = pathlib.Path(path) / 'generator'
+  path = pathlib.Path(path_or_name)
+  if path.suffix == '.safetensors':
+    arrays, metadata = read_arrays(path)
+    if NETWORK_KEY in metadata:
+      _check_averaged(path, network)
+      return _from_arrays(path, arrays, metadata[NETWORK_KEY])
+  if path.suffix in ('.pkl', '.npz', '.safetensors'):
+    return LoadedGenerator(*load_snapshot(path, network))
+  if path.is_file():
+    raise UserError(f'{path}: generators are read from .pkl, .npz and .safetensors files; give one of those, or a folder')
+  if path.exists() or path.name != str(path_or_name):
+    _check_averaged(path, network)
+    return _from_folder(path)
+  bundled = importlib.resources.files(__name__) / 'bundled'
+  names = sorted(file.name.removesuffix('.safetensors') for file in bundled.iterdir()) if bundled.is_dir() else []
+  if path.name not in names:
+    near = difflib.get_close_matches(path.name, names, 1)
+    raise UserError(f'{path_or_name!r} is neither a path nor a bundled generator; bundled are '
+                    f'{", ".join(names) or "none"}{f" (did you mean {near[0]}?)" if near else ""}')
+  with importlib.resources.as_file(bundled / f'{path.name}.safetensors') as file:
+    return load_generator(file, network)
+
+
+def network_fields(network):
+  """The fields of a Generator that its variables belong to, as JSON holds them."""
+  return {f.name: getattr(network, f.name) for f in dataclasses.fields(network)
+          if f.name not in ('dtype', 'parent', 'name')}
+
+
+def save_safetensors(path, network, variables, about, dtype=np.float16):
+  """Writes a generator as one file that `load_generator` reads; the file is whole or as it was before.
+
+  Args:
+    path: *.safetensors.
+    network: Generator.
+    variables: {'params', 'buffers'}.
+    about: str for people: where it comes from, under which licence.
+    dtype: of the numbers in the file.
+
+  Raises:
+    UserError: numbers that dtype does not hold. OSError: the file cannot be written.
+  """
+  path = pathlib.Path(path)
+  tensors = {'/'.join(name): np.asarray(x) for name, x in traverse_util.flatten_dict(variables).items()}
+  with np.errstate(over='ignore'):
+    stored = {name: np.array(x, dtype, order='C') for name, x in tensors.items()}
+  for name, x in stored.items():
+    if not np.isfinite(x).all():
+      raise UserError(f'{name} has numbers that {np.dtype(dtype).name} does not hold: save it as float32')
+  content = safetensors.numpy.save(stored, {NETWORK_KEY: json.dumps(network_fields(network)), 'about': about})
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_name(f'.{path.name}.{os.getpid()}.part')
   try:
-    fields = json.loads((folder / 'network.json').read_text())
-    network = Generator(**dict(fields, channels=tuple(fields['channels'])))
+    with part.open('wb') as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(part, path)
+  finally:
+    part.unlink(missing_ok=True)
+
+
+def _check_averaged(path, network):
+  if network != 'G_ema':
+    raise UserError(f'network {network!r} of {path}: only G_ema, the average over the training, is read from there')
+
+
+def _from_arrays(path, arrays, fields):
+  """Our own names -> LoadedGenerator."""
+  try:
+    network = _network(json.loads(fields))
+    template = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, network.z_dim), np.float32),
+                              np.zeros(1, np.int32))
+  except (KeyError, TypeError, ValueError, UserError) as e:
+    raise SnapshotError(f'{path}: its description of the network is damaged ({type(e).__name__}); fetch it again') from e
+  expected = {'/'.join(name): x.shape for name, x in traverse_util.flatten_dict(template).items()}
+  shapes = {name: x.shape for name, x in arrays.items()}
+  for name in sorted(expected.keys() | shapes.keys()):
+    if shapes.get(name) != expected.get(name):
+      raise SnapshotError(f'{path}: {name} is {shapes.get(name, "absent")}, expected {expected.get(name, "absent")}; '
+                          'fetch it again')
+  try:
+    arrays = as_float32(arrays)
+  except SnapshotError as e:
+    raise SnapshotError(f'{path}: {e}') from e
+  return LoadedGenerator(network, traverse_util.unflatten_dict(arrays, sep='/'))
+
+
+def _from_folder(path):
+  """A workdir (its folder generator/), or a folder that convert wrote -> LoadedGenerator."""
+  folder = path if (path / 'network.json').is_file() else path / 'generator'
+  try:
+    network = _network(json.loads((folder / 'network.json').read_text()))
   except (OSError, ValueError, TypeError, KeyError) as e:
     raise UserError(f'{path} holds no generator ({type(e).__name__} on generator/network.json): give the workdir of a '
                     'palm_jax run whose generator job has started') from e
   return LoadedGenerator(network, load_item(folder / 'checkpoints', 'generator')[1])
+
+
+def _network(fields):
+  return Generator(**dict(fields, channels=tuple(fields['channels'])))

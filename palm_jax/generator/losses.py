@@ -25,10 +25,13 @@ def r1_penalty(discriminate, images):
     images: (N, H, W, C) real images; an augmentation belongs inside `discriminate`.
 
   Returns:
-    (N,) penalties, without gamma / 2.
+    (N,) penalties, without gamma / 2, and the (N,) logits.
   """
-  gradient = jax.grad(lambda x: discriminate(x).sum())(images)
-  return jnp.square(gradient).sum((1, 2, 3))
+  def total(x):
+    logits = discriminate(x)
+    return logits.sum(), logits
+  gradient, logits = jax.grad(total, has_aux=True)(images)
+  return jnp.square(gradient).sum((1, 2, 3)), logits
 
 
 def path_lengths(synthesize, ws, directions):

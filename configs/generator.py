@@ -1,0 +1,78 @@
+"""A generator alone, with the settings of stylegan2-ada-pytorch (train.py, cfg_specs) and a few of ours.
+
+  python -m palm_jax.main --config=configs/generator.py:cifar                                   CIFAR-10, conditional
+  python -m palm_jax.main --config=configs/generator.py:auto64 --config.data.name=folder        any 64x64 pictures, one device
+  python -m palm_jax.main --config=configs/generator.py:auto256x8 --config.data.name=folder     as the original for 8 devices
+  python -m palm_jax.main --config=configs/generator.py:paper256 --config.data.name=folder      8 devices
+  python -m palm_jax.main --config=configs/generator.py:atari --config.data.name=frames.npz     stacks of 4 grey frames, 96x96
+  python -m palm_jax.main --config=configs/generator.py:digits                                  two CPU cores
+
+Useful with each: --config.generator.dtype=bfloat16 (accelerators), --config.generator.accumulate=2 (half the memory),
+--config.generator.mirror (flipped copies), --config.generator.init_from=<run or .pkl>, --job=benchmark (how fast).
+Other jobs run in the same workdir: --job=pretrain, --job=probe. The full sizes were not run yet.
+"""
+import re
+
+from configs import cifar, digits
+from palm_jax.errors import UserError
+
+VARIANTS = 'cifar, paper256, auto<resolution>[x<devices>], atari, digits'
+
+
+def get_config(variant='cifar'):
+  c = cifar.get_config()
+  c.jobs = ('generator',)
+  c.name = f'generator_{variant}'
+  auto = re.fullmatch(r'auto(\d+)(?:x(\d+))?', variant)
+  if variant == 'cifar':
+    pass  # the default
+  elif variant == 'paper256':
+    paper256(c)
+  elif variant == 'atari':
+    atari(c)
+  elif variant == 'digits':
+    c.data.name = 'digits'
+    c.generator = digits.get_config().generator
+  elif auto and all(int(number) > 0 for number in auto.groups('1')):
+    c.data.name = 'folder'
+    c.generator.update(by_resolution(*map(int, auto.groups('1'))))
+  else:
+    raise UserError(f'configs/generator.py:{variant} is unknown: variants are {VARIANTS}')
+  return c
+
+
+def by_resolution(resolution, num_devices):
+  """--cfg=auto."""
+  batch_size = max(min(num_devices * min(4096 // resolution, 32), 64), num_devices)  # train.py, for memory
+  return dict(
+      general(), batch_size=batch_size,
+      mbstd_group=min(batch_size // num_devices, 4),  # train.py
+      channel_base=32768 if resolution >= 512 else 16384,  # train.py: fmaps 1 or 0.5
+      lr=0.002 if resolution >= 1024 else 0.0025,  # train.py
+      r1_gamma=0.0002 * resolution ** 2 / batch_size,  # train.py, a heuristic
+      ema_kimg=batch_size * 10 / 32)  # train.py
+
+
+def general():
+  """What all but --cfg=cifar have in common."""
+  return dict(architecture='resnet',  # training/networks.py
+              pl_weight=2., style_mixing=0.9,  # training/loss.py
+              kimg=25_000.,  # train.py
+              iterations_per_call=16)  # ours: the least with R1 in every call
+
+
+def paper256(c):
+  """--cfg=paper256."""
+  c.data.name = 'folder'
+  c.generator.update(dict(
+      general(), batch_size=64, mbstd_group=8, lr=0.0025, r1_gamma=1., ema_kimg=20., mapping_layers=8,  # train.py
+      channel_base=16384,  # train.py: fmaps 0.5
+      ema_rampup=0.))  # train.py: None
+
+
+def atari(c):
+  """Four grey frames of 84x84 as four channels, padded to 96x96: 3x3 and five upsamplings. Sizes are ours."""
+  c.data.name = 'frames.npz'
+  c.generator.update(dict(
+      by_resolution(96, 1), base_size=3,
+      channel_base=12288))  # 128 at 96, 256 at 48, then 512: --cfg=auto's widths at 128 and 64

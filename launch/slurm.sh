@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# palm_jax under SLURM, from the repository's root on a login node; submits itself, and goes on after preemption and time limits:
+#
+#   WORKDIR=/shared/runs/a NODES=2 GPUS=8 launch/slurm.sh --config=configs/cifar.py
+#
+# Arguments go to palm_jax.main. WORKDIR must be on a folder that all nodes share; the checkpoints, the compilation cache
+# and the log are in it. CPUS are those of each process; GPUS=0 runs on the nodes' processors. SBATCH_PARTITION,
+# SBATCH_ACCOUNT and the like are read by sbatch itself. With `python` of the environment that is active on submission.
+set -euo pipefail
+
+: "${WORKDIR:?is not set: name a folder that all nodes share}"
+nodes=${NODES:-1} gpus=${GPUS:-8} cpus=${CPUS:-8}
+
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+  mkdir -p "$WORKDIR"
+  # A process a GPU, which is what JAX expects under SLURM. USR1 comes in time to save before the limit, and before a
+  # preemption where the cluster has PreemptParameters=send_user_signal.
+  options=(--job-name=palm --nodes="$nodes" --ntasks-per-node="$((gpus > 0 ? gpus : 1))" --cpus-per-task="$cpus"
+    --time="${HOURS:-24}:00:00" --signal=B:USR1@300 --requeue --open-mode=append --output="$WORKDIR/slurm-%j.log")
+  if ((gpus > 0)); then options+=(--gpus-per-node="$gpus"); fi
+  exec sbatch "${options[@]}" "$0" "$@"
+fi
+
+if ((gpus == 0)); then export JAX_PLATFORMS=cpu; fi
+srun --cpus-per-task="$cpus" --kill-on-bad-exit=1 python -m palm_jax.main --workdir="$WORKDIR" "$@" &
+step=$!
+
+reason='' again=''
+# srun passes SIGTERM on to every process; they save together and leave.
+stop() { reason=$1 again=yes; kill -TERM "$step" 2>/dev/null || true; }
+trap 'stop USR1' USR1
+trap 'stop TERM' TERM
+while :; do
+  again='' code=0
+  wait "$step" || code=$?
+  [[ -n $again ]] || break # a signal ends `wait` early
+done
+
+if [[ -z $reason || $code -ne 0 ]]; then exit "$code"; fi
+# scancel sends SIGTERM too, and means it.
+if [[ $reason == TERM ]] && scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=CANCELLED'; then exit 0; fi
+echo "stopped by $reason and saved; goes on when SLURM has room"
+scontrol requeue "$SLURM_JOB_ID" || true # refused where SLURM has done so itself

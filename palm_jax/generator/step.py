@@ -1,0 +1,137 @@
+"""One iteration of StyleGAN2's training, compiled: the loop of stylegan2-ada-pytorch (training/training_loop.py).
+
+An iteration is Gmain, [path lengths every 4], Dmain, [R1 every 16], the moving average of G, [every 4 the strength of
+augmentation]. What it computes does not depend on the number of devices.
+"""
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec as P
+
+from palm_jax.generator import adaptive_augment
+from palm_jax.generator.phases import make_optimizers, make_phases
+
+
+@flax.struct.dataclass
+class State:
+  """Everything that a run is; a checkpoint holds all of it.
+
+  Attributes:
+    step: () int32 iterations done.
+    G: {'params', 'buffers'} of the generator.
+    G_ema: the same, params averaged over the run: the network to use.
+    D: params of the discriminator.
+    opt_g, opt_d: Adam's states, each shared by a network's main and regularisation steps.
+    pl_mean: () running mean of the path lengths.
+    augment_p: () probability of each augmentation.
+    sign_sum, sign_count: () sum of mean sign(D(real)) over the batches since augment_p last moved, and their number.
+    key: typed key; every draw is a function of (key, step, phase, global sample id).
+  """
+  step: jax.Array
+  G: dict
+  G_ema: dict
+  D: dict
+  opt_g: optax.OptState
+  opt_d: optax.OptState
+  pl_mean: jax.Array
+  augment_p: jax.Array
+  sign_sum: jax.Array
+  sign_count: jax.Array
+  key: jax.Array
+
+
+def init_state(config, G, D, key):
+  """The first state, as a pure function: jit it with the shardings it should have."""
+  key, key_g, key_d = jax.random.split(key, 3)
+  label, zero = jnp.zeros((1,), jnp.int32), jnp.zeros(())
+  generator = G.init(key_g, jnp.zeros((1, config.z_dim)), label)
+  discriminator = D.init(key_d, jnp.zeros((1, *G.image_shape)), label)['params']
+  opt_g, opt_d = make_optimizers(config)
+  return State(step=jnp.zeros((), jnp.int32), G=generator, G_ema=jax.tree.map(jnp.copy, generator), D=discriminator,
+               opt_g=opt_g.init(generator['params']), opt_d=opt_d.init(discriminator), pl_mean=zero, augment_p=zero,
+               sign_sum=zero, sign_count=zero, key=key)
+
+
+def ema_decay(config, step):
+  """Decay of G_ema after iteration `step`: () float. With a ramp it is zero at step 0: the first average is a copy.
+
+  A run that goes out from trained networks has no ramp, as in the original.
+  """
+  half_life = config.ema_kimg * 1000.
+  if config.ema_rampup and not config.init_from:
+    half_life = jnp.minimum(half_life, step * float(config.batch_size) * config.ema_rampup)
+  return 0.5 ** (config.batch_size / jnp.maximum(half_life, 1e-8))
+
+
+def make_iteration(config, G, D, num_devices):
+  """One iteration on one device of the mesh axis 'data'.
+
+  Returns:
+    f(state, images, labels, indices) -> (state, metrics): arguments as of the phases of `make_phases`; metrics are
+    {phase: its metrics}, zero where the phase did not run.
+  """
+  phases = make_phases(config, G, D, num_devices)
+
+  def average(state):
+    decay = ema_decay(config, state.step)
+    mix = lambda now, before: now + jnp.asarray(decay, now.dtype) * (before - now)
+    params = jax.tree.map(mix, state.G['params'], state.G_ema['params'])
+    return state.replace(G_ema=dict(params=params, buffers=state.G['buffers']))
+
+  def adjust(state):
+    p = adaptive_augment.update_p(state.augment_p, state.sign_sum / state.sign_count, config.batch_size,
+                                  config.ada_interval, config.ada_target, config.ada_kimg)
+    due = (state.step + 1) % config.ada_interval == 0
+    keep_or = lambda new, old: jnp.where(due, new, old).astype(old.dtype)
+    return state.replace(augment_p=keep_or(p, state.augment_p), sign_sum=keep_or(0, state.sign_sum),
+                         sign_count=keep_or(0, state.sign_count))
+
+  def iteration(state, images, labels, indices):
+    metrics = {}
+    for name, (interval, phase) in phases.items():
+      run = lambda s, phase=phase: phase(s, images, labels, indices)
+      if interval == 1:
+        state, metrics[name] = run(state)
+      else:
+        zeros = jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), jax.eval_shape(run, state)[1])
+        state, metrics[name] = jax.lax.cond(
+            state.step % interval == 0, run, lambda s, zeros=zeros: (s, zeros), state)
+    state = average(state)
+    if config.augment != 'none':
+      state = adjust(state)
+    return state.replace(step=state.step + 1), metrics
+
+  return iteration
+
+
+def make_train_call(config, G, D, mesh):
+  """Many iterations in one compiled, donated call.
+
+  Args:
+    config: the generator's section, of which `train.check_config` has nothing to say.
+    G, D: of `train.make_networks`.
+    mesh: one-dimensional, axis 'data'.
+
+  Returns:
+    f(state, images, labels, indices) -> (state, metrics), everything replicated. The state is donated; images
+    (N, H, W, C) uint8 and labels (N,) int32 are the training set, indices (iterations, B) int32 of `batch_indices`.
+    Metrics are scalars, means over the iterations of the call in which their phase ran, and augment_p after the last.
+    Any D that divides B / (rounds * mbstd_group) devices compute the same up to rounding.
+  """
+  iteration = make_iteration(config, G, D, mesh.size)
+  phases = make_phases(config, G, D, mesh.size)
+
+  def call(state, images, labels, indices):
+    steps = state.step + jnp.arange(len(indices))
+    state, metrics = jax.lax.scan(lambda s, i: iteration(s, images, labels, i), state, indices)
+    means = {}
+    for phase, (interval, _) in phases.items():
+      runs = jnp.maximum((steps % interval == 0).sum(), 1)
+      means |= {name: values.sum() / runs for name, values in metrics[phase].items()}
+    if config.augment != 'none':
+      means['augment_p'] = state.augment_p
+    return state, means
+
+  sharded = jax.shard_map(call, mesh=mesh, in_specs=P(), out_specs=P())
+  return jax.jit(sharded, donate_argnums=0)

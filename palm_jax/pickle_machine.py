@@ -1,0 +1,433 @@
+"""The small part of Python's pickle machine that weights need, written anew: nothing is imported or called.
+
+A pickle is a program for a stack machine. This one knows the instructions and the globals of PyTorch's files of weights
+and of stylegan2-ada-pytorch's snapshots, and nothing else; each global is a name with a meaning of ours. What the program
+makes is charged to a budget before it is made, and tensors are views of the file's bytes.
+"""
+import dataclasses
+import re
+import struct
+
+import ml_dtypes
+import numpy as np
+
+MAGIC, PROTOCOL = 0x1950a86a20f9469cfc6c, 1001  # torch/serialization.py, of files that are not zip archives
+STORAGES = {
+  'BFloat16Storage': ml_dtypes.bfloat16, 'BoolStorage': np.bool_, 'ByteStorage': np.uint8, 'CharStorage': np.int8,
+  'DoubleStorage': np.float64, 'FloatStorage': np.float32, 'HalfStorage': np.float16, 'IntStorage': np.int32,
+  'LongStorage': np.int64, 'ShortStorage': np.int16}
+SCALARS = 'f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'b1'
+# Bytes. More than an instruction takes for its object, its place on the stack and in the memo; than a call takes for a
+# view of a tensor; than an item of a set.
+INSTRUCTION, CALL, SET_ITEM = 256, 512, 128
+STORAGE_PICKLE = 1 << 16  # bytes for the few instructions around a storage that lies in a file of its own
+
+
+class Refusal(Exception):
+  """What is wrong with a file, without its path."""
+
+
+def check(condition, message):
+  if not condition:
+    raise Refusal(message)
+
+
+def short(value):
+  """A value out of the file for a message: one line, not too long. Containers may be larger than they look."""
+  if isinstance(value, str):
+    return repr(value[:80])
+  return repr(value)[:80] if isinstance(value, int | float | None) else f'a {type(value).__name__}'
+
+
+class Budget:
+  """Bytes that may still be taken."""
+
+  def __init__(self, size):
+    self.left = size
+
+  def charge(self, size):
+    self.left -= size
+    check(self.left >= 0, 'asks for more memory than a file of its size needs; it is damaged or hostile')
+
+
+@dataclasses.dataclass(eq=False)
+class Module:
+  """A module as the file describes it: the name of its class and its attributes."""
+  class_name: str
+  state: dict = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Global:
+  module: str
+  name: str
+
+
+@dataclasses.dataclass(eq=False)
+class Storage:
+  """Numbers of one type; data is None while their place is not known."""
+  dtype: type
+  numel: int
+  data: memoryview | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Dtype:
+  name: str
+
+
+def _is_size(x):
+  return type(x) is int and x >= 0
+
+
+def _persistent(meta):
+  """Modules and functions that carry their source (torch_utils/persistence.py); the source stays a string."""
+  check(type(meta) is dict and type(meta.get('class_name')) is str and type(meta.get('state')) is dict,
+        'a persistent object in it is damaged')
+  return Module(meta['class_name'], meta['state'])
+
+
+def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None):
+  check(type(storage) is Storage and _is_size(offset) and type(size) is type(stride) is tuple
+        and len(size) == len(stride) <= 32 and all(map(_is_size, size)) and all(_is_size(s) and s > 0 for s in stride),
+        'a tensor in it has an impossible offset, size or stride')
+  if storage.data is None:
+    return np.empty(0)
+  dtype, reach = np.dtype(storage.dtype), 1
+  if 0 in size:
+    check(max(size) <= 1 << 32, 'a tensor in it has an impossible size')
+    return np.empty(size, dtype)
+  for step, n in sorted(zip(stride, size, strict=True)):
+    check(n == 1 or step >= reach, 'a tensor in it overlaps itself')
+    reach += (n - 1) * step
+  check(offset + reach <= storage.numel, 'a tensor in it goes beyond its storage')
+  return np.ndarray(size, dtype, storage.data, offset * dtype.itemsize, [s * dtype.itemsize for s in stride])
+
+
+def _parameter(tensor, requires_grad, hooks):
+  check(isinstance(tensor, np.ndarray), 'a parameter in it is no tensor')
+  return tensor
+
+
+def _load_from_bytes(data):
+  check(isinstance(data, bytes | memoryview), 'a storage in it is not made of bytes')
+  storage = read_legacy(memoryview(data), Budget(STORAGE_PICKLE))
+  check(type(storage) is Storage, 'a storage in it is something else')
+  return storage
+
+
+def _dtype(name, align=False, copy=True):
+  check(type(name) is str and name in SCALARS, f'numpy type {short(name)} in it is not one of {", ".join(SCALARS)}')
+  return _Dtype(name)
+
+
+def _scalar(dtype, data):
+  check(type(dtype) is _Dtype and isinstance(data, bytes | memoryview), 'a number in it is damaged')
+  value, = np.frombuffer(data, f'<{dtype.name}')
+  return value.item()
+
+
+def _encode(text, encoding):
+  """How protocol 2 writes bytes."""
+  check(type(text) is str and type(encoding) is str and encoding == 'latin1', 'an encoding in it is not latin1')
+  return text.encode('latin1')
+
+
+def _empty_bytes():
+  return b''
+
+
+def _set(items):
+  check(type(items) is list and all(type(x) is str for x in items), 'a set in it is damaged')
+  return set(items)
+
+
+def _list(items):
+  check(type(items) is list, 'a list in it is damaged')
+  return items
+
+
+def _tagged(value, tag):
+  return value
+
+
+def _ordered_dict():
+  return {}
+
+
+_CALLS = {
+  ('__builtin__', 'bytes'): _empty_bytes,
+  ('__builtin__', 'set'): _set,
+  ('_codecs', 'encode'): _encode,
+  ('builtins', 'set'): _set,
+  ('collections', 'OrderedDict'): _ordered_dict,
+  ('numpy', 'dtype'): _dtype,
+  ('numpy._core.multiarray', 'scalar'): _scalar,
+  ('numpy.core.multiarray', 'scalar'): _scalar,
+  ('torch._utils', '_rebuild_parameter'): _parameter,
+  ('torch._utils', '_rebuild_tensor_v2'): _tensor,
+  ('torch.jit._pickle', 'restore_type_tag'): _tagged,
+  ('torch.storage', '_load_from_bytes'): _load_from_bytes,
+  ('torch_utils.persistence', '_reconstruct_persistent_obj'): _persistent,
+}
+_CALLS |= {('torch.jit._pickle', f'build_{kind}list'): _list for kind in ('int', 'double', 'bool', 'tensor')}
+_DICTS = {('dnnlib.util', 'EasyDict')}  # made by NEWOBJ
+_TYPES = {('torch', name) for name in STORAGES}
+_KNOWN = _CALLS.keys() | _DICTS | _TYPES
+
+
+class Machine:
+  """Runs one pickle of protocol 2 to 5.
+
+  Args:
+    view: the bytes; at: where to begin, and afterwards where the pickle ended.
+    budget: what it may use.
+    find_storage: (key, dtype, numel) -> Storage, for files that keep storages beside the pickle.
+    torchscript: whether the file's own classes may appear; they become `Module`s.
+  """
+
+  def __init__(self, view, at, budget, find_storage=None, torchscript=False):
+    self.view, self.at, self.budget = view, at, budget
+    self.find_storage, self.torchscript = find_storage, torchscript
+    self.stack, self.below, self.memo = [], [], {}
+
+  def run(self):
+    while True:
+      self.budget.charge(INSTRUCTION)
+      code = self.take(1)[0]
+      if code == ord('.'):
+        check(len(self.stack) == 1 and not self.below, 'ends in the middle')
+        return self.stack.pop()
+      check(code in _INSTRUCTIONS, f'instruction 0x{code:02x} in it is not one that weights need')
+      _INSTRUCTIONS[code](self)
+
+  def take(self, size):
+    check(0 <= size <= len(self.view) - self.at, 'is cut short or damaged: it goes on beyond its end; fetch it again')
+    self.at += size
+    return self.view[self.at - size:self.at]
+
+  def unpack(self, form):
+    return struct.unpack(f'<{form}', self.take(struct.calcsize(f'<{form}')))[0]
+
+  def text(self, size):
+    data = self.take(size)
+    top = np.frombuffer(data, np.uint8).max(initial=0)
+    self.budget.charge(size * (1 if top < 0xc4 else 2 if top < 0xf0 else 4))  # Python's widths of a string
+    return str(data, 'utf-8')
+
+  def line(self):
+    line, end, _ = bytes(self.view[self.at:self.at + 256]).partition(b'\n')
+    check(end, 'a name in it has no end')
+    self.at += len(line) + 1
+    return str(line, 'utf-8')
+
+  def push(self, value):
+    self.stack.append(value)
+
+  def pop(self):
+    check(self.stack, 'takes a value where there is none')
+    return self.stack.pop()
+
+  def pop_mark(self):
+    check(self.below, 'takes values where there are none')
+    items, self.stack = self.stack, self.below.pop()
+    return items
+
+  def top(self, kind):
+    check(self.stack and type(self.stack[-1]) is kind, f'fills something that is not a {kind.__name__}')
+    return self.stack[-1]
+
+  # Instructions.
+
+  def proto(self):
+    version = self.unpack('B')
+    check(2 <= version <= 5, f'is a pickle of protocol {version}; expected 2 to 5')
+
+  def frame(self):
+    check(self.unpack('Q') <= len(self.view) - self.at, 'is cut short or damaged: a frame goes on beyond its end')
+
+  def mark(self):
+    self.below.append(self.stack)
+    self.stack = []
+
+  def get(self, index):
+    check(index in self.memo, 'refers to what it has not made')
+    self.push(self.memo[index])
+
+  def put(self, index):
+    check(self.stack, 'remembers a value where there is none')
+    self.budget.charge(INSTRUCTION)
+    self.memo[index] = self.stack[-1]
+
+  def tuple(self, size):
+    check(len(self.stack) >= size, 'takes values where there are none')
+    items = tuple(self.stack[-size:])
+    del self.stack[-size:]
+    self.push(items)
+
+  def append(self):
+    item = self.pop()
+    self.top(list).append(item)
+
+  def extend(self):
+    items = self.pop_mark()
+    self.top(list).extend(items)
+
+  def fill_set(self):
+    items = _set(self.pop_mark())
+    self.top(set).update(items)
+
+  def set_items(self, items):
+    target = self.top(dict)
+    check(len(items) % 2 == 0, 'has a key without a value')
+    for key, value in zip(items[::2], items[1::2], strict=True):
+      # Only plain keys: the hash of a deep tuple of tuples may take for ever, and large integers can be made to collide.
+      check(type(key) is str or type(key) is int and 0 <= key < 1 << 32,
+            f'a key in it is {short(key)}; expected a name or a number')
+      check(key not in target, f'key {short(key)} is set twice')
+      target[key] = value
+
+  def set_item(self):
+    value, key = self.pop(), self.pop()
+    self.set_items([key, value])
+
+  def find_global(self, module, name):
+    check(type(module) is type(name) is str and len(module) + len(name) <= 512, 'a global in it has no name')
+    check((module, name) != ('dnnlib.tflib.network', 'Network'),
+          "is a snapshot of the TensorFlow releases of StyleGAN2 (dnnlib.tflib); convert it with stylegan2-ada-pytorch's "
+          'legacy.py: python legacy.py --source=<this file> --dest=converted.pkl')
+    inert = self.torchscript and re.fullmatch(r'__torch__(\.\w+)*', module) and name.isidentifier()
+    check((module, name) in _KNOWN or inert,
+          f'refused: it asks for {short(f"{module}.{name}")}, which weights do not need; expected a state_dict or a '
+          'snapshot of stylegan2-ada-pytorch')
+    self.push(_Global(module, name))
+
+  def find_global_on_stack(self):
+    name, module = self.pop(), self.pop()
+    self.find_global(module, name)
+
+  def reduce(self):
+    args, function = self.pop(), self.pop()
+    check(type(function) is _Global and type(args) is tuple and (function.module, function.name) in _CALLS,
+          'refused: it calls what is not a known function')
+    self.budget.charge(CALL + sum(SET_ITEM * len(x) if type(x) is list else len(x) for x in args if type(x) in (list, str)))
+    try:
+      self.push(_CALLS[function.module, function.name](*args))
+    except TypeError:
+      raise Refusal(f'{function.module}.{function.name} in it has other arguments than torch gives') from None
+
+  def new_object(self):
+    args, kind = self.pop(), self.pop()
+    check(type(kind) is _Global and type(args) is tuple and not args
+          and (kind.module, kind.name) not in _CALLS.keys() | _TYPES,
+          'refused: it makes an object of a class that is not known')
+    is_dict = (kind.module, kind.name) in _DICTS
+    self.push({} if is_dict else Module(f'{kind.module}.{kind.name}', {}))
+
+  def build(self):
+    state = self.pop()
+    check(self.stack, 'takes a value where there is none')
+    target = self.stack[-1]
+    if type(target) is _Dtype:
+      check(type(state) is tuple and len(state) > 1 and type(state[1]) is str and state[1] in ('<', '|', '='),
+            'holds big-endian numbers; expected little-endian')
+    elif self.torchscript and type(target) is Module and not target.state:
+      check(type(state) is dict and all(type(name) is str for name in state), 'an object in it has no attributes')
+      target.state = state
+    else:  # a state dict carries its modules' versions
+      check(type(target) is dict and type(state) is dict and state.keys() <= {'_metadata'},
+            'refused: it gives attributes to what has none')
+
+  def persistent(self):
+    pid = self.pop()
+    check(self.find_storage is not None and type(pid) is tuple and len(pid) in (5, 6), 'refers to an unknown storage')
+    tag, kind, key, device, numel, *view = pid
+    check(type(tag) is str and tag == 'storage' and type(kind) is _Global and (kind.module, kind.name) in _TYPES
+          and type(key) is str and type(device) is str and _is_size(numel) and all(part is None for part in view),
+          'refers to an unknown storage')
+    self.budget.charge(CALL)
+    self.push(self.find_storage(key, STORAGES[kind.name], numel))
+
+
+_INSTRUCTIONS = {
+  b'\x80': Machine.proto,
+  b'\x95': Machine.frame,
+  b'N': lambda m: m.push(None),
+  b'\x88': lambda m: m.push(True),
+  b'\x89': lambda m: m.push(False),
+  b'K': lambda m: m.push(m.unpack('B')),
+  b'M': lambda m: m.push(m.unpack('H')),
+  b'J': lambda m: m.push(m.unpack('i')),
+  b'\x8a': lambda m: m.push(int.from_bytes(m.take(m.unpack('B')), 'little', signed=True)),
+  b'G': lambda m: m.push(struct.unpack('>d', m.take(8))[0]),
+  b'X': lambda m: m.push(m.text(m.unpack('I'))),
+  b'\x8c': lambda m: m.push(m.text(m.unpack('B'))),
+  b'\x8d': lambda m: m.push(m.text(m.unpack('Q'))),
+  b'U': lambda m: m.push(m.text(m.unpack('B'))),  # names in files that Python 2 saved
+  b'B': lambda m: m.push(m.take(m.unpack('I'))),
+  b'C': lambda m: m.push(m.take(m.unpack('B'))),
+  b'\x8e': lambda m: m.push(m.take(m.unpack('Q'))),
+  b')': lambda m: m.push(()),
+  b']': lambda m: m.push([]),
+  b'}': lambda m: m.push({}),
+  b'\x8f': lambda m: m.push(set()),
+  b'(': Machine.mark,
+  b't': lambda m: m.push(tuple(m.pop_mark())),
+  b'\x85': lambda m: m.tuple(1),
+  b'\x86': lambda m: m.tuple(2),
+  b'\x87': lambda m: m.tuple(3),
+  b'a': Machine.append,
+  b'e': Machine.extend,
+  b'\x90': Machine.fill_set,
+  b's': Machine.set_item,
+  b'u': lambda m: m.set_items(m.pop_mark()),
+  b'q': lambda m: m.put(m.unpack('B')),
+  b'r': lambda m: m.put(m.unpack('I')),
+  b'\x94': lambda m: m.put(len(m.memo)),
+  b'h': lambda m: m.get(m.unpack('B')),
+  b'j': lambda m: m.get(m.unpack('I')),
+  b'c': lambda m: m.find_global(m.line(), m.line()),
+  b'\x93': Machine.find_global_on_stack,
+  b'R': Machine.reduce,
+  b'\x81': Machine.new_object,
+  b'b': Machine.build,
+  b'Q': Machine.persistent,
+}
+_INSTRUCTIONS = {code[0]: instruction for code, instruction in _INSTRUCTIONS.items()}
+
+
+def read_legacy(view, budget):
+  """A file of torch.save before 1.6, and of each storage in a plain pickle: five pickles, then the storages' bytes."""
+  at = 0
+
+  def unpickle(at, find_storage=None):
+    machine = Machine(view, at, budget, find_storage)
+    return machine.run(), machine.at
+
+  magic, at = unpickle(at)
+  protocol, at = unpickle(at)
+  system, at = unpickle(at)
+  check((magic, protocol) == (MAGIC, PROTOCOL), 'is not a torch file of a known version')
+  check(type(system) is dict and system.get('little_endian') is True, 'holds big-endian numbers; expected little-endian')
+
+  # The tensors come before their bytes: the first pass learns the storages' names, the second makes the tensors.
+  storages, begin = {}, at
+  _, at = unpickle(begin, lambda key, dtype, numel: storages.setdefault(key, Storage(dtype, numel, None)))
+  keys, at = unpickle(at)
+  check(type(keys) is list and len(keys) == len(storages) and all(type(k) is str for k in keys)
+        and set(keys) == storages.keys(), 'lists other storages than its tensors use')
+  for key in keys:
+    storage = storages[key]
+    check(struct.unpack_from('<q', view, at)[0] == storage.numel, f'storage {short(key)} has two different sizes')
+    size = storage.numel * np.dtype(storage.dtype).itemsize
+    at += 8
+    check(size <= len(view) - at, f'storage {short(key)} goes beyond the end of the file')
+    storage.data = view[at:at + size]
+    at += size
+  check(at == len(view), f'{len(view) - at} bytes follow its end')
+
+  def find(key, dtype, numel):
+    storage = storages[key]
+    check((storage.dtype, storage.numel) == (dtype, numel), f'storage {short(key)} has two different types')
+    return storage
+  return unpickle(begin, find)[0]

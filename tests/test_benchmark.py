@@ -1,0 +1,30 @@
+"""Measures of speed: what is in them, not how large they are."""
+import json
+import math
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from palm_jax import benchmark, devices
+from palm_jax.data import Data, Split
+from palm_jax.generator import train
+
+
+@pytest.mark.parametrize('augment, phases', [
+    ('none', {'g_main', 'd_main'}),
+    pytest.param('blit', {'g_main', 'd_main', 'r1', 'path_lengths', 'ada'}, marks=pytest.mark.slow)])
+def test_shares_of_the_generators_training(tmp_path, augment, phases):
+  c = train.default_config()
+  c.update(dict(z_dim=4, w_dim=4, mapping_layers=1, base_size=3, channel_base=24, channel_max=4, conv_clamp=0.,
+                d_mapping_layers=0, mbstd_group=2, batch_size=4, r1_interval=4, r1_gamma=.01 * ('r1' in phases),
+                pl_weight=2. * ('path_lengths' in phases), augment=augment, iterations_per_call=4))
+  split = Split(np.random.default_rng(0).integers(0, 256, (20, 6, 6, 4), np.uint8), np.zeros(20, np.int64))
+  config, mesh = ConfigDict(dict(seed=0, generator=c)), devices.make_mesh(2)
+  result = benchmark.benchmark(config, tmp_path, Data(split, split, ('all',), 'noise'), mesh)
+  assert json.loads((tmp_path / 'results' / 'benchmark.json').read_text()) == result
+  found = result['generator']
+  assert found['phase_seconds'].keys() == found['phase_shares'].keys() == phases
+  assert math.isclose(sum(found['phase_shares'].values()), 1) and min(found['phase_seconds'].values()) >= 0
+  assert math.isclose(found['images_per_second'] * found['seconds_per_iteration'], 4)
+  assert result['devices'].startswith('2 x') and found['settings']['augment'] == augment

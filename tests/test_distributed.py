@@ -1,0 +1,320 @@
+"""Several processes are one run: the same numbers, checkpoints of all for any number of processes, one end for all."""
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import multihost_utils
+
+from palm_jax import devices, pretrain
+from palm_jax.checkpoint import Checkpoints, Preemption, list_steps
+from palm_jax.errors import UserError
+from palm_jax.metrics import read_jsonl
+from tests.worlds import LinearGenerator, tiny_config
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+class LargeGenerator(LinearGenerator):
+  """The same at 40x40, each pixel five times: the Nature CNN compiles in a tenth of ResNet-18's time."""
+  image_shape = (40, 40, 1)
+
+  @staticmethod
+  def apply(variables, z, labels, truncation_psi=1.):
+    return LinearGenerator.apply(variables, z, labels, truncation_psi).repeat(5, 1).repeat(5, 2)
+
+
+def worker(folder, stop_at):
+  """What each process of the quick tests runs: palm_jax's own loop without its monitors, saved at every call."""
+  devices.initialize_distributed()
+  config, mesh, generator = tiny_config(), devices.make_mesh(), LargeGenerator()
+  config.encoder.update(dict(name='nature', features=16))
+  config.replay.capacity = 8 * 8  # wraps within the run
+  config.pretrain.update(dict(dtype='float64', env_steps=4 * 3 * 16, num_envs=8, rollout_length=2, batch_size=16,
+                              updates_per_iteration=1, warmup_steps=48, iterations_per_call=3))
+  program, world = pretrain.make_program(config, generator, mesh), pretrain.make_world(config, generator, mesh)
+  key = jax.random.key(3)
+  template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                          jax.eval_shape(program.init, key, world), program.state_shardings)
+  with Checkpoints(folder, keep=9) as checkpoints, Preemption() as preemption:
+    restored = checkpoints.restore({'state': template})
+    state, step = (restored.items['state'], restored.step) if restored else (program.init(key, world), 0)
+    while step < program.num_calls:
+      state, _ = jax.block_until_ready(program.call(state, world))
+      step += 1
+      if step == stop_at and jax.process_index() == jax.process_count() - 1:
+        os.kill(os.getpid(), signal.SIGTERM)  # to one process only
+      stop = preemption.requested
+      checkpoints.save(step, {'state': state}, {})
+      write_arrays(folder / f'{step}.npz', state)
+      if stop:
+        break
+
+
+def write_arrays(path, state):
+  """Writes the whole of a sharded state: {path of a leaf: array}."""
+  state = multihost_utils.process_allgather(state.replace(key=jax.random.key_data(state.key)), tiled=True)
+  if jax.process_index() == 0:
+    np.savez(path, **{jax.tree_util.keystr(name): x for name, x in jax.tree_util.tree_leaves_with_path(state)})
+
+
+def environment(num_devices, **more):
+  env = {name: value for name, value in os.environ.items() if not name.startswith(('XLA_', 'SLURM_', 'JAX_'))}
+  return dict(env, JAX_PLATFORMS='cpu', JAX_ENABLE_X64='1', JAX_NUM_CPU_DEVICES=str(num_devices), NPROC='16',
+              XLA_FLAGS='--xla_backend_optimization_level=0', PYTHONPATH=str(ROOT), **more)
+
+
+def free_port():
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    return free.getsockname()[1]
+
+
+def run_workers(folder, processes, num_devices, stop_at=0):
+  """Runs `worker` in so many processes to the end; all must leave with code 0."""
+  folder.parent.mkdir(exist_ok=True)
+  address = f'127.0.0.1:{free_port()}'
+  children, logs = [], []
+  try:
+    for i in range(processes):
+      logs.append(folder.with_suffix(f'.{i}.log'))
+      joined = dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(processes), JAX_PROCESS_ID=str(i))
+      with logs[-1].open('w') as log:
+        children.append(subprocess.Popen([sys.executable, __file__, str(folder), str(stop_at)], stdout=log, stderr=log,
+                                         env=environment(num_devices, **joined)))
+    codes = [child.wait(600) for child in children]
+  finally:
+    for child in children:
+      child.kill()
+  assert codes == [0] * processes, [log.read_text() for log in logs]
+
+
+def assert_same_state(got, want):
+  """Of two files of `write_arrays`: pictures and counters equal, parameters as near as between device counts."""
+  got, want = np.load(got), np.load(want)
+  assert sorted(got) == sorted(want) and sum(x.dtype == np.float64 for x in want.values()) > 20
+  largest = 0.
+  for name, x in want.items():
+    assert got[name].dtype == x.dtype, name
+    if np.issubdtype(x.dtype, np.floating):
+      np.testing.assert_allclose(got[name], x, rtol=1e-9, atol=1e-9, err_msg=name)
+      largest = max(largest, float(np.abs(got[name] - x).max(initial=0)))
+    else:
+      np.testing.assert_array_equal(got[name], x, err_msg=name)
+  print(f'largest difference {largest:.1e}')  # seen with -s
+
+
+@pytest.fixture(scope='module')
+def one(tmp_path_factory):
+  """The run of one process with eight devices, four calls, each saved."""
+  folder = tmp_path_factory.mktemp('distributed') / 'one'
+  run_workers(folder, 1, 8)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def two(one):
+  """The same run in two processes of four devices, one of which was told to stop after the second call."""
+  folder = one.with_name('two')
+  run_workers(folder, 2, 4, stop_at=2)
+  return folder
+
+
+def test_two_processes_are_one_run_and_stop_together(one, two):
+  assert list_steps(one) == [1, 2, 3, 4] and list_steps(two) == [1, 2]
+  before, after = np.load(one / '1.npz'), np.load(one / '2.npz')
+  assert all((before[name] != after[name]).any() for name in after if 'kernel' in name and 'params' in name)
+  assert_same_state(two / '2.npz', one / '2.npz')
+
+
+@pytest.mark.parametrize(('processes', 'num_devices'), [(1, 8), pytest.param(4, 2, marks=pytest.mark.slow)])
+def test_other_numbers_of_processes_go_on(one, two, processes, num_devices):
+  folder = shutil.copytree(two, two.with_name(f'on{processes}'))
+  run_workers(folder, processes, num_devices)
+  assert list_steps(folder) == [1, 2, 3, 4]
+  assert_same_state(folder / '4.npz', one / '4.npz')
+
+
+def test_nothing_happens_on_one_machine(monkeypatch):
+  for name in os.environ:
+    if name.startswith(('SLURM_', 'JAX_COORD', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')):
+      monkeypatch.delenv(name)
+  devices.initialize_distributed()
+  devices.initialize_distributed('127.0.0.1:1', 1, 0)
+  monkeypatch.setenv('SLURM_PROCID', '0')
+  monkeypatch.setenv('SLURM_NTASKS', '1')
+  devices.initialize_distributed()
+  monkeypatch.setenv('SLURM_NTASKS', '8')  # a shell inside an allocation for eight
+  monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '1')
+  devices.initialize_distributed()
+  assert not jax.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(('settings', 'message'), [
+    (('10.0.0.1:8476', None, None), '--coordinator_address=10.0.0.1:8476 without --num_processes and --process_id'),
+    ((None, 2, 0), '--num_processes=2 --process_id=0 without --coordinator_address'),
+    (('10.0.0.1', 2, 0), '--coordinator_address=10.0.0.1 is not HOST:PORT'),
+    (('10.0.0.1:http', 2, 0), '--coordinator_address=10.0.0.1:http is not HOST:PORT'),
+    (('10.0.0.1:8476', 2, 2), '--process_id=2 is not below --num_processes=2'),
+    (('10.0.0.1:8476', 0, 0), '--process_id=0 is not below --num_processes=0'),
+    (('10.0.0.1:8476', 2, -1), '--process_id=-1 is not a number of at least 0'),
+])
+def test_settings_that_cannot_be(settings, message):
+  with pytest.raises(UserError, match=f'^{re.escape(message)}') as error:
+    devices.initialize_distributed(*settings)
+  assert '\n' not in str(error.value)
+
+
+def test_a_port_in_use():
+  with socket.socket() as other:
+    other.bind(('', 0))
+    other.listen()
+    port = other.getsockname()[1]
+    with pytest.raises(UserError, match=f'port {port} .* choose another'):
+      devices.initialize_distributed(f'127.0.0.1:{port}', 2, 0)
+
+
+@pytest.mark.parametrize('process_id', [0, 1])
+def test_processes_that_do_not_come_are_waited_for_only_so_long(process_id):
+  code = f"""
+from absl import app
+from palm_jax import devices, main
+run = lambda argv: devices.initialize_distributed('127.0.0.1:{free_port()}', 2, {process_id}, wait_seconds=2)
+app.run(main.exit_on_user_error(run))
+"""
+  done = subprocess.run([sys.executable, '-c', code], env=environment(1), capture_output=True, text=True, timeout=120)
+  assert done.returncode == 2, done.stderr
+  assert '\npalm_jax: the processes of the run did not find each other at 127.0.0.1:' in f'\n{done.stderr}', done.stderr
+
+
+def test_slurm_is_found_without_flags():
+  """Two tasks of a step, on the variables that srun sets."""
+  code = """
+import jax
+from absl import logging
+from palm_jax import devices
+devices.initialize_distributed()
+print(jax.process_index(), jax.process_count(), jax.device_count(), logging.get_verbosity() == logging.WARNING)
+"""
+  step = dict(SLURM_JOB_ID='1', SLURM_STEP_NODELIST='localhost', SLURM_NTASKS='2', SLURM_STEP_NUM_TASKS='2',
+              SLURM_STEP_NUM_NODES='1', JAX_COORDINATOR_PORT=str(free_port()))
+  tasks = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True,
+                            env=environment(3, SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **step)) for i in range(2)]
+  try:
+    output = [task.communicate(timeout=120)[0].splitlines()[-1] for task in tasks]
+  finally:
+    for task in tasks:
+      task.kill()
+  assert output == ['0 2 6 False', '1 2 6 True']
+
+
+class Pod:
+  """palm_jax.main in several processes of this machine, by the command that people type."""
+
+  def __init__(self, base, workdir, processes, num_devices, *arguments):
+    self.base, self.workdir, self.processes = base, base / workdir, processes
+    self.log = base / f'{workdir}.log'
+    self.command = [sys.executable, str(ROOT / 'launch' / 'local.py'), f'--processes={processes}', f'--devices={num_devices}',
+                    '--', f'--config={base / "config.py"}', f'--workdir={self.workdir}', *arguments]
+
+  def start(self):
+    with self.log.open('w') as log:
+      return subprocess.Popen(self.command, cwd=ROOT, stdout=log, stderr=log, env=environment(
+          1, JAX_COMPILATION_CACHE_DIR=str(self.base / 'cache'), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0'))
+
+  def finish(self):
+    assert self.start().wait(3000) == 0, self.log.read_text()
+    log = self.log.read_text()
+    assert 'Traceback' not in log and not re.search(r'^\[[1-9]\] I', log, re.MULTILINE), log  # progress is process 0's
+    return self
+
+  def interrupt(self, number, calls):
+    """Sends a signal to the last process once so many calls are saved -> the launcher's code, the seconds it then took."""
+    launcher = self.start()
+    try:
+      checkpoints = self.workdir / 'pretrain' / 'checkpoints'
+      deadline = time.monotonic() + 3000
+      while max(list_steps(checkpoints), default=0) < calls * 2:
+        assert launcher.poll() is None and time.monotonic() < deadline, self.log.read_text()
+        time.sleep(0.1)
+      children = sorted(map(int, pathlib.Path(f'/proc/{launcher.pid}/task/{launcher.pid}/children').read_text().split()))
+      assert len(children) == self.processes
+      os.kill(children[-1], number)
+      began = time.monotonic()
+      code = launcher.wait(300)
+      assert not any(pathlib.Path(f'/proc/{child}').exists() for child in children)
+      return code, time.monotonic() - began
+    finally:
+      launcher.kill()
+
+  def metrics(self):
+    return read_jsonl(self.workdir / 'pretrain' / 'metrics.jsonl')
+
+
+CONFIG = """
+from tests.worlds import tiny_config
+
+
+def get_config():
+  c = tiny_config()
+  c.data.name = {data!r}
+  c.generator.update(dict(z_dim=4, w_dim=4, mapping_layers=1, channel_base=32, channel_max=4, conv_clamp=0.,
+                          d_mapping_layers=0, mbstd_group=1, batch_size=8, r1_interval=2, kimg=0.032,
+                          iterations_per_call=2))
+  c.simsiam.update(dict(proj_hidden=8, proj_dim=8, pred_hidden=4))
+  c.pretrain.update(dict(dtype='float64', env_steps=6 * 2 * 16, num_envs=8, rollout_length=2, batch_size=16,
+                         updates_per_iteration=1, warmup_steps=48, iterations_per_call=2, checkpoint_minutes=0.,
+                         monitor_fraction=1.))
+  return c
+"""
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+  base, rng = tmp_path_factory.mktemp('pods'), np.random.default_rng(0)
+  np.savez(base / 'data.npz', images=rng.integers(0, 256, (60, 8, 8, 1), dtype=np.uint8), labels=np.arange(60) % 3)
+  (base / 'config.py').write_text(CONFIG.format(data=str(base / 'data.npz')))
+  return base
+
+
+@pytest.fixture(scope='module')
+def pod(base):
+  """All jobs in two processes."""
+  return Pod(base, 'pod', 2, 4).finish()
+
+
+@pytest.mark.slow
+def test_only_the_first_process_writes(pod):
+  assert [row['step'] for row in pod.metrics()] == [2, 4, 6, 8, 10, 12]
+  assert {path.stem for path in (pod.workdir / 'results').iterdir()} >= {'generator', 'pretrain', 'probe'}
+  for job in ('generator', 'pretrain'):
+    assert len(list((pod.workdir / job).glob('events.out.tfevents.*'))) == 1
+  assert list((pod.workdir / 'pretrain' / 'rollouts').glob('*.png')) and not list(pod.workdir.rglob('*.part'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_to_one_process(base, pod, number):
+  """The whole command: one is stopped or killed, all end, the same command in another number of processes goes on."""
+  arguments = ('--job=pretrain', f'--config.generator.path={pod.workdir}')
+  interrupted = Pod(base, number.name, 2, 4, *arguments)
+  code, seconds = interrupted.interrupt(number, calls=2)
+  assert code == (0 if number == signal.SIGTERM else 128 + number), interrupted.log.read_text()
+  assert seconds < 60
+  print(f'{number.name}: all ended after {seconds:.1f} s')
+  Pod(base, number.name, 1, 8, *arguments).finish()
+  for got, want in zip(interrupted.metrics(), pod.metrics(), strict=True):
+    assert got.keys() == want.keys()
+    np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=1e-7, atol=1e-9)
+
+
+if __name__ == '__main__':
+  worker(pathlib.Path(sys.argv[1]), int(sys.argv[2]))
