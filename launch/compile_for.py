@@ -379,7 +379,8 @@ def make_generator(config, image_size, image_channels, num_classes):
   """A generator of the config's sizes; its variables have shapes and no memory."""
   network, _ = make_networks(config.generator, (image_size, image_size, image_channels), num_classes)
   variables = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, network.z_dim)), jnp.zeros(1, jnp.int32))
-  return LoadedGenerator(network, jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), variables))
+  variables = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), variables)
+  return LoadedGenerator(network, variables).with_dtype(pretrain.DTYPES[config.pretrain.dtype])
 
 
 def lower(config, generator, mesh):

@@ -49,11 +49,12 @@ def initialize_distributed(coordinator_address=None, num_processes=None, process
     UserError: some of the three and not all, values that cannot be, or processes that did not come in time.
   """
   explicit = _explicit(coordinator_address, num_processes, process_id)
+  step, tasks = os.environ.get('SLURM_STEP_NODELIST'), os.environ.get('SLURM_STEP_NUM_TASKS') or os.environ.get('SLURM_NTASKS')
   if explicit:
     # Otherwise JAX would take what is missing, the share of a machine's GPUs, from a SLURM step around it.
     where, settings = explicit['coordinator_address'], dict(explicit, cluster_detection_method='deactivate')
-  elif int(os.environ.get('SLURM_STEP_NUM_TASKS') or os.environ.get('SLURM_NTASKS', 1)) > 1 and 'SLURM_PROCID' in os.environ:
-    where, settings = f'the first node of {os.environ.get("SLURM_STEP_NODELIST")}', dict(cluster_detection_method='slurm')
+  elif step and int(tasks or 1) > 1:
+    where, settings = f'the first node of {step}', dict(cluster_detection_method='slurm')
   elif importlib.util.find_spec('libtpu') and 'tpu' in (jax.config.jax_platforms or 'tpu'):
     where, settings = 'the first worker of the TPU pod', {}
   else:

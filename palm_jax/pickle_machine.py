@@ -111,7 +111,7 @@ def _parameter(tensor, requires_grad, hooks):
 
 def _load_from_bytes(data):
   check(isinstance(data, bytes | memoryview), 'a storage in it is not made of bytes')
-  storage = read_legacy(memoryview(data), Budget(STORAGE_PICKLE))
+  storage = read_legacy(memoryview(data), Budget(STORAGE_PICKLE), calls={})  # none: storages in storages never end
   check(type(storage) is Storage, 'a storage in it is something else')
   return storage
 
@@ -184,11 +184,12 @@ class Machine:
     budget: what it may use.
     find_storage: (key, dtype, numel) -> Storage, for files that keep storages beside the pickle.
     torchscript: whether the file's own classes may appear; they become `Module`s.
+    calls: the functions that may be called, {(module, name): what it does}.
   """
 
-  def __init__(self, view, at, budget, find_storage=None, torchscript=False):
+  def __init__(self, view, at, budget, find_storage=None, torchscript=False, calls=_CALLS):
     self.view, self.at, self.budget = view, at, budget
-    self.find_storage, self.torchscript = find_storage, torchscript
+    self.find_storage, self.torchscript, self.calls = find_storage, torchscript, calls
     self.stack, self.below, self.memo = [], [], {}
 
   def run(self):
@@ -308,11 +309,11 @@ class Machine:
 
   def reduce(self):
     args, function = self.pop(), self.pop()
-    check(type(function) is _Global and type(args) is tuple and (function.module, function.name) in _CALLS,
+    check(type(function) is _Global and type(args) is tuple and (function.module, function.name) in self.calls,
           'refused: it calls what is not a known function')
     self.budget.charge(CALL + sum(SET_ITEM * len(x) if type(x) is list else len(x) for x in args if type(x) in (list, str)))
     try:
-      self.push(_CALLS[function.module, function.name](*args))
+      self.push(self.calls[function.module, function.name](*args))
     except TypeError:
       raise Refusal(f'{function.module}.{function.name} in it has other arguments than torch gives') from None
 
@@ -396,12 +397,12 @@ _INSTRUCTIONS = {
 _INSTRUCTIONS = {code[0]: instruction for code, instruction in _INSTRUCTIONS.items()}
 
 
-def read_legacy(view, budget):
+def read_legacy(view, budget, calls=_CALLS):
   """A file of torch.save before 1.6, and of each storage in a plain pickle: five pickles, then the storages' bytes."""
   at = 0
 
   def unpickle(at, find_storage=None):
-    machine = Machine(view, at, budget, find_storage)
+    machine = Machine(view, at, budget, find_storage, calls=calls)
     return machine.run(), machine.at
 
   magic, at = unpickle(at)

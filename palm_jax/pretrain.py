@@ -296,7 +296,7 @@ def train(config, workdir, mesh):
     NonFiniteError: a loss or gradient became NaN or infinite; the last good checkpoint stays.
   """
   folder, first_process = workdir / 'pretrain', jax.process_index() == 0
-  generator = load_generator(config.generator.path or workdir)
+  generator = load_generator(config.generator.path or workdir).with_dtype(DTYPES[config.pretrain.dtype])
   program = make_program(config, generator, mesh)
   world = make_world(config, generator, mesh)
   monitors = make_monitors(config, generator, program)

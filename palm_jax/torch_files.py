@@ -5,6 +5,7 @@ three times its size (or 32 MB beyond it, where that is more), whatever it claim
 """
 import pathlib
 import re
+import stat
 import struct
 import zlib
 
@@ -15,7 +16,7 @@ from palm_jax.pickle_machine import MAGIC, Budget, Machine, Module, Refusal, Sto
 
 LEAST_BUDGET = 32 << 20  # bytes; small files are mostly instructions
 ZIP_ENTRY = 1024  # bytes charged for the name of one
-MAX_DEPTH, MAX_NAMES, MAX_NAME = 64, 100_000, 1000  # modules in modules, tensors and modules, letters of a dotted name
+MAX_DEPTH, MAX_NAMES, MAX_NAME = 64, 100_000, 200  # modules in modules; attributes and modules; letters of a dotted name
 
 
 class SnapshotError(UserError):
@@ -32,14 +33,12 @@ def read(path):
   Raises:
     SnapshotError: no such file, damage, or contents that no such file needs; in one line.
   """
-  path = pathlib.Path(path)
-  if not path.is_file():
-    what = 'is a folder' if path.is_dir() else 'no such file'
-    raise SnapshotError(f'{path}: {what}; expected a file of weights, such as network.pkl')
+  path = check_file(path)
   try:
     data = path.read_bytes()
-  except OSError as e:
-    raise SnapshotError(f'{path} cannot be read ({e.strerror}): mend that, or give another file') from e
+  except (OSError, MemoryError) as e:
+    raise SnapshotError(f'{path} cannot be read ({getattr(e, "strerror", "it is larger than the memory")}): mend that, or '
+                        'give another file') from e
   try:
     _check_kind(data)
     budget, view = Budget(max(2 * len(data), LEAST_BUDGET)), memoryview(data)
@@ -56,6 +55,20 @@ def read(path):
   except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
           struct.error) as e:
     raise SnapshotError(f'{path}: damaged ({type(e).__name__}); fetch or save it again') from e
+
+
+def check_file(path):
+  """pathlib.Path of a file. Raises SnapshotError where there is none that may be read."""
+  path = pathlib.Path(path)
+  try:
+    kind = path.stat().st_mode
+  except OSError as e:
+    what = 'no such file' if isinstance(e, FileNotFoundError | NotADirectoryError) else f'cannot be read ({e.strerror})'
+    raise SnapshotError(f'{path}: {what}; expected a file of weights, such as network.pkl') from e
+  if not stat.S_ISREG(kind):
+    what = 'is a folder' if stat.S_ISDIR(kind) else 'is no file'
+    raise SnapshotError(f'{path}: {what}; expected a file of weights, such as network.pkl')
+  return path
 
 
 def state_dict(module):
@@ -75,8 +88,6 @@ def state_dict(module):
     for name, part in modules(module):
       prefix = f'{name}.' if name else ''
       tensors |= {prefix + key: value for key, value in _own_tensors(part)}
-      if len(tensors) > MAX_NAMES:
-        raise SnapshotError(f'weights: more than {MAX_NAMES} tensors; expected a network')
     return tensors
   if type(module) is not dict:
     raise SnapshotError(f'weights: found a {type(module).__name__}, expected a module or a state dict')
@@ -92,11 +103,13 @@ def modules(module):
   Raises:
     SnapshotError: a module that contains itself, or more than any network has.
   """
-  found = []
+  found, attributes = [], 0
 
   def visit(name, module, depth):
+    nonlocal attributes
     found.append((name, module))
-    if depth > MAX_DEPTH or len(found) > MAX_NAMES or len(name) > MAX_NAME or not name.isprintable():
+    attributes += sum(len(_members(module, kind)) for kind in ('_parameters', '_buffers', '_modules'))
+    if attributes > MAX_NAMES or depth > MAX_DEPTH or len(found) > MAX_NAMES or len(name) > MAX_NAME or not name.isprintable():
       raise SnapshotError('weights: the modules are nested too deeply or oddly named, or one contains itself; '
                           'expected a network')
     for key, value in _members(module, '_modules'):
@@ -184,7 +197,7 @@ def _zip64(extra, numbers):
 def _members(module, kind):
   """[(name, value)] of a module's `kind`: '_parameters', '_buffers' or '_modules'; of TorchScript, all its attributes."""
   members = module.state.get(kind, module.state if '_modules' not in module.state else {})
-  if type(members) is not dict or not all(type(name) is str for name in members):
+  if type(members) is not dict or not all(type(name) is str and len(name) <= MAX_NAME for name in members):
     raise SnapshotError(f'weights: {kind} of a {short(module.class_name)} is not a dict of names')
   return members.items()
 

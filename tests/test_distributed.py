@@ -1,4 +1,5 @@
 """Several processes are one run: the same numbers, checkpoints of all for any number of processes, one end for all."""
+import json
 import os
 import pathlib
 import re
@@ -86,7 +87,8 @@ def run_workers(folder, processes, num_devices, stop_at=0):
   try:
     for i in range(processes):
       logs.append(folder.with_suffix(f'.{i}.log'))
-      joined = dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(processes), JAX_PROCESS_ID=str(i))
+      joined = dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(processes), JAX_PROCESS_ID=str(i),
+                    JAX_COMPILATION_CACHE_DIR=str(folder.parent / 'cache'))
       with logs[-1].open('w') as log:
         children.append(subprocess.Popen([sys.executable, __file__, str(folder), str(stop_at)], stdout=log, stderr=log,
                                          env=environment(num_devices, **joined)))
@@ -150,6 +152,7 @@ def test_nothing_happens_on_one_machine(monkeypatch):
   devices.initialize_distributed()
   devices.initialize_distributed('127.0.0.1:1', 1, 0)
   monkeypatch.setenv('SLURM_PROCID', '0')
+  monkeypatch.setenv('SLURM_STEP_NODELIST', 'localhost')
   monkeypatch.setenv('SLURM_NTASKS', '1')
   devices.initialize_distributed()
   monkeypatch.setenv('SLURM_NTASKS', '8')  # a shell inside an allocation for eight
@@ -195,25 +198,65 @@ app.run(main.exit_on_user_error(run))
   assert '\npalm_jax: the processes of the run did not find each other at 127.0.0.1:' in f'\n{done.stderr}', done.stderr
 
 
-def test_slurm_is_found_without_flags():
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', [0, 1])
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
+def test_the_others_end_by_themselves(tmp_path, victim, number):
+  """Without a launcher that ends them. A stopped process stands for a machine that is gone: nothing closes its connections."""
+  code = """
+import pathlib, sys, time
+from palm_jax import checkpoint, devices
+devices.initialize_distributed()
+pathlib.Path(sys.argv[1]).touch()
+while True:
+  checkpoint.any_process(False)
+  time.sleep(0.1)
+"""
+  joined = dict(JAX_COORDINATOR_ADDRESS=f'127.0.0.1:{free_port()}', JAX_NUM_PROCESSES='2')
+  files = [tmp_path / f'joined.{i}' for i in range(2)]
+  processes = [subprocess.Popen([sys.executable, '-c', code, str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                text=True, env=environment(2, JAX_PROCESS_ID=str(i), **joined))
+               for i, file in enumerate(files)]
+  try:
+    while not all(file.exists() for file in files):
+      assert all(process.poll() is None for process in processes)
+      time.sleep(0.1)
+    time.sleep(2)  # well into the loop
+    processes[victim].send_signal(number)
+    began = time.monotonic()
+    output = processes[1 - victim].communicate(timeout=60)[0]
+    print(f'{number.name} of process {victim}: the other ended after {time.monotonic() - began:.1f} s')
+    assert processes[1 - victim].returncode not in (0, None), output
+  finally:
+    for process in processes:
+      process.kill()
+
+
+def test_slurm_is_found_without_flags(tmp_path):
   """Two tasks of a step, on the variables that srun sets."""
   code = """
+import json, sys
 import jax
 from absl import logging
 from palm_jax import devices
+logging.set_verbosity(logging.INFO)
 devices.initialize_distributed()
-print(jax.process_index(), jax.process_count(), jax.device_count(), logging.get_verbosity() == logging.WARNING)
+with open(sys.argv[1], 'w') as f:
+  json.dump([jax.process_index(), jax.process_count(), jax.device_count(), logging.get_verbosity() == logging.WARNING], f)
 """
   step = dict(SLURM_JOB_ID='1', SLURM_STEP_NODELIST='localhost', SLURM_NTASKS='2', SLURM_STEP_NUM_TASKS='2',
               SLURM_STEP_NUM_NODES='1', JAX_COORDINATOR_PORT=str(free_port()))
-  tasks = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True,
-                            env=environment(3, SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **step)) for i in range(2)]
+  files = [tmp_path / str(i) for i in range(2)]
+  tasks = [subprocess.Popen([sys.executable, '-c', code, str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, env=environment(3, SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **step))
+           for i, file in enumerate(files)]
   try:
-    output = [task.communicate(timeout=120)[0].splitlines()[-1] for task in tasks]
+    output = [task.communicate(timeout=120)[0] for task in tasks]
   finally:
     for task in tasks:
       task.kill()
-  assert output == ['0 2 6 False', '1 2 6 True']
+  assert [task.returncode for task in tasks] == [0, 0], output
+  assert [json.loads(file.read_text()) for file in files] == [[0, 2, 6, False], [1, 2, 6, True]]
 
 
 class Pod:
@@ -233,7 +276,7 @@ class Pod:
   def finish(self):
     assert self.start().wait(3000) == 0, self.log.read_text()
     log = self.log.read_text()
-    assert 'Traceback' not in log and not re.search(r'^\[[1-9]\] I', log, re.MULTILINE), log  # progress is process 0's
+    assert 'Traceback' not in log and not re.search(r'^\[[1-9]\] I.* (main|metrics)\.py', log, re.MULTILINE), log  # progress is process 0's
     return self
 
   def interrupt(self, number, calls):

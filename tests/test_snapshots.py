@@ -387,6 +387,7 @@ def npy(header, content=b''):
   ({'a.npy': npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", pickle.dumps([os.system]))}, 'header'),
   ({'a.npy': npy("{'descr': __import__('os'), 'fortran_order': False, 'shape': (1,), }")}, 'not a readable .npz'),
   ({'a.npy': b'nonsense'}, 'not a readable .npz'),
+  ({'a.npy': npy('(' * 100)}, 'not a readable .npz'),
   ({'a.npy': npy("{'descr': '<i8', 'fortran_order': False, 'shape': (1,), }", bytes(8))}, 'of type int64'),
 ])
 def test_bad_npz(entries, words, tmp_path):
@@ -397,6 +398,14 @@ def test_bad_npz(entries, words, tmp_path):
   with pytest.raises(SnapshotError, match=words) as caught:
     load_generator(path)
   assert str(caught.value).startswith(f'{path}: ') and '\n' not in str(caught.value)
+
+
+def test_npz_packed_without_a_bound(tmp_path):
+  path = tmp_path / 'x.npz'
+  with zipfile.ZipFile(path, 'w', zipfile.ZIP_BZIP2) as archive:
+    archive.writestr('a.npy', bytes(1000))
+  with pytest.raises(SnapshotError, match='packed in another way'):
+    load_generator(path)
 
 
 @pytest.mark.parametrize('suffix', ['.npz', '.safetensors', '.pkl'])
@@ -463,9 +472,14 @@ def test_damaged_safetensors_of_ours(network, tmp_path):
   refused('description of the network', fields={**fields, 'channels': 'wide'})
   refused('description of the network', fields={**fields, 'unknown': 1})
   refused('description of the network', fields=[1])
+  for huge in (dict(mapping_layers=10 ** 9), dict(z_dim=10 ** 12), dict(channels=[8] * 200), dict(channels=[8, 10 ** 9])):
+    refused('description of the network', fields={**fields, **huge})
   whole = path.read_bytes()
   path.write_bytes(whole[:len(whole) // 2])
   with pytest.raises(SnapshotError, match='not a readable .safetensors'):
+    load_generator(path)
+  safetensors.numpy.save_file(arrays, path, dict(words='x' * (1 << 20)))
+  with pytest.raises(SnapshotError, match='its header is longer'):
     load_generator(path)
 
 

@@ -223,6 +223,14 @@ def in_a_storage(payload):
   return tensor(storage=files.legacy(payload))
 
 
+def nested_storages():
+  inner = files.legacy(files.Storage(np.zeros(2, np.float32)))
+  call = Forged().name('torch.storage', '_load_from_bytes').raw(b'B' + struct.pack('<I', len(inner)) + inner).single.reduce
+  system = dict(protocol_version=1001, little_endian=True, type_sizes={})
+  head = b''.join(pickle.dumps(x, 2) for x in (0x1950a86a20f9469cfc6c, 1001, system))
+  return tensor(storage=head + call.stop.code + pickle.dumps([], 2))
+
+
 def hostile(marker):
   """{name: (bytes, words of the refusal)}; what would run leaves the file `marker`."""
   command = f'touch {marker}'
@@ -267,6 +275,7 @@ def hostile(marker):
     'unknown memo': (b'\x80\x02h\x05.', 'has not made'),
     'two pickles': (pickle.dumps(1) + pickle.dumps(system), 'bytes follow its end'),
     'a program in a storage': (in_a_storage(system), "asks for 'posix.system'"),
+    'a storage in a storage': (nested_storages(), 'not a known function'),
     'negative offset': (tensor(offset=-1), 'impossible offset'),
     'offset beyond': (tensor(offset=1), 'beyond its storage'),
     'negative size': (tensor(size=(-2,)), 'impossible offset'),
@@ -375,6 +384,25 @@ def test_memory_is_bounded(name, size, write):
     read_within_bounds(path)
   except SnapshotError:
     pass
+
+
+@pytest.mark.parametrize('kind', ['_parameters', '_buffers', '_modules'])
+def test_modules_that_share_modules_are_not_gone_through_for_ever(kind):
+  """A few modules, each twice in the next, are millions of names; what they carry is looked at as often."""
+  module = Module('Leaf', dict(_parameters={}, _buffers={}, _modules={}))
+  for _ in range(40):
+    state = dict(_parameters={}, _buffers={}, _modules={})
+    state[kind] |= {f'x{i}': None for i in range(2000)}
+    state['_modules'] |= dict(a=module, b=module)
+    module = Module('M', state)
+  with pytest.raises(SnapshotError, match='expected a network'):
+    state_dict(module)
+
+
+def test_long_names_are_not_put_together():
+  leaf = Module('Leaf', dict(_parameters={'w' * 1000: np.zeros(1)}, _buffers={}, _modules={}))
+  with pytest.raises(SnapshotError, match='not a dict of names'):
+    state_dict(Module('M', dict(_parameters={}, _buffers={}, _modules=dict(a=leaf))))
 
 
 def test_what_doubles_stays_small(write):

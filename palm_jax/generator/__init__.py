@@ -18,6 +18,7 @@ from palm_jax.generator.snapshots import as_float32, load_snapshot, read_arrays
 from palm_jax.generator.stylegan2 import Generator
 from palm_jax.torch_files import SnapshotError
 
+MAX_SIZE = 1 << 16  # of any width, and of the number of classes
 NETWORK_KEY = 'palm_jax_network'  # of the metadata of our .safetensors: the Generator's fields as JSON
 
 
@@ -42,6 +43,10 @@ class LoadedGenerator:
   @property
   def image_shape(self):
     return self.network.image_shape
+
+  def with_dtype(self, dtype):
+    """The same generator with its convolutions computed in `dtype`; None is that of the variables."""
+    return dataclasses.replace(self, network=self.network.clone(dtype=dtype))
 
   def apply(self, variables, z, labels, truncation_psi=1., truncation_cutoff=None, noise='const', noise_keys=None):
     """z (N, z_dim), labels (N,) int -> (N, H, W, C) images, nominally in [-1, 1], at least float32.
@@ -143,9 +148,9 @@ def _from_arrays(path, arrays, fields):
   """Our own names -> LoadedGenerator."""
   try:
     network = _network(json.loads(fields))
-    template = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, network.z_dim), np.float32),
-                              np.zeros(1, np.int32))
-  except (KeyError, TypeError, ValueError, UserError) as e:
+    template = jax.eval_shape(network.init, jax.random.key(0), jax.ShapeDtypeStruct((1, network.z_dim), np.float32),
+                              jax.ShapeDtypeStruct((1,), np.int32))
+  except (KeyError, TypeError, ValueError, RecursionError, UserError) as e:
     raise SnapshotError(f'{path}: its description of the network is damaged ({type(e).__name__}); fetch it again') from e
   expected = {'/'.join(name): x.shape for name, x in traverse_util.flatten_dict(template).items()}
   shapes = {name: x.shape for name, x in arrays.items()}
@@ -165,11 +170,15 @@ def _from_folder(path):
   folder = path if (path / 'network.json').is_file() else path / 'generator'
   try:
     network = _network(json.loads((folder / 'network.json').read_text()))
-  except (OSError, ValueError, TypeError, KeyError) as e:
+  except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
     raise UserError(f'{path} holds no generator ({type(e).__name__} on generator/network.json): give the workdir of a '
                     'palm_jax run whose generator job has started') from e
   return LoadedGenerator(network, load_item(folder / 'checkpoints', 'generator')[1])
 
 
 def _network(fields):
+  """Generator of the fields in a file. Raises ValueError for sizes that no generator has, before they cost anything."""
+  sizes = [n for n in (*fields['channels'], *fields.values()) if type(n) is int]
+  if not all(0 <= n <= MAX_SIZE for n in sizes) or not len(fields['channels']) <= 10 or fields['mapping_layers'] > 64:
+    raise ValueError('sizes')
   return Generator(**dict(fields, channels=tuple(fields['channels'])))

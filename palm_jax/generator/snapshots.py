@@ -7,7 +7,9 @@ import contextlib
 import math
 import pathlib
 import re
+import tokenize
 import zipfile
+import zlib
 
 import jax
 import numpy as np
@@ -17,12 +19,13 @@ from absl import logging
 from palm_jax.errors import UserError
 from palm_jax.generator.stylegan2 import discriminator_from_official, generator_from_official
 from palm_jax.pickle_machine import Module, short
-from palm_jax.torch_files import MAX_NAME, SnapshotError, modules, read, state_dict
+from palm_jax.torch_files import MAX_NAME, SnapshotError, check_file, modules, read, state_dict
 
 FLOATS = 'bfloat16', 'float16', 'float32', 'float64'
 MAX_RESOLUTION = 2048
 LR_MULTIPLIER = .01  # of the mapping in our networks
 WHOLE_BATCH = 1 << 30  # minibatch-std group, which is at most the batch
+MAX_HEADER = 1 << 20  # bytes of a .safetensors' header; those of a network take some 20 kB
 MOST_PACKED = 8  # times that an .npz may grow when unpacked; float weights hardly shrink at all
 
 # Place, class and attributes (training/networks.py there) of what our networks do. Gains of weights follow from shapes.
@@ -121,16 +124,17 @@ def read_arrays(path):
   Raises:
     SnapshotError: no such file, or damage.
   """
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise SnapshotError(f'{path}: {"is a folder" if path.is_dir() else "no such file"}; expected a file of weights')
+  path = check_file(path)
   try:
     if path.suffix == '.npz':
       return _read_npz(path)
+    with path.open('rb') as file:
+      if int.from_bytes(file.read(8), 'little') > MAX_HEADER:
+        raise ValueError(f'its header is longer than {MAX_HEADER} bytes')
     with safetensors.safe_open(path, 'np') as file:
       return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-  except (OSError, EOFError, LookupError, MemoryError, NotImplementedError, RuntimeError, SyntaxError, TypeError,
-          ValueError, zipfile.BadZipFile, safetensors.SafetensorError) as e:
+  except (OSError, EOFError, AttributeError, LookupError, MemoryError, NotImplementedError, RuntimeError, SyntaxError,
+          TypeError, ValueError, tokenize.TokenError, zipfile.BadZipFile, zlib.error, safetensors.SafetensorError) as e:
     raise SnapshotError(f'{path}: not a readable {path.suffix} of weights ({" ".join(str(e).split())[:200]}); '
                         'fetch or save it again') from e
 
@@ -195,6 +199,8 @@ def _read_npz(path):
       room -= info.file_size
       if room < 0:
         raise ValueError(f'it unpacks to more than {MOST_PACKED} times its size')
+      if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a bound
+        raise ValueError(f'{info.filename[:80]!r} is packed in another way than numpy does')
       with archive.open(info) as file:
         version = np.lib.format.read_magic(file)
         header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
