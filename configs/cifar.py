@@ -3,12 +3,13 @@
   python -m palm_jax.main --config=configs/cifar.py            50M env steps, ResNet-18, StyleGAN2 with 512 channels: accelerators
   python -m palm_jax.main --config=configs/cifar.py:cifar100   the same on CIFAR-100
   python -m palm_jax.main --config=configs/cifar.py:small --config.data.name=train.npz,test.npz     two CPU cores
+  python -m palm_jax.main --config=configs/cifar.py:small --job=pretrain                            the same, without any data
 
 alpha and beta: the paper contradicts itself, so both readings have a name: `paper_text` (0.5, 0.95: sections 4.1 and 6)
 and `paper_fig5` (0.95, 0.75: the best cell of Figure 5). Append one: configs/cifar.py:small,paper_fig5.
-`small`, measured on two CPU cores: generator 38 minutes (160 kimg), then up to 9 minutes a pretraining, 4 to 6 the probe;
-1.8 GB. Linear accuracy, three seeds, on JPEG copies of CIFAR-10: PALM encoder 39.2 +- 1.1%, untrained 34.4 +- 0.8%, pixels 41.2%.
-To use one generator for several seeds: --config.seed=1 --config.generator.path=runs/cifar_small --workdir=runs/seed1.
+`small` plays in the bundled generator; --config.generator.path= trains one (about 130 images/s on two CPU cores). Measured
+there with an earlier one (64 to 32 channels, 160 kimg): up to 9 minutes a pretraining, 4 to 6 the probe; 1.8 GB. Linear
+accuracy, three seeds, on JPEG copies of CIFAR-10: PALM encoder 39.2 +- 1.1%, untrained 34.4 +- 0.8%, pixels 41.2%.
 The full size was not run yet. By arithmetic 50M steps are about 1e18 FLOP, an hour of one H200 at 35 to 40% of its bf16 peak;
 the replay takes 5.3 GB over all devices. To compare with: SimSiam with augmentation 90.5 / 66.0% on CIFAR-10 / 100 (solo-learn).
 """

@@ -22,14 +22,17 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
 fi
 
 if ((gpus == 0)); then export JAX_PLATFORMS=cpu; fi
-srun --cpus-per-task="$cpus" --kill-on-bad-exit=1 python -m palm_jax.main --workdir="$WORKDIR" "$@" &
-step=$!
-
-reason='' again=''
+step='' reason='' again=''
 # srun passes SIGTERM on to every process; they save together and leave.
-stop() { reason=$1 again=yes; kill -TERM "$step" 2>/dev/null || true; }
+stop() {
+  reason=$1 again=yes
+  if [[ -n $step ]]; then kill -TERM "$step" 2>/dev/null || true; fi
+}
 trap 'stop USR1' USR1
 trap 'stop TERM' TERM
+srun --cpus-per-task="$cpus" --kill-on-bad-exit=1 python -m palm_jax.main --workdir="$WORKDIR" "$@" &
+step=$!
+if [[ -n $reason ]]; then stop "$reason"; fi # it came just before
 while :; do
   again='' code=0
   wait "$step" || code=$?

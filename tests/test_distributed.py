@@ -276,7 +276,8 @@ class Pod:
   def finish(self):
     assert self.start().wait(3000) == 0, self.log.read_text()
     log = self.log.read_text()
-    assert 'Traceback' not in log and not re.search(r'^\[[1-9]\] I.* (main|metrics)\.py', log, re.MULTILINE), log  # progress is process 0's
+    progress_of_others = re.search(r'^\[[1-9]\] I.* (main|metrics)\.py', log, re.MULTILINE)
+    assert 'Traceback' not in log and not progress_of_others, log
     return self
 
   def interrupt(self, number, calls):

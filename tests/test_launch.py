@@ -38,8 +38,8 @@ COMMANDS = dict(
 printf '%s\\n' "$@" >srun.called
 while [[ $1 == --* ]]; do shift; done
 pids=()
-for ((i = 0; i < SLURM_NTASKS; i++)); do SLURM_PROCID=$i "$@" & pids+=($!); done
 trap 'kill -TERM "${pids[@]}"' TERM
+for ((i = 0; i < SLURM_NTASKS; i++)); do SLURM_PROCID=$i "$@" & pids+=($!); done
 worst=0
 for pid in "${pids[@]}"; do
   while :; do
