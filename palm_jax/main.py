@@ -83,12 +83,15 @@ def claim_workdir(workdir, config):
   Raises:
     UserError: the workdir cannot be made, or belongs to another config; the message names the keys that differ.
   """
+  import jax
+
   from palm_jax.checkpoint import write_json_atomic
   path, now = workdir / 'config.json', json.loads(config.to_json_best_effort())
   if not path.exists() or not any((workdir / name).exists() for name in (*JOBS, 'results')):
     try:
-      workdir.mkdir(parents=True, exist_ok=True)
-      write_json_atomic(path, now)
+      if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(path, now)
     except OSError as e:
       raise UserError(f'{workdir} cannot be written ({e.strerror}): mend that or choose another --workdir') from e
     return
@@ -145,24 +148,27 @@ def run(config, job, workdir, download=False):
     UserError: settings, data or a workdir that cannot be, before anything is computed or written.
   """
   import jax
+
+  from palm_jax.checkpoint import any_process
   for name in config.jobs if job == 'all' else (job,):
     if name not in JOBS:
       raise UserError(f'job {name!r} is unknown: choose one of {", ".join(JOBS)}, all{nearest(name, (*JOBS, "all"))}')
   workdir = pathlib.Path(workdir or f'runs/{config.name}').absolute()
   result = lambda name: workdir / 'results' / f'{name}.json'
+  complete = lambda name: any_process(result(name).exists())
   jobs = config.jobs if job == 'all' else (job,)
   if job == 'all' and config.generator.path:
     logging.info('generator: that of %s', config.generator.path)
     jobs = [name for name in jobs if name != 'generator']
   mesh = devices.make_mesh()
   check(config, jobs, mesh.size)
-  data = load_data(config, download) if any(name != 'pretrain' and not result(name).exists() for name in jobs) else None
+  data = load_data(config, download) if any(name != 'pretrain' and not complete(name) for name in jobs) else None
   claim_workdir(workdir, config)
   if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
     jax.config.update('jax_compilation_cache_dir', str(workdir / 'compilation_cache'))
   logging.info('%s: %d %s device(s)', workdir, mesh.size, mesh.devices.flat[0].platform)
   for name in jobs:
-    if result(name).exists():
+    if complete(name):
       logging.info('%s: complete, skipped (delete %s to run it again)', name, result(name))
     elif not run_job(name, config, workdir, data, mesh):
       logging.info('%s: stopped and saved; the same command goes on', name)
@@ -173,8 +179,8 @@ def main(argv):
   if len(argv) > 1:
     raise UserError(f'unexpected argument {argv[1]!r}: flags begin with --')
   devices.configure()
-  devices.initialize_distributed(flags.FLAGS.coordinator_address, flags.FLAGS.num_processes, flags.FLAGS.process_id)
   python_logging.getLogger('jax').setLevel(python_logging.WARNING)  # it tells of every backend that is not there
+  devices.initialize_distributed(flags.FLAGS.coordinator_address, flags.FLAGS.num_processes, flags.FLAGS.process_id)
   run(flags.FLAGS.config, flags.FLAGS.job, flags.FLAGS.workdir, flags.FLAGS.download)
 
 

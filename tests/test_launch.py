@@ -18,11 +18,12 @@ LAUNCH = pathlib.Path(__file__).parents[1] / 'launch'
 MAIN = """
 import json, os, signal, sys, time
 number = next((a.partition('=')[2] for a in sys.argv if a.startswith('--process_id=')), os.environ.get('SLURM_PROCID'))
+say = lambda line: os.write(1, f'{line}\\n'.encode())  # in one piece
 number, behaviour = int(number), os.environ.get('BEHAVIOUR', 'complete')
 with open(f'called.{number}', 'w') as f:
   json.dump(dict(argv=sys.argv[1:], pid=os.getpid(), devices=os.environ.get('JAX_NUM_CPU_DEVICES')), f)
-signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(0)))
-print('one line', flush=True)
+signal.signal(signal.SIGTERM, lambda *_: (say('saved'), sys.exit(0)))
+say('one line')
 if behaviour == 'fail' and number == 1:
   sys.exit(3)
 if behaviour == 'bad exit after SIGTERM':

@@ -11,18 +11,9 @@ import pytest
 from palm_jax import main
 from palm_jax.checkpoint import Checkpoints, list_steps, write_json_atomic
 from palm_jax.generator import train
-from tests.worlds import tiny_config
+from tests.worlds import COMPILED, tiny_config
 
 ROOT = pathlib.Path(__file__).parents[1]
-COMPILED = []  # seconds of each compilation
-
-
-def note_compilation(event, seconds, **_):
-  if event == '/jax/core/compile/backend_compile_duration':
-    COMPILED.append(seconds)
-
-
-jax.monitoring.register_event_duration_secs_listener(note_compilation)
 
 
 @pytest.fixture(scope='module')

@@ -25,17 +25,9 @@ from palm_jax.generator.sample import latent_walk, sample
 from palm_jax.generator.snapshots import load_discriminator, load_snapshot
 from palm_jax.torch_files import SnapshotError
 from tests import snapshot_files as files
+from tests.worlds import COMPILED
 
 ROOT = pathlib.Path(__file__).parents[1]
-COMPILED = []  # seconds of each compilation
-
-
-def note_compilation(event, seconds, **_):
-  if event == '/jax/core/compile/backend_compile_duration':
-    COMPILED.append(seconds)
-
-
-jax.monitoring.register_event_duration_secs_listener(note_compilation)
 
 
 @pytest.fixture(autouse=True)

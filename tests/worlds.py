@@ -1,8 +1,18 @@
-"""A small world for tests: the generator's protocol with one matrix behind it."""
+"""A small world for tests: the generator's protocol with one matrix behind it; and a count of what is compiled."""
 import jax
 import jax.numpy as jnp
 
 from configs import cifar
+
+COMPILED = []  # seconds of each compilation so far
+
+
+def note_compilation(event, seconds, **_):
+  if event == '/jax/core/compile/backend_compile_duration':
+    COMPILED.append(seconds)
+
+
+jax.monitoring.register_event_duration_secs_listener(note_compilation)
 
 
 class LinearGenerator:
