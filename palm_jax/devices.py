@@ -65,11 +65,21 @@ def initialize_distributed(coordinator_address=None, num_processes=None, process
     return
   sys.excepthook = _end_at_once
   # Devices meet here, where no process is far ahead: on CPU a first meeting waits 30 s, and compilations take longer.
-  mesh = make_mesh()
-  jax.block_until_ready(jax.jit(jax.shard_map(lambda: jax.lax.psum(1, 'data'), mesh=mesh, in_specs=(), out_specs=P()))())
   multihost_utils.process_allgather(np.zeros(1))
+  wait_for_all()
   if jax.process_index():
     logging.set_verbosity(logging.WARNING)
+
+
+def wait_for_all():
+  """Returns when every device of the run has done all that it was given; to be called by all processes before they end.
+
+  What multihost_utils gathers is there when the first device has it. A process that ended then would leave the others'
+  devices waiting for its own.
+  """
+  if jax.process_count() > 1:
+    total = jax.shard_map(lambda: jax.lax.psum(1, 'data'), mesh=make_mesh(), in_specs=(), out_specs=P())
+    jax.block_until_ready(jax.jit(total)())
 
 
 def _end_at_once(*error):

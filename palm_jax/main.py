@@ -182,6 +182,7 @@ def main(argv):
   python_logging.getLogger('jax').setLevel(python_logging.WARNING)  # it tells of every backend that is not there
   devices.initialize_distributed(flags.FLAGS.coordinator_address, flags.FLAGS.num_processes, flags.FLAGS.process_id)
   run(flags.FLAGS.config, flags.FLAGS.job, flags.FLAGS.workdir, flags.FLAGS.download)
+  devices.wait_for_all()
 
 
 def fail(message):

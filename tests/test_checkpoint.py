@@ -323,6 +323,7 @@ ONE_OF_TWO = """
 import os, signal, sys, numpy as np, jax
 from jax.sharding import NamedSharding, PartitionSpec as P
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from palm_jax import devices
 from palm_jax.checkpoint import Checkpoints, Preemption
 sharding = NamedSharding(jax.sharding.Mesh(jax.devices(), ('data',)), P('data'))
 value = np.arange(4000.).reshape(4, 1000)
@@ -348,6 +349,7 @@ with Preemption() as preemption:
   if jax.process_index() == 1:
     os.kill(os.getpid(), signal.SIGTERM)
   assert preemption.requested
+devices.wait_for_all()
 print('good', flush=True)
 """
 

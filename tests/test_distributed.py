@@ -58,6 +58,7 @@ def worker(folder, stop_at):
       write_arrays(folder / f'{step}.npz', state)
       if stop:
         break
+  devices.wait_for_all()
 
 
 def write_arrays(path, state):
