@@ -18,7 +18,7 @@ STORAGES = {
   'LongStorage': np.int64, 'ShortStorage': np.int16}
 SCALARS = 'f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'b1'
 # Bytes. More than an instruction takes for its object, its place on the stack and in the memo; than a call takes for a
-# view of a tensor; than an item of a set.
+# view of a tensor; than an item of a set or an attribute.
 INSTRUCTION, CALL, SET_ITEM = 256, 512, 128
 STORAGE_PICKLE = 1 << 16  # bytes for the few instructions around a storage that lies in a file of its own
 
@@ -333,7 +333,9 @@ class Machine:
       check(type(state) is tuple and len(state) > 1 and type(state[1]) is str and state[1] in ('<', '|', '='),
             'holds big-endian numbers; expected little-endian')
     elif self.torchscript and type(target) is Module and not target.state:
-      check(type(state) is dict and all(type(name) is str for name in state), 'an object in it has no attributes')
+      check(type(state) is dict, 'an object in it has no attributes')
+      self.budget.charge(SET_ITEM * len(state))  # one state can be given to many objects
+      check(all(type(name) is str for name in state), 'an object in it has no attributes')
       target.state = state
     else:  # a state dict carries its modules' versions
       check(type(target) is dict and type(state) is dict and state.keys() <= {'_metadata'},

@@ -61,13 +61,16 @@ def check_file(path):
   """pathlib.Path of a file. Raises SnapshotError where there is none that may be read."""
   path = pathlib.Path(path)
   try:
-    kind = path.stat().st_mode
-  except OSError as e:
-    what = 'no such file' if isinstance(e, FileNotFoundError | NotADirectoryError) else f'cannot be read ({e.strerror})'
+    found = path.stat()
+  except (OSError, ValueError) as e:  # ValueError: a path with a NUL
+    absent = isinstance(e, FileNotFoundError | NotADirectoryError)
+    what = 'no such file' if absent else f'cannot be read ({getattr(e, "strerror", e)})'
     raise SnapshotError(f'{path}: {what}; expected a file of weights, such as network.pkl') from e
-  if not stat.S_ISREG(kind):
-    what = 'is a folder' if stat.S_ISDIR(kind) else 'is no file'
+  if not stat.S_ISREG(found.st_mode):
+    what = 'is a folder' if stat.S_ISDIR(found.st_mode) else 'is no file'
     raise SnapshotError(f'{path}: {what}; expected a file of weights, such as network.pkl')
+  if not found.st_size:
+    raise SnapshotError(f'{path}: is empty; fetch it again')
   return path
 
 
@@ -122,7 +125,6 @@ def modules(module):
 
 def _check_kind(data):
   start = data[:256].lstrip().lower()
-  check(data, 'is empty; fetch it again')
   check(not start.startswith((b'<!doctype', b'<html', b'<?xml')),
         'is a web page, not a file of weights: the download failed; open the address in a browser')
   check(not start.startswith(b'version https://git-lfs'), 'is a pointer of Git LFS, not the file: run `git lfs pull`')

@@ -8,6 +8,7 @@ import pathlib
 import pickle
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 
 import jax
@@ -415,6 +416,26 @@ def test_unreadable_files(suffix, truth, tmp_path):
 # ---- our own forms
 
 
+@pytest.mark.parametrize('kind', ['.pkl', '.npz', '.safetensors'])
+def test_half_precision_costs_itself_and_its_float32(kind, tmp_path):
+  """A file of G_ema alone, of which all is used; a first load has left behind what tracing keeps."""
+  builder, path = files.Builder([0], fp16=True), tmp_path / f'large{kind}'
+  module = builder.generator(64, 64, 3, (192, 192, 192), 3, layers=2)
+  arrays = {name: x.astype(np.float16) for name, x in builder.tensors.items()}
+  if kind == '.pkl':
+    path.write_bytes(files.pickled(dict(G_ema=module)))
+  elif kind == '.npz':
+    np.savez(path, **arrays)
+  else:
+    safetensors.numpy.save_file(arrays, path)
+  load_snapshot(path)
+  tracemalloc.start()
+  load_snapshot(path)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak <= 3.1 * path.stat().st_size
+
+
 @pytest.fixture(scope='module')
 def network(tmp_path_factory):
   """Path of a tiny snapshot with a clamp."""
@@ -492,6 +513,35 @@ def test_names(network, tmp_path, monkeypatch):
     assert load_generator(path.stem).num_classes > 0
     with pytest.raises(UserError, match=f'did you mean {path.stem}'):
       load_generator(path.stem + 'x')
+
+
+@pytest.mark.parametrize('name', [None, 3, 'a\0b', 'x' * 5000, pathlib.Path('\x1b[31m\nlost.pkl'), '/proc/kmsg.pkl'])
+def test_what_is_no_name(name):
+  with pytest.raises(UserError) as caught:
+    load_generator(name)
+  assert str(caught.value).isprintable() and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize('changes, words', [
+  (dict(labels=np.array([0, 3])), r'labels\[1\] is 3, expected 0 to 2'),
+  (dict(labels=np.array([-1, 0])), r'labels\[0\] is -1, expected 0 to 2'),
+  (dict(labels=np.array([True, False])), 'labels are bool of shape'),
+  (dict(labels=np.array([0])), r'labels are int64 of shape \(1,\), expected integers of shape \(2,\)'),
+  (dict(labels=np.zeros((2, 4), np.float32)), r'float32 of shape \(2, 4\), expected .* shape \(2, 3\)'),
+  (dict(labels=1), 'labels are a int, expected integers'),
+  (dict(labels=[0, 1]), 'labels are a list, expected integers'),
+  (dict(labels=None), 'labels are a NoneType, expected integers'),
+  (dict(z=np.zeros(5, np.float32)), r'z is float32 of shape \(5,\), expected'),
+  (dict(z=np.zeros((2, 6), np.float32)), r'z is float32 of shape \(2, 6\), expected .* \(N, 5\)'),
+  (dict(z=np.zeros((2, 5), int)), 'z is int64'),
+  (dict(z=None), 'z is a NoneType'),
+  (dict(truncation_cutoff=-1), 'truncation_cutoff=-1, expected None for all layers, or 0 to 4'),
+  (dict(truncation_cutoff=5), 'truncation_cutoff=5, expected'),
+])
+def test_inputs_that_cannot_be(changes, words, network):
+  G = load_generator(network)
+  with pytest.raises(UserError, match=words):
+    G(**dict(dict(z=np.zeros((2, 5), np.float32), labels=np.array([0, 1])), **changes))
 
 
 # ---- convert and sample

@@ -399,6 +399,18 @@ def test_modules_that_share_modules_are_not_gone_through_for_ever(kind):
     state_dict(module)
 
 
+def test_objects_that_share_their_attributes_are_not_gone_through_for_ever(write):
+  attributes = b''.join(b'X\5\0\0\0a%04dN' % i for i in range(9999))
+  objects = b'c__torch__\nM\n)\x81h\0b' * 3000
+  content = b'\x80\x02}q\0(' + attributes + b'u' + objects + b'.'
+  out = io.BytesIO()
+  with zipfile.ZipFile(out, 'w') as archive:
+    archive.writestr('x/data.pkl', content)
+    archive.writestr('x/constants.pkl', b'')
+  with pytest.raises(SnapshotError, match='asks for more memory'):
+    read(write(out.getvalue(), 'x.pt'))
+
+
 def test_long_names_are_not_put_together():
   leaf = Module('Leaf', dict(_parameters={'w' * 1000: np.zeros(1)}, _buffers={}, _modules={}))
   with pytest.raises(SnapshotError, match='not a dict of names'):

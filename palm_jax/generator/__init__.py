@@ -8,13 +8,14 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
 from palm_jax.checkpoint import load_item
 from palm_jax.errors import UserError
-from palm_jax.generator.snapshots import as_float32, load_snapshot, read_arrays
+from palm_jax.generator.snapshots import check_numbers, load_snapshot, read_arrays
 from palm_jax.generator.stylegan2 import Generator
 from palm_jax.torch_files import SnapshotError
 
@@ -51,12 +52,29 @@ class LoadedGenerator:
   def apply(self, variables, z, labels, truncation_psi=1., truncation_cutoff=None, noise='const', noise_keys=None):
     """z (N, z_dim), labels (N,) int -> (N, H, W, C) images, nominally in [-1, 1], at least float32.
 
-    noise 'random' takes noise_keys, (N,) typed keys.
+    noise 'random' takes noise_keys, (N,) typed keys. UserError for inputs of other shapes or types, and, outside of
+    compiled functions, for labels that are no class.
     """
+    self._check_inputs(z, labels, truncation_cutoff)
     return self.network.apply(variables, z, labels, truncation_psi, truncation_cutoff, noise, noise_keys)
 
   def __call__(self, z, labels, truncation_psi=1., truncation_cutoff=None, noise='const', noise_keys=None):
     return self.apply(self.variables, z, labels, truncation_psi, truncation_cutoff, noise, noise_keys)
+
+  def _check_inputs(self, z, labels, truncation_cutoff):
+    if not _is_array(z, jnp.floating) or z.shape != (len(z), self.z_dim):
+      raise UserError(f'z is {_described(z)}, expected floating-point numbers of shape (N, {self.z_dim})')
+    layers = self.network.num_ws
+    if truncation_cutoff is not None and _is_known(truncation_cutoff) and not 0 <= truncation_cutoff <= layers:
+      raise UserError(f'truncation_cutoff={truncation_cutoff}, expected None for all layers, or 0 to {layers}')
+    N, C = len(z), self.num_classes
+    if not C or _is_array(labels, jnp.floating) and labels.shape == (N, C):
+      return
+    if not _is_array(labels, jnp.integer) or labels.shape != (N,):
+      raise UserError(f'labels are {_described(labels)}, expected integers of shape ({N},), or vectors of shape ({N}, {C})')
+    if _is_known(labels):
+      for i in np.flatnonzero((np.asarray(labels) < 0) | (np.asarray(labels) >= C)):
+        raise UserError(f'labels[{i}] is {labels[i]}, expected 0 to {C - 1}')
 
 
 def load_generator(path_or_name, network='G_ema'):
@@ -77,7 +95,7 @@ def load_generator(path_or_name, network='G_ema'):
   Raises:
     UserError: nothing of this kind is there, it is damaged, or its network is not one that `Generator` is.
   """
-  path = pathlib.Path(path_or_name)
+  path = _path(path_or_name)
   if path.suffix == '.safetensors':
     arrays, metadata = read_arrays(path)
     if NETWORK_KEY in metadata:
@@ -139,6 +157,32 @@ def save_safetensors(path, network, variables, about, dtype=np.float16):
     part.unlink(missing_ok=True)
 
 
+def _path(path_or_name):
+  """pathlib.Path, on which existence can be asked for."""
+  try:
+    path = pathlib.Path(path_or_name)
+    path.stat()
+  except FileNotFoundError:
+    pass
+  except (OSError, TypeError, ValueError) as e:
+    raise UserError(f'generator {str(path_or_name)[:200]!r} cannot be looked for ({getattr(e, "strerror", e)}): give a path or '
+                    'the name of a bundled one') from e
+  return path
+
+
+def _is_known(x):
+  """Whether its numbers can be looked at: not inside a compiled function."""
+  return not isinstance(x, jax.core.Tracer)
+
+
+def _is_array(x, kind):
+  return isinstance(x, np.ndarray | jax.Array) and x.ndim > 0 and jnp.issubdtype(x.dtype, kind)
+
+
+def _described(x):
+  return f'{x.dtype} of shape {x.shape}' if isinstance(x, np.ndarray | jax.Array) else f'a {type(x).__name__}'
+
+
 def _check_averaged(path, network):
   if network != 'G_ema':
     raise UserError(f'network {network!r} of {path}: only G_ema, the average over the training, is read from there')
@@ -159,10 +203,11 @@ def _from_arrays(path, arrays, fields):
       raise SnapshotError(f'{path}: {name} is {shapes.get(name, "absent")}, expected {expected.get(name, "absent")}; '
                           'fetch it again')
   try:
-    arrays = as_float32(arrays)
+    check_numbers(arrays)
   except SnapshotError as e:
     raise SnapshotError(f'{path}: {e}') from e
-  return LoadedGenerator(network, traverse_util.unflatten_dict(arrays, sep='/'))
+  variables = {name: np.asarray(arrays.pop(name), np.float32) for name in shapes}
+  return LoadedGenerator(network, traverse_util.unflatten_dict(variables, sep='/'))
 
 
 def _from_folder(path):

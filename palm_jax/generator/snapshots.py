@@ -90,7 +90,7 @@ def load_snapshot(path, network='G_ema'):
       _check_sizes(module, z_dim=G.z_dim, w_dim=G.w_dim, c_dim=G.num_classes, img_resolution=G.resolution,
                    img_channels=G.image_channels, num_ws=G.num_ws)
   _log(path, network, G, f'z {G.z_dim}, w {G.w_dim}', variables)
-  return G, jax.device_get(variables)
+  return G, variables
 
 
 def load_discriminator(path):
@@ -112,7 +112,7 @@ def load_discriminator(path):
     if module is not None:
       _check_sizes(module, c_dim=D.num_classes, img_resolution=D.resolution, img_channels=D.image_channels)
   _log(path, 'D', D, f'{D.architecture}, minibatch-std group {D.mbstd_group}', variables)
-  return D, jax.device_get(variables)
+  return D, variables
 
 
 def read_arrays(path):
@@ -139,17 +139,13 @@ def read_arrays(path):
                         'fetch or save it again') from e
 
 
-def as_float32(arrays):
-  """{name: array} as float32. Raises SnapshotError at the first that is not of finite floating-point numbers."""
-  converted = {}
+def check_numbers(arrays):
+  """Raises SnapshotError at the first of {name: array} that is not of floating-point numbers, finite in float32."""
   for name, x in arrays.items():
     if x.dtype.name not in FLOATS:
       raise SnapshotError(f'{name} is of type {x.dtype.name}, expected one of {", ".join(FLOATS)}')
-    with np.errstate(over='ignore'):
-      converted[name] = np.ascontiguousarray(x, np.float32).reshape(x.shape)
-    if not np.isfinite(converted[name]).all():
+    if not np.abs(x).max(initial=0) <= np.finfo(np.float32).max:
       raise SnapshotError(f'{name} holds NaN or infinite numbers; the file is damaged or the training had diverged')
-  return converted
 
 
 @contextlib.contextmanager
@@ -165,7 +161,7 @@ def _said_of(path):
 
 
 def _open(path, network):
-  """{name: float32 array} of a network, its Module (None of .npz and .safetensors), what is known of it besides."""
+  """{name: array} of a network, its Module (None of .npz and .safetensors), what is known of it besides."""
   if path.suffix in ('.npz', '.safetensors'):
     arrays, settings = read_arrays(path)
     module, prefix = None, f'{network}/'
@@ -189,7 +185,8 @@ def _open(path, network):
   resolutions = [int(r) for name in arrays for r in re.findall(r'\bb(\d{1,9})\.', name)]
   if max(resolutions, default=0) > MAX_RESOLUTION:
     raise SnapshotError(f'resolution {max(resolutions)}: expected at most {MAX_RESOLUTION}')
-  return as_float32(arrays), module, settings
+  check_numbers(arrays)
+  return arrays, module, settings
 
 
 def _read_npz(path):
@@ -269,7 +266,8 @@ def _common_multiplier(module, state):
     if re.fullmatch(r'mapping\.fc\d+', name) and part.state['bias_gain'] != LR_MULTIPLIER:
       for kind in ('weight', 'bias'):
         scaled[f'{name}.{kind}'] = state[f'{name}.{kind}'] * np.float64(part.state['bias_gain'] / LR_MULTIPLIER)
-  return {**state, **as_float32(scaled)}
+  check_numbers(scaled)
+  return {**state, **scaled}
 
 
 def _check_sizes(module, **sizes):

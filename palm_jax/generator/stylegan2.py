@@ -308,8 +308,10 @@ class DiscriminatorEpilogue(nn.Module):
 def minibatch_std(x, group, num_channels=1):
   """Appends to x (N, H, W, C) its group's mean standard deviations: num_channels of them, each over C / num_channels.
 
-  Groups are strided: j, j + N/group, ... UserError when min(group, N) does not divide N.
+  Groups are strided: j, j + N/group, ... UserError when min(group, N) does not divide N, and when N is 0.
   """
+  if not len(x):
+    raise UserError('batch of 0 images: expected at least one.')
   if not num_channels:
     return x
   group = min(group, len(x))
@@ -370,8 +372,8 @@ def _mapping_fields(state, features):
 
 
 def _convert(state, template):
-  """Official names and layouts -> the tree of template; UserError names the first tensor that does not fit."""
-  expected = {path[1:]: (path[0], leaf.shape) for path, leaf in traverse_util.flatten_dict(template).items()}
+  """Official names and layouts -> numpy arrays like template; UserError names the first tensor that does not fit."""
+  expected = {path[1:]: (path[0], leaf) for path, leaf in traverse_util.flatten_dict(template).items()}
   variables = {}
   for name, value in state.items():
     value = np.asarray(value)
@@ -384,11 +386,11 @@ def _convert(state, template):
       kind, value = 'kernel', value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
     elif kind == 'const':
       value = np.moveaxis(value, 0, -1)
-    collection, shape = expected.pop((*path, kind), (None, None))
-    if shape != value.shape:
-      raise UserError(f'weights: {name} has shape {value.shape} in our layout, expected {shape}; '
+    collection, leaf = expected.pop((*path, kind), (None, None))
+    if leaf is None or leaf.shape != value.shape:
+      raise UserError(f'weights: {name} has shape {value.shape} in our layout, expected {leaf and leaf.shape}; '
                       'the network is of a kind that is not supported.')
-    variables[collection, *path, kind] = jnp.asarray(value)
+    variables[collection, *path, kind] = np.array(value, leaf.dtype, order='C')
   if expected:
     raise UserError(f'weights: {".".join(next(iter(expected)))} is missing.')
   return traverse_util.unflatten_dict(variables)
