@@ -64,11 +64,10 @@ class LoadedGenerator:
   def _check_inputs(self, z, labels, truncation_cutoff):
     if not _is_array(z, jnp.floating) or z.shape != (len(z), self.z_dim):
       raise UserError(f'z is {_described(z)}, expected floating-point numbers of shape (N, {self.z_dim})')
-    layers = self.network.num_ws
-    if truncation_cutoff is not None and _is_known(truncation_cutoff) and not 0 <= truncation_cutoff <= layers:
-      raise UserError(f'truncation_cutoff={truncation_cutoff}, expected None for all layers, or 0 to {layers}')
+    if truncation_cutoff is not None and _is_known(truncation_cutoff) and not truncation_cutoff >= 0:
+      raise UserError(f'truncation_cutoff={truncation_cutoff}, expected a number of layers, or None for all')
     N, C = len(z), self.num_classes
-    if not C or _is_array(labels, jnp.floating) and labels.shape == (N, C):
+    if not C or _is_array(labels, jnp.number) and labels.shape == (N, C):
       return
     if not _is_array(labels, jnp.integer) or labels.shape != (N,):
       raise UserError(f'labels are {_described(labels)}, expected integers of shape ({N},), or vectors of shape ({N}, {C})')
