@@ -15,7 +15,7 @@ the replay takes 5.3 GB over all devices. To compare with: SimSiam with augmenta
 """
 from ml_collections import ConfigDict
 
-from palm_jax import encoder, environment, pretrain, reward, sac, simsiam
+from palm_jax import encoder, environment, pretrain, replay, reward, sac, simsiam
 from palm_jax.errors import UserError
 from palm_jax.evaluate import quality
 from palm_jax.generator import train
@@ -32,10 +32,7 @@ def get_config(variant=''):
 
   c.generator = train.default_config()  # StyleGAN2-ADA's --cfg=cifar
   c.environment = environment.default_config()
-  c.replay = ConfigDict(dict(
-      capacity=1_048_576,  # frames over all devices: 3.2 GB and 2.1 GB of actions; URLB keeps 1M
-      num_shards=8,  # sampling groups: any number of devices that divides it gives the same run
-  ))
+  c.replay = replay.default_config()
   c.encoder = encoder.default_config()  # ResNet-18: paper section 5.1
   c.simsiam = simsiam.default_config()
   c.reward = reward.default_config()

@@ -112,6 +112,8 @@ def check_config(config, num_devices):
   devices.check_divisible('pretrain.num_envs', p.num_envs, r.num_shards, 'replay.num_shards')
   devices.check_divisible('pretrain.batch_size', p.batch_size, r.num_shards, 'replay.num_shards')
   devices.check_divisible('replay.capacity', r.capacity, p.num_envs * p.rollout_length, 'num_envs * rollout_length')
+  if r.actions not in replay.ACTION_DTYPES:
+    raise UserError(f'replay.actions={r.actions!r} is unknown: choose one of {", ".join(replay.ACTION_DTYPES)}')
   if p.dtype not in DTYPES:
     raise UserError(f'pretrain.dtype={p.dtype!r} is unknown: choose one of {", ".join(DTYPES)}')
   if config.environment.episode_length < 2:
@@ -163,6 +165,7 @@ def make_program(config, generator, mesh):
   num_updates = (num_calls * p.iterations_per_call - warmup_iterations) * p.updates_per_iteration
   dtype = DTYPES[p.dtype]
   real = jnp.promote_types(dtype, jnp.float32)  # parameters, latents, actions
+  action_dtype = replay.ACTION_DTYPES[config.replay.actions] or real
   modules = simsiam.make_modules(make_encoder(config.encoder, 'data', dtype), config.simsiam, 'data', dtype)
   optimizer = simsiam.make_optimizer(config.simsiam, num_updates, p.batch_size)
   views = augment.make_augment(config.simsiam.augment)
@@ -188,7 +191,8 @@ def make_program(config, generator, mesh):
     params, batch_stats = cast(simsiam.init(modules, key_ssl, frames[:2]))
     h = encode(params, batch_stats, frames[:2])
     return State(iteration=jnp.zeros((), jnp.int32), key=key, env=env, frames=frames,
-                 ring=replay.create(config.replay.capacity // num_envs, num_envs, generator.image_shape, generator.z_dim, real),
+                 ring=replay.create(config.replay.capacity // num_envs, num_envs, generator.image_shape, generator.z_dim,
+                                    action_dtype),
                  ssl=dict(params=params, batch_stats=batch_stats, opt_state=optimizer.init(params)),
                  agent=cast(sac.init(key_agent, h.shape[1], generator.z_dim, config.sac)))
 
@@ -208,8 +212,10 @@ def make_program(config, generator, mesh):
       keys = environment.env_keys(key_policy, ids)
       random = lambda: jax.vmap(lambda k: jax.random.uniform(k, (generator.z_dim,), real, -1, 1))(keys)
       actions = jax.lax.cond(warm, random, lambda: action(state.ssl, state.agent, frames, keys))
-      env = environment.step(env, actions, key_env, ids, world.dynamics, length, generator.num_classes)
-      return (env, render(world, env)), (frames, actions)
+      packed = replay.pack(actions, action_dtype)
+      taken = replay.unpack(packed, real)  # what is done is what will be remembered
+      env = environment.step(env, taken, key_env, ids, world.dynamics, length, generator.num_classes)
+      return (env, render(world, env)), (frames, packed)
 
     (env, frames), block = jax.lax.scan(one_step, (state.env, state.frames), jnp.arange(p.rollout_length))
     return env, frames, block
@@ -223,7 +229,8 @@ def make_program(config, generator, mesh):
     first_ids = jax.lax.axis_index('data') * envs_per_device + jnp.arange(envs_per_device)
     per_shard = p.batch_size // num_shards
     frames, actions, next_frames = replay.sample(
-        ring, fold(key_sample), per_shard, environment.staggered_steps(first_ids, num_envs, length), length)
+        ring, fold(key_sample), per_shard, environment.staggered_steps(first_ids, num_envs, length), length,
+        generator.image_shape)
     view_keys = jax.vmap(lambda k: jax.random.split(k, (per_shard, 2)))(fold(key_views)).reshape(-1, 2)
 
     def loss_fn(params):
@@ -238,7 +245,8 @@ def make_program(config, generator, mesh):
     r = reward.global_entropy_reward(next_h if config.reward.on == 'next' else h, 'data', **reward_options)
     noise = jax.vmap(lambda k: jax.random.normal(k, (2, per_shard, generator.z_dim), real))(fold(key_sac))
     noise = noise.swapaxes(0, 1).reshape(2, -1, generator.z_dim)
-    batch = sac.Batch(h=h, action=actions, reward=r, next_h=next_h, discount=jnp.full_like(r, config.sac.gamma))
+    batch = sac.Batch(h=h, action=replay.unpack(actions, real), reward=r, next_h=next_h,
+                      discount=jnp.full_like(r, config.sac.gamma))
     agent, sac_metrics = sac.update(agent, batch, noise, config.sac, axis_name='data')
     return (new_ssl, agent), dict(aux.metrics, ssl_grad_norm=optax.tree.norm(grads), **sac_metrics)
 

@@ -2,17 +2,31 @@
 
 One ring a device: environments are sharded, rows are added and sampled locally, and images never cross devices.
 Episodes have one fixed length, so a frame's step in its episode is arithmetic on its row number and is not stored.
+A frame is one flat row: TPUs lay out the last two dimensions in tiles, and (W, C) of a picture fills a quarter of them.
 """
+import math
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+ACTION_DTYPES = {'float32': None, 'bfloat16': jnp.bfloat16, 'int8': jnp.int8}  # None: that of the computation
+
+
+def default_config():
+  return ConfigDict(dict(
+      capacity=1_048_576,  # frames over all devices, 3.2 GB of CIFAR and 2.1 GB of its actions; URLB keeps 1M
+      actions='float32',  # of their storage; int8: a quarter of it, and the actions taken are rounded so too
+      num_shards=8,  # sampling groups: any number of devices that divides it gives the same run
+  ))
 
 
 @flax.struct.dataclass
 class Replay:
   """Attributes:
-    frames: (T, E, H, W, C) uint8, sharded over E.
-    actions: (T, E, z_dim), the action taken on seeing the frame of the same row.
+    frames: (T, E, H * W * C) uint8, sharded over E.
+    actions: (T, E, z_dim), the action taken on seeing the frame of the same row, as `pack` makes it.
     total: () int32, rows ever added; row n lies at n % T.
   """
   frames: jax.Array
@@ -21,10 +35,20 @@ class Replay:
 
 
 def create(rows, num_envs, image_shape, action_dim, dtype=jnp.float32):
-  """An empty ring of `rows` rows for `num_envs` environments."""
-  return Replay(frames=jnp.zeros((rows, num_envs, *image_shape), jnp.uint8),
+  """An empty ring of `rows` rows for `num_envs` environments; dtype is that of the packed actions."""
+  return Replay(frames=jnp.zeros((rows, num_envs, math.prod(image_shape)), jnp.uint8),
                 actions=jnp.zeros((rows, num_envs, action_dim), dtype),
                 total=jnp.zeros((), jnp.int32))
+
+
+def pack(actions, dtype):
+  """Actions in [-1, 1] as they are stored: in a floating-point type, or as 1/127 in int8."""
+  return jnp.round(actions * 127).astype(dtype) if dtype == jnp.int8 else actions.astype(dtype)
+
+
+def unpack(packed, dtype):
+  """The actions that `pack` stored, as `dtype`."""
+  return packed.astype(dtype) / 127 if packed.dtype == jnp.int8 else packed.astype(dtype)
 
 
 def add(replay, frames, actions):
@@ -33,18 +57,18 @@ def add(replay, frames, actions):
   Args:
     replay: Replay.
     frames: (R, E, H, W, C) uint8.
-    actions: (R, E, z_dim).
+    actions: (R, E, z_dim), packed.
 
   Returns:
     Replay.
   """
   row = replay.total % replay.frames.shape[0]
-  update = lambda ring, block: jax.lax.dynamic_update_slice_in_dim(ring, block.astype(ring.dtype), row, axis=0)
-  return Replay(frames=update(replay.frames, frames), actions=update(replay.actions, actions),
+  update = lambda ring, block: jax.lax.dynamic_update_slice_in_dim(ring, block, row, axis=0)
+  return Replay(frames=update(replay.frames, frames.reshape(*frames.shape[:2], -1)), actions=update(replay.actions, actions),
                 total=replay.total + frames.shape[0])
 
 
-def sample(replay, keys, batch_size, first_step, episode_length):
+def sample(replay, keys, batch_size, first_step, episode_length, image_shape):
   """Draws transitions (s, a, s') uniformly; none crosses the end of an episode.
 
   The environments held here are cut into V equal groups, each sampled with its own key: with V fixed by the config
@@ -56,9 +80,10 @@ def sample(replay, keys, batch_size, first_step, episode_length):
     batch_size: transitions to draw from each group.
     first_step: (E,) int32 step in the episode of each environment's row 0.
     episode_length: frames an episode, >= 2.
+    image_shape: (H, W, C).
 
   Returns:
-    frames (V * batch_size, H, W, C) uint8, actions (V * batch_size, z_dim), next_frames as frames.
+    frames (V * batch_size, H, W, C) uint8, packed actions (V * batch_size, z_dim), next_frames as frames.
   """
   num_rows, num_envs = replay.frames.shape[:2]
   group = num_envs // keys.shape[0]
@@ -79,4 +104,5 @@ def sample(replay, keys, batch_size, first_step, episode_length):
   episodes, inside = jnp.divmod(nth + phase, episode_length - 1)
   row = oldest + episodes * episode_length + inside - phase
   here, there = row % num_rows, (row + 1) % num_rows
-  return replay.frames[here, env], replay.actions[here, env], replay.frames[there, env]
+  pictures = lambda row: replay.frames[row, env].reshape(-1, *image_shape)
+  return pictures(here), replay.actions[here, env], pictures(there)

@@ -101,6 +101,7 @@ def contents(folder):
     ('pretrain', dict(replay__num_shards=4), ['replay.num_shards=4', 'devices=8', 'set replay.num_shards to 8']),
     ('pretrain', dict(pretrain__batch_size=36),
      ['pretrain.batch_size=36', 'replay.num_shards=8', 'set pretrain.batch_size to 32']),
+    ('pretrain', dict(replay__actions='int4'), ["replay.actions='int4'", 'choose one of float32, bfloat16, int8']),
     ('pretrain', dict(replay__capacity=100),
      ['replay.capacity=100', 'num_envs * rollout_length=64', 'set replay.capacity to 128']),
     ('pretrain', dict(pretrain__batch_size=128, replay__capacity=64),

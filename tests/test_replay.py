@@ -26,7 +26,7 @@ add = jax.jit(replay.add, donate_argnums=0)
 @jax.jit
 def sample(ring, key):
   keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(GROUPS))
-  return replay.sample(ring, keys, BATCH, FIRST, LENGTH)
+  return replay.sample(ring, keys, BATCH, FIRST, LENGTH, (2, 2, 1))
 
 
 def filled(blocks):
@@ -60,20 +60,29 @@ def test_pairs_are_consecutive_inside_an_episode_and_uniform(blocks):
 def test_ring_keeps_the_newest_rows():
   ring = filled(7)
   want = {t % ROWS: t for t in range(7 * BLOCK - ROWS, 7 * BLOCK)}
-  np.testing.assert_array_equal(ring.frames[:, 0, 0, 0, 0], [want[i] for i in range(ROWS)])
+  np.testing.assert_array_equal(ring.frames[:, 0, 0], [want[i] for i in range(ROWS)])
   assert int(ring.total) == 7 * BLOCK
 
 
 def test_a_groups_draw_depends_on_its_key_alone():
   """What one device holding two groups draws is what two devices draw, each holding one."""
   ring, keys = filled(6), jax.random.split(jax.random.key(3), GROUPS)
-  both = replay.sample(ring, keys, BATCH, FIRST, LENGTH)
+  both = replay.sample(ring, keys, BATCH, FIRST, LENGTH, (2, 2, 1))
   for g in range(GROUPS):
     half = slice(g * ENVS // GROUPS, (g + 1) * ENVS // GROUPS)
     part = ring.replace(frames=ring.frames[:, half], actions=ring.actions[:, half])
-    alone = replay.sample(part, keys[g:g + 1], BATCH, FIRST[half], LENGTH)
+    alone = replay.sample(part, keys[g:g + 1], BATCH, FIRST[half], LENGTH, (2, 2, 1))
     for x, y in zip(both, alone, strict=True):
       np.testing.assert_array_equal(x[g * BATCH:(g + 1) * BATCH], y)
+
+
+@pytest.mark.parametrize('dtype, error', [(jnp.float32, 0), (jnp.bfloat16, 2 ** -9), (jnp.int8, .5 / 127)])
+def test_packed_actions(dtype, error):
+  """Rounded to the nearest; what was rounded once stays as it is."""
+  actions = jnp.linspace(-1, 1, 1001)
+  taken = replay.unpack(replay.pack(actions, dtype), jnp.float32)
+  assert jnp.abs(taken - actions).max() <= error + 1e-7 and jnp.abs(taken).max() <= 1
+  np.testing.assert_array_equal(replay.unpack(replay.pack(taken, dtype), jnp.float32), taken)
 
 
 def test_adding_is_in_place():
