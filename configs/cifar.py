@@ -15,7 +15,7 @@ the replay takes 5.3 GB over all devices. To compare with: SimSiam with augmenta
 """
 from ml_collections import ConfigDict
 
-from palm_jax import encoder, environment, pretrain, replay, reward, sac, simsiam
+from palm_jax import encoder, environment, plan, pretrain, replay, reward, sac, simsiam
 from palm_jax.errors import UserError
 from palm_jax.evaluate import quality
 from palm_jax.generator import train
@@ -38,6 +38,7 @@ def get_config(variant=''):
   c.reward = reward.default_config()
   c.sac = sac.default_config()
   c.pretrain = pretrain.default_config()
+  c.plan = plan.default_config()  # --job=plan: what a pretraining would take
   c.quality = quality.default_config()  # --job=quality: FID and its like of the generator
 
   for word in filter(None, variant.split(',')):

@@ -14,6 +14,7 @@ def get_config():
   c = cifar.get_config()
   c.name = 'digits'
   c.data.name = 'digits'
+  c.plan.update(dict(image_size=8, image_channels=1))
   c.generator.update(dict(z_dim=32, w_dim=32, channel_base=256, channel_max=32, d_channel_base=256, d_channel_max=32,
                           batch_size=32, mbstd_group=4, kimg=120., ema_kimg=10., conv_clamp=0., iterations_per_call=25,
                           augment='none',  # flips and turns make other digits

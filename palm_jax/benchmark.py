@@ -1,109 +1,144 @@
-"""How fast the work of a config goes on these devices, and where the time is spent."""
+"""How fast the work of a config goes on these devices, how near to what cannot be avoided, and where the time is spent."""
+import dataclasses
+import math
 import pathlib
 import statistics
-import time
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from absl import logging
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
-from palm_jax import devices
+from palm_jax import cost, devices, plan, pretrain, timing, workload
 from palm_jax.checkpoint import write_json_atomic
-from palm_jax.generator import train
-from palm_jax.generator.phases import make_phases
-from palm_jax.generator.step import init_state, make_train_call
+from palm_jax.errors import UserError
+from palm_jax.generator import benchmark as generator_benchmark
 
-REPEATS = 5
-PHASES = dict(g_main='Gmain', d_main='Dmain', r1='R1', path_lengths='path lengths', ada='ADA')
+ROWS = dict(generator='generator', acting='acting encoder', simsiam='SimSiam, both passes', reward='reward', sac='SAC',
+            replay='replay')
 
 
 def benchmark(config, workdir, data, mesh):
   """The job: measures what the config trains and writes <workdir>/results/benchmark.json, whose content it returns.
 
+  Args:
+    config: the whole config; of its jobs, 'generator' (where it trains one) and 'pretrain' are measured.
+    workdir: pathlib.Path.
+    data: data.Data, or None where no generator is trained.
+    mesh: one-dimensional, axis 'data'.
+
   Raises:
-    UserError: settings that cannot work.
+    UserError: settings that cannot work, or jobs without either.
   """
-  result = dict(job='benchmark', seed=config.seed, data=data.source, **devices.describe(mesh),
-                generator=generator_training(config, data, mesh))
+  result = dict(job='benchmark', seed=config.seed, **devices.describe(mesh))
+  if trains_generator(config):
+    result['generator'] = generator_benchmark.measure(config, data, mesh)
+  if 'pretrain' in config.jobs:
+    result['pretrain'] = pretraining(config, draw_weights(plan.make_generator(config, workdir)), mesh)
+  if not result.keys() & {'generator', 'pretrain'}:
+    raise UserError(f'config.jobs={tuple(config.jobs)} has nothing to measure: put generator or pretrain into it')
   if jax.process_index() == 0:
     write_json_atomic(pathlib.Path(workdir) / 'results' / 'benchmark.json', result)
   return result
 
 
-def generator_training(config, data, mesh):
-  """Speed of the generator's training, and the share of its phases.
+def trains_generator(config):
+  return 'generator' in config.jobs and not config.generator.path
 
-  Whole calls, as training makes them, give the speed. The phases are compiled and timed apart, each weighted by how
-  often it runs; what augmentation takes is the difference to phases without it. Each measure is the median of REPEATS,
-  after a run that is not counted and in which compilation falls.
+
+def draw_weights(generator):
+  """The same generator with random weights; speed does not ask for trained ones."""
+  network = generator.network
+  init = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, network.z_dim)), jnp.zeros(1, jnp.int32))
+  return dataclasses.replace(generator, variables=jax.device_get(init))
+
+
+def pretraining(config, generator, mesh):
+  """Speed of pretraining against the work that no arrangement avoids (`workload.UNAVOIDABLE`), each compiled alone.
+
+  The whole call, as pretraining makes it, with a full ring and learning in every iteration, and the parts take turns, so that
+  other load on the machine hits all alike. Each figure is the median of timing.REPEATS, after a turn that is not counted.
 
   Args:
-    config: the whole config; read are seed and generator.
-    data: data.Data.
+    config: the whole config.
+    generator: as for pretrain.make_program.
     mesh: one-dimensional, axis 'data'.
 
   Returns:
-    images_per_second and seconds_per_iteration of whole calls; phase_seconds, {phase: seconds an iteration}, those of
-    PHASES that the config has, and phase_shares of their sum; compile_seconds of the whole call; settings.
+    seconds_per_iteration, env_steps_per_second, updates_per_second; efficiency, the unavoidable parts' seconds divided by
+    the iteration's; part_seconds; flops an iteration and device, whole and by part; matmul_flops_per_second, measured, and
+    the share of it; bytes of the compiled call on a device; compile_seconds; settings.
 
   Raises:
     UserError: settings that cannot work.
   """
-  c, split = config.generator, data.train
-  train.check_config(c, mesh.size)
-  num_classes = len(data.class_names) if len(data.class_names) > 1 else 0
-  G, D = train.make_networks(c, split.images.shape[1:], num_classes)
-  training_set = devices.replicate(mesh, (split.images, split.labels.astype(np.int32)))
-  walk = train.batch_indices(config.seed, 0, c.iterations_per_call * c.batch_size, len(split.images))
-  indices = devices.replicate(mesh, walk.reshape(-1, c.batch_size))
-  init = jax.jit(lambda key: init_state(c, G, D, key), out_shardings=NamedSharding(mesh, P()))
-  fresh = lambda: init(jax.random.key(config.seed))
+  p = config.pretrain
+  program = pretrain.make_program(config, generator, mesh)
+  world, key = pretrain.make_world(config, generator, mesh), jax.random.key(config.seed)
+  state = fill(program, program.init(key, world))
+  make_sample = lambda key: workload.make_sample(config, generator, program, key)
+  sample = jax.jit(make_sample, out_shardings=workload.sample_shardings(mesh, jax.eval_shape(make_sample, key)))(key)
+  parts = workload.make_parts(config, generator, program, mesh)
 
-  call = make_train_call(c, G, D, mesh)
-  began = time.monotonic()
-  call = call.lower(fresh(), *training_set, indices).compile()
-  compile_seconds = time.monotonic() - began
-  seconds = median_seconds(call, fresh(), *training_set, indices) / c.iterations_per_call
+  traced = program.call.trace(state, world)
+  flops = dict(whole=cost.flops(traced) / p.iterations_per_call)
+  compile_seconds, compiled = timing.seconds(lambda: traced.lower().compile())
+  calls = {}
+  for name, part in parts.items():
+    traced = part.call.trace(*part.arguments(state, world, sample))
+    flops[name], calls[name] = cost.flops(traced), traced.lower().compile()
 
-  def phase_seconds(config):
-    """Seconds an iteration of each phase."""
-    found = {}
-    for name, (interval, phase) in make_phases(config, G, D, mesh.size).items():
-      compiled = jax.jit(jax.shard_map(phase, mesh=mesh, in_specs=P(), out_specs=P()), donate_argnums=0)
-      found[name] = median_seconds(compiled, fresh(), *training_set, indices[0]) / interval
-    return found
-
-  found = phase_seconds(c)
-  if c.augment != 'none':
-    without = phase_seconds(ConfigDict(dict(c, augment='none', pl_weight=0.)))  # path lengths know no augmentation
-    ada = sum(max(found[name] - without[name], 0.) for name in without)
-    found = {name: min(found[name], without.get(name, found[name])) for name in found} | dict(ada=ada)
-  total = sum(found.values())
-  shares = {name: value / total for name, value in found.items()}
-  logging.info('%s', table(c, mesh, c.batch_size / seconds, seconds, found, shares))
-  return dict(images_per_second=c.batch_size / seconds, seconds_per_iteration=seconds, phase_seconds=found,
-              phase_shares=shares, compile_seconds=compile_seconds, repeats=REPEATS, settings=c.to_dict())
-
-
-def median_seconds(call, state, *arguments):
-  """Median time of REPEATS calls that hand on a donated state, after one that is not counted."""
-  times = []
-  for _ in range(REPEATS + 1):
-    began = time.monotonic()
-    state, metrics = call(state, *arguments)
-    jax.block_until_ready((state, metrics))
-    times.append(time.monotonic() - began)
-  return statistics.median(times[1:])
+  times = {name: [] for name in ('whole', *parts)}
+  for turn in range(timing.REPEATS + 1):
+    took, (state, _) = timing.seconds(lambda state=state: compiled(state, world))
+    times['whole'].append(took / p.iterations_per_call)
+    for name, part in parts.items():
+      arguments = part.arguments(state, world, sample)
+      took, result = timing.seconds(lambda call=calls[name], arguments=arguments: call(*arguments))
+      times[name].append(took)
+      if part.carries:
+        state = state.replace(**{part.carries: result[0]})
+    logging.info('benchmark: turn %d of %d, %.3g s an iteration', turn, timing.REPEATS, times['whole'][-1])
+  found = {name: statistics.median(values[1:]) for name, values in times.items()}
+  whole, unavoidable = found.pop('whole'), sum(found[name] for name in workload.UNAVOIDABLE)
+  peak, memory = timing.matmul_flops(pretrain.DTYPES[p.dtype]), compiled.memory_analysis()
+  result = dict(
+      seconds_per_iteration=whole, env_steps_per_second=program.env_steps_per_iteration / whole,
+      updates_per_second=p.updates_per_iteration / whole, efficiency=unavoidable / whole, part_seconds=found, flops=flops,
+      matmul_flops_per_second=peak, share_of_matmul=flops['whole'] / whole / peak,
+      bytes=dict(arguments=memory.argument_size_in_bytes, temporaries=memory.temp_size_in_bytes,
+                 results_beside_them=memory.output_size_in_bytes - memory.alias_size_in_bytes),
+      hours=math.ceil(p.env_steps / program.env_steps_per_iteration) * whole / 3600,
+      compile_seconds=compile_seconds, repeats=timing.REPEATS,
+      settings={name: config[name].to_dict() for name in ('pretrain', 'replay', 'encoder', 'simsiam', 'sac', 'reward')})
+  logging.info('%s', table(result, devices.describe(mesh)))
+  return result
 
 
-def table(config, mesh, images_per_second, seconds, found, shares):
+def fill(program, state):
+  """The state with a full ring of noise, past its warm-up."""
+  def filled(state):
+    ring = state.ring
+    frames = jax.random.bits(jax.random.key(1), ring.frames.shape, jnp.uint8)
+    return state.replace(iteration=state.iteration + program.warmup_iterations,
+                         ring=ring.replace(frames=frames, total=ring.total + ring.frames.shape[0]))
+  return jax.jit(filled, out_shardings=program.state_shardings, donate_argnums=0)(state)
+
+
+def table(result, about):
   """The measures in lines of text."""
-  about = devices.describe(mesh)
-  lines = [f'generator training on {about["devices"]}, jax {about["versions"]["jax"]}, {config.dtype}, batch '
-           f'{config.batch_size}: {images_per_second:,.1f} images/s, {seconds * 1000:,.1f} ms an iteration',
-           f'  {"phase":14}{"ms/iteration":>14}{"share":>8}']
-  lines += [f'  {PHASES[name]:14}{found[name] * 1000:14,.2f}{shares[name]:8.1%}' for name in PHASES if name in found]
-  return '\n'.join([*lines, f'  median of {REPEATS}, first run left out; phases timed apart'])
+  p, whole, parts = result['settings']['pretrain'], result['seconds_per_iteration'], result['part_seconds']
+  memory = ', '.join(f'{name.replace("_", " ")} {n / 2**20:,.1f} MiB' for name, n in result['bytes'].items())
+  lines = [
+      f'pretraining on {about["devices"]}, jax {about["versions"]["jax"]}, {p["dtype"]}:',
+      f'  {result["env_steps_per_second"]:,.1f} env steps/s, {result["updates_per_second"]:,.2f} updates/s, {whole:.4g} s an '
+      f'iteration, {p["env_steps"]:,} env steps in {result["hours"]:.3g} h',
+      f'  {"alone":22}{"ms/iteration":>14}{"of the whole":>14}{"GFLOP":>10}']
+  lines += [f'  {ROWS[name]:22}{1000 * parts[name]:14,.2f}{parts[name] / whole:14.1%}{result["flops"][name] / 1e9:10,.2f}'
+            for name in ROWS]
+  lines += [
+      f'  efficiency {result["efficiency"]:.3f} = (generator + acting + SimSiam) / whole',
+      f'  {result["flops"]["whole"] / 1e9:,.2f} GFLOP an iteration and device: {result["share_of_matmul"]:.1%} of '
+      f'{result["matmul_flops_per_second"] / 1e12:.3g} TFLOP/s, measured in a {p["dtype"]} matrix product',
+      f'  memory of a device: {memory}',
+      f'  median of {result["repeats"]} turns, the first left out; compiled in {result["compile_seconds"]:.0f} s']
+  return '\n'.join(lines)

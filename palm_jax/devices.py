@@ -178,6 +178,13 @@ def replicate(mesh, tree):
   return jax.tree.map(put, tree)
 
 
+def memory_bytes(mesh):
+  """Memory of one device: what its allocator may take; of CPU devices a share of the machine's."""
+  device = mesh.local_devices[0]
+  found = device.memory_stats() or {}
+  return found.get('bytes_limit') or os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // len(mesh.local_devices)
+
+
 def check_divisible(name, value, divisor, divisor_name):
   """Raises UserError unless value is a positive multiple of divisor."""
   if value < 1 or value % divisor:

@@ -138,7 +138,12 @@ def run_job(job, config, workdir, data, mesh):
   return benchmark.benchmark(config, workdir, data, mesh)
 
 
-JOBS = ('generator', 'pretrain', 'probe', 'quality', 'benchmark')
+def needs_data(job, config):
+  trained = 'generator' in config.jobs and not config.generator.path
+  return trained if job == 'benchmark' else job != 'pretrain'
+
+
+JOBS = ('generator', 'pretrain', 'probe', 'quality', 'benchmark', 'plan')
 
 
 def run(config, job, workdir, download=False):
@@ -162,7 +167,13 @@ def run(config, job, workdir, download=False):
     jobs = [name for name in jobs if name != 'generator']
   mesh = devices.make_mesh()
   check(config, jobs, mesh.size)
-  data = load_data(config, download) if any(name != 'pretrain' and not complete(name) for name in jobs) else None
+  if 'plan' in jobs:  # leaves no trace in a workdir that other settings may be for
+    from palm_jax import plan
+    plan.plan(config, workdir, mesh)
+    jobs = [name for name in jobs if name != 'plan']
+  if not jobs:
+    return
+  data = load_data(config, download) if any(needs_data(name, config) and not complete(name) for name in jobs) else None
   claim_workdir(workdir, config)
   if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
     jax.config.update('jax_compilation_cache_dir', str(workdir / 'compilation_cache'))

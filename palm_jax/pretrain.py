@@ -17,7 +17,7 @@ from absl import logging
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from palm_jax import augment, devices, environment, pictures, replay, reward, sac, simsiam
+from palm_jax import augment, cost, devices, environment, pictures, replay, reward, sac, simsiam
 from palm_jax.checkpoint import Checkpoints, Preemption, any_process, write_json_atomic
 from palm_jax.encoder import make_encoder
 from palm_jax.errors import NonFiniteError, UserError
@@ -85,16 +85,18 @@ class Program(NamedTuple):
   call: Any  # (State, World) -> (State, metrics of (iterations_per_call,) arrays); donates the state
   modules: simsiam.Modules
   num_calls: int
+  warmup_iterations: int  # with random actions and no update
   env_steps_per_iteration: int
   action: Any  # (State.ssl, State.agent, frames, keys) -> actions
 
 
 def make_world(config, generator, mesh):
   """World on every device of the mesh."""
-  return devices.replicate(mesh, _host_world(config, generator))
+  return devices.replicate(mesh, host_world(config, generator))
 
 
-def _host_world(config, generator):
+def host_world(config, generator):
+  """World in the host's memory."""
   dynamics = environment.Dynamics(alpha=np.float32(config.environment.alpha), beta=np.float32(config.environment.beta))
   return World(variables=generator.variables, dynamics=dynamics)
 
@@ -274,13 +276,13 @@ def make_program(config, generator, mesh):
 
   specs = State.specs()
   sharded_call = jax.shard_map(call, mesh=mesh, in_specs=(specs, P()), out_specs=(specs, P()))
-  state_shape = jax.eval_shape(init, jax.random.key(0), _host_world(config, generator))
+  state_shape = jax.eval_shape(init, jax.random.key(0), host_world(config, generator))
   full_specs = jax.tree.map(lambda spec, part: jax.tree.map(lambda _: spec, part), specs, state_shape,
                             is_leaf=lambda x: isinstance(x, P))
   state_shardings = devices.shardings(mesh, full_specs)
   return Program(init=jax.jit(init, out_shardings=state_shardings), state_shardings=state_shardings,
                  call=jax.jit(sharded_call, donate_argnums=0), modules=modules, num_calls=num_calls,
-                 env_steps_per_iteration=steps_per_iteration, action=action)
+                 warmup_iterations=warmup_iterations, env_steps_per_iteration=steps_per_iteration, action=action)
 
 
 PROGRESS_METRICS = ('loss', 'z_std_ratio', 'h_effective_rank', 'reward', 'alpha', 'alpha_logp', 'entropy_per_dim')
@@ -311,6 +313,7 @@ def train(config, workdir, mesh):
   key = jax.random.key(config.seed)
   template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                           jax.eval_shape(program.init, key, world), program.state_shardings)
+  check_memory(template, world, mesh)
   checkpoints = Checkpoints(folder / 'checkpoints')
   restored = checkpoints.restore({'state': template})
   if restored:
@@ -362,6 +365,15 @@ def train(config, workdir, mesh):
         seconds=time.monotonic() - started, seed=config.seed, generator=str(config.generator.path or 'own'),
         **devices.describe(mesh)))
   return True
+
+
+def check_memory(state, world, mesh):
+  """Raises UserError when a device has less memory than its share of the state takes, of which only shapes are read."""
+  need = (cost.nbytes((state.ring, state.env, state.frames)) / mesh.size + cost.nbytes((state.ssl, state.agent, world)))
+  memory = devices.memory_bytes(mesh)
+  if need > memory:
+    raise UserError(f'replay and networks take {need / 2**30:.1f} GiB on each of {mesh.size} device(s), which have '
+                    f'{memory / 2**30:.1f} GiB: lower replay.capacity; --job=plan says what fits')
 
 
 def check_finite(metrics, first_iteration, folder):

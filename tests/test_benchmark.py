@@ -8,7 +8,9 @@ from ml_collections import ConfigDict
 
 from palm_jax import benchmark, devices
 from palm_jax.data import Data, Split
+from palm_jax.errors import UserError
 from palm_jax.generator import train
+from tests.worlds import LinearGenerator, tiny_config
 
 
 @pytest.mark.parametrize('augment, phases', [
@@ -20,7 +22,7 @@ def test_shares_of_the_generators_training(tmp_path, augment, phases):
                 d_mapping_layers=0, mbstd_group=2, batch_size=4, r1_interval=4, r1_gamma=.01 * ('r1' in phases),
                 pl_weight=2. * ('path_lengths' in phases), augment=augment, iterations_per_call=4))
   split = Split(np.random.default_rng(0).integers(0, 256, (20, 6, 6, 4), np.uint8), np.zeros(20, np.int64))
-  config, mesh = ConfigDict(dict(seed=0, generator=c)), devices.make_mesh(2)
+  config, mesh = ConfigDict(dict(seed=0, jobs=('generator',), generator=c)), devices.make_mesh(2)
   result = benchmark.benchmark(config, tmp_path, Data(split, split, ('all',), 'noise'), mesh)
   assert json.loads((tmp_path / 'results' / 'benchmark.json').read_text()) == result
   found = result['generator']
@@ -28,3 +30,26 @@ def test_shares_of_the_generators_training(tmp_path, augment, phases):
   assert math.isclose(sum(found['phase_shares'].values()), 1) and min(found['phase_seconds'].values()) >= 0
   assert math.isclose(found['images_per_second'] * found['seconds_per_iteration'], 4)
   assert result['devices'].startswith('2 x') and found['settings']['augment'] == augment
+
+
+def test_the_loop_against_its_parts(tmp_path):
+  config, mesh = tiny_config(), devices.make_mesh(2)
+  config.pretrain.iterations_per_call = 2
+  found = benchmark.pretraining(config, LinearGenerator(), mesh)
+  parts = found['part_seconds']
+  assert parts.keys() == {'generator', 'acting', 'simsiam', 'reward', 'sac', 'replay'} and min(parts.values()) > 0
+  unavoidable = parts['generator'] + parts['acting'] + parts['simsiam']
+  assert math.isclose(found['efficiency'], unavoidable / found['seconds_per_iteration'])
+  assert math.isclose(found['env_steps_per_second'] * found['seconds_per_iteration'], 4 * 16)
+  assert math.isclose(found['updates_per_second'] * found['seconds_per_iteration'], 2)
+  assert 0 < found['share_of_matmul'] < 1
+  assert found['bytes']['arguments'] > found['bytes']['results_beside_them']  # the state is updated in place
+  for word in ('env steps/s', 'SimSiam, both passes', 'efficiency'):
+    assert word in benchmark.table(found, devices.describe(mesh))
+
+
+def test_nothing_to_measure(tmp_path):
+  config = tiny_config()
+  config.jobs = ('probe',)
+  with pytest.raises(UserError, match='nothing to measure: put generator or pretrain'):
+    benchmark.benchmark(config, tmp_path, None, devices.make_mesh())

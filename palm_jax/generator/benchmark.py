@@ -1,0 +1,82 @@
+"""How fast a generator trains, and where the time is spent."""
+import time
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from palm_jax import devices
+from palm_jax.generator import train
+from palm_jax.generator.phases import make_phases
+from palm_jax.generator.step import init_state, make_train_call
+from palm_jax.timing import REPEATS, median_seconds
+
+PHASES = dict(g_main='Gmain', d_main='Dmain', r1='R1', path_lengths='path lengths', ada='ADA')
+
+
+def measure(config, data, mesh):
+  """Speed of the generator's training, and the share of its phases.
+
+  Whole calls, as training makes them, give the speed. The phases are compiled and timed apart, each weighted by how
+  often it runs; what augmentation takes is the difference to phases without it. Each measure is the median of REPEATS,
+  after a run that is not counted and in which compilation falls.
+
+  Args:
+    config: the whole config; read are seed and generator.
+    data: data.Data.
+    mesh: one-dimensional, axis 'data'.
+
+  Returns:
+    images_per_second and seconds_per_iteration of whole calls; phase_seconds, {phase: seconds an iteration}, those of
+    PHASES that the config has, and phase_shares of their sum; compile_seconds of the whole call; settings.
+
+  Raises:
+    UserError: settings that cannot work.
+  """
+  c, split = config.generator, data.train
+  train.check_config(c, mesh.size)
+  num_classes = len(data.class_names) if len(data.class_names) > 1 else 0
+  G, D = train.make_networks(c, split.images.shape[1:], num_classes)
+  training_set = devices.replicate(mesh, (split.images, split.labels.astype(np.int32)))
+  walk = train.batch_indices(config.seed, 0, c.iterations_per_call * c.batch_size, len(split.images))
+  indices = devices.replicate(mesh, walk.reshape(-1, c.batch_size))
+  init = jax.jit(lambda key: init_state(c, G, D, key), out_shardings=NamedSharding(mesh, P()))
+  fresh = lambda: init(jax.random.key(config.seed))
+
+  call = make_train_call(c, G, D, mesh)
+  began = time.monotonic()
+  call = call.lower(fresh(), *training_set, indices).compile()
+  compile_seconds = time.monotonic() - began
+  seconds = median_seconds(call, fresh(), *training_set, indices) / c.iterations_per_call
+
+  def phase_seconds(config):
+    """Seconds an iteration of each phase."""
+    found = {}
+    for name, (interval, phase) in make_phases(config, G, D, mesh.size).items():
+      compiled = jax.jit(jax.shard_map(phase, mesh=mesh, in_specs=P(), out_specs=P()), donate_argnums=0)
+      found[name] = median_seconds(compiled, fresh(), *training_set, indices[0]) / interval
+    return found
+
+  found = phase_seconds(c)
+  if c.augment != 'none':
+    without = phase_seconds(ConfigDict(dict(c, augment='none', pl_weight=0.)))  # path lengths know no augmentation
+    ada = sum(max(found[name] - without[name], 0.) for name in without)
+    found = {name: min(found[name], without.get(name, found[name])) for name in found} | dict(ada=ada)
+  total = sum(found.values())
+  shares = {name: value / total for name, value in found.items()}
+  logging.info('%s', table(c, mesh, c.batch_size / seconds, seconds, found, shares))
+  return dict(images_per_second=c.batch_size / seconds, seconds_per_iteration=seconds, phase_seconds=found,
+              phase_shares=shares, compile_seconds=compile_seconds, repeats=REPEATS, settings=c.to_dict())
+
+
+def table(config, mesh, images_per_second, seconds, found, shares):
+  """The measures in lines of text."""
+  about = devices.describe(mesh)
+  lines = [f'generator training on {about["devices"]}, jax {about["versions"]["jax"]}, {config.dtype}, batch '
+           f'{config.batch_size}: {images_per_second:,.1f} images/s, {seconds * 1000:,.1f} ms an iteration',
+           f'  {"phase":14}{"ms/iteration":>14}{"share":>8}']
+  lines += [f'  {PHASES[name]:14}{found[name] * 1000:14,.2f}{shares[name]:8.1%}' for name in PHASES if name in found]
+  return '\n'.join([*lines, f'  median of {REPEATS}, first run left out; phases timed apart'])
