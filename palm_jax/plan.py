@@ -58,15 +58,19 @@ def plan(config, workdir, mesh):
 
 
 def make_generator(config, workdir):
-  """The generator of the config or of this workdir; where none is there yet, one of its sizes whose arrays have no memory."""
-  dtype = pretrain.DTYPES[config.pretrain.dtype]
+  """The generator of the config or of this workdir; where none is there yet, `untrained_generator`."""
   if config.generator.path or (pathlib.Path(workdir) / 'generator' / 'network.json').exists():
-    return load_generator(config.generator.path or workdir).with_dtype(dtype)
+    return load_generator(config.generator.path or workdir).with_dtype(pretrain.DTYPES[config.pretrain.dtype])
+  return untrained_generator(config)
+
+
+def untrained_generator(config):
+  """A generator of the config's sizes whose arrays take no memory."""
   c = config.plan
   network, _ = make_networks(config.generator, (c.image_size, c.image_size, c.image_channels), c.num_classes)
   variables = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, network.z_dim)), jnp.zeros(1, jnp.int32))
   variables = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), variables)
-  return LoadedGenerator(network, variables).with_dtype(dtype)
+  return LoadedGenerator(network, variables).with_dtype(pretrain.DTYPES[config.pretrain.dtype])
 
 
 def estimate(config, generator, num_devices):
