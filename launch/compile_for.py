@@ -101,7 +101,7 @@ def lower(config, generator, mesh):
   program = pretrain.make_program(config, generator, mesh)
   place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
   world = jax.tree.map(lambda x: place(x, NamedSharding(mesh, P())),
-                       jax.eval_shape(lambda: pretrain.make_world(config, generator, mesh)))
+                       jax.eval_shape(lambda: pretrain.host_world(config, generator)))
   state = jax.tree.map(place, jax.eval_shape(program.init, jax.random.key(0), world), program.state_shardings)
   return program, program.call.lower(state, world)
 

@@ -17,10 +17,11 @@ from absl import logging
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from palm_jax import augment, cost, devices, environment, pictures, replay, reward, sac, simsiam
+from palm_jax import augment, cost, devices, environment, experience, pictures, replay, reward, sac, simsiam
 from palm_jax.checkpoint import Checkpoints, Preemption, any_process, write_json_atomic
 from palm_jax.encoder import make_encoder
 from palm_jax.errors import NonFiniteError, UserError
+from palm_jax.experience import Experience
 from palm_jax.generator import load_generator
 from palm_jax.metrics import MetricWriter, Progress
 from palm_jax.monitors import make_monitors
@@ -40,6 +41,7 @@ def default_config():
       iterations_per_call=50,
       dtype='float32',  # compute dtype of the networks; statistics, rewards and losses are at least float32
       checkpoint_minutes=10.,
+      record=False,  # keeps latents, labels and steps in <workdir>/pretrain/experience: 2 kB a frame with 512 dimensions
       monitor_fraction=0.05,  # monitors and pictures every such share of the run
   ))
 
@@ -78,11 +80,17 @@ class World(NamedTuple):
   dynamics: environment.Dynamics
 
 
+class Output(NamedTuple):
+  """What a call hands out beside the state; I iterations of T steps in E environments."""
+  metrics: dict[str, jax.Array]  # (I,) each
+  experience: Any  # with pretrain.record an Experience of (I * T, E, ...) arrays, else ()
+
+
 class Program(NamedTuple):
   """The compiled pieces of a run and the sizes that they share."""
   init: Any  # (key, world) -> State
   state_shardings: State
-  call: Any  # (State, World) -> (State, metrics of (iterations_per_call,) arrays); donates the state
+  call: Any  # (State, World) -> (State, Output); donates the state
   modules: simsiam.Modules
   num_calls: int
   warmup_iterations: int  # with random actions and no update
@@ -205,11 +213,12 @@ def make_program(config, generator, mesh):
     return sac.act(agent, h.astype(real), noise, config.sac)
 
   def rollout(state, world, key, warm):
-    """T steps in the local environments -> env, frames, (T, E, ...) frames and actions."""
+    """T steps in the local environments -> env, frames, (T, E, ...) frames and actions, Experience or ()."""
     ids = jax.lax.axis_index('data') * envs_per_device + jnp.arange(envs_per_device)
 
     def one_step(carry, t):
       env, frames = carry
+      lived = Experience(z=env.z, label=env.label, step=env.step) if p.record else ()
       key_policy, key_env = jax.random.split(jax.random.fold_in(key, t))
       keys = environment.env_keys(key_policy, ids)
       random = lambda: jax.vmap(lambda k: jax.random.uniform(k, (generator.z_dim,), real, -1, 1))(keys)
@@ -217,10 +226,10 @@ def make_program(config, generator, mesh):
       packed = replay.pack(actions, action_dtype)
       taken = replay.unpack(packed, real)  # what is done is what will be remembered
       env = environment.step(env, taken, key_env, ids, world.dynamics, length, generator.num_classes)
-      return (env, render(world, env)), (frames, packed)
+      return (env, render(world, env)), ((frames, packed), lived)
 
-    (env, frames), block = jax.lax.scan(one_step, (state.env, state.frames), jnp.arange(p.rollout_length))
-    return env, frames, block
+    (env, frames), (block, lived) = jax.lax.scan(one_step, (state.env, state.frames), jnp.arange(p.rollout_length))
+    return env, frames, block, lived
 
   def update(ring, carry, key):
     """One batch for SimSiam, the reward and SAC; SimSiam's forward pass is the only one over the batch."""
@@ -255,7 +264,7 @@ def make_program(config, generator, mesh):
   def iteration(state, world):
     key_rollout, key_update = jax.random.split(jax.random.fold_in(state.key, state.iteration))
     warm = state.iteration < warmup_iterations
-    env, frames, block = rollout(state, world, key_rollout, warm)
+    env, frames, block, lived = rollout(state, world, key_rollout, warm)
     ring = replay.add(state.ring, *block)
 
     def learn():
@@ -267,15 +276,18 @@ def make_program(config, generator, mesh):
       metrics = jax.eval_shape(learn)[2]
       return state.ssl, state.agent, jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), metrics)
     ssl, agent, metrics = jax.lax.cond(warm, wait, learn)
-    return state.replace(iteration=state.iteration + 1, env=env, frames=frames, ring=ring, ssl=ssl, agent=agent), metrics
+    state = state.replace(iteration=state.iteration + 1, env=env, frames=frames, ring=ring, ssl=ssl, agent=agent)
+    return state, Output(metrics, lived)
 
   def call(state, world):
-    state, metrics = jax.lax.scan(lambda s, _: iteration(s, world), state, length=p.iterations_per_call)
-    return state, dict(metrics, updated=(state.iteration - p.iterations_per_call + jnp.arange(p.iterations_per_call)
-                                         >= warmup_iterations))
+    first = state.iteration
+    state, output = jax.lax.scan(lambda s, _: iteration(s, world), state, length=p.iterations_per_call)
+    updated = first + jnp.arange(p.iterations_per_call) >= warmup_iterations
+    lived = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output.experience)
+    return state, Output(dict(output.metrics, updated=updated), lived)
 
   specs = State.specs()
-  sharded_call = jax.shard_map(call, mesh=mesh, in_specs=(specs, P()), out_specs=(specs, P()))
+  sharded_call = jax.shard_map(call, mesh=mesh, in_specs=(specs, P()), out_specs=(specs, Output(P(), P(None, 'data'))))
   state_shape = jax.eval_shape(init, jax.random.key(0), host_world(config, generator))
   full_specs = jax.tree.map(lambda spec, part: jax.tree.map(lambda _: spec, part), specs, state_shape,
                             is_leaf=lambda x: isinstance(x, P))
@@ -331,10 +343,12 @@ def train(config, workdir, mesh):
   started, saved_at = time.monotonic() - seconds, time.monotonic()
   with checkpoints, Preemption() as preemption:
     while step < total:
-      state, metrics = program.call(state, world)
-      metrics = jax.device_get(metrics)
+      state, output = program.call(state, world)
+      metrics = jax.device_get(output.metrics)
       updated = metrics.pop('updated')
       check_finite(metrics, step, folder)
+      if p.record:
+        experience.write(folder / 'experience', step * p.rollout_length, output.experience)
       step += per_call
       env_steps = step * program.env_steps_per_iteration
       if updated.any():

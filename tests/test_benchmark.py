@@ -10,7 +10,7 @@ from palm_jax import benchmark, devices
 from palm_jax.data import Data, Split
 from palm_jax.errors import UserError
 from palm_jax.generator import train
-from tests.worlds import LinearGenerator, tiny_config
+from tests.worlds import LargeGenerator, nature_config, tiny_config
 
 
 @pytest.mark.parametrize('augment, phases', [
@@ -33,9 +33,9 @@ def test_shares_of_the_generators_training(tmp_path, augment, phases):
 
 
 def test_the_loop_against_its_parts(tmp_path):
-  config, mesh = tiny_config(), devices.make_mesh(2)
+  config, mesh = nature_config(), devices.make_mesh(2)
   config.pretrain.iterations_per_call = 2
-  found = benchmark.pretraining(config, LinearGenerator(), mesh)
+  found = benchmark.pretraining(config, LargeGenerator(), mesh)
   parts = found['part_seconds']
   assert parts.keys() == {'generator', 'acting', 'simsiam', 'reward', 'sac', 'replay'} and min(parts.values()) > 0
   unavoidable = parts['generator'] + parts['acting'] + parts['simsiam']

@@ -40,7 +40,7 @@ def test_one_two_and_eight_devices_compute_the_same_in_float64():
       program, state, world = start(num_devices, 'float64')
       for i in range(program.num_calls):
         with compilations() as count:
-          state, metrics = program.call(state, world)
+          state, (metrics, _) = program.call(state, world)
           jax.block_until_ready(state)  # one collective program in flight at a time: the fake devices share two cores
         assert len(count) == (i == 0)
       results.append(jax.device_get((state.replace(key=jax.random.key_data(state.key)), metrics)))
@@ -66,7 +66,7 @@ def test_gradient_norms_do_not_grow_with_the_devices(eight):
   """The mistake of averaging gradients that are already summed makes them D times too large."""
   norms = []
   for program, state, world in (start(1), eight):
-    _, metrics = program.call(jax.tree.map(lambda x: x.copy(), state), world)
+    _, (metrics, _) = program.call(jax.tree.map(lambda x: x.copy(), state), world)
     first = int(np.argmax(metrics['updated']))
     norms.append([float(metrics[name][first]) for name in ('ssl_grad_norm', 'critic_grad_norm', 'actor_grad_norm')])
   np.testing.assert_allclose(norms[1], norms[0], rtol=2e-3)

@@ -19,25 +19,15 @@ from palm_jax import devices, pretrain
 from palm_jax.checkpoint import Checkpoints, Preemption, list_steps
 from palm_jax.errors import UserError
 from palm_jax.metrics import read_jsonl
-from tests.worlds import LinearGenerator, tiny_config
+from tests.worlds import LargeGenerator, nature_config
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-
-class LargeGenerator(LinearGenerator):
-  """The same at 40x40, each pixel five times: the Nature CNN compiles in a tenth of ResNet-18's time."""
-  image_shape = (40, 40, 1)
-
-  @staticmethod
-  def apply(variables, z, labels, truncation_psi=1.):
-    return LinearGenerator.apply(variables, z, labels, truncation_psi).repeat(5, 1).repeat(5, 2)
 
 
 def worker(folder, stop_at):
   """What each process of the quick tests runs: palm_jax's own loop without its monitors, saved at every call."""
   devices.initialize_distributed()
-  config, mesh, generator = tiny_config(), devices.make_mesh(), LargeGenerator()
-  config.encoder.update(dict(name='nature', features=16))
+  config, mesh, generator = nature_config(), devices.make_mesh(), LargeGenerator()
   config.replay.capacity = 8 * 8  # wraps within the run
   config.pretrain.update(dict(dtype='float64', env_steps=4 * 3 * 16, num_envs=8, rollout_length=2, batch_size=16,
                               updates_per_iteration=1, warmup_steps=48, iterations_per_call=3))

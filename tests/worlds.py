@@ -29,6 +29,15 @@ class LinearGenerator:
     return jnp.tanh(truncation_psi * z @ variables['w'] + variables['offset'][labels]).reshape(-1, 8, 8, 1)
 
 
+class LargeGenerator(LinearGenerator):
+  """The same at 40x40, each pixel five times: the Nature CNN compiles in a tenth of ResNet-18's time."""
+  image_shape = (40, 40, 1)
+
+  @staticmethod
+  def apply(variables, z, labels, truncation_psi=1.):
+    return LinearGenerator.apply(variables, z, labels, truncation_psi).repeat(5, 1).repeat(5, 2)
+
+
 def tiny_config():
   """Everything small; the ring wraps and episodes end within a few iterations."""
   c = cifar.get_config()
@@ -40,4 +49,11 @@ def tiny_config():
   c.reward.k = 3
   c.pretrain.update(dict(env_steps=16 * 4 * 24, num_envs=16, rollout_length=4, batch_size=32, updates_per_iteration=2,
                          warmup_steps=128, iterations_per_call=8, checkpoint_minutes=60.))
+  return c
+
+
+def nature_config():
+  """The same with the encoder that LargeGenerator is for."""
+  c = tiny_config()
+  c.encoder.update(dict(name='nature', features=16))
   return c

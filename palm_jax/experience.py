@@ -1,0 +1,108 @@
+"""What an agent lived through, in order and on disk: the latents, labels and steps of which its frames are drawn.
+
+Frames themselves take six bytes for each that a latent takes, and are drawn again from it, bit for bit where the pictures of
+a batch do not depend on its size. One file a call of pretraining and process; a run that goes on after being killed writes
+the files after its last checkpoint again, with the same content.
+"""
+import os
+import pathlib
+import re
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from palm_jax.errors import UserError
+
+
+class Experience(NamedTuple):
+  """R rows of E environments.
+
+  Attributes:
+    z: (R, E, z_dim) latents.
+    label: (R, E) int32.
+    step: (R, E) int32 steps since the episode began; 0 in its first row.
+  """
+  z: np.ndarray
+  label: np.ndarray
+  step: np.ndarray
+
+
+def write(folder, first_row, experience):
+  """Adds rows; each process writes those of its own environments.
+
+  Args:
+    folder: pathlib.Path.
+    first_row: of the run, the first of these.
+    experience: Experience of jax.Arrays (R, E, ...), environments sharded.
+
+  Raises:
+    OSError: the file cannot be written; there is then none.
+  """
+  shards = {field: sorted(x.addressable_shards, key=lambda s: s.index[1].start or 0)
+            for field, x in experience._asdict().items()}
+  first_env = shards['step'][0].index[1].start or 0
+  local = {field: np.concatenate([np.asarray(s.data) for s in parts], 1) for field, parts in shards.items()}
+  folder.mkdir(parents=True, exist_ok=True)
+  path = folder / f'{first_row:010d}_{first_env:06d}.npz'
+  part = path.with_name(f'.{path.name}.part')
+  try:
+    with part.open('wb') as file:
+      np.savez(file, **local)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(part, path)
+  finally:
+    part.unlink(missing_ok=True)
+
+
+def read(folder):
+  """Yields the Experience of each call, in order, all environments together.
+
+  Raises:
+    UserError: no files, damaged ones, or rows or environments that are missing.
+  """
+  folder, calls = pathlib.Path(folder), {}
+  for path in sorted(folder.glob('*.npz')):
+    match = re.fullmatch(r'(\d{10})_(\d{6})\.npz', path.name)
+    if match:
+      calls.setdefault(int(match[1]), []).append((int(match[2]), path))
+  if not calls:
+    raise UserError(f'{folder} holds no experience: give <workdir>/pretrain/experience of a run with '
+                    '--config.pretrain.record')
+  expected, environments = 0, None
+  for first_row, files in calls.items():
+    if first_row != expected:
+      raise UserError(f'{folder}: rows {expected} to {first_row - 1} are missing; restore their files or record again')
+    parts, width = [], 0
+    for first_env, path in files:
+      parts.append(_load(path))
+      if first_env != width or parts[-1].step.shape[0] != parts[0].step.shape[0]:
+        raise UserError(f'{path} does not follow the file before it; restore the files of row {first_row} or record again')
+      width += parts[-1].step.shape[1]
+    if environments not in (None, width):
+      raise UserError(f'{folder}: {width} environments in row {first_row}, {environments} before; files are missing')
+    environments = width
+    yield Experience(*(np.concatenate(arrays, 1) for arrays in zip(*parts, strict=True)))
+    expected += parts[0].step.shape[0]
+
+
+def _load(path):
+  try:
+    with np.load(path) as file:
+      loaded = Experience(**file)
+    if loaded.z.shape[:2] != loaded.step.shape or loaded.label.shape != loaded.step.shape:
+      raise ValueError('shapes')
+    return loaded
+  except Exception as e:  # numpy and zipfile raise a dozen kinds on damage
+    raise UserError(f'{path} is damaged ({type(e).__name__}): restore it or record again') from e
+
+
+def frames(experience, render):
+  """(R, E, H, W, C) uint8, the pictures of an Experience, one row of environments at a time.
+
+  Args:
+    experience: Experience.
+    render: (z (E, z_dim), label (E,)) -> (E, H, W, C) uint8, such as jit of the generator's pictures by environment.to_uint8.
+  """
+  return np.stack([jax.device_get(render(z, label)) for z, label in zip(experience.z, experience.label, strict=True)])
