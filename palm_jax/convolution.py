@@ -37,23 +37,35 @@ def conv(x, kernel, padding='SAME'):
   return _canonical(x, kernel, tuple(map(tuple, padding)))
 
 
-def strided_conv(x, kernel):
-  """Correlation with stride 2: 3x3 padded by one on all sides, or 1x1. (N, H, W, I) -> (N, ceil(H/2), ceil(W/2), O).
+def strided_conv(x, kernel, stride, padding):
+  """Correlation with the same stride on both axes: (N, H, W, I) -> (N, H', W', O). Padding as in `conv`, without 'SAME'.
 
-  Two by two pixels become channels, so the 3x3 kernel is a 2x2 one of stride 1 with a zero row and column.
+  On CPU stride by stride pixels become channels, so that a smaller kernel of stride 1, with zeros for what is beyond the
+  given one, does the same.
   """
-  if kernel.shape[:2] == (1, 1):
-    return x[:, ::2, ::2] @ kernel[0, 0]
-  x = jnp.pad(x, ((0, 0), (1, 1 + x.shape[1] % 2), (1, 1 + x.shape[2] % 2), (0, 0)))
+  padding = ((0, 0), (0, 0)) if padding == 'VALID' else tuple(map(tuple, padding))
+  if _platform() != 'cpu':
+    return _strided(x, kernel, padding, stride)
+  if kernel.shape[:2] == (1, 1) and padding == ((0, 0), (0, 0)):
+    return x[:, ::stride, ::stride] @ kernel[0, 0]
+  blocks = [-(-size // stride) for size in kernel.shape[:2]]  # of the kernel
+  lengths = [((n + sum(pad) - size) // stride + b) * stride for n, pad, size, b in zip(
+      x.shape[1:3], padding, kernel.shape[:2], blocks, strict=True)]  # of the pixels that are seen
+  x = jnp.pad(x, ((0, 0), *((before, stride + after) for before, after in padding), (0, 0)))[:, :lengths[0], :lengths[1]]
+  kernel = jnp.pad(kernel, (*((0, b * stride - size) for b, size in zip(blocks, kernel.shape[:2], strict=True)), (0, 0), (0, 0)))
+  return conv(_as_channels(x, stride), _as_channels(kernel.transpose(3, 0, 1, 2), stride).transpose(1, 2, 3, 0), 'VALID')
+
+
+def _as_channels(x, size):
+  """(N, H, W, C) -> (N, H/size, W/size, size * size * C)."""
   n, height, width, channels = x.shape
-  x = x.reshape(n, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
-  kernel = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0))).reshape(2, 2, 2, 2, channels, -1).transpose(0, 2, 1, 3, 4, 5)
-  return conv(x.reshape(n, height // 2, width // 2, 4 * channels), kernel.reshape(2, 2, 4 * channels, -1), 'VALID')
+  x = x.reshape(n, height // size, size, width // size, size, channels).transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(n, height // size, width // size, -1)
 
 
 def flax_conv(x, kernel, strides, padding, **_):
-  """For nn.Conv(conv_general_dilated=flax_conv): strides 1, or 2 with the kernels of `strided_conv`."""
-  return conv(x, kernel, padding) if tuple(strides) == (1, 1) else strided_conv(x, kernel)
+  """For nn.Conv(conv_general_dilated=flax_conv), with the same stride on both axes."""
+  return conv(x, kernel, padding) if strides[0] == 1 else strided_conv(x, kernel, strides[0], padding)
 
 
 def _platform():
@@ -62,8 +74,12 @@ def _platform():
   return device.platform if device else jax.default_backend()
 
 
+def _strided(x, kernel, padding, stride):
+  return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+
+
 def _plain(x, kernel, padding):
-  return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+  return _strided(x, kernel, padding, 1)
 
 
 _canonical = jax.custom_vjp(_plain, nondiff_argnums=(2,))

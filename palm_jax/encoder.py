@@ -120,7 +120,7 @@ class NatureCNN(nn.Module):
     if min(images.shape[1:3]) < 36:
       raise UserError(f'images of {images.shape[1]}x{images.shape[2]}: the encoder nature expected at least 36x36; '
                       'take resnet18 for smaller ones')
-    conv = partial(nn.Conv, padding='VALID', dtype=self.dtype)
+    conv = partial(nn.Conv, padding='VALID', dtype=self.dtype, conv_general_dilated=flax_conv)
     x = preprocess(images, self.dtype)
     x = nn.relu(conv(32, (8, 8), 4, name='conv1')(x))
     x = nn.relu(conv(64, (4, 4), 2, name='conv2')(x))

@@ -32,6 +32,7 @@ def test_shares_of_the_generators_training(tmp_path, augment, phases):
   assert result['devices'].startswith('2 x') and found['settings']['augment'] == augment
 
 
+@pytest.mark.slow  # eight compilations
 def test_the_loop_against_its_parts(tmp_path):
   config, mesh = nature_config(), devices.make_mesh(2)
   config.pretrain.iterations_per_call = 2

@@ -21,9 +21,11 @@ CASES = {
     'valid 2x1': (lambda x, k: convolution.conv(x, k, 'VALID'), (2, 1), 1, ((0, 0), (0, 0)), (5, 6)),
     'uneven padding': (lambda x, k: convolution.conv(x, k, ((0, 2), (1, 0))), (3, 2), 1, ((0, 2), (1, 0)), (5, 6)),
     '1x1': (lambda x, k: convolution.conv(x, k), (1, 1), 1, ((0, 0), (0, 0)), (5, 6)),
-    'stride 2, even': (convolution.strided_conv, (3, 3), 2, ((1, 1), (1, 1)), (6, 8)),
-    'stride 2, odd': (convolution.strided_conv, (3, 3), 2, ((1, 1), (1, 1)), (5, 7)),
-    'stride 2, 1x1': (convolution.strided_conv, (1, 1), 2, ((0, 0), (0, 0)), (5, 6)),
+    **{name: (functools.partial(convolution.strided_conv, stride=stride, padding=padding), size, stride,
+              ((0, 0), (0, 0)) if padding == 'VALID' else padding, shape) for name, size, stride, padding, shape in (
+        ('stride 2, even', (3, 3), 2, ((1, 1), (1, 1)), (6, 8)), ('stride 2, odd', (3, 3), 2, ((1, 1), (1, 1)), (5, 7)),
+        ('stride 2, 1x1', (1, 1), 2, 'VALID', (5, 6)), ('stride 2, 4x4', (4, 4), 2, 'VALID', (11, 10)),
+        ('stride 4, 8x8', (8, 8), 4, 'VALID', (21, 22)), ('stride 3, 2x5', (2, 5), 3, ((0, 2), (1, 0)), (8, 9)))},
 }
 
 
