@@ -126,8 +126,8 @@ def run_job(job, config, workdir, data, mesh):
     from palm_jax.generator import train
     return train.train(config, workdir, data, mesh)
   if job == 'pretrain':
-    from palm_jax import pretrain
-    return pretrain.train(config, workdir, mesh)
+    from palm_jax import train
+    return train.train(config, workdir, mesh)
   if job == 'probe':
     from palm_jax.evaluate import probe
     return probe.evaluate(config, workdir, data, mesh)

@@ -5,7 +5,6 @@ SAC. Many iterations run in one compiled, donated call over all devices; Python 
 """
 import functools
 import math
-import time
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -13,18 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from palm_jax import augment, cost, devices, environment, experience, pictures, replay, reward, sac, simsiam
-from palm_jax.checkpoint import Checkpoints, Preemption, any_process, write_json_atomic
+from palm_jax import augment, devices, environment, replay, reward, sac, simsiam
 from palm_jax.encoder import make_encoder
-from palm_jax.errors import NonFiniteError, UserError
+from palm_jax.errors import UserError
 from palm_jax.experience import Experience
-from palm_jax.generator import load_generator
-from palm_jax.metrics import MetricWriter, Progress
-from palm_jax.monitors import make_monitors
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float64': jnp.float64}
 
@@ -295,115 +289,3 @@ def make_program(config, generator, mesh):
   return Program(init=jax.jit(init, out_shardings=state_shardings), state_shardings=state_shardings,
                  call=jax.jit(sharded_call, donate_argnums=0), modules=modules, num_calls=num_calls,
                  warmup_iterations=warmup_iterations, env_steps_per_iteration=steps_per_iteration, action=action)
-
-
-PROGRESS_METRICS = ('loss', 'z_std_ratio', 'h_effective_rank', 'reward', 'alpha', 'alpha_logp', 'entropy_per_dim')
-
-
-def train(config, workdir, mesh):
-  """The job: pretrains in the world of `config.generator.path` (or this workdir's own generator), going on where it was.
-
-  Writes checkpoints, metrics and films under `<workdir>/pretrain` and, when complete, `<workdir>/results/pretrain.json`.
-
-  Args:
-    config: the whole config.
-    workdir: pathlib.Path.
-    mesh: one-dimensional mesh, axis 'data'.
-
-  Returns:
-    True when complete, False when stopped by SIGTERM; then everything is saved.
-
-  Raises:
-    UserError: impossible sizes, missing or damaged files.
-    NonFiniteError: a loss or gradient became NaN or infinite; the last good checkpoint stays.
-  """
-  folder, first_process = workdir / 'pretrain', jax.process_index() == 0
-  generator = load_generator(config.generator.path or workdir).with_dtype(DTYPES[config.pretrain.dtype])
-  program = make_program(config, generator, mesh)
-  world = make_world(config, generator, mesh)
-  monitors = make_monitors(config, generator, program)
-  key = jax.random.key(config.seed)
-  template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                          jax.eval_shape(program.init, key, world), program.state_shardings)
-  check_memory(template, world, mesh)
-  checkpoints = Checkpoints(folder / 'checkpoints')
-  restored = checkpoints.restore({'state': template})
-  if restored:
-    step, state = restored.step, restored.items['state']
-    scalars, seconds = restored.metadata['metrics'], restored.metadata['seconds']
-    logging.info('pretrain: going on from iteration %d', step)
-  else:
-    step, state, scalars, seconds = 0, program.init(key, world), {}, 0.
-
-  p, per_call = config.pretrain, config.pretrain.iterations_per_call
-  total = program.num_calls * per_call
-  monitor_every = max(1, round(program.num_calls * p.monitor_fraction)) * per_call
-  writer = MetricWriter(folder, step) if first_process else None
-  progress = Progress('pretrain', total * program.env_steps_per_iteration, 'env steps')
-  started, saved_at = time.monotonic() - seconds, time.monotonic()
-  with checkpoints, Preemption() as preemption:
-    while step < total:
-      state, output = program.call(state, world)
-      metrics = jax.device_get(output.metrics)
-      updated = metrics.pop('updated')
-      check_finite(metrics, step, folder)
-      if p.record:
-        experience.write(folder / 'experience', step * p.rollout_length, output.experience)
-      step += per_call
-      env_steps = step * program.env_steps_per_iteration
-      if updated.any():
-        scalars = scalars | {name: float(values[updated].mean()) for name, values in metrics.items()}
-      if step % monitor_every == 0 or step == total:
-        scalars = scalars | monitors.ranks(state.ssl, world, key)
-        film = jax.device_get(monitors.film(state.ssl, state.agent, world, key))
-        if first_process:
-          write_film(folder / 'rollouts', env_steps, *film)
-      if first_process:
-        writer.write(step, dict(scalars, env_steps=env_steps))
-        progress.update(env_steps, {name: scalars[name] for name in PROGRESS_METRICS if name in scalars})
-      stop = preemption.requested
-      if step == total or stop or any_process(time.monotonic() - saved_at > 60 * p.checkpoint_minutes):
-        encoder = {'params': state.ssl['params']['encoder'], 'batch_stats': state.ssl['batch_stats']['encoder']}
-        checkpoints.save(step, {'state': state, 'encoder': encoder},
-                         {'seconds': time.monotonic() - started, 'metrics': scalars})
-        saved_at = time.monotonic()
-      if stop:
-        break
-  if first_process:
-    writer.close()
-  if step < total:
-    return False
-  if first_process:
-    write_json_atomic(workdir / 'results' / 'pretrain.json', dict(
-        metrics=scalars, env_steps=step * program.env_steps_per_iteration, iterations=step, checkpoint_step=step,
-        seconds=time.monotonic() - started, seed=config.seed, generator=str(config.generator.path or 'own'),
-        **devices.describe(mesh)))
-  return True
-
-
-def check_memory(state, world, mesh):
-  """Raises UserError when a device has less memory than its share of the state takes, of which only shapes are read."""
-  need = (cost.nbytes((state.ring, state.env, state.frames)) / mesh.size + cost.nbytes((state.ssl, state.agent, world)))
-  memory = devices.memory_bytes(mesh)
-  if need > memory:
-    raise UserError(f'replay and networks take {need / 2**30:.1f} GiB on each of {mesh.size} device(s), which have '
-                    f'{memory / 2**30:.1f} GiB: lower replay.capacity; --job=plan says what fits')
-
-
-def check_finite(metrics, first_iteration, folder):
-  """Raises NonFiniteError naming the first metric and iteration that is NaN or infinite; (iterations,) arrays."""
-  bad = {name: int(np.argmin(np.isfinite(values))) for name, values in metrics.items() if not np.all(np.isfinite(values))}
-  if bad:
-    name = min(bad, key=lambda name: (bad[name], name != 'loss'))  # the rest of an iteration follows from its loss
-    raise NonFiniteError(
-        f'pretrain: {name} is {metrics[name][bad[name]]} at iteration {first_iteration + bad[name]}: '
-        f'lower the learning rates (simsiam.lr, sac.lr_*); the last good checkpoint is in {folder / "checkpoints"}')
-
-
-def write_film(folder, env_steps, frames, labels):
-  """A strip like the paper's Figure 2, one episode a row, every fourth frame; and all frames as an animated WebP."""
-  name = f'{env_steps:010d}'
-  pictures.save_png(folder / f'{name}.png', pictures.grid(frames[:, ::4], labels=labels))
-  shown = frames[:5 * (len(frames) // 5) or len(frames)]
-  shown = shown.reshape(-1, min(5, len(frames)), *frames.shape[1:])  # (rows, columns, steps, H, W, C)
-  pictures.save_webp(folder / f'{name}.webp', [pictures.grid(shown[:, :, t]) for t in range(frames.shape[1])])

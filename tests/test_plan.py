@@ -4,7 +4,7 @@ import json
 import jax
 import pytest
 
-from palm_jax import cost, devices, plan, pretrain
+from palm_jax import cost, devices, plan, pretrain, train
 from palm_jax.errors import UserError
 from palm_jax.main import run
 from tests.worlds import LinearGenerator, tiny_config
@@ -46,7 +46,7 @@ def test_a_replay_beyond_the_memory_is_refused_before_it_is_made():
   program, world = pretrain.make_program(config, generator, mesh), pretrain.host_world(config, generator)
   state = jax.eval_shape(program.init, jax.random.key(0), world)
   with pytest.raises(UserError, match=r'replay and networks take 7\d\d.\d GiB on each of 2 device.*lower replay.capacity'):
-    pretrain.check_memory(state, world, mesh)
+    train.check_memory(state, world, mesh)
 
 
 def test_more_devices_share(planned):
