@@ -194,9 +194,11 @@ def drawn(count, num_devices, num_images, labels, shift=0., **settings):
   mesh = devices.make_mesh(num_devices)
   extractor = extractors.make_extractor(c, None, None, mesh)
   draw = quality.make_draw(c, Stripes(), extractor, np.asarray(labels), mesh)
-  h = draw({'shift': np.float32(shift)}, 'images')
+  h, classes = draw({'shift': np.float32(shift)}, 'images')
   assert h.shape == (count, 8)
-  return np.round((h + 1) * 127.5)
+  levels = np.round((h + 1) * 127.5)
+  np.testing.assert_allclose(levels[:, 0] / 10, classes, atol=.11)
+  return levels
 
 
 def test_pictures_depend_on_seed_and_number_only():
@@ -287,6 +289,9 @@ def test_the_job_reports_every_comparison(finished):
     assert all(np.isfinite(row[name]) for name in names)
   assert min(row['proxy-FID'] for row in rows[:4]) > 2 * max(row['proxy-FID'] for row in rows[4:])
   assert results['initial_over_generator'] == pytest.approx(rows[1]['proxy-FID'] / rows[0]['proxy-FID'])
+  recognised = results['recognised']
+  assert recognised.keys() == {'generator', 'initial generator', 'test images'} and max(recognised.values()) <= 1
+  assert recognised['test images'] == results['protocol']['extractor']['test_accuracy']  # all of them
   protocol = results['protocol']
   assert [protocol[name] for name in ('checkpoint_step', 'num_images', 'equal_n', 'kid_subset_size')] == [7, 50, 40, 20]
   assert protocol['extractor']['test_accuracy'] > .9

@@ -29,6 +29,7 @@ class Extractor(NamedTuple):
   apply: Callable  # (variables, images (B, H, W, C) uint8) -> (B, F)
   variables: Any  # on every device of the mesh
   about: dict  # for the protocol
+  classify: Callable | None = None  # (variables, features (B, F)) -> logits (B, num_classes), where it knows the classes
 
 
 def make_extractor(config, workdir, data, mesh):
@@ -60,6 +61,9 @@ class Classifier(nn.Module):
 
   def features(self, images):
     return self.encoder(images, False)
+
+  def classify(self, h):
+    return self.head(h)
 
 
 def proxy(config, workdir, data, mesh):
@@ -95,7 +99,8 @@ def proxy(config, workdir, data, mesh):
       about = dict(network=f'ResNet-18 of width {c.proxy_width}, trained on the labels of these training images', **settings,
                    updates=steps, test_accuracy=float(np.mean(predicted == data.test.labels)))
       checkpoints.save(steps, {'classifier': variables}, about)
-  return Extractor(functools.partial(network.apply, method='features'), variables, about)
+  return Extractor(functools.partial(network.apply, method='features'), variables, about,
+                   functools.partial(network.apply, method='classify'))
 
 
 def train_proxy(c, data, mesh, init, seed):

@@ -81,7 +81,8 @@ def evaluate(config, workdir, data, mesh):
     mesh: one-dimensional mesh, axis 'data'.
 
   Returns:
-    The dict that was written: `rows`, a list of one dict a comparison; `initial_over_generator`; `protocol`; `seconds`.
+    The dict that was written: `rows`, a list of one dict a comparison; `recognised`, where the feature network is a
+    classifier, {set: share of its pictures that it gives their class}; `initial_over_generator`; `protocol`; `seconds`.
 
   Raises:
     UserError: no generator, or one of other images or classes than the data's; see also `proxy` and `inception.load`.
@@ -109,10 +110,12 @@ def evaluate(config, workdir, data, mesh):
   test_order = np.random.default_rng(config.seed).permutation(len(data.test.images))[:few]
   test = extract(extractor, data.test.images[test_order], c.batch_size, mesh, 'test images')
   draw = make_draw(config, G, extractor, data.train.labels, mesh)
-  sets = {'generator': draw(G.variables, 'generated images')}
+  sets, drawn_labels = {}, {}
+  sets['generator'], drawn_labels['generator'] = draw(G.variables, 'generated images')
   if c.compare_initial:
     initial = jax.jit(G.network.init)(jax.random.key(config.seed), jnp.zeros((1, G.z_dim)), jnp.zeros((1,), jnp.int32))
-    sets['initial generator'] = draw(initial, 'images of the initial generator')
+    name = 'initial generator'
+    sets[name], drawn_labels[name] = draw(initial, f'images of the {name}')
 
   compared = [(name, real, fake) for name, fake in sets.items()]
   references = {'test images': test, 'training images': real[-few:]}
@@ -131,6 +134,11 @@ def evaluate(config, workdir, data, mesh):
       kernel='(x.y / F + 1)^3, unbiased', neighbours=c.neighbours,
       references='test images, and training images that share none with the other side, at equal_n a side'),
       **devices.describe(mesh))
+  if extractor.classify and G.num_classes:
+    judged = {name: (sets[name], drawn_labels[name]) for name in sets} | {
+        'test images': (test, data.test.labels[test_order])}
+    results['recognised'] = {name: float(np.mean(np.asarray(extractor.classify(extractor.variables, h)).argmax(1) == labels))
+                             for name, (h, labels) in judged.items()}
   if c.compare_initial:
     results['initial_over_generator'] = rows[1][f'{prefix}FID'] / max(rows[0][f'{prefix}FID'], 1e-12)
   results['seconds'] = time.monotonic() - started
@@ -164,7 +172,7 @@ def extract(extractor, images, batch_size, mesh, what):
 
 
 def make_draw(config, G, extractor, labels, mesh):
-  """f(variables of G, what they are) -> features (num_images, F) of its pictures, which stay on the devices.
+  """f(variables of G, what they are) -> features (num_images, F) and labels of its pictures, which stay on the devices.
 
   A picture is a function of (seed, its number): latent, label of a random training image, and noise.
   """
@@ -177,7 +185,7 @@ def make_draw(config, G, extractor, labels, mesh):
     z = jax.vmap(lambda key: jax.random.normal(key, (G.z_dim,)))(keys[:, 0])
     drawn = labels[jax.vmap(lambda key: jax.random.randint(key, (), 0, len(labels)))(keys[:, 1])]
     images = G.apply(variables, z, drawn, c.truncation_psi, noise=c.noise, noise_keys=keys[:, 2])
-    return extractor.apply(feature_variables, to_uint8(images)), jnp.isfinite(images).all((1, 2, 3))
+    return extractor.apply(feature_variables, to_uint8(images)), drawn, jnp.isfinite(images).all((1, 2, 3))
 
   sharded = jax.shard_map(call, mesh=mesh, in_specs=(P(), P(), P(), P('data')), out_specs=P('data'))
   call = jax.jit(sharded, out_shardings=NamedSharding(mesh, P()))
@@ -189,13 +197,14 @@ def make_draw(config, G, extractor, labels, mesh):
     for start in range(0, c.num_images, batch):
       ids = np.arange(start, start + batch, dtype=np.int32)
       ids = jax.make_array_from_callback(ids.shape, NamedSharding(mesh, P('data')), lambda at, ids=ids: ids[at])
-      chunk, finite = jax.device_get(call(variables, extractor.variables, labels, ids))
+      *chunk, finite = jax.device_get(call(variables, extractor.variables, labels, ids))
       if not finite.all():
         raise NonFiniteError(f'quality: {(~finite).sum()} of {what} {start} to {start + batch - 1} hold NaN or infinity: '
                              'the generator is broken; take an earlier checkpoint')
       chunks.append(chunk)
       progress.update(min(start + batch, c.num_images), {})
-    return check_finite(np.concatenate(chunks)[:c.num_images], what)
+    h, drawn = (np.concatenate(arrays)[:c.num_images] for arrays in zip(*chunks, strict=True))
+    return check_finite(h, what), drawn
   return draw
 
 
@@ -216,6 +225,9 @@ def table(results):
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   lines = ['  '.join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
            for row in cells]
+  if 'recognised' in results:
+    shares = ', '.join(f'{name} {share:.1%}' for name, share in results['recognised'].items())
+    lines.append(f'given their class by the proxy: {shares}')
   if 'initial_over_generator' in results:
     lines.append(f'{header[3]} of the initial generator over that of the trained: {results["initial_over_generator"]:.3g}')
   return '\n'.join([*lines, 'protocol: ' + '; '.join(f'{key}={value}' for key, value in results['protocol'].items())])
