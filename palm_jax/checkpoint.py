@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 from palm_jax.errors import UserError
+from palm_jax.files import replacing
 
 
 class Restored(NamedTuple):
@@ -221,17 +222,8 @@ def load_encoder(workdir, step=None):
 
 def write_json_atomic(path, obj):
   """Writes JSON (numpy and JAX numbers and arrays too) so that `path` holds all of it or what was there before."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-  try:
-    with part.open('w') as f:
-      json.dump(obj, f, indent=2, default=lambda x: x.tolist())
-      f.flush()
-      os.fsync(f.fileno())
-    os.replace(part, path)
-  finally:
-    part.unlink(missing_ok=True)
+  with replacing(path, 'w') as f:
+    json.dump(obj, f, indent=2, default=lambda x: x.tolist())
 
 
 class Preemption:

@@ -4,7 +4,6 @@ Frames themselves take six bytes for each that a latent takes, and are drawn aga
 a batch do not depend on its size. One file a call of pretraining and process; a run that goes on after being killed writes
 the files after its last checkpoint again, with the same content.
 """
-import os
 import pathlib
 import re
 from typing import NamedTuple
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 
 from palm_jax.errors import UserError
+from palm_jax.files import replacing
 
 
 class Experience(NamedTuple):
@@ -43,17 +43,8 @@ def write(folder, first_row, experience):
             for field, x in experience._asdict().items()}
   first_env = shards['step'][0].index[1].start or 0
   local = {field: np.concatenate([np.asarray(s.data) for s in parts], 1) for field, parts in shards.items()}
-  folder.mkdir(parents=True, exist_ok=True)
-  path = folder / f'{first_row:010d}_{first_env:06d}.npz'
-  part = path.with_name(f'.{path.name}.part')
-  try:
-    with part.open('wb') as file:
-      np.savez(file, **local)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(part, path)
-  finally:
-    part.unlink(missing_ok=True)
+  with replacing(folder / f'{first_row:010d}_{first_env:06d}.npz') as file:
+    np.savez(file, **local)
 
 
 def read(folder):

@@ -2,12 +2,13 @@
 import collections
 import json
 import math
-import os
 import pathlib
 import time
 
 import numpy as np
 from absl import logging
+
+from palm_jax.files import replacing
 
 
 class MetricWriter:
@@ -76,15 +77,8 @@ def _drop_lines_after(path, step):
   """Rewrites the file without lines beyond `step` or cut short; all of it or what was there before."""
   if not path.exists():
     return
-  part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-  try:
-    with part.open('w') as f:
-      f.writelines(json.dumps(row) + '\n' for row in read_jsonl(path) if row['step'] <= step)
-      f.flush()
-      os.fsync(f.fileno())
-    os.replace(part, path)
-  finally:
-    part.unlink(missing_ok=True)
+  with replacing(path, 'w') as f:
+    f.writelines(json.dumps(row) + '\n' for row in read_jsonl(path) if row['step'] <= step)
 
 
 class Progress:

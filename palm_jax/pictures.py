@@ -1,11 +1,10 @@
 """Grids, strips of episodes and films as files, by NumPy and Pillow. A file is whole or as it was before."""
-import os
-import pathlib
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from palm_jax.errors import UserError
+from palm_jax.files import replacing
 
 CELL = 64  # pixels that a small image is enlarged to, at least
 WIDTH = 1600  # pixels that enlarging keeps a grid within
@@ -68,16 +67,9 @@ def _to_pillow(image):
 
 
 def _save(path, images, **options):
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f'.{path.name}.{os.getpid()}.part')
   first, *rest = images
-  try:
-    with part.open('wb') as f:
-      first.save(f, **options, **({'append_images': rest} if rest else {}))
-    os.replace(part, path)
-  finally:
-    part.unlink(missing_ok=True)
+  with replacing(path) as f:
+    first.save(f, **options, **({'append_images': rest} if rest else {}))
 
 
 def _label_column(names, row_height, channels):

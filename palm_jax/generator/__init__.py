@@ -3,7 +3,6 @@ import dataclasses
 import difflib
 import importlib.resources
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -15,6 +14,7 @@ from flax import traverse_util
 
 from palm_jax.checkpoint import load_item
 from palm_jax.errors import UserError
+from palm_jax.files import replacing
 from palm_jax.generator.snapshots import check_numbers, load_snapshot, read_arrays
 from palm_jax.generator.stylegan2 import Generator
 from palm_jax.torch_files import SnapshotError
@@ -136,7 +136,6 @@ def save_safetensors(path, network, variables, about, dtype=np.float16):
   Raises:
     UserError: numbers that dtype does not hold. OSError: the file cannot be written.
   """
-  path = pathlib.Path(path)
   tensors = {'/'.join(name): np.asarray(x) for name, x in traverse_util.flatten_dict(variables).items()}
   with np.errstate(over='ignore'):
     stored = {name: np.array(x, dtype, order='C') for name, x in tensors.items()}
@@ -144,16 +143,8 @@ def save_safetensors(path, network, variables, about, dtype=np.float16):
     if not np.isfinite(x).all():
       raise UserError(f'{name} has numbers that {np.dtype(dtype).name} does not hold: save it as float32')
   content = safetensors.numpy.save(stored, {NETWORK_KEY: json.dumps(network_fields(network)), 'about': about})
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-  try:
-    with part.open('wb') as file:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(part, path)
-  finally:
-    part.unlink(missing_ok=True)
+  with replacing(path) as file:
+    file.write(content)
 
 
 def _path(path_or_name):
