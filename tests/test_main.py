@@ -88,7 +88,7 @@ def contents(folder):
     ('all', dict(data__name='{files}/unnamed.npz'), ['labels hold 2', 'expected 0..1', 'name each']),
     ('all', dict(data__name='{files}/cut.npz'), ['cut.npz: not a readable .npz', 'write it again']),
     ('probe', dict(data__name='{files}/cifar-10-binary.tar.gz'), ['damaged or not a .tar.gz', 'fetch it again']),
-    ('pretrian', {}, ["job 'pretrian'", 'choose one of generator, pretrain, probe, quality, benchmark, all',
+    ('pretrian', {}, ["job 'pretrian'", 'choose one of generator, pretrain, probe, quality, benchmark, plan, all',
                       'did you mean pretrain?']),
     ('all', dict(jobs=('prob',)), ["job 'prob'", 'did you mean probe?']),
     ('generator', dict(generator__batch_size=12),
