@@ -4,7 +4,8 @@
 
 It is the program that palm_jax.main would run there: the donated scan over whole iterations, compiled by libtpu from shapes
 alone. No array is made and no generator is read (its pictures are those of config.plan); no TPU is needed, only
-`pip install 'palm_jax[tpu]'`. The compiler takes minutes. Topologies are named as Google Cloud does: v5e:2x4, v5e:16x16,
+`pip install 'palm_jax[tpu]'`. The compiler takes minutes, and more stack than usual for large slices (`ulimit -s unlimited`;
+with 8 MB it ended in a segmentation fault on v6e:16x16). Topologies are named as Google Cloud does: v5e:2x4, v5e:16x16,
 v6e:16x16, v5p:4x4x4.
 
 --scale_from=8 takes the sizes of the config as those of 8 chips and multiplies num_envs, batch_size, warmup_steps, num_shards
