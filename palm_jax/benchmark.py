@@ -109,7 +109,7 @@ def pretraining(config, generator, mesh):
                  results_beside_them=memory.output_size_in_bytes - memory.alias_size_in_bytes),
       hours=math.ceil(p.env_steps / program.env_steps_per_iteration) * whole / 3600,
       compile_seconds=compile_seconds, repeats=timing.REPEATS,
-      settings={name: config[name].to_dict() for name in ('pretrain', 'replay', 'encoder', 'simsiam', 'sac', 'reward')})
+      settings=workload.settings(config))
   logging.info('%s', table(result, devices.describe(mesh)))
   return result
 

@@ -36,9 +36,10 @@ def _equation_flops(equation):
   return max(inner, default=0) if name == 'cond' else sum(inner)
 
 
-def _convolution_flops(x, kernel, out, *, dimension_numbers, window_strides, padding, lhs_dilation, rhs_dilation, **_):
+def _convolution_flops(x, kernel, out, *, dimension_numbers, window_strides, padding, lhs_dilation, rhs_dilation,
+                       batch_group_count, **_):
   (batch, _, *x_space), (outputs, inputs, *kernel_space), (_, _, *out_space) = dimension_numbers
-  total = 2 * x[batch] * kernel[outputs] * kernel[inputs]
+  total = 2 * x[batch] * kernel[outputs] * kernel[inputs] // batch_group_count
   for i, (step, (before, _), hole, spread) in enumerate(zip(window_strides, padding, lhs_dilation, rhs_dilation, strict=True)):
     at = np.arange(out[out_space[i]])[:, None] * step + np.arange(kernel[kernel_space[i]]) * spread - before
     total *= int(((at >= 0) & (at <= (x[x_space[i]] - 1) * hole) & (at % hole == 0)).sum())

@@ -1,8 +1,8 @@
 """What an agent lived through, in order and on disk: the latents, labels and steps of which its frames are drawn.
 
-Frames themselves take six bytes for each that a latent takes, and are drawn again from it, bit for bit where the pictures of
-a batch do not depend on its size. One file a call of pretraining and process; a run that goes on after being killed writes
-the files after its last checkpoint again, with the same content.
+Frames are drawn again from them, bit for bit where the pictures of a batch do not depend on its size. One file a call of
+pretraining and process; a run that goes on after being killed writes the files after its last checkpoint again, with the
+same content.
 """
 import pathlib
 import re

@@ -139,8 +139,8 @@ def run_job(job, config, workdir, data, mesh):
 
 
 def needs_data(job, config):
-  trained = 'generator' in config.jobs and not config.generator.path
-  return trained if job == 'benchmark' else job != 'pretrain'
+  from palm_jax.benchmark import trains_generator
+  return trains_generator(config) if job == 'benchmark' else job != 'pretrain'
 
 
 JOBS = ('generator', 'pretrain', 'probe', 'quality', 'benchmark', 'plan')

@@ -108,7 +108,7 @@ def estimate(config, generator, num_devices):
       bytes=dict(sharded, networks=cost.nbytes((world, state.ssl, state.agent)),
                  activations=activation_bytes(config, generator, state.ssl, num_devices)),
       flops=flops, flops_per_iteration=sum(flops.values()),
-      settings={name: config[name].to_dict() for name in ('pretrain', 'replay', 'encoder', 'simsiam', 'sac', 'reward')})
+      settings=workload.settings(config))
 
 
 def activation_bytes(config, generator, ssl, num_devices):

@@ -173,7 +173,6 @@ def make_program(config, generator, mesh):
   modules = simsiam.make_modules(make_encoder(config.encoder, 'data', dtype), config.simsiam, 'data', dtype)
   optimizer = simsiam.make_optimizer(config.simsiam, num_updates, p.batch_size)
   views = augment.make_augment(config.simsiam.augment)
-  reward_options = {k: config.reward[k] for k in ('k', 'average', 'transform', 'include_self', 'clip')}
 
   def render(world, env):
     images = generator.apply(world.variables, env.z, env.label, truncation_psi=config.environment.truncation_psi)
@@ -247,7 +246,7 @@ def make_program(config, generator, mesh):
     new_ssl = dict(params=optax.apply_updates(ssl['params'], updates), batch_stats=aux.batch_stats, opt_state=opt_state)
 
     h, next_h = aux.h.astype(real), aux.h_next.astype(real)
-    r = reward.global_entropy_reward(next_h if config.reward.on == 'next' else h, 'data', **reward_options)
+    r = reward.global_entropy_reward(next_h if config.reward.on == 'next' else h, 'data', **reward.options(config.reward))
     noise = jax.vmap(lambda k: jax.random.normal(k, (2, per_shard, generator.z_dim), real))(fold(key_sac))
     noise = noise.swapaxes(0, 1).reshape(2, -1, generator.z_dim)
     batch = sac.Batch(h=h, action=replay.unpack(actions, real), reward=r, next_h=next_h,

@@ -75,6 +75,11 @@ def entropy_reward(h, candidates=None, k=12, average=True, transform='log1p', in
   return TRANSFORMS[transform](jnp.mean(distances, axis=1) if average else distances[:, -1])
 
 
+def options(config):
+  """What of `default_config` goes to `global_entropy_reward`."""
+  return {name: config[name] for name in ('k', 'average', 'transform', 'include_self', 'clip')}
+
+
 def global_entropy_reward(h, axis_name=None, **options):
   """`entropy_reward` with neighbours from all devices' batches, so the number of devices does not change it.
 

@@ -29,6 +29,11 @@ class Part(NamedTuple):
   carries: str | None = None
 
 
+def settings(config):
+  """The sections of a config that an iteration's cost depends on, as dicts."""
+  return {name: config[name].to_dict() for name in ('pretrain', 'replay', 'encoder', 'simsiam', 'sac', 'reward')}
+
+
 def make_sample(config, generator, program, key):
   """Inputs of the parts, drawn at random: {name: (steps or updates, environments or transitions, ...) array}.
 
@@ -68,7 +73,6 @@ def make_parts(config, generator, program, mesh):
   """
   p, modules, length = config.pretrain, program.modules, config.environment.episode_length
   shards = config.replay.num_shards // mesh.size
-  reward_options = {k: config.reward[k] for k in ('k', 'average', 'transform', 'include_self', 'clip')}
   rows = P(None, 'data')
 
   def part(f, in_specs, out_specs, arguments, carries=None):
@@ -95,7 +99,7 @@ def make_parts(config, generator, program, mesh):
     return over(gradient_norm, s, s_next)
 
   def reward_of(h):
-    return over(lambda h: reward.global_entropy_reward(h, 'data', **reward_options), h)
+    return over(lambda h: reward.global_entropy_reward(h, 'data', **reward.options(config.reward)), h)
 
   def act_and_criticise(agent, h, action, r, h_next, noise):
     def update(agent, x):

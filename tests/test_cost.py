@@ -40,6 +40,13 @@ def test_gradients_cost_twice_as_much():
   assert count(jax.grad(square, (0, 1)), x, kernel) == 3 * count(square, x, kernel) > 0
 
 
+def test_gradients_of_grouped_convolutions():
+  call = lambda x, k: (jax.lax.conv_general_dilated(x, k, (1, 1), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+                                                    feature_group_count=2) ** 2).sum()
+  x, kernel = zeros(2, 8, 8, 4), zeros(3, 3, 2, 6)
+  assert count(jax.grad(call, (0, 1)), x, kernel) == 3 * count(call, x, kernel) > 0
+
+
 def test_loops_branches_and_devices():
   step = lambda x, w: (x @ w, None)
   loop = lambda x, w: jax.lax.scan(lambda x, _: step(x, w), x, length=11)[0]

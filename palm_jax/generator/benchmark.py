@@ -1,6 +1,4 @@
 """How fast a generator trains, and where the time is spent."""
-import time
-
 import jax
 import numpy as np
 from absl import logging
@@ -8,7 +6,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from palm_jax import devices
+from palm_jax import devices, timing
 from palm_jax.generator import train
 from palm_jax.generator.phases import make_phases
 from palm_jax.generator.step import init_state, make_train_call
@@ -47,9 +45,7 @@ def measure(config, data, mesh):
   fresh = lambda: init(jax.random.key(config.seed))
 
   call = make_train_call(c, G, D, mesh)
-  began = time.monotonic()
-  call = call.lower(fresh(), *training_set, indices).compile()
-  compile_seconds = time.monotonic() - began
+  compile_seconds, call = timing.seconds(lambda: call.lower(fresh(), *training_set, indices).compile())
   seconds = median_seconds(call, fresh(), *training_set, indices) / c.iterations_per_call
 
   def phase_seconds(config):
