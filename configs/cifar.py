@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from palm_jax import encoder, environment, plan, pretrain, replay, reward, sac, simsiam
 from palm_jax.errors import UserError
-from palm_jax.evaluate import quality
+from palm_jax.evaluate import features, probe, quality
 from palm_jax.generator import train
 
 PRESETS = {'paper_text': (0.5, 0.95), 'paper_fig5': (0.95, 0.75)}
@@ -39,6 +39,8 @@ def get_config(variant=''):
   c.sac = sac.default_config()
   c.pretrain = pretrain.default_config()
   c.plan = plan.default_config()  # --job=plan: what a pretraining would take
+  c.features = features.default_config()  # of evaluations
+  c.probe = probe.default_config()
   c.quality = quality.default_config()  # --job=quality: FID and its like of the generator
 
   for word in filter(None, variant.split(',')):
@@ -67,3 +69,6 @@ def small(c):
   c.sac.hidden = (256, 256)
   c.pretrain.update(dict(env_steps=60_000, num_envs=32, rollout_length=4, batch_size=64, updates_per_iteration=2,
                          warmup_steps=1024, iterations_per_call=10, checkpoint_minutes=5.))
+  c.probe.methods = ('lbfgs', 'knn', 'finetune', 'supervised')
+  for method in ('finetune', 'supervised'):
+    c.probe[method].update(dict(epochs=4, warmup=0.2))

@@ -23,6 +23,7 @@ def get_config():
   c.environment.update(dict(alpha=0.95, beta=0.5))  # paper Figure 5: the best alpha, and a beta of the best range
   c.replay.capacity = 65_536  # 4 MB of frames
   c.encoder.width = 16
+  c.probe.methods = ('lbfgs', 'knn')
   c.quality.update(dict(num_images=10_000, proxy_epochs=15))
   c.simsiam.update(dict(proj_hidden=256, proj_dim=256, pred_hidden=64, lr=0.3))  # ten times the paper's: few updates
   c.sac.hidden = (256, 256)

@@ -144,6 +144,14 @@ def _crop_flip_one(key, image):
   return hflip(flip_key, random_resized_crop(crop_key, image, (0.08, 1.0)))
 
 
+def _shift_flip_one(key, image):
+  key, key_shift = jax.random.split(key)
+  reach = image.shape[0] // 8
+  corner = jax.random.randint(key_shift, (2,), 0, 2 * reach + 1)
+  padded = jnp.pad(image, ((reach, reach), (reach, reach), (0, 0)))
+  return hflip(key, jax.lax.dynamic_slice(padded, (*corner, 0), image.shape))
+
+
 def _augment(one, keys, images):
   if images.dtype != jnp.uint8:
     raise UserError(f'images to augment of type {images.dtype}: expected uint8 in 0..255; augment before scaling')
@@ -174,15 +182,24 @@ def crop_flip(keys, images):
   return _augment(_crop_flip_one, keys, images)
 
 
+def shift_flip(keys, images):
+  """Shift by up to an eighth of the side, black around, and flip: supervised training's (kuangliu/pytorch-cifar main.py).
+
+  Shapes and errors as in `simsiam_augment`.
+  """
+  return _augment(_shift_flip_one, keys, images)
+
+
 def make_augment(name):
-  """The function (keys (N,), images (N, H, W, C) uint8) -> images that `name` names: 'none', 'simsiam', 'crop_flip'.
+  """The function (keys (N,), images (N, H, W, C) uint8) -> images of a name: 'none', 'simsiam', 'crop_flip', 'shift_flip'.
 
   'none' hands the uint8 images on as they are; encoders scale them.
 
   Raises:
     UserError: for another name.
   """
-  augmentations = {'none': lambda keys, images: images, 'simsiam': simsiam_augment, 'crop_flip': crop_flip}
+  augmentations = {'none': lambda keys, images: images, 'simsiam': simsiam_augment, 'crop_flip': crop_flip,
+                   'shift_flip': shift_flip}
   if name not in augmentations:
     nearest = difflib.get_close_matches(str(name), augmentations, n=1, cutoff=0)[0]
     raise UserError(f'augment {name!r}: expected one of {", ".join(augmentations)}; did you mean {nearest!r}?')

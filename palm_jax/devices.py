@@ -178,6 +178,11 @@ def replicate(mesh, tree):
   return jax.tree.map(put, tree)
 
 
+def shard(mesh, array, spec):
+  """Puts a host's array, the same in all processes, on the mesh in shares."""
+  return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
+
+
 def memory_bytes(mesh):
   """Memory of one device: what its allocator may take; of CPU devices a share of the machine's."""
   device = mesh.local_devices[0]

@@ -2,6 +2,7 @@
 import difflib
 import errno
 import functools
+import importlib
 import json
 import logging as python_logging
 import pathlib
@@ -72,39 +73,43 @@ def check(config, jobs, num_devices):
   if 'pretrain' in jobs:
     from palm_jax import pretrain
     pretrain.check_config(config, num_devices)
-  if 'quality' in jobs:
-    from palm_jax.evaluate import quality
-    quality.check_config(config, num_devices)
+  for name in EVALUATIONS:
+    if name in jobs:
+      importlib.import_module(f'palm_jax.evaluate.{name}').check_config(config, num_devices)
 
 
 def claim_workdir(workdir, config):
-  """Writes config.json, or checks that the one there is the same. One that no job has written to may change its config.
+  """Writes config.json, or checks that the one there is the same in all that the workdir's content depends on.
+
+  That is nothing where no job has written yet; `jobs`, and sections of evaluations without a result, may change later, too.
 
   Raises:
     UserError: the workdir cannot be made, or belongs to another config; the message names the keys that differ.
   """
   import jax
 
-  from palm_jax.checkpoint import write_json_atomic
+  from palm_jax.checkpoint import any_process, write_json_atomic
   path, now = workdir / 'config.json', json.loads(config.to_json_best_effort())
-  if not path.exists() or not any((workdir / name).exists() for name in (*JOBS, 'results')):
+  if any_process(path.exists() and any((workdir / name).exists() for name in (*JOBS, 'results'))):
     try:
-      if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(path, now)
-    except OSError as e:
-      raise UserError(f'{workdir} cannot be written ({e.strerror}): mend that or choose another --workdir') from e
-    return
+      saved = flatten(json.loads(path.read_text()))
+    except (OSError, ValueError) as e:
+      raise UserError(f'{path} is damaged ({e}): restore it or choose another --workdir') from e
+    free = ('jobs', 'plan', 'features', *(name for name in EVALUATIONS if not (workdir / 'results' / f'{name}.json').exists()))
+    wanted, missing = flatten(now), '(absent)'
+    if saved == wanted:
+      return
+    differ = [f'{k}: {saved.get(k, missing)} there, {wanted.get(k, missing)} now' for k in sorted(saved.keys() | wanted.keys())
+              if saved.get(k, missing) != wanted.get(k, missing) and k.partition('.')[0] not in free]
+    if differ:
+      raise UserError(f'{workdir} was made with another config ({"; ".join(differ)}): '
+                      'choose another --workdir, or go back to its config')
   try:
-    saved = flatten(json.loads(path.read_text()))
-  except ValueError as e:
-    raise UserError(f'{path} is damaged ({e}): restore it or choose another --workdir') from e
-  now, missing = flatten(now), '(absent)'
-  differ = [f'{k}: {saved.get(k, missing)} there, {now.get(k, missing)} now'
-            for k in sorted(saved.keys() | now.keys()) if saved.get(k, missing) != now.get(k, missing)]
-  if differ:
-    raise UserError(f'{workdir} was made with another config ({"; ".join(differ)}): '
-                    'choose another --workdir, or go back to its config')
+    if jax.process_index() == 0:
+      workdir.mkdir(parents=True, exist_ok=True)
+      write_json_atomic(path, now)
+  except OSError as e:
+    raise UserError(f'{workdir} cannot be written ({e.strerror}): mend that or choose another --workdir') from e
 
 
 def flatten(tree, prefix=''):
@@ -128,12 +133,8 @@ def run_job(job, config, workdir, data, mesh):
   if job == 'pretrain':
     from palm_jax import train
     return train.train(config, workdir, mesh)
-  if job == 'probe':
-    from palm_jax.evaluate import probe
-    return probe.evaluate(config, workdir, data, mesh)
-  if job == 'quality':
-    from palm_jax.evaluate import quality
-    return quality.evaluate(config, workdir, data, mesh)
+  if job in EVALUATIONS:
+    return importlib.import_module(f'palm_jax.evaluate.{job}').evaluate(config, workdir, data, mesh)
   from palm_jax import benchmark
   return benchmark.benchmark(config, workdir, data, mesh)
 
@@ -143,7 +144,8 @@ def needs_data(job, config):
   return trains_generator(config) if job == 'benchmark' else job != 'pretrain'
 
 
-JOBS = ('generator', 'pretrain', 'probe', 'quality', 'benchmark', 'plan')
+EVALUATIONS = ('probe', 'quality')  # modules of palm_jax.evaluate; their settings may change in a workdir until they have run
+JOBS = ('generator', 'pretrain', *EVALUATIONS, 'benchmark', 'plan')
 
 
 def run(config, job, workdir, download=False):

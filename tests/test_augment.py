@@ -191,3 +191,17 @@ def test_names_and_types():
     augment.make_augment('simsam')
   with pytest.raises(UserError, match='float32'):
     augment.simsiam_augment(jax.random.split(jax.random.key(0), 1), images.astype(np.float32))
+
+
+def test_shift_and_flip():
+  image = jnp.arange(256).astype(jnp.uint8).reshape(16, 16, 1)
+  out = augment.shift_flip(jax.random.split(jax.random.key(0), 200), jnp.broadcast_to(image, (200, 16, 16, 1)))
+  out = np.round((np.asarray(out)[..., 0] + 1) * 127.5)
+  seen = set()
+  padded = np.pad(np.asarray(image)[..., 0], 2)
+  for x in out:
+    found = [(i, j, flip) for i in range(5) for j in range(5) for flip in (False, True)
+             if np.array_equal(x, padded[i:i + 16, j:j + 16][:, ::-1 if flip else 1])]
+    assert len(found) == 1
+    seen.add(found[0])
+  assert len(seen) > 40  # of 50

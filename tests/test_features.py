@@ -98,3 +98,26 @@ def test_bad_input_is_named(images, batch_size, message):
 def test_feature_maps_are_refused():
   with pytest.raises(UserError, match=r'\(8, 4, 4, 3\)'):
     features.extract(lambda images: images.astype(jnp.float32), IMAGES, 8)
+
+
+@pytest.fixture
+def variables():
+  return {'params': {'conv': {'kernel': jnp.ones((2, 3))}}, 'batch_stats': {'bn': {'mean': jnp.array([0., jnp.nan])}}}
+
+
+def test_frozen_variables_pass(variables):
+  features.assert_frozen(jax.device_get(variables), jax.tree.map(lambda x: x + 0, variables))
+
+
+@pytest.mark.parametrize('change', [
+  lambda x: np.nextafter(x, np.float32(9)), lambda x: x.astype(np.float16), lambda x: x[:1]])
+def test_a_changed_batch_statistic_is_caught(variables, change):
+  after = jax.device_get(variables)
+  after['batch_stats']['bn']['mean'] = change(after['batch_stats']['bn']['mean'])
+  with pytest.raises(AssertionError, match=r"\['batch_stats'\]\['bn'\]\['mean'\]"):
+    features.assert_frozen(variables, after)
+
+
+def test_a_missing_leaf_is_caught(variables):
+  with pytest.raises(AssertionError, match='batch_stats'):
+    features.assert_frozen(variables, {'params': variables['params']})

@@ -1,4 +1,5 @@
 """Mistakes end in one line that says what to do, before anything is compiled, and leave nothing behind."""
+import json
 import os
 import pathlib
 import subprocess
@@ -157,6 +158,17 @@ def test_a_workdir_of_another_config_names_what_differs(capfd, files, tmp_path):
   (tmp_path / 'config.json').write_text('{"seed": ')
   line = refuse(capfd, config, 'pretrain', tmp_path)
   assert 'config.json is damaged' in line and 'restore it or choose another --workdir' in line
+
+
+def test_settings_of_an_evaluation_may_change_until_it_has_a_result(files, tmp_path):
+  config, other = config_for(files), config_for(files, probe__methods=('knn',), jobs=('probe',))
+  main.claim_workdir(tmp_path, config)
+  save_generator(config, tmp_path)
+  main.claim_workdir(tmp_path, other)
+  assert json.loads((tmp_path / 'config.json').read_text())['probe']['methods'] == ['knn']
+  write_json_atomic(tmp_path / 'results' / 'probe.json', {})
+  with pytest.raises(UserError, match=r"another config \(probe.methods: \['knn'\] there"):
+    main.claim_workdir(tmp_path, config)
 
 
 def test_checkpoints_of_another_config_or_damaged_ones(capfd, files, tmp_path):

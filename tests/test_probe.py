@@ -5,9 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+from configs import cifar
+from palm_jax import devices
+from palm_jax.checkpoint import Checkpoints
+from palm_jax.data import Data, Split
+from palm_jax.encoder import make_encoder
 from palm_jax.errors import UserError
 from palm_jax.evaluate import features, probe
 
@@ -34,121 +38,19 @@ def digits():
   return images[train], labels[train], images[test], labels[test]
 
 
-def scikit_learn(x, y, l2):
-  mean, std = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
-  model = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-10, max_iter=5000).fit((x - mean) / std, y)
-  return model, (lambda z: (z - mean) / std)
-
-
-def objective(weight, bias, x, y, l2):
-  out = x @ weight + bias
-  out = out - out.max(1, keepdims=True)
-  losses = np.log(np.exp(out).sum(1)) - out[np.arange(len(y)), y]
-  return losses.mean() + l2 / 2 * np.sum(weight ** 2)
-
-
-@pytest.mark.parametrize('l2', [1e-3, 1e-2, 1.])
-def test_logistic_regression_equals_scikit_learn(blobs, l2):
-  x, y, test_x, test_y = blobs
-  model, report = probe.logistic_regression(x, y, C, l2_grid=[l2])
-  truth, standardise = scikit_learn(x, y, l2)
-  centred = model.bias - model.bias.mean()  # a constant added to all biases changes nothing
-  np.testing.assert_allclose(model.weight, truth.coef_.T, atol=1e-3)
-  np.testing.assert_allclose(centred, truth.intercept_ - truth.intercept_.mean(), atol=1e-3)
-  z = standardise(x)
-  np.testing.assert_allclose(objective(model.weight, model.bias, z, y, l2),
-                             objective(truth.coef_.T, truth.intercept_, z, y, l2), rtol=1e-6)
-  assert probe.accuracy(model, test_x, test_y) == pytest.approx(truth.score(standardise(test_x), test_y), abs=1 / M)
-  assert report['converged']
-
-
-def test_correlated_features_reach_the_minimum_within_the_limit():
-  """Features whose covariance has a steep spectrum: plain L-BFGS stops at the limit, above the minimum."""
-  generator = np.random.default_rng(0)
-  y = generator.integers(0, C, 1000)
-  basis = np.linalg.qr(generator.normal(size=(48, 48)))[0]
-  latent = generator.normal(size=(1000, 48)) + 0.4 * generator.normal(size=(C, 48))[y]
-  x = (latent * np.arange(1, 49) ** -2. @ basis.T).astype(np.float32)
-  model, report = probe.logistic_regression(x, y, C, l2_grid=[1e-5])
-  assert report['converged']
-  assert report['iterations'] < probe.MAX_ITERATIONS / 2
-  truth, standardise = scikit_learn(x, y, 1e-5)
-  least = objective(truth.coef_.T, truth.intercept_, standardise(x), y, 1e-5)
-  assert objective(model.weight, model.bias, standardise(x), y, 1e-5) < least * (1 + 1e-4)
-
-
-def test_standardisation_makes_the_units_of_a_feature_irrelevant(blobs):
-  x, y, test_x, _ = blobs
-  units = np.array([1e-4, 1, 1e4, 10, 1, 3], np.float32)
-  plain, _ = probe.logistic_regression(x, y, C, l2_grid=[1e-2])
-  scaled, _ = probe.logistic_regression(x * units, y, C, l2_grid=[1e-2])
-  np.testing.assert_allclose(probe.logits(scaled, test_x * units), probe.logits(plain, test_x), atol=2e-3)
-
-
-def test_a_constant_feature_changes_nothing(blobs):
-  x, y, test_x, _ = blobs
-  add = lambda x: np.concatenate([x, np.full((len(x), 1), 0.1, np.float32)], 1)
-  plain, _ = probe.logistic_regression(x, y, C, l2_grid=[1e-2])
-  model, _ = probe.logistic_regression(add(x), y, C, l2_grid=[1e-2])
-  np.testing.assert_allclose(probe.logits(model, add(test_x)), probe.logits(plain, test_x), atol=2e-3)
-
-
-def test_l2_is_the_best_on_the_held_out_tenth(blobs):
-  x, y, _, _ = blobs
-  grid = [1e-4, 1e-2, 1., 100.]
-  _, report = probe.logistic_regression(x, y, C, l2_grid=grid, seed=3)
-  fit, held_out = probe.stratified_split(y, 0.1, seed=3)
-  expected = []
-  for l2 in sorted(grid, reverse=True):
-    truth, standardise = scikit_learn(x[fit], y[fit], l2)
-    expected.append(truth.score(standardise(x[held_out]), y[held_out]))
-  got = [tried['validation_accuracy'] for tried in report['grid']]
-  np.testing.assert_allclose(got, expected, atol=1e-9)
-  assert report['l2'] == sorted(grid, reverse=True)[int(np.argmax(expected))]
-  assert report['validation_accuracy'] == max(got)
-  assert (report['n_fit'], report['n_validation']) == (len(fit), len(held_out))
-
-
-def test_too_strong_an_l2_loses(blobs):
-  x, y, _, _ = blobs
-  shuffled_noise = np.random.default_rng(0).normal(size=(N, 60)).astype(np.float32)
-  _, report = probe.logistic_regression(np.concatenate([x, shuffled_noise], 1), y, C)
-  assert 1e-6 < report['l2'] < 100
-  assert [tried['l2'] for tried in report['grid']] == sorted(probe.L2_GRID, reverse=True)
-
-
-def test_an_unfinished_fit_is_reported(blobs):
-  x, y, _, _ = blobs
-  _, report = probe.logistic_regression(x, y, C, l2_grid=[1e-6], max_iterations=1)
-  assert not report['converged']
-  assert report['iterations'] == 1
+def judged(x, y, test_x, test_y, method='lbfgs', num_classes=C, name='raw', **settings):
+  task = probe.Task('fine', 1., 0, slice(None), y, test_y, num_classes)
+  return probe.judge(probe.Source(name, x, {'clean': test_x}), task, method, **settings)
 
 
 def test_shuffled_test_labels_change_the_score_and_nothing_else(blobs):
   x, y, test_x, test_y = blobs
-  protocol = dict(data='blobs')
   shuffled = np.random.default_rng(1).permutation(test_y)
-  one = probe.run({'raw': (x, test_x)}, y, test_y, C, protocol=protocol, k=10)
-  two = probe.run({'raw': (x, test_x)}, y, shuffled, C, protocol=protocol, k=10)
-  a, b = one['sets']['raw']['linear'], two['sets']['raw']['linear']
-  read_from_test = ('test_accuracy', 'half_width')
+  a, b = judged(x, y, test_x, test_y), judged(x, y, test_x, shuffled)
+  read_from_test = ('accuracy', 'half_width', 'seconds')
   assert {k: v for k, v in a.items() if k not in read_from_test} == {
     k: v for k, v in b.items() if k not in read_from_test}
-  assert a['test_accuracy'] > b['test_accuracy'] + 0.2
-  assert one['protocol'] == two['protocol']
-
-
-def test_stratified_split():
-  labels = np.repeat([0, 1, 2, 7], [2, 30, 100, 5])
-  np.random.default_rng(0).shuffle(labels)
-  rest, held_out = probe.stratified_split(labels, 0.1, seed=5)
-  assert sorted([*rest, *held_out]) == list(range(len(labels)))
-  assert {c: int(np.sum(labels[held_out] == c)) for c in (0, 1, 2, 7)} == {0: 1, 1: 3, 2: 10, 7: 1}
-  assert set(labels[rest]) == {0, 1, 2, 7}
-  again = probe.stratified_split(labels, 0.1, seed=5)
-  np.testing.assert_array_equal(again[1], held_out)
-  other = probe.stratified_split(labels, 0.1, seed=6)
-  assert set(other[1]) != set(held_out)
+  assert a['accuracy']['clean'] > b['accuracy']['clean'] + 0.2
 
 
 def vote_in_numpy(train_h, train_y, test_h, k, temperature):
@@ -190,28 +92,24 @@ def test_knn_of_more_rows_than_a_chunk():
 
 def test_digits_pixels(digits):
   train, train_y, test, test_y = digits
-  sets = {'pixels': (features.pixels(train), features.pixels(test)),
-          'noise': (np.random.default_rng(0).normal(size=(len(train), 8)),
-                    np.random.default_rng(1).normal(size=(len(test), 8)))}
-  results = probe.run(sets, train_y, test_y, 10, protocol=dict(data='scikit-learn digits', encoder='none'))
-  pixels, noise = results['sets']['pixels'], results['sets']['noise']
-  assert pixels['linear']['test_accuracy'] > 0.94
-  assert pixels['knn']['test_accuracy'] > 0.9
-  assert noise['linear']['test_accuracy'] < 0.2
+  noise = [np.random.default_rng(seed).normal(size=(len(x), 8)) for seed, x in enumerate((train, test))]
+  sets = {'pixels': (features.pixels(train), features.pixels(test)), 'noise': noise}
+  rows = [judged(x, train_y, test_x, test_y, method, 10, name) for name, (x, test_x) in sets.items()
+          for method in ('lbfgs', 'knn')]
+  share = {(row['features'], row['method']): row['accuracy']['clean'] for row in rows}
+  assert share['pixels', 'lbfgs'] > 0.94 and share['pixels', 'knn'] > 0.9 and share['noise', 'lbfgs'] < 0.2
+  results = dict(rows=rows, protocol=dict(data='scikit-learn digits', split='test', knn_k=200))
   assert json.loads(json.dumps(results)) == results
-  protocol = results['protocol']
-  assert (protocol['n_train'], protocol['n_test'], protocol['knn_k'], protocol['data']) == (
-    1297, 500, 200, 'scikit-learn digits')
-  assert protocol['n_fit'] + protocol['n_validation'] == 1297
+  assert (rows[0]['n_train'], rows[0]['n_test'], rows[1]['k']) == (1297, 500, 200)
+  assert rows[0]['n_fit'] + rows[0]['n_validation'] == 1297
 
   text = probe.table(results)
   lines = text.splitlines()
-  assert [line.split()[0] for line in lines[:3]] == ['features', 'pixels', 'noise']
-  assert len({len(line) for line in lines[:3]}) == 1
-  linear = pixels['linear']
-  assert f'{100 * linear["test_accuracy"]:.2f} +- {100 * linear["half_width"]:.2f}' in lines[1]
+  assert [line.split()[0] for line in lines[:5]] == ['features', 'pixels', 'pixels', 'noise', 'noise']
+  assert len({len(line) for line in lines[:5]}) == 1
+  assert f'{100 * rows[0]["accuracy"]["clean"]:.2f} +- {100 * rows[0]["half_width"]:.2f}' in lines[1]
   assert lines[-1].startswith('protocol: ')
-  assert all(f'{key}={value}' in lines[-1] for key, value in protocol.items())
+  assert all(f'{key}={value}' in lines[-1] for key, value in results['protocol'].items())
 
 
 def test_wilson_half_width():
@@ -221,29 +119,6 @@ def test_wilson_half_width():
     low, high = np.sort(np.roots([1 + z ** 2 / n, -(2 * share + z ** 2 / n), share ** 2]).real)
     assert probe.wilson_half_width(share, n) == pytest.approx((high - low) / 2, rel=1e-9)
   assert probe.wilson_half_width(0.9, 10000) == pytest.approx(1.96 * np.sqrt(0.09 / 10000), rel=1e-3)
-
-
-@pytest.fixture
-def variables():
-  return {'params': {'conv': {'kernel': jnp.ones((2, 3))}}, 'batch_stats': {'bn': {'mean': jnp.array([0., jnp.nan])}}}
-
-
-def test_frozen_variables_pass(variables):
-  probe.assert_frozen(jax.device_get(variables), jax.tree.map(lambda x: x + 0, variables))
-
-
-@pytest.mark.parametrize('change', [
-  lambda x: np.nextafter(x, np.float32(9)), lambda x: x.astype(np.float16), lambda x: x[:1]])
-def test_a_changed_batch_statistic_is_caught(variables, change):
-  after = jax.device_get(variables)
-  after['batch_stats']['bn']['mean'] = change(after['batch_stats']['bn']['mean'])
-  with pytest.raises(AssertionError, match=r"\['batch_stats'\]\['bn'\]\['mean'\]"):
-    probe.assert_frozen(variables, after)
-
-
-def test_a_missing_leaf_is_caught(variables):
-  with pytest.raises(AssertionError, match='batch_stats'):
-    probe.assert_frozen(variables, {'params': variables['params']})
 
 
 def with_nan(x):
@@ -267,26 +142,154 @@ def with_nan(x):
 def test_bad_input_is_named(blobs, change, message):
   x, y, test_x, test_y = change(*blobs)
   with pytest.raises(UserError, match=message) as caught:
-    probe.run({'PALM encoder': (x, test_x)}, y, test_y, C, protocol=dict(data='blobs'))
+    judged(x, y, test_x, test_y, name='PALM encoder')
   assert str(caught.value).startswith('PALM encoder: ')
   assert '\n' not in str(caught.value)
 
 
 def test_bad_settings_are_named(blobs):
   x, y, test_x, test_y = blobs
-  with pytest.raises(UserError, match='num_classes is 1'):
-    probe.logistic_regression(x, np.zeros_like(y), 1)
-  with pytest.raises(UserError, match='class 2 has one'):
-    keep = np.append(np.flatnonzero(y < 2), np.flatnonzero(y == 2)[0])
-    probe.logistic_regression(x[keep], y[keep], C)
-  for grid in ([], [0.], [np.nan]):
-    with pytest.raises(UserError, match='l2_grid'):
-      probe.logistic_regression(x, y, C, l2_grid=grid)
   with pytest.raises(UserError, match='k is 0'):
     probe.knn_accuracy(x, y, test_x, test_y, k=0)
   with pytest.raises(UserError, match='temperature 0'):
     probe.knn_accuracy(x, y, test_x, test_y, temperature=0)
-  with pytest.raises(UserError, match='data'):
-    probe.run({'raw': (x, test_x)}, y, test_y, C, protocol={})
-  with pytest.raises(UserError, match='no feature sets'):
-    probe.run({}, y, test_y, C, protocol=dict(data='blobs'))
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  """(config, workdir with an encoder's checkpoint, data of three classes)."""
+  c, workdir = cifar.get_config(), tmp_path_factory.mktemp('run')
+  c.encoder.update(dict(name='nature', features=16))  # compiles in a tenth of ResNet-18's time
+  c.probe.update(dict(methods=probe.METHODS, corruptions=('salt_pepper:1', 'downsample:2')))
+  c.probe.sgd.update(dict(epochs=2, batch_size=32, lr=0.1))
+  for method in ('finetune', 'supervised'):
+    c.probe[method].update(dict(epochs=1, batch_size=32, augment='none'))
+  generator = np.random.default_rng(0)
+  labels = np.arange(160) % 3
+  images = generator.integers(0, 60, (160, 36, 36, 1))
+  for image, label in zip(images, labels, strict=True):
+    image[12 * label:12 * label + 12] += 150
+  images = images.astype(np.uint8)
+  data = Data(Split(images[:120], labels[:120]), Split(images[120:], labels[120:]), ('a', 'b', 'c'), 'stripes')
+  variables = jax.jit(lambda: make_encoder(c.encoder).init(jax.random.key(5), jnp.zeros((1, 36, 36, 1)), train=False))()
+  with Checkpoints(workdir / 'pretrain' / 'checkpoints') as checkpoints:
+    checkpoints.save(7, {'encoder': variables}, {})
+  (workdir / 'config.json').write_text(c.to_json_best_effort())
+  return c, workdir, data
+
+
+@pytest.fixture(scope='module')
+def results(run):
+  c, workdir, data = run
+  return probe.evaluate(c, workdir, data, devices.make_mesh())
+
+
+def test_the_job_judges_all_that_was_asked(run, results):
+  c, workdir, data = run
+  rows = results['rows']
+  assert json.loads((workdir / 'results' / 'probe.json').read_text()) == json.loads(json.dumps(results))
+  ours = {'PALM encoder', 'untrained encoder'}
+  names = lambda method: {row['features'] for row in rows if row['method'] == method}
+  assert names('lbfgs') == names('knn') == ours | {'pixels'} and names('sgd') == ours
+  assert names('finetune') == {'PALM encoder, fine-tuned'} and names('supervised') == {'supervised from scratch'}
+  pixels = next(row for row in rows if row['features'] == 'pixels' and row['method'] == 'lbfgs' and row['fraction'] == 1)
+  assert pixels['accuracy']['clean'] == 1 and pixels['accuracy']['salt_pepper:1'] < 0.7
+  assert results['protocol']['checkpoint_step'] == 7 and len(results['protocol']['encoder_sha256']) == 64
+  text = probe.table(results)
+  assert 'downsample:2' in text.splitlines()[0]
+
+
+def test_validation_leaves_the_test_images_alone(run, results, tmp_path):
+  c, workdir, data = run
+  c = c.copy_and_resolve_references()
+  c.probe.update(dict(methods=('lbfgs', 'knn'), split='validation', corruptions=()))
+  (tmp_path / 'pretrain').symlink_to(workdir / 'pretrain')
+  (tmp_path / 'config.json').write_text(c.to_json_best_effort())
+  seen = lambda test: probe.evaluate(c, tmp_path, data._replace(test=test), devices.make_mesh())
+  one, two = seen(data.test), seen(Split(data.test.images[::-1] // 2, data.test.labels))
+  strip = lambda result: [{k: v for k, v in row.items() if k != 'seconds'} for row in result['rows']]
+  assert strip(one) == strip(two) and {row['n_test'] for row in one['rows']} == {12}
+
+
+def test_features_are_computed_once_and_those_of_another_encoder_are_refused(run, results, monkeypatch):
+  c, workdir, data = run
+  encoder, mesh = features.load_encoder(c, workdir, (36, 36, 1)), devices.make_mesh()
+  monkeypatch.setattr(features, 'extract', None)  # not called
+  h = features.cached(encoder, data.train.images, workdir, mesh)
+  with pytest.raises(TypeError):
+    features.cached(encoder, data.train.images[1:], workdir, mesh)
+  [path] = [path for path in (workdir / 'features').iterdir() if len(np.load(path)['features']) == 120
+            and str(np.load(path)['encoder_sha256']) == encoder.sha256]
+  np.testing.assert_array_equal(np.load(path)['features'], h)
+  other = encoder._replace(sha256='0' * 64)
+  path.rename(path.with_name(path.name.replace(encoder.sha256[:12], '0' * 12)))
+  with pytest.raises(UserError, match='encoder_sha256 is .* expected 000000000000.*remove it'):
+    features.cached(other, data.train.images, workdir, mesh)
+  path.with_name(path.name.replace(encoder.sha256[:12], '0' * 12)).rename(path)
+
+
+def test_damaged_features_are_computed_again(run, results):
+  c, workdir, data = run
+  encoder, mesh = features.load_encoder(c, workdir, (36, 36, 1)), devices.make_mesh()
+  h = features.cached(encoder, data.test.images, workdir, mesh)
+  path = max((workdir / 'features').glob(f'{encoder.sha256[:12]}_*'), key=lambda path: len(np.load(path)['features']) == 40)
+  whole = path.read_bytes()
+  for damage in (whole[:-200], bytes([*whole[:600], whole[600] ^ 1, *whole[601:]])):
+    path.write_bytes(damage)
+    np.testing.assert_allclose(features.cached(encoder, data.test.images, workdir, mesh), h, atol=1e-6)
+
+
+def test_foreign_features_stand_beside_ours(run, tmp_path):
+  c, workdir, data = run
+  c = c.copy_and_resolve_references()
+  c.probe.update(dict(methods=('knn',), corruptions=(), pixels=False))
+  (tmp_path / 'pretrain').symlink_to(workdir / 'pretrain')
+  (tmp_path / 'config.json').write_text(c.to_json_best_effort())
+  c.features.path = str(tmp_path / 'foreign.npz')
+  one_hot = lambda labels: np.eye(3)[labels]
+  np.savez(c.features.path, train_features=one_hot(data.train.labels), test_features=one_hot(data.test.labels))
+  rows = probe.evaluate(c, tmp_path, data, devices.make_mesh())['rows']
+  assert {row['features']: row['accuracy']['clean'] for row in rows}['foreign features'] == 1
+  np.savez(c.features.path, train_features=one_hot(data.train.labels)[1:], test_features=one_hot(data.test.labels))
+  with pytest.raises(UserError, match='foreign features: 119 training'):
+    probe.evaluate(c, tmp_path, data, devices.make_mesh())
+  np.savez(c.features.path, train_features=one_hot(data.train.labels))
+  with pytest.raises(UserError, match='expected train_features and test_features'):
+    probe.evaluate(c, tmp_path, data, devices.make_mesh())
+
+
+def test_small_shares_of_labels_are_drawn_several_times(blobs):
+  x, y, test_x, test_y = blobs
+  c = cifar.get_config().probe
+  c.update(dict(label_fractions=(0.1, 0.5, 1.), label_draws=3))
+  tasks = probe.make_tasks(c, 'fine', y, test_y, C, 0)
+  assert [(task.fraction, task.draw) for task in tasks] == [(0.1, 0), (0.1, 1), (0.1, 2), (0.5, 0), (1., 0)]
+  rows = [probe.judge(probe.Source('raw', x, {'clean': test_x}), task, 'knn', k=5) for task in tasks]
+  shares = [100 * row['accuracy']['clean'] for row in rows[:3]]
+  lines = probe.table(dict(rows=rows, protocol=dict(split='test'))).splitlines()
+  assert [line.split()[3:5] for line in lines[1:4]] == [['fine', '10%'], ['fine', '50%'], ['fine', '100%']]
+  assert f'{np.mean(shares):.2f} +- {np.std(shares, ddof=1):.2f}' in lines[1]
+  assert set(tasks[0].rows) < set(tasks[3].rows)
+
+
+def test_nested_rows():
+  labels = np.random.default_rng(0).integers(0, 5, 1000)
+  small, large = probe.nested_rows(labels, 0.05, 3), probe.nested_rows(labels, 0.5, 3)
+  assert set(small) < set(large)
+  for label in range(5):
+    assert np.sum(labels[small] == label) == round(0.05 * np.sum(labels == label))
+  assert set(small) != set(probe.nested_rows(labels, 0.05, 4))
+  assert len(probe.nested_rows(labels, 1e-6, 3)) == 10  # two a class are the least a held-out part can be taken of
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(methods=('lbfgs', 'svm')), "probe.methods has 'svm': choose some of lbfgs, knn, sgd"),
+    (dict(methods=()), 'probe.methods is empty'), (dict(split='train'), "probe.split='train'"),
+    (dict(label_fractions=(0., 1.)), 'label_fractions'), (dict(label_draws=0), 'label_draws=0'),
+    (dict(corruptions=('fog',)), "corruption 'fog' is unknown: expected 'salt_pepper:SHARE'"),
+    (dict(sgd=dict(batch_size=12)), 'probe.sgd.batch_size=12'), (dict(sgd=dict(schedule='linear')), 'probe.sgd.schedule')])
+def test_settings_are_checked_before_any_work(changes, message):
+  c = cifar.get_config()
+  c.probe.update(changes)
+  with pytest.raises(UserError, match=message):
+    probe.check_config(c, 8)

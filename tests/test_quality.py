@@ -15,8 +15,9 @@ from sklearn.neighbors import NearestNeighbors
 from palm_jax import devices
 from palm_jax.checkpoint import Checkpoints
 from palm_jax.data import Data, Split
+from palm_jax.encoder import ResNet18
 from palm_jax.errors import NonFiniteError, UserError
-from palm_jax.evaluate import distances, extractors, quality
+from palm_jax.evaluate import classifier, distances, extractors, quality
 from palm_jax.generator.stylegan2 import Generator
 
 FIELDS = dict(z_dim=8, w_dim=8, num_classes=3, channels=(4, 4), image_channels=1, mapping_layers=1)
@@ -307,14 +308,14 @@ def test_the_job_reports_every_comparison(finished):
 
 def test_the_proxy_is_trained_once(finished, data, generator_run, mesh):
   workdir, results = finished
-  before = {path: path.stat().st_mtime_ns for path in (workdir / 'quality').rglob('*') if path.is_file()}
+  before = {path: path.stat().st_mtime_ns for path in (workdir / 'classifiers').rglob('*') if path.is_file()}
   again = quality.evaluate(job_config(generator_run), workdir, data, mesh)
-  assert {path: path.stat().st_mtime_ns for path in (workdir / 'quality').rglob('*') if path.is_file()} == before
+  assert {path: path.stat().st_mtime_ns for path in (workdir / 'classifiers').rglob('*') if path.is_file()} == before
   assert again['rows'] == results['rows']
   config = job_config(generator_run)
   config.seed = 1
   extractors.proxy(config, workdir, data, mesh)
-  assert len(list((workdir / 'quality').iterdir())) == 2
+  assert len(list((workdir / 'classifiers').iterdir())) == 2
 
 
 @pytest.mark.slow
@@ -327,28 +328,18 @@ def test_the_proxy_does_not_depend_on_the_number_of_devices(data, mesh):
   jax.config.update('jax_disable_most_optimizations', True)  # these few steps cost far less than their compilation
   try:
     with jax.enable_x64(True):
-      network = extractors.Classifier(2, 3)
-      init = lambda key: jax.tree.map(lambda x: x.astype(jnp.float64), network.init(key, jnp.zeros((1, 8, 8, 3))))
-      train = lambda mesh: jax.device_get(extractors.train_proxy(config.quality, colour, mesh, init, 0)[0])
-      one, two, first = train(devices.make_mesh(1)), train(mesh), jax.device_get(jax.jit(init)(jax.random.key(0)))
+      network = classifier.Classifier(ResNet18(2, 'data'), 3)
+      c = classifier.default_config()
+      c.update(dict(epochs=1, batch_size=config.quality.proxy_batch_size))
+      draw = lambda: jax.tree.map(lambda x: x.astype(jnp.float64), network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3))))
+      first = jax.device_get(jax.jit(draw)())
+      train = lambda on: jax.device_get(classifier.train(network, devices.replicate(on, first), c, colour.train, 0, on, 'proxy'))
+      one, two = train(devices.make_mesh(1)), train(mesh)
   finally:
     jax.config.update('jax_disable_most_optimizations', False)
   for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
   assert any(np.abs(a - b).max() > 1e-3 for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(first), strict=True))
-
-
-def test_shift_and_flip():
-  image = jnp.arange(1., 1 + 16 * 16).reshape(16, 16, 1)
-  out = np.asarray(jax.vmap(lambda key: extractors.shift_and_flip(key, image))(jax.random.split(jax.random.key(0), 200)))[..., 0]
-  seen = set()
-  padded = np.pad(np.asarray(image)[..., 0], 2)
-  for x in out:
-    found = [(i, j, flip) for i in range(5) for j in range(5) for flip in (False, True)
-             if np.array_equal(x, padded[i:i + 16, j:j + 16][:, ::-1 if flip else 1])]
-    assert len(found) == 1
-    seen.add(found[0])
-  assert len(seen) > 40  # of 50
 
 
 def test_other_data_are_refused(data, generator_run, tmp_path, mesh):

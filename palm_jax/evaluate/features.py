@@ -1,10 +1,156 @@
-"""Features of a whole image set under a frozen encoder: computed once, then shared by every probe."""
+"""Features of whole image sets under a frozen encoder: computed once, then shared by every probe."""
+import functools
+import hashlib
+import json
+import pathlib
+import zipfile
+from typing import NamedTuple
+
 import jax
+import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
+from palm_jax import checkpoint, devices
+from palm_jax.encoder import make_encoder
 from palm_jax.errors import UserError
+from palm_jax.files import replacing
+
+
+def default_config():
+  return ConfigDict(dict(
+      path='',  # .npz of another encoder's features, judged beside ours: train_features, test_features, ood_<set>
+      batch_size=512,  # images a step over all devices
+  ))
+
+
+class Encoder(NamedTuple):
+  """A frozen encoder and where it comes from."""
+  name: str
+  apply: jax.tree_util.Partial  # Partial(function, variables): images (B, H, W, C) -> (B, F), batch statistics fixed
+  sha256: str  # of variables and settings
+  about: dict  # for protocols
+
+
+def load_encoder(config, workdir, image_shape):
+  """The encoder of the workdir's newest pretraining checkpoint.
+
+  Args:
+    config: the whole config; its section encoder is read.
+    image_shape: (H, W, C) of the images that it shall see.
+  Raises:
+    UserError: no encoder in the workdir, or one for other images.
+  """
+  _, variables, step = checkpoint.load_encoder(workdir)
+  shapes = lambda tree: {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  there = shapes(variables)
+  differ = [name for name, shape in shapes(jax.eval_shape(_init(config, image_shape))).items() if there.get(name) != shape]
+  if differ:
+    raise UserError(f'the encoder of {workdir} does not take images of shape {image_shape}: {differ[0]} is '
+                    f'{there.get(differ[0], "absent")}; give the data it was pretrained for')
+  return _make(config, 'PALM encoder', variables, dict(checkpoint_step=step))
+
+
+def untrained_encoder(config, image_shape):
+  """The same network with the weights that config.seed draws."""
+  return _make(config, 'untrained encoder', jax.device_get(jax.jit(_init(config, image_shape))()), dict(weights_seed=config.seed))
+
+
+def _init(config, image_shape):
+  return lambda: make_encoder(config.encoder).init(jax.random.key(config.seed), jnp.zeros((1, *image_shape)), train=False)
+
+
+def _make(config, name, variables, about):
+  apply = functools.partial(make_encoder(config.encoder).apply, train=False)
+  sha256, about = digest(variables, config.encoder.to_dict()), dict(about, layer='h, batch statistics fixed')
+  return Encoder(name, jax.tree_util.Partial(apply, variables), sha256, about)
+
+
+def digest(variables, settings):
+  """sha256 of a tree of arrays, its names, and the settings of the network that it belongs to."""
+  sha256 = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+  for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+    leaf = np.asarray(leaf)
+    sha256.update(f'{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}'.encode() + leaf.tobytes())
+  return sha256.hexdigest()
+
+
+def assert_frozen(before, after):
+  """Raises AssertionError, naming the leaf, unless two trees of variables are bit-identical.
+
+  Args:
+    before: parameters and batch statistics as they were, copied to the host (`jax.device_get`) before the probe.
+    after: the same tree after it.
+  """
+  leaves = [{jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+            for tree in (before, after)]
+  unmatched = sorted(leaves[0].keys() ^ leaves[1].keys())
+  if unmatched:
+    raise AssertionError(f'{unmatched[0]} is in one tree only: the encoder was not frozen')
+  for name, old in leaves[0].items():
+    new = leaves[1][name]
+    if (old.shape, old.dtype) != (new.shape, new.dtype) or old.tobytes() != new.tobytes():
+      raise AssertionError(f'{name} changed: the encoder was not frozen')
+
+
+def cached(encoder, images, workdir, mesh, batch_size=512):
+  """`extract`, once for an encoder and its images: kept in <workdir>/features/, named by digests of both.
+
+  Raises:
+    UserError: a file there holds features of another encoder or other images; and what `extract` raises.
+  """
+  images = np.asarray(images)
+  _check_images(images)
+  images_sha256 = hashlib.sha256(repr(images.shape).encode() + images.tobytes()).hexdigest()
+  about = dict(encoder_sha256=encoder.sha256, images_sha256=images_sha256)
+  path = pathlib.Path(workdir) / 'features' / f'{about["encoder_sha256"][:12]}_{about["images_sha256"][:12]}.npz'
+  if checkpoint.any_process(path.exists()):
+    try:
+      with np.load(path) as file:
+        h, saved = file['features'], {name: str(file[name]) for name in (*about, 'features_sha256')}
+      if hashlib.sha256(h.tobytes()).hexdigest() != saved.pop('features_sha256'):
+        raise ValueError('its digest differs')
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+      logging.warning('%s: damaged (%s), computed again', path, error)
+    else:
+      for name, value in about.items():
+        if saved[name] != value:
+          raise UserError(f'{path} holds features whose {name} is {saved[name][:12]}..., expected {value[:12]}...: remove it')
+      return h
+  h = extract(encoder.apply, images, batch_size, mesh)
+  if jax.process_index() == 0:
+    with replacing(path) as file:
+      np.savez(file, features=h, features_sha256=hashlib.sha256(h.tobytes()).hexdigest(), **about)
+  return h
+
+
+def load_foreign(config):
+  """Features of another encoder, from the .npz that config.features.path names: {array's name: array}; {} without one.
+
+  Raises:
+    UserError: no such file, a damaged one, one without train_features and test_features, or features that are not (N, F).
+  """
+  path = config.features.path
+  if not path:
+    return {}
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      arrays = dict(file)
+  except (OSError, ValueError, zipfile.BadZipFile) as error:
+    raise UserError(f'features.path={path} cannot be read ({" ".join(str(error).split())}): give an .npz file with '
+                    'train_features and test_features') from error
+  for name in ('train_features', 'test_features'):
+    if name not in arrays:
+      raise UserError(f'features.path={path} holds {", ".join(sorted(arrays))}: expected train_features and test_features')
+  for name, array in arrays.items():
+    if name.endswith('_features') or name.startswith('ood_'):
+      if array.ndim != 2 or array.shape[1] != arrays['train_features'].shape[1]:
+        raise UserError(f'features.path={path}: {name} is {array.shape}, expected (N, F) with the same F in all')
+      arrays[name] = array.astype(np.float32)
+  return arrays
 
 
 def extract(apply_fn, images, batch_size=512, mesh=None):
@@ -41,8 +187,7 @@ def extract(apply_fn, images, batch_size=512, mesh=None):
     missing = batch_size - len(batch)
     batch = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))  # one shape, so one compilation
     if mesh is not None:
-      sharding = NamedSharding(mesh, PartitionSpec('data'))
-      batch = jax.make_array_from_callback(batch.shape, sharding, lambda index, batch=batch: batch[index])
+      batch = devices.shard(mesh, batch, PartitionSpec('data'))
     features.append(_apply(apply_fn, batch))
     if features[-1].ndim != 2:
       raise UserError(f'the encoder returned features of shape {features[-1].shape}, expected (batch, F): '

@@ -1,113 +1,88 @@
-"""How much of the labels frozen features hold: a linear probe and a nearest-neighbour vote.
+"""How much of the labels an encoder's features hold: linear probes, a nearest-neighbour vote, and what labels alone give.
 
-The protocol is the deterministic one on cached, un-augmented features: multinomial logistic regression by L-BFGS,
-its L2 strength chosen on a held-out tenth of the training set, the test set read once at the end.
+No setting is chosen on test images: L-BFGS chooses its L2 strength on a held-out tenth of the training images, the other
+methods choose nothing, and the test images are read once, at the end. probe.split='validation' leaves them alone altogether.
 """
 import functools
 import time
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import scipy.optimize
-from flax import struct
+from absl import logging
+from ml_collections import ConfigDict
 
-from palm_jax.checkpoint import load_encoder, write_json_atomic
-from palm_jax.encoder import make_encoder
+from palm_jax import data as image_data
+from palm_jax import devices
+from palm_jax.checkpoint import write_json_atomic
 from palm_jax.errors import UserError
-from palm_jax.evaluate import features
+from palm_jax.evaluate import classifier, corruptions, features, linear
 
-L2_GRID = tuple(10. ** e for e in range(-6, 3))
-VALIDATION_FRACTION = 0.1
-MAX_ITERATIONS = 200  # 10 to 90 were used in trials, see `_path`
-GRADIENT_TOLERANCE = 1e-5  # scikit-learn's LogisticRegression stops at 1e-4
 KNN_K = 200  # PatrickHua/SimSiam tools/knn_monitor.py; lightly's benchmarks
 KNN_TEMPERATURE = 0.1  # the same
+# lbfgs, knn: cached features of clean images; sgd: augmented anew in every epoch, encoder frozen; finetune: the encoder,
+# too; supervised: the same from random weights.
+METHODS = ('lbfgs', 'knn', 'sgd', 'finetune', 'supervised')
+FEW = 0.1  # up to this share of labels several draws are made
 
 
-@struct.dataclass
-class LinearModel:
-  """A softmax classifier: logits = (x - mean) / scale @ weight + bias."""
-  weight: np.ndarray  # (F, num_classes), on standardised features
-  bias: np.ndarray  # (num_classes,)
-  mean: np.ndarray  # (F,), of the training features
-  scale: np.ndarray  # (F,), their standard deviation; 1 where a feature is constant
+def default_config():
+  supervised = classifier.default_config()
+  return ConfigDict(dict(
+      methods=('sgd', 'lbfgs', 'knn'),  # see METHODS
+      split='test',  # 'validation': a tenth of the training images instead, to choose settings with
+      pixels=True,  # raw pixels as features, for lbfgs and knn
+      label_fractions=(1.,),  # of the training labels: stratified and nested
+      label_draws=3,  # at fractions up to 0.1
+      coarse=False,  # CIFAR-100's 20 superclasses, beside its 100 classes
+      corruptions=(),  # of test images: 'salt_pepper:SHARE', 'downsample:PIXELS'
+      sgd=dict(lr=30., momentum=0.9, weight_decay=0., batch_size=256, epochs=100, schedule='cosine',
+               augment='crop_flip'),  # PatrickHua/SimSiam configs/simsiam_cifar_eval_sgd.yaml
+      finetune=supervised,
+      supervised=supervised.copy_and_resolve_references(),
+  ))
 
 
-def logits(model, x):
-  """Logits (N, num_classes) float32 of features x (N, F)."""
-  return (np.asarray(x, np.float32) - model.mean) / model.scale @ model.weight + model.bias
+def check_config(config, num_devices):
+  """Raises UserError on settings of the whole config's section `probe` that cannot work."""
+  c = config.probe
+  for method in c.methods:
+    if method not in METHODS:
+      raise UserError(f'probe.methods has {method!r}: choose some of {", ".join(METHODS)}')
+  if not c.methods:
+    raise UserError(f'probe.methods is empty: choose some of {", ".join(METHODS)}')
+  if c.split not in ('test', 'validation'):
+    raise UserError(f"probe.split={c.split!r} is unknown: choose 'test' or 'validation'")
+  if not c.label_fractions or not all(0 < fraction <= 1 for fraction in c.label_fractions):
+    raise UserError(f'probe.label_fractions={tuple(c.label_fractions)}: expected one or more shares in (0, 1]')
+  if c.label_draws < 1:
+    raise UserError(f'probe.label_draws={c.label_draws} is too small: set it to 1 or more')
+  for name in c.corruptions:
+    corruptions.check(name)
+  for method in ('sgd', 'finetune', 'supervised'):
+    if method in c.methods:
+      linear.check_sgd(c[method], f'probe.{method}')
+      devices.check_divisible(f'probe.{method}.batch_size', c[method].batch_size, num_devices, 'devices')
 
 
-def accuracy(model, x, y):
-  """Share of the rows of x (N, F) whose largest logit is at label y (N,)."""
-  return float(np.mean(logits(model, x).argmax(1) == y))
+class Source(NamedTuple):
+  """Features of all images, by one function."""
+  name: str
+  train: np.ndarray  # (N, F)
+  tests: dict[str, np.ndarray]  # name of the test set ('clean', corruptions) -> (M, F)
+  encoder: Any = None  # features.Encoder, where it is one of ours
 
 
-def logistic_regression(train_x, train_y, num_classes, l2_grid=L2_GRID, max_iterations=MAX_ITERATIONS, seed=0):
-  """Multinomial logistic regression whose L2 strength is chosen without looking at any test data.
-
-  Minimises mean cross-entropy + l2 / 2 * |weight|^2 (the bias is free) on features standardised by the mean and
-  standard deviation of the rows fitted; scikit-learn's LogisticRegression(C) has the same minimum at
-  C = 1 / (l2 * N). The grid is walked from strong to weak, each fit starting from the one before, on nine tenths of the
-  rows; the l2 with the highest accuracy on the other tenth (the strongest of equals) is refitted on all rows.
-
-  Args:
-    train_x: (N, F) features.
-    train_y: (N,) integer labels in [0, num_classes), each class at least twice.
-    l2_grid: strengths to try, all positive.
-    max_iterations: limit of L-BFGS iterations for each strength.
-    seed: of the held-out tenth.
-  Returns:
-    (LinearModel, dict): the model refitted on all rows, and `l2`, `validation_accuracy`, `grid` (for each l2, from
-    strong to weak, its validation accuracy, iterations and whether it converged), `iterations` and `converged` of the
-    last fit, `n_fit`, `n_validation`.
-  Raises:
-    UserError: features that are not finite or do not match the labels, labels outside the range, fewer than two
-      classes, a class with fewer than two examples, or an empty or non-positive grid.
-  """
-  x, y = _checked(train_x, train_y, 'training')
-  _check_classes(y, num_classes)
-  grid = sorted((float(l2) for l2 in l2_grid), reverse=True)
-  if not grid or not all(0 < l2 < np.inf for l2 in grid):
-    raise UserError(f'l2_grid is {list(l2_grid)}, expected one or more positive finite numbers')
-
-  fit, held_out = stratified_split(y, VALIDATION_FRACTION, seed)
-  tried, models = [], []
-  for model, iterations, converged in _path(x[fit], y[fit], num_classes, grid, max_iterations):
-    tried.append(dict(l2=grid[len(tried)], validation_accuracy=accuracy(model, x[held_out], y[held_out]),
-                      iterations=iterations, converged=converged))
-    models.append(model)
-  best = int(np.argmax([t['validation_accuracy'] for t in tried]))  # the first, so the strongest of equals
-  chosen = tried[best]
-  [(model, iterations, converged)] = _path(x, y, num_classes, [chosen['l2']], max_iterations, start=models[best])
-  return model, dict(l2=chosen['l2'], validation_accuracy=chosen['validation_accuracy'], grid=tried,
-                     iterations=iterations, converged=converged, n_fit=len(fit), n_validation=len(held_out))
-
-
-def stratified_split(labels, fraction, seed=0):
-  """Splits row numbers so that each class gives `fraction` of its rows (rounded, at least one) to the second part.
-
-  Args:
-    labels: (N,) integers.
-    fraction: in (0, 1).
-    seed: the split is a function of the labels, the fraction and this number.
-  Returns:
-    (rest, held_out): sorted int arrays, disjoint, together 0..N-1, each with every class.
-  Raises:
-    UserError: a class with one example.
-  """
-  labels = np.asarray(labels)
-  generator = np.random.default_rng(seed)
-  held_out = np.zeros(len(labels), bool)
-  for label in np.unique(labels):
-    rows = generator.permutation(np.flatnonzero(labels == label))
-    if len(rows) < 2:
-      raise UserError(f'class {label} has one training example, expected at least two so that one can be held out: '
-                      'give more labels')
-    held_out[rows[:np.clip(round(fraction * len(rows)), 1, len(rows) - 1)]] = True
-  return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+class Task(NamedTuple):
+  """What is to be learned, from which images."""
+  labels: str  # 'fine' or 'coarse'
+  fraction: float  # of the training labels
+  draw: int
+  rows: Any  # of the training images: their numbers, or a slice
+  train_y: np.ndarray  # labels of those rows
+  test_y: np.ndarray
+  num_classes: int
 
 
 def knn_accuracy(train_h, train_y, test_h, test_y, k=KNN_K, temperature=KNN_TEMPERATURE):
@@ -124,163 +99,13 @@ def knn_accuracy(train_h, train_y, test_h, test_y, k=KNN_K, temperature=KNN_TEMP
     UserError: features that are not finite or do not match the labels or each other, k below 1, or a temperature that
       is not positive.
   """
-  train_h, train_y = _checked(train_h, train_y, 'training')
-  test_h, test_y = _checked(test_h, test_y, 'test')
-  _check_widths(train_h, test_h)
+  train_h, train_y = linear.checked(train_h, train_y, 'training')
+  test_h, test_y = linear.checked(test_h, test_y, 'test')
+  linear.check_widths(train_h, test_h)
   if k < 1 or not temperature > 0:
     raise UserError(f'k is {k} and temperature {temperature}, expected k of at least 1 and a temperature above 0')
   predicted = _vote(train_h, train_y, test_h, temperature, k=min(k, len(train_h)), num_classes=int(train_y.max()) + 1)
   return float(np.mean(np.asarray(predicted) == test_y))
-
-
-def run(feature_sets, train_y, test_y, num_classes, *, protocol, l2_grid=L2_GRID, k=KNN_K,
-        temperature=KNN_TEMPERATURE, seed=0):
-  """Probes several kinds of features of the same images, side by side.
-
-  Args:
-    feature_sets: name ('PALM encoder', 'untrained encoder', 'pixels') -> ((N, F) training, (M, F) test features).
-    train_y, test_y: (N,) and (M,) integer labels in [0, num_classes).
-    protocol: what the caller knows of how the features were made; it must name the source of the images, `data`.
-    l2_grid, seed: see `logistic_regression`.
-    k, temperature: see `knn_accuracy`.
-  Returns:
-    dict, all of it JSON: `sets`, name -> `features` (F), `linear` (test and validation accuracy, the 95% half width of
-    the test accuracy, and what `logistic_regression` reports), `knn` (test accuracy and half width), `seconds`; and
-    `protocol`, the caller's with every setting of this function added.
-  Raises:
-    UserError: no feature sets, a protocol without `data`, or what the two probes object to.
-  """
-  if not feature_sets:
-    raise UserError('there are no feature sets to probe, expected at least one')
-  if 'data' not in protocol:
-    raise UserError(f'the protocol names {sorted(protocol)}, expected also `data`: say where the images come from')
-  sets = {}
-  for name, (train_h, test_h) in feature_sets.items():
-    started = time.perf_counter()
-    try:
-      train_x, train_labels = _checked(train_h, train_y, 'training')
-      test_x, test_labels = _checked(test_h, test_y, 'test')
-      _check_widths(train_x, test_x)
-      if test_labels.max() >= num_classes:
-        raise UserError(f'a test label is {test_labels.max()}, expected labels below num_classes = {num_classes}')
-      model, linear = logistic_regression(train_x, train_labels, num_classes, l2_grid, seed=seed)
-      knn = knn_accuracy(train_x, train_labels, test_x, test_labels, k, temperature)
-    except UserError as error:
-      raise UserError(f'{name}: {error}') from None
-    test = accuracy(model, test_x, test_labels)
-    n_test = len(test_labels)
-    sets[name] = dict(
-        features=train_x.shape[1],
-        linear=dict(test_accuracy=test, half_width=wilson_half_width(test, n_test), **linear),
-        knn=dict(test_accuracy=knn, half_width=wilson_half_width(knn, n_test)),
-        seconds=time.perf_counter() - started)
-  settings = dict(
-      n_train=len(train_labels), n_fit=linear['n_fit'], n_validation=linear['n_validation'], n_test=n_test,
-      num_classes=int(num_classes), seed=int(seed),
-      linear='multinomial logistic regression on cached features, mean cross-entropy + l2/2 |weight|^2',
-      solver='L-BFGS (scipy), preconditioned, strong to weak l2 with warm starts',
-      max_iterations=MAX_ITERATIONS, gradient_tolerance=GRADIENT_TOLERANCE,
-      standardisation='per feature by training mean and standard deviation',
-      l2_grid=sorted(float(l2) for l2 in l2_grid),
-      l2_selection='accuracy on a held-out stratified tenth of train, strongest of equals; refitted on all of train',
-      test='read once, after l2 was chosen',
-      knn_k=min(k, len(train_labels)), knn_temperature=float(temperature), knn_vote='exp(cosine / temperature)',
-      interval='95% Wilson half width')
-  return dict(sets=sets, protocol={**protocol, **settings})
-
-
-def table(results):
-  """The results of `run` as text: a row for each feature set, the whole protocol in one line beneath."""
-  percent = lambda part: f'{100 * part["test_accuracy"]:.2f} +- {100 * part["half_width"]:.2f}'
-  rows = [('features', 'F', 'linear test %', 'linear val %', 'l2', 'kNN test %', 'seconds')]
-  notes = []
-  for name, result in results['sets'].items():
-    linear = result['linear']
-    rows.append((name, str(result['features']), percent(linear), f'{100 * linear["validation_accuracy"]:.2f}',
-                 f'{linear["l2"]:.0e}', percent(result['knn']), f'{result["seconds"]:.1f}'))
-    if not linear['converged']:
-      notes.append(f'{name}: L-BFGS stopped after {linear["iterations"]} iterations before it converged')
-  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-  lines = ['  '.join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths,
-                                                                                             strict=True)))
-           for row in rows]
-  settings = '; '.join(f'{key}={value}' for key, value in results['protocol'].items())
-  return '\n'.join([*lines, *notes, f'protocol: {settings}'])
-
-
-def assert_frozen(before, after):
-  """Raises AssertionError, naming the leaf, unless two trees of variables are bit-identical.
-
-  Args:
-    before: parameters and batch statistics as they were, copied to the host (`jax.device_get`) before the probe.
-    after: the same tree after it.
-  """
-  leaves = [{jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-            for tree in (before, after)]
-  unmatched = sorted(leaves[0].keys() ^ leaves[1].keys())
-  if unmatched:
-    raise AssertionError(f'{unmatched[0]} is in one tree only: the encoder was not frozen')
-  for name, old in leaves[0].items():
-    new = leaves[1][name]
-    if (old.shape, old.dtype) != (new.shape, new.dtype) or old.tobytes() != new.tobytes():
-      raise AssertionError(f'{name} changed: the encoder was not frozen')
-
-
-def wilson_half_width(share, n):
-  """Half the width of the 95% Wilson interval of a share observed in n independent trials."""
-  z = 1.959964  # normal quantile at 0.975
-  return float(z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n))
-
-
-def _path(x, y, num_classes, l2_grid, max_iterations, start=None):
-  """Yields (LinearModel, iterations, converged) for each l2, each fit starting from the one before.
-
-  L-BFGS runs in the eigenbasis of the features' covariance, each direction scaled by the inverse root of Boehning's
-  bound on its curvature, eigenvalue / 2 + l2. The minimum is the same; with correlated features, of which collapsed
-  encoders are the extreme, and a weak l2, plain L-BFGS does not reach it within MAX_ITERATIONS.
-  """
-  mean = x.mean(0, dtype=np.float64)
-  scale = x.std(0, dtype=np.float64)
-  scale[scale <= 1e-6 * np.abs(mean)] = 1  # constant up to float32's rounding
-  mean, scale = mean.astype(np.float32), scale.astype(np.float32)
-  x = (x - mean) / scale
-  eigenvalues, basis = np.linalg.eigh((x.T @ x / np.float32(len(x))).astype(np.float64))
-  x = jax.device_put(x @ basis.astype(np.float32))
-  y = jax.device_put(y)
-  theta = np.zeros((len(basis) + 1, num_classes))  # rows of weights in the eigenbasis, and the bias
-  if start is not None:
-    theta = np.concatenate([basis.T @ start.weight, start.bias[None]])
-  for l2 in l2_grid:
-    scaling = np.append(1 / np.sqrt(np.maximum(eigenvalues, 0) / 2 + l2), 1)[:, None]
-    theta, iterations, converged = _minimise(x, y, theta, scaling, l2, max_iterations)
-    model = LinearModel((basis @ theta[:-1]).astype(np.float32), theta[-1].astype(np.float32), mean, scale)
-    yield model, iterations, converged
-
-
-def _minimise(x, y, theta, scaling, l2, max_iterations):
-  def objective(flat):
-    theta = scaling * flat.reshape(scaling.shape[0], -1)
-    losses, gradient = _losses_and_gradient(theta.astype(np.float32), x, y)
-    # Averaged in float64: float32's rounding of the mean stalls the line search near the minimum.
-    value = np.asarray(losses).mean(dtype=np.float64) + l2 / 2 * np.sum(theta[:-1] ** 2)
-    gradient = np.array(gradient, np.float64)
-    gradient[:-1] += l2 * theta[:-1]
-    return value, (scaling * gradient).ravel()
-
-  found = scipy.optimize.minimize(objective, (theta / scaling).ravel(), jac=True, method='L-BFGS-B',
-                                  options=dict(maxiter=max_iterations, ftol=1e-9, gtol=GRADIENT_TOLERANCE))
-  return scaling * found.x.reshape(theta.shape), int(found.nit), bool(found.success)
-
-
-@jax.jit
-def _losses_and_gradient(theta, x, y):
-  """Cross-entropy of each row (N,), and the gradient of its mean with respect to theta (F + 1, num_classes)."""
-  def loss(theta):
-    out = jnp.dot(x, theta[:-1], precision=jax.lax.Precision.HIGHEST) + theta[-1]
-    losses = optax.softmax_cross_entropy_with_integer_labels(out, y)
-    return losses.mean(), losses
-  gradient, losses = jax.grad(loss, has_aux=True)(theta)
-  return losses, gradient
 
 
 @functools.partial(jax.jit, static_argnames=('k', 'num_classes'))
@@ -297,74 +122,197 @@ def _vote(train_h, train_y, test_h, temperature, *, k, num_classes):
   return jax.lax.map(predict, normalise(test_h), batch_size=256)  # (256, N) cosines at a time
 
 
-def _checked(features, labels, what):
-  """Features as (N, F) float32 and labels as (N,) int32, or a UserError."""
-  features, labels = np.asarray(features, np.float32), np.asarray(labels)
-  if features.ndim != 2 or labels.shape != features.shape[:1] or not features.size:
-    raise UserError(f'{what} features are {features.shape} and labels {labels.shape}, '
-                    'expected (N, F) and (N,) with the same N of at least 1')
-  if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-    raise UserError(f'{what} labels are {labels.dtype} from {labels.min()}, expected integers from 0')
-  finite = np.isfinite(features).all(1)
-  if not finite.all():
-    raise UserError(f'{what} features are NaN or infinite in {np.sum(~finite)} of {len(finite)} rows, first in row '
-                    f'{np.argmin(finite)}: check the encoder that made them')
-  return features, labels.astype(np.int32)
+def nested_rows(labels, fraction, seed):
+  """Sorted row numbers of a stratified share of labels (N,): of each class `fraction`, rounded, two at least.
+
+  Those of a smaller fraction with the same seed are among them.
+  """
+  rows = [np.random.default_rng([seed, label]).permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+  return np.sort(np.concatenate([of_class[:max(2, round(fraction * len(of_class)))] for of_class in rows]))
 
 
-def _check_classes(labels, num_classes):
-  if num_classes < 2:
-    raise UserError(f'num_classes is {num_classes}, expected at least 2')
-  if labels.max() >= num_classes:
-    raise UserError(f'a training label is {labels.max()}, expected labels below num_classes = {num_classes}')
-  counts = np.bincount(labels, minlength=num_classes)
-  if not counts.all():
-    raise UserError(f'class {np.argmin(counts)} has no training example, expected all {num_classes} classes: '
-                    'give more labels or set num_classes')
+def make_tasks(c, name, train_y, test_y, num_classes, seed):
+  """The tasks of one set of labels: every fraction, and several draws of the small ones."""
+  return [Task(name, float(fraction), draw, rows, train_y[rows], test_y, num_classes)
+          for fraction in c.label_fractions for draw in range(c.label_draws if fraction <= FEW else 1)
+          for rows in [slice(None) if fraction == 1 else nested_rows(train_y, fraction, seed + draw)]]
 
 
-def _check_widths(train, test):
-  if train.shape[1] != test.shape[1]:
-    raise UserError(f'training features have width {train.shape[1]} and test features {test.shape[1]}, '
-                    'expected the same: use one encoder for both')
+def judge(source, task, method, seed=0, l2_grid=linear.L2_GRID, k=KNN_K, temperature=KNN_TEMPERATURE):
+  """One row of the results by a method on cached features, 'lbfgs' or 'knn'.
+
+  Returns:
+    dict, all of it JSON: who was judged, on what, and what `scored` gives; for lbfgs also the report of
+    `linear.logistic_regression`.
+  Raises:
+    UserError: features or labels that the method cannot take; the message begins with the name of the features.
+  """
+  started = time.perf_counter()
+  try:
+    train_x, train_y = linear.checked(source.train[task.rows], task.train_y, 'training')
+    for test_h in source.tests.values():
+      test_x, test_y = linear.checked(test_h, task.test_y, 'test')
+      linear.check_widths(train_x, test_x)
+      if test_y.max() >= task.num_classes:
+        raise UserError(f'a test label is {test_y.max()}, expected labels below num_classes = {task.num_classes}')
+    if method == 'lbfgs':
+      model, report = linear.logistic_regression(train_x, train_y, task.num_classes, l2_grid, seed=seed)
+      accuracy = lambda h: linear.accuracy(model, h, test_y)
+    else:
+      report = dict(k=min(k, len(train_x)), temperature=float(temperature))
+      accuracy = lambda h: knn_accuracy(train_x, train_y, h, test_y, k, temperature)
+    shares = {name: accuracy(h) for name, h in source.tests.items()}
+  except UserError as error:
+    raise UserError(f'{source.name}: {error}') from None
+  return scored(source.name, train_x.shape[1], task, method, shares, started, **report)
+
+
+def scored(name, width, task, method, shares, started, **report):
+  """A row: `accuracy` {test set: share of right answers}, `half_width` of the clean one's 95% Wilson interval."""
+  return dict(features=name, F=int(width), method=method, labels=task.labels, num_classes=int(task.num_classes),
+              fraction=task.fraction, draw=task.draw, n_train=len(task.train_y), n_test=len(task.test_y), accuracy=shares,
+              half_width=wilson_half_width(shares['clean'], len(task.test_y)), seconds=time.perf_counter() - started, **report)
+
+
+def wilson_half_width(share, n):
+  """Half the width of the 95% Wilson interval of a share observed in n independent trials."""
+  z = 1.959964  # normal quantile at 0.975
+  return float(z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n))
+
+
+def table(results):
+  """The results of `evaluate` as text: a row for each kind of features, method and labels, the protocol in one line beneath.
+
+  Several draws of a fraction give one row: their mean, and after +- their standard deviation.
+  """
+  groups = {}
+  for row in results['rows']:
+    groups.setdefault((row['features'], row['method'], row['labels'], row['fraction']), []).append(row)
+  tests = list(results['rows'][0]['accuracy'])
+  varied = len({key[2:] for key in groups}) > 1
+  header = ['features', 'F', 'method', *(['labels'] if varied else []), f'{results["protocol"]["split"]} %',
+            *(test for test in tests if test != 'clean'), 'val %', 'l2', 'seconds']
+  cells, notes = [header], []
+  for (name, method, labels, fraction), rows in groups.items():
+    shares = {test: [100 * row['accuracy'][test] for row in rows if test in row['accuracy']] for test in tests}
+    spread = np.std(shares['clean'], ddof=1) if len(rows) > 1 else 100 * rows[0]['half_width']
+    first = rows[0]
+    cells.append([name, str(first['F']), method, *([f'{labels} {fraction:.0%}'] if varied else []),
+                  f'{np.mean(shares["clean"]):.2f} +- {spread:.2f}',
+                  *(f'{np.mean(shares[test]):.2f}' if shares[test] else '-' for test in tests if test != 'clean'),
+                  f'{100 * np.mean([row["validation_accuracy"] for row in rows]):.2f}' if 'validation_accuracy' in first else '-',
+                  f'{first["l2"]:.0e}' if 'l2' in first else '-', f'{sum(row["seconds"] for row in rows):.1f}'])
+    for row in rows:
+      if not row.get('converged', True):
+        notes.append(f'{name}: L-BFGS stopped after {row["iterations"]} iterations before it converged')
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  lines = ['  '.join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+           for row in cells]
+  settings = '; '.join(f'{key}={value}' for key, value in results['protocol'].items())
+  return '\n'.join([*lines, *notes, f'protocol: {settings}'])
 
 
 def evaluate(config, workdir, dataset, mesh):
-  """The job: probes the workdir's newest encoder, the same encoder untrained, and raw pixels; prints the table.
+  """The job: probes the workdir's newest encoder beside the same encoder untrained, raw pixels, and other references.
 
-  Writes `<workdir>/results/probe.json`.
+  Writes `<workdir>/results/probe.json`; features and trained classifiers stay in the workdir for the next job.
 
   Args:
-    config: the whole config.
+    config: the whole config; read are seed, data, encoder, features and probe.
     workdir: pathlib.Path of a run with a checkpoint of its pretraining.
     dataset: palm_jax.data.Data.
     mesh: one-dimensional mesh, axis 'data'.
   Returns:
-    True.
+    The dict that was written: `rows`, see `judge`; `protocol`; `seconds`.
   Raises:
-    UserError: no encoder in the workdir, or images unlike those that it was trained on.
+    UserError: no encoder in the workdir, images unlike those that it was trained on, or settings that cannot be.
   """
-  _, variables, step = load_encoder(workdir)
+  started, c = time.monotonic(), config.probe
+  check_config(config, mesh.size)
   train, test = dataset.train, dataset.test
-  encoder = make_encoder(config.encoder)
-  shape = (1, *train.images.shape[1:])
-  untrained = jax.device_get(jax.jit(lambda key: encoder.init(key, jnp.zeros(shape), train=False))(jax.random.key(config.seed)))
-  shapes = lambda tree: {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-  differ = [name for name, shape in shapes(untrained).items() if shapes(variables).get(name) != shape]
-  if differ:
-    raise UserError(f'the encoder of {workdir} does not take images of shape {train.images.shape[1:]} ({dataset.source}): '
-                    f'{differ[0]} is {shapes(variables).get(differ[0], "absent")}; give the data it was pretrained for')
+  shape = train.images.shape[1:]
+  encoders = [features.load_encoder(config, workdir, shape), features.untrained_encoder(config, shape)]
+  before = jax.tree.map(np.copy, [encoder.apply.args for encoder in encoders])
+  label_sets = {'fine': (train.labels, test.labels, len(dataset.class_names))}
+  if c.coarse:
+    coarse = image_data.load(config.data.name, data_dir=config.data.dir or None, label_set='coarse')
+    label_sets['coarse'] = coarse.train.labels, coarse.test.labels, len(coarse.class_names)
+  if c.split == 'validation':  # from here on the tenth is called test
+    rest, held_out = linear.stratified_split(train.labels, linear.VALIDATION_FRACTION, config.seed)
+    take = lambda split, rows: split._replace(images=split.images[rows], labels=split.labels[rows])
+    train, test = take(train, rest), take(train, held_out)
+    label_sets = {name: (y[rest], y[held_out], count) for name, (y, _, count) in label_sets.items()}
+  test_images = {'clean': test.images, **{name: corruptions.corrupt(name, test.images, config.seed) for name in c.corruptions}}
+  tasks = [task for name, labels in label_sets.items() for task in make_tasks(c, name, *labels, config.seed)]
 
-  before = jax.tree.map(np.copy, variables)
-  apply = functools.partial(encoder.apply, train=False)
-  extract = lambda of, split: features.extract(jax.tree_util.Partial(apply, of), split.images, mesh=mesh)
-  feature_sets = {name: (extract(of, train), extract(of, test))
-                  for name, of in (('PALM encoder', variables), ('untrained encoder', untrained))}
-  assert_frozen(before, variables)
-  feature_sets['pixels'] = features.pixels(train.images), features.pixels(test.images)
-  results = run(feature_sets, train.labels, test.labels, len(dataset.class_names), seed=config.seed, protocol=dict(
-      data=dataset.source, checkpoint_step=step, layer='h, batch normalisation in eval mode, frozen', images='not augmented'))
+  sources = []
+  for encoder in encoders:
+    h = functools.partial(features.cached, encoder, workdir=workdir, mesh=mesh, batch_size=config.features.batch_size)
+    sources.append(Source(encoder.name, h(train.images), {name: h(images) for name, images in test_images.items()}, encoder))
+  foreign = features.load_foreign(config)
+  if foreign and c.split == 'validation':
+    foreign = dict(train_features=foreign['train_features'][rest], test_features=foreign['train_features'][held_out])
+  if foreign:
+    sources.append(Source('foreign features', foreign['train_features'], {'clean': foreign['test_features']}))
+  if c.pixels:
+    flat = {name: features.pixels(images) for name, images in test_images.items()}
+    sources.append(Source('pixels', features.pixels(train.images), flat))
+  check_counts(sources, train, test)
+
+  rows = []
+  for method in c.methods:
+    for task in tasks:
+      if method in ('lbfgs', 'knn'):
+        rows += [judge(source, task, method, config.seed) for source in sources]
+      elif method == 'sgd':
+        rows += [_judge_sgd(source, task, train.images, config, mesh) for source in sources if source.encoder]
+      else:
+        rows.append(_judge_end_to_end(method, encoders[0], task, train, test_images, config, workdir, mesh))
+      for row in rows[-len(sources):]:
+        logging.info('probe: %s, %s, %s %.0f%%: %.2f%%', row['features'], method, task.labels, 100 * task.fraction,
+                     100 * row['accuracy']['clean'])
+  features.assert_frozen(before, [encoder.apply.args for encoder in encoders])
+
+  results = dict(job='probe', rows=rows, protocol=dict(
+      data=dataset.source, split=c.split, n_train=len(train.labels), n_test=len(test.labels), seed=int(config.seed),
+      **encoders[0].about, encoder_sha256=encoders[0].sha256, **({'foreign_features': config.features.path} if foreign else {}),
+      images='not augmented', lbfgs='multinomial logistic regression on cached features, mean cross-entropy + l2/2 |weight|^2',
+      solver='L-BFGS (scipy), preconditioned, strong to weak l2 with warm starts', max_iterations=linear.MAX_ITERATIONS,
+      gradient_tolerance=linear.GRADIENT_TOLERANCE, standardisation='per feature by training mean and standard deviation',
+      l2_grid=sorted(linear.L2_GRID),
+      l2_selection='accuracy on a held-out stratified tenth of train, strongest of equals; refitted on all of train',
+      test='read once, after l2 was chosen', knn_k=KNN_K, knn_temperature=KNN_TEMPERATURE, knn_vote='exp(cosine / temperature)',
+      **{method: dict(c[method]) for method in c.methods if method in ('sgd', 'finetune', 'supervised')},
+      interval='95% Wilson half width; standard deviation over draws'),
+      **devices.describe(mesh), seconds=time.monotonic() - started)
   if jax.process_index() == 0:
     print(table(results), flush=True)
     write_json_atomic(workdir / 'results' / 'probe.json', results)
-  return True
+  return results
+
+
+def check_counts(sources, train, test):
+  """Raises UserError unless each source has a row for each image."""
+  for source in sources:
+    if len(source.train) != len(train.labels) or any(len(h) != len(test.labels) for h in source.tests.values()):
+      raise UserError(f'{source.name}: {len(source.train)} training and {[len(h) for h in source.tests.values()]} test rows, '
+                      f'but the data have {len(train.labels)} and {len(test.labels)} images: make the features of these images')
+
+
+def _judge_sgd(source, task, images, config, mesh):
+  c, started = config.probe.sgd, time.perf_counter()
+  of = (source.encoder, images[task.rows]) if c.augment != 'none' else source.train[task.rows]
+  name = f'probe: sgd, {source.name}'
+  [head] = linear.fit_sgd(of, task.train_y, task.num_classes, c, [config.seed], mesh, name)
+  shares = {test: linear.accuracy(head, h, task.test_y) for test, h in source.tests.items()}
+  return scored(source.name, source.train.shape[1], task, 'sgd', shares, started)
+
+
+def _judge_end_to_end(method, pretrained, task, train, test_images, config, workdir, mesh):
+  started, start = time.perf_counter(), pretrained if method == 'finetune' else None
+  split = image_data.Split(train.images[task.rows], task.train_y)
+  encoder, head = classifier.fit(config, config.probe[method], split, task.num_classes, config.seed, mesh, workdir, method, start)
+  shares = {name: linear.accuracy(head, features.extract(encoder.apply, images, config.features.batch_size, mesh), task.test_y)
+            for name, images in test_images.items()}
+  name = f'{pretrained.name}, fine-tuned' if start else 'supervised from scratch'
+  return scored(name, head.weight.shape[0], task, method, shares, started)

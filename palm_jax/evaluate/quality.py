@@ -137,7 +137,7 @@ def evaluate(config, workdir, data, mesh):
   if extractor.classify and G.num_classes:
     judged = {name: (sets[name], drawn_labels[name]) for name in sets} | {
         'test images': (test, data.test.labels[test_order])}
-    results['recognised'] = {name: float(np.mean(np.asarray(extractor.classify(extractor.variables, h)).argmax(1) == labels))
+    results['recognised'] = {name: float(np.mean(extractor.classify(h).argmax(1) == labels))
                              for name, (h, labels) in judged.items()}
   if c.compare_initial:
     results['initial_over_generator'] = rows[1][f'{prefix}FID'] / max(rows[0][f'{prefix}FID'], 1e-12)
@@ -196,8 +196,7 @@ def make_draw(config, G, extractor, labels, mesh):
     progress = Progress(f'quality: {what}', c.num_images, 'images')
     for start in range(0, c.num_images, batch):
       ids = np.arange(start, start + batch, dtype=np.int32)
-      ids = jax.make_array_from_callback(ids.shape, NamedSharding(mesh, P('data')), lambda at, ids=ids: ids[at])
-      *chunk, finite = jax.device_get(call(variables, extractor.variables, labels, ids))
+      *chunk, finite = jax.device_get(call(variables, extractor.variables, labels, devices.shard(mesh, ids, P('data'))))
       if not finite.all():
         raise NonFiniteError(f'quality: {(~finite).sum()} of {what} {start} to {start + batch - 1} hold NaN or infinity: '
                              'the generator is broken; take an earlier checkpoint')
@@ -213,7 +212,7 @@ def check_finite(h, what):
   finite = np.isfinite(h).all(1)
   if not finite.all():
     raise NonFiniteError(f'quality: features of {(~finite).sum()} of {len(h)} {what} are NaN or infinite: the feature network '
-                         'is broken; check its file, or remove the proxy below quality/')
+                         'is broken; check its file, or remove the proxy below classifiers/')
   return h
 
 

@@ -1,0 +1,283 @@
+"""python -m palm_jax.export --workdir=runs/cifar --format=safetensors|torchvision|onnx [--out=FILE] [--step=N]
+
+Writes the encoder of a pretraining run as one file for other programs:
+  safetensors   our own names; `load` gives back the encoder's settings and its variables, bit for bit
+  torchvision   .safetensors with the names of torchvision's ResNet-18 (encoder nature: those of a torch.nn.Sequential)
+  onnx          a graph from `images` (N, H, W, C) uint8, scaled inside, to `features` (N, F) float32
+
+Each file's metadata say from which checkpoint it is, how images are scaled, the encoder's sha256 as results have it, and, under
+'usage', the Python that runs it.
+"""
+import functools
+import importlib.metadata
+import json
+import logging as python_logging
+import math
+import pathlib
+
+import jax
+import numpy as np
+import safetensors.numpy
+from absl import app, flags
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+from palm_jax import devices, onnx_file
+from palm_jax.checkpoint import load_encoder
+from palm_jax.encoder import make_encoder
+from palm_jax.errors import UserError
+from palm_jax.evaluate.features import digest
+from palm_jax.files import replacing
+from palm_jax.generator.snapshots import read_arrays
+from palm_jax.main import exit_on_user_error, nearest
+
+# Format: the file's name where --out gives none.
+FORMATS = {'safetensors': 'encoder.safetensors', 'torchvision': 'encoder.torchvision.safetensors', 'onnx': 'encoder.onnx'}
+ENCODER_KEY = 'palm_jax_encoder'  # of the metadata: the encoder's settings as JSON
+
+# Our modules and leaves -> torchvision/models/resnet.py and torch.nn; names that are not here are the same.
+MODULES = {'stem_conv': 'conv1', 'stem_norm': 'bn1', 'norm1': 'bn1', 'norm2': 'bn2', 'shortcut_conv': 'downsample.0',
+           'shortcut_norm': 'downsample.1',
+           **{f'stage{stage}_block{block}': f'layer{stage}.{block - 1}' for stage in range(1, 5) for block in (1, 2)}}
+LEAVES = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}
+
+# ---- 'usage' of the metadata; `path` and `images`, (N, H, W, C) uint8 numpy, are the reader's
+
+FLAX_USAGE = """\
+from ml_collections import ConfigDict
+from palm_jax.encoder import make_encoder
+from palm_jax.export import load
+
+settings, variables, metadata = load(path)
+features = make_encoder(ConfigDict(settings)).apply(variables, images, train=False)
+"""
+RESNET_USAGE = """\
+import torch
+from safetensors.torch import load_file
+from torchvision.models import resnet18
+
+model = resnet18()
+"""
+# torchvision's width_per_group is for bottleneck blocks only: with BasicBlock the planes are fixed in the constructor.
+NARROW_RESNET_USAGE = """\
+import torch
+from safetensors.torch import load_file
+from torchvision.models.resnet import BasicBlock, ResNet
+
+class ResNet18(ResNet):  # of width {width}; torchvision's own is 64
+  def _make_layer(self, block, planes, *args, **kwargs):
+    if planes == 64:
+      self.inplanes = {width}
+    return super()._make_layer(block, planes * {width} // 64, *args, **kwargs)
+
+model = ResNet18(BasicBlock, [2, 2, 2, 2])
+model.bn1 = torch.nn.BatchNorm2d({width})
+"""
+CIFAR_STEM_USAGE = """\
+model.conv1 = torch.nn.Conv2d({channels}, {width}, 3, 1, 1, bias=False)
+model.maxpool = torch.nn.Identity()
+model.fc = torch.nn.Identity()
+"""
+NATURE_USAGE = """\
+from collections import OrderedDict
+import torch
+from safetensors.torch import load_file
+
+model = torch.nn.Sequential(OrderedDict(
+  conv1=torch.nn.Conv2d({channels}, 32, 8, 4), relu1=torch.nn.ReLU(), conv2=torch.nn.Conv2d(32, 64, 4, 2), relu2=torch.nn.ReLU(),
+  conv3=torch.nn.Conv2d(64, 64, 3), relu3=torch.nn.ReLU(), flatten=torch.nn.Flatten(),
+  dense=torch.nn.Linear({flat}, {features}), relu4=torch.nn.ReLU()))
+"""
+TORCH_USAGE = """\
+model.load_state_dict(load_file(path))
+model.eval()
+with torch.no_grad():
+  features = model(torch.as_tensor(images).permute(0, 3, 1, 2) / 127.5 - 1)
+"""
+ONNX_USAGE = """\
+import onnxruntime
+
+features, = onnxruntime.InferenceSession(path).run(None, {'images': images})
+"""
+
+
+def export(workdir, format='safetensors', out=None, step=None):
+  """Writes the pretrained encoder of a workdir; the file is whole or as it was before.
+
+  Args:
+    workdir: of a pretraining run.
+    format: one of FORMATS.
+    out: file in a folder that is there; None is FORMATS' name in the workdir.
+    step: of the checkpoint; None is the newest that is whole.
+
+  Returns:
+    (pathlib.Path of the file, step).
+
+  Raises:
+    UserError: an unknown format, no such workdir or checkpoint, a file that cannot be written, or no onnx package.
+  """
+  if format not in FORMATS:
+    raise UserError(f'--format={format} is unknown: expected one of {", ".join(FORMATS)}{nearest(format, FORMATS)}')
+  if out is not None:
+    suffix = pathlib.Path(FORMATS[format]).suffix
+    if not pathlib.Path(out).absolute().parent.is_dir():
+      raise UserError(f'--out={out}: its folder is not there; make it, or name a file in another')
+    if pathlib.Path(out).is_dir() or pathlib.Path(out).suffix != suffix:
+      raise UserError(f'--out={out}: the format {format} is written as one file, expected a name that ends with {suffix}')
+  if format == 'onnx':
+    onnx_file.import_onnx()
+  config, variables, step = load_encoder(workdir, step)
+  if not isinstance(config, dict) or not isinstance(config.get('encoder'), dict):
+    raise UserError(f'{workdir}/config.json has no settings of an encoder: give the --workdir of a pretraining run')
+  out = pathlib.Path(out or pathlib.Path(workdir) / FORMATS[format])
+  try:
+    save(out, format, config['encoder'], variables, step)
+  except OSError as e:
+    raise UserError(f'{out} cannot be written ({e.strerror}): free space or mend that, or choose another --out') from e
+  return out, step
+
+
+def save(path, format, settings, variables, step):
+  """Writes an encoder to a file that is whole or as it was before.
+
+  Args:
+    path: of the file.
+    format: one of FORMATS.
+    settings: dict with the keys of `encoder.default_config`.
+    variables: {'params', 'batch_stats'} of arrays; the second where the encoder has them.
+    step: of the checkpoint, for the metadata.
+
+  Raises:
+    UserError: settings and variables that do not belong together, or no onnx package. OSError: it cannot be written.
+  """
+  (size, _, channels), features = _sizes(settings, variables)
+  if settings['name'] == 'nature':
+    accepted, dimensions = f'H and W {size} to {size + 7}', dict(flat=variables['params']['dense']['kernel'].shape[0])
+    torch_usage = NATURE_USAGE
+  else:
+    accepted, dimensions = 'any H and W', dict(width=settings['width'])
+    torch_usage = (RESNET_USAGE if settings['width'] == 64 else NARROW_RESNET_USAGE) + CIFAR_STEM_USAGE
+  torch_usage = torch_usage.format(channels=channels, features=features, **dimensions) + TORCH_USAGE
+  metadata = {
+    ENCODER_KEY: json.dumps(settings), 'format': format, 'checkpoint_step': str(step),
+    'preprocessing': f'images (N, H, W, {channels}) uint8, {accepted}; uint8 / 127.5 - 1 in float32',
+    'features': f'(N, {features}), batch normalisation in eval mode', 'sha256': digest(variables, settings),
+    'palm_jax_version': _version(),
+    'usage': {'safetensors': FLAX_USAGE, 'torchvision': torch_usage, 'onnx': ONNX_USAGE}[format],
+  }
+  if format == 'onnx':
+    content = onnx_file.build(settings['name'], torch_state(variables), channels, features, metadata)
+  else:
+    tensors = torch_state(variables) if format == 'torchvision' else _flat(variables)
+    content = safetensors.numpy.save({name: np.array(x, order='C') for name, x in tensors.items()}, metadata)
+  with replacing(path) as file:
+    file.write(content)
+
+
+def load(path):
+  """The encoder in a file of the format safetensors, for `encoder.make_encoder(ConfigDict(settings))`.
+
+  Returns:
+    (settings dict, {'params', 'batch_stats'} of numpy arrays, bit-equal to those exported, metadata {str: str}).
+
+  Raises:
+    UserError: no such file, one of another kind, or damage.
+  """
+  arrays, metadata = read_arrays(path)
+  if metadata.get('format') != 'safetensors' or ENCODER_KEY not in metadata:
+    raise UserError(f'{path} is no encoder under the names of palm_jax: give a file that palm_jax.export wrote with '
+                    '--format=safetensors')
+  try:
+    settings, variables = json.loads(metadata[ENCODER_KEY]), traverse_util.unflatten_dict(arrays, sep='/')
+    if digest(variables, settings) != metadata.get('sha256'):
+      raise ValueError('it holds other numbers or settings than were saved')
+  except (LookupError, TypeError, ValueError) as e:
+    raise UserError(f'{path} is damaged ({e}): fetch it or export it again') from e
+  return settings, variables, metadata
+
+
+def torch_state(variables):
+  """The variables under torch's names and in its layouts: {name: array}, convolutions OIHW.
+
+  Running variances stay divided by n; torch's eval mode takes them as they are. The rows of the dense layer of nature
+  are put into the order of a flattened (C, H, W).
+  """
+  state = {}
+  for (_, *modules, leaf), x in traverse_util.flatten_dict(variables).items():
+    module = '.'.join(MODULES.get(name, name) for name in modules)
+    if x.ndim == 4:
+      x = x.transpose(3, 2, 0, 1)
+    elif x.ndim == 2:
+      channels = variables['params']['conv3']['kernel'].shape[-1]
+      side = math.isqrt(len(x) // channels)
+      x = x.reshape(side, side, channels, -1).transpose(3, 2, 0, 1).reshape(x.shape[::-1])
+    state[f'{module}.{LEAVES.get(leaf, leaf)}'] = x
+    if leaf == 'mean':
+      state[f'{module}.num_batches_tracked'] = np.zeros((), np.int64)  # torch averages with a fixed momentum instead
+  return state
+
+
+def _sizes(settings, variables):
+  """(H, W, C) of the smallest images that the encoder is sure to take, and its number of features.
+
+  Raises:
+    UserError: settings and variables that do not belong together.
+  """
+  shapes = lambda tree: {name: np.shape(x) for name, x in _flat(tree).items()}
+  try:
+    encoder, params = make_encoder(ConfigDict(settings)), variables['params']
+    if settings['name'] == 'nature':
+      side = math.isqrt(params['dense']['kernel'].shape[0] // params['conv3']['kernel'].shape[-1])
+      # Strides 4, 2 and 1 without padding; generators draw squares.
+      shape = (8 * side + 28, 8 * side + 28, params['conv1']['kernel'].shape[2])
+    else:
+      shape = (8, 8, params['stem_conv']['kernel'].shape[2])
+    images = jax.ShapeDtypeStruct((1, *shape), np.uint8)
+    h, template = jax.eval_shape(functools.partial(encoder.init_with_output, train=False), jax.random.key(0), images)
+    expected, found = shapes(template), shapes(variables)
+  except (AttributeError, LookupError, TypeError, ValueError) as e:
+    raise UserError(f'the settings of the encoder, {settings}, do not belong to its variables ({type(e).__name__}): '
+                    'give the config and the checkpoint of one run') from e
+  for name in sorted(expected.keys() | found.keys()):
+    if found.get(name) != expected.get(name):
+      raise UserError(f'{name} is {found.get(name, "absent")}, expected {expected.get(name, "absent")} for an encoder of '
+                      f'{settings}: give the config and the checkpoint of one run')
+  return shape, h.shape[-1]
+
+
+def _flat(variables):
+  return {'/'.join(name): x for name, x in traverse_util.flatten_dict(variables).items()}
+
+
+def _version():
+  try:
+    return importlib.metadata.version('palm_jax')
+  except importlib.metadata.PackageNotFoundError:
+    return 'a clone that is not installed'
+
+
+def parse_flags(argv):
+  """Defines the flags and reads them; returns what absl leaves of argv. Raises UserError, in one line."""
+  flags.DEFINE_string('workdir', None, 'Of the pretraining run whose encoder is wanted.')
+  flags.DEFINE_string('format', 'safetensors', f'One of {", ".join(FORMATS)}.')
+  flags.DEFINE_string('out', None, f'File to write; default: in the workdir, {", ".join(FORMATS.values())}.')
+  flags.DEFINE_integer('step', None, 'Of the checkpoint; default: the newest.')
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as e:
+    raise UserError(' '.join(str(e).split())) from e
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise UserError(f'unexpected argument {argv[1]!r}: flags begin with --')
+  if not flags.FLAGS.workdir:
+    raise UserError('--workdir is missing: give that of a pretraining run, such as runs/cifar')
+  devices.configure()
+  python_logging.getLogger('jax').setLevel(python_logging.WARNING)
+  out, step = export(flags.FLAGS.workdir, flags.FLAGS.format, flags.FLAGS.out, flags.FLAGS.step)
+  print(f'{out}: the encoder of {flags.FLAGS.workdir} at checkpoint step {step}, format {flags.FLAGS.format}')
+
+
+if __name__ == '__main__':
+  app.run(exit_on_user_error(main), flags_parser=exit_on_user_error(parse_flags))

@@ -1,0 +1,220 @@
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from sklearn.linear_model import LogisticRegression
+
+from palm_jax import devices
+from palm_jax.errors import NonFiniteError, UserError
+from palm_jax.evaluate import features, linear
+
+N, M, F, C = 300, 120, 6, 3
+
+
+@pytest.fixture(scope='module')
+def blobs():
+  """Overlapping Gaussian classes with unequal scales and offsets: (train_x, train_y, test_x, test_y)."""
+  generator = np.random.default_rng(0)
+  y = generator.integers(0, C, N + M)
+  centres = generator.normal(size=(C, F))
+  x = (generator.normal(size=(N + M, F)) + centres[y]) * np.logspace(-2, 2, F) + np.arange(F)
+  x = x.astype(np.float32)
+  return x[:N], y[:N], x[N:], y[N:]
+
+
+def scikit_learn(x, y, l2):
+  mean, std = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
+  model = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-10, max_iter=5000).fit((x - mean) / std, y)
+  return model, (lambda z: (z - mean) / std)
+
+
+def objective(weight, bias, x, y, l2):
+  out = x @ weight + bias
+  out = out - out.max(1, keepdims=True)
+  losses = np.log(np.exp(out).sum(1)) - out[np.arange(len(y)), y]
+  return losses.mean() + l2 / 2 * np.sum(weight ** 2)
+
+
+@pytest.mark.parametrize('l2', [1e-3, 1e-2, 1.])
+def test_logistic_regression_equals_scikit_learn(blobs, l2):
+  x, y, test_x, test_y = blobs
+  model, report = linear.logistic_regression(x, y, C, l2_grid=[l2])
+  truth, standardise = scikit_learn(x, y, l2)
+  centred = model.bias - model.bias.mean()  # a constant added to all biases changes nothing
+  np.testing.assert_allclose(model.weight, truth.coef_.T, atol=1e-3)
+  np.testing.assert_allclose(centred, truth.intercept_ - truth.intercept_.mean(), atol=1e-3)
+  z = standardise(x)
+  np.testing.assert_allclose(objective(model.weight, model.bias, z, y, l2),
+                             objective(truth.coef_.T, truth.intercept_, z, y, l2), rtol=1e-6)
+  assert linear.accuracy(model, test_x, test_y) == pytest.approx(truth.score(standardise(test_x), test_y), abs=1 / M)
+  assert report['converged']
+
+
+def test_correlated_features_reach_the_minimum_within_the_limit():
+  """Features whose covariance has a steep spectrum: plain L-BFGS stops at the limit, above the minimum."""
+  generator = np.random.default_rng(0)
+  y = generator.integers(0, C, 1000)
+  basis = np.linalg.qr(generator.normal(size=(48, 48)))[0]
+  latent = generator.normal(size=(1000, 48)) + 0.4 * generator.normal(size=(C, 48))[y]
+  x = (latent * np.arange(1, 49) ** -2. @ basis.T).astype(np.float32)
+  model, report = linear.logistic_regression(x, y, C, l2_grid=[1e-5])
+  assert report['converged']
+  assert report['iterations'] < linear.MAX_ITERATIONS / 2
+  truth, standardise = scikit_learn(x, y, 1e-5)
+  least = objective(truth.coef_.T, truth.intercept_, standardise(x), y, 1e-5)
+  assert objective(model.weight, model.bias, standardise(x), y, 1e-5) < least * (1 + 1e-4)
+
+
+def test_standardisation_makes_the_units_of_a_feature_irrelevant(blobs):
+  x, y, test_x, _ = blobs
+  units = np.array([1e-4, 1, 1e4, 10, 1, 3], np.float32)
+  plain, _ = linear.logistic_regression(x, y, C, l2_grid=[1e-2])
+  scaled, _ = linear.logistic_regression(x * units, y, C, l2_grid=[1e-2])
+  np.testing.assert_allclose(linear.logits(scaled, test_x * units), linear.logits(plain, test_x), atol=2e-3)
+
+
+def test_a_constant_feature_changes_nothing(blobs):
+  x, y, test_x, _ = blobs
+  add = lambda x: np.concatenate([x, np.full((len(x), 1), 0.1, np.float32)], 1)
+  plain, _ = linear.logistic_regression(x, y, C, l2_grid=[1e-2])
+  model, _ = linear.logistic_regression(add(x), y, C, l2_grid=[1e-2])
+  np.testing.assert_allclose(linear.logits(model, add(test_x)), linear.logits(plain, test_x), atol=2e-3)
+
+
+def test_l2_is_the_best_on_the_held_out_tenth(blobs):
+  x, y, _, _ = blobs
+  grid = [1e-4, 1e-2, 1., 100.]
+  _, report = linear.logistic_regression(x, y, C, l2_grid=grid, seed=3)
+  fit, held_out = linear.stratified_split(y, 0.1, seed=3)
+  expected = []
+  for l2 in sorted(grid, reverse=True):
+    truth, standardise = scikit_learn(x[fit], y[fit], l2)
+    expected.append(truth.score(standardise(x[held_out]), y[held_out]))
+  got = [tried['validation_accuracy'] for tried in report['grid']]
+  np.testing.assert_allclose(got, expected, atol=1e-9)
+  assert report['l2'] == sorted(grid, reverse=True)[int(np.argmax(expected))]
+  assert report['validation_accuracy'] == max(got)
+  assert (report['n_fit'], report['n_validation']) == (len(fit), len(held_out))
+
+
+def test_too_strong_an_l2_loses(blobs):
+  x, y, _, _ = blobs
+  shuffled_noise = np.random.default_rng(0).normal(size=(N, 60)).astype(np.float32)
+  _, report = linear.logistic_regression(np.concatenate([x, shuffled_noise], 1), y, C)
+  assert 1e-6 < report['l2'] < 100
+  assert [tried['l2'] for tried in report['grid']] == sorted(linear.L2_GRID, reverse=True)
+
+
+def test_an_unfinished_fit_is_reported(blobs):
+  x, y, _, _ = blobs
+  _, report = linear.logistic_regression(x, y, C, l2_grid=[1e-6], max_iterations=1)
+  assert not report['converged']
+  assert report['iterations'] == 1
+
+
+def test_stratified_split():
+  labels = np.repeat([0, 1, 2, 7], [2, 30, 100, 5])
+  np.random.default_rng(0).shuffle(labels)
+  rest, held_out = linear.stratified_split(labels, 0.1, seed=5)
+  assert sorted([*rest, *held_out]) == list(range(len(labels)))
+  assert {c: int(np.sum(labels[held_out] == c)) for c in (0, 1, 2, 7)} == {0: 1, 1: 3, 2: 10, 7: 1}
+  assert set(labels[rest]) == {0, 1, 2, 7}
+  again = linear.stratified_split(labels, 0.1, seed=5)
+  np.testing.assert_array_equal(again[1], held_out)
+  other = linear.stratified_split(labels, 0.1, seed=6)
+  assert set(other[1]) != set(held_out)
+
+
+def test_bad_settings_are_named(blobs):
+  x, y, test_x, test_y = blobs
+  with pytest.raises(UserError, match='num_classes is 1'):
+    linear.logistic_regression(x, np.zeros_like(y), 1)
+  with pytest.raises(UserError, match='class 2 has one'):
+    keep = np.append(np.flatnonzero(y < 2), np.flatnonzero(y == 2)[0])
+    linear.logistic_regression(x[keep], y[keep], C)
+  for grid in ([], [0.], [np.nan]):
+    with pytest.raises(UserError, match='l2_grid'):
+      linear.logistic_regression(x, y, C, l2_grid=grid)
+
+
+def settings(**changes):
+  return ConfigDict(dict(lr=0.5, momentum=0.9, weight_decay=0., batch_size=32, epochs=5, schedule='cosine',
+                         augment='none') | changes)
+
+
+def standard(blobs):
+  x, y, _, _ = blobs
+  return ((x - x.mean(0)) / x.std(0)).astype(np.float32), y
+
+
+@pytest.fixture(scope='module')
+def mesh():
+  return devices.make_mesh()
+
+
+def test_sgd_reaches_scikit_learns_minimum(blobs, mesh):
+  """All rows in every step: gradient descent. optax decays the bias, too, so it is compared as a feature of ones."""
+  x, y = standard(blobs)
+  x, y = x[:N // 8 * 8], y[:N // 8 * 8]
+  l2 = 0.05
+  c = settings(batch_size=len(x), epochs=1500, weight_decay=l2, lr=0.3)
+  [head] = linear.fit_sgd(x, y, C, c, [3], mesh)
+  ones = np.ones((len(x), 1))
+  truth = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-10, max_iter=5000, fit_intercept=False).fit(np.append(x, ones, 1), y)
+  np.testing.assert_allclose(np.append(head.weight, head.bias[None], 0), truth.coef_.T, atol=2e-3)
+  np.testing.assert_array_equal(linear.logits(head, x).argmax(1), truth.predict(np.append(x, ones, 1)))
+
+
+def test_heads_of_several_seeds_are_those_of_each_alone(blobs, mesh):
+  x, y = standard(blobs)
+  both = linear.fit_sgd(x, y, C, settings(schedule='step'), [3, 8], mesh)
+  alone = [linear.fit_sgd(x, y, C, settings(schedule='step'), [seed], mesh)[0] for seed in (3, 8)]
+  for a, b in zip(both, alone, strict=True):
+    np.testing.assert_allclose(a.weight, b.weight, atol=1e-6)
+    np.testing.assert_allclose(a.bias, b.bias, atol=1e-6)
+  assert np.abs(both[0].weight - both[1].weight).max() > 1e-3
+
+
+def test_augmented_heads_do_not_depend_on_the_number_of_devices(mesh):
+  """A fixed random projection as encoder; its images are drawn anew from (seed, epoch, step, place in the batch)."""
+  images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+  labels = np.arange(40) % C
+  weight = np.random.default_rng(1).normal(size=(192, 5)).astype(np.float32) / 8
+  seen = []
+
+  def apply(weight, images):
+    seen.append(images.dtype)
+    return images.reshape(len(images), -1) @ weight
+
+  encoder = features.Encoder('projection', jax.tree_util.Partial(apply, weight), '', {})
+  c = settings(batch_size=16, epochs=2, augment='crop_flip', lr=0.1)
+  heads = [linear.fit_sgd((encoder, images), labels, C, c, [0, 1], m) for m in (mesh, devices.make_mesh(1))]
+  for a, b in zip(*heads, strict=True):
+    np.testing.assert_allclose(a.weight, b.weight, atol=1e-5)
+  assert all(dtype == np.float32 for dtype in seen)  # augmented, not the uint8 images themselves
+  plain = linear.fit_sgd((encoder, images), labels, C, settings(batch_size=16, epochs=2, lr=0.1), [0], devices.make_mesh(1))
+  assert np.abs(plain[0].weight - heads[1][0].weight).max() > 1e-3
+
+
+@pytest.mark.parametrize('schedule, truth', [
+    ('cosine', lambda step: 0.05 * (1 + np.cos(np.pi * step / 100))),
+    ('step', lambda step: 0.1 * 0.1 ** ((step >= 60) + (step >= 75) + (step >= 90)))])
+def test_schedules(schedule, truth):
+  optimizer = linear.sgd(settings(lr=0.1, momentum=0., schedule=schedule, epochs=10), 10, nesterov=False)
+  state = optimizer.init(np.float32(0))
+  for step in range(100):
+    change, state = optimizer.update(np.float32(1), state, np.float32(0))
+    np.testing.assert_allclose(-change, truth(step), rtol=1e-5, atol=1e-8)
+
+
+def test_bad_sgd_settings_are_named(blobs, mesh):
+  x, y = standard(blobs)
+  for changes, message in [(dict(schedule='linear'), "schedule='linear'.*cosine, step"), (dict(epochs=0), 'epochs=0'),
+                           (dict(lr=float('nan')), 'lr=nan'), (dict(augment='crop'), "augment 'crop'"),
+                           (dict(augment='crop_flip'), 'needs an encoder and images')]:
+    with pytest.raises(UserError, match=message):
+      linear.fit_sgd(x, y, C, settings(**changes), [0], mesh)
+  with pytest.raises(UserError, match='5 images on 8 devices'):
+    linear.fit_sgd(x[:5], y[:5], C, settings(), [0], mesh)
+  with pytest.raises(NonFiniteError, match='lower lr=1e.38'):
+    linear.fit_sgd(x * 1e10, y, C, settings(lr=1e38), [0], mesh)
