@@ -11,6 +11,7 @@ import pytest
 
 from palm_jax import main
 from palm_jax.checkpoint import Checkpoints, list_steps, write_json_atomic
+from palm_jax.errors import UserError
 from palm_jax.generator import train
 from tests.worlds import COMPILED, tiny_config
 

@@ -78,7 +78,7 @@ def kernel_distance(a, b, subset_size, num_subsets, seed):
   Raises:
     UserError: features that do not match, or a subset that is larger than a or b, or below 2.
   """
-  _check_features(a, b)
+  check_features(a, b)
   if not 2 <= subset_size <= min(len(a), len(b)):
     raise UserError(f'subset_size is {subset_size}, expected 2 to {min(len(a), len(b))}, the rows of the smaller set')
   generator, m, distances = np.random.default_rng(seed), subset_size, []
@@ -111,15 +111,15 @@ def precision_recall(real, fake, k=3):
   Raises:
     UserError: features that do not match, or k out of range.
   """
-  _check_features(real, fake)
+  check_features(real, fake)
   if not 1 <= k < min(len(real), len(fake)):
     raise UserError(f'k is {k}, expected 1 to {min(len(real), len(fake)) - 1}, fewer than the rows of the smaller set')
   centre = np.mean(real, axis=0, dtype=np.float64)  # far from the origin, Gram matrices lose what is near
   real, fake = np.asarray(real, np.float64) - centre, np.asarray(fake, np.float64) - centre
-  return _covered(fake, real, _radii(real, k)), _covered(real, fake, _radii(fake, k))
+  return _covered(fake, real, neighbour_radii(real, k)), _covered(real, fake, neighbour_radii(fake, k))
 
 
-def _rough_distances(points, centres):
+def rough_distances(points, centres):
   """Yields (rows of points, their squared distances to all centres (n, N), a bound of these distances' errors (n, 1))."""
   squares = np.sum(centres * centres, 1)
   relative = 4 * points.shape[1] * np.finfo(np.float64).eps
@@ -134,34 +134,34 @@ def _rough_distances(points, centres):
     yield rows, distances, relative * (own + squares.max())
 
 
-def _exact_distances(x, y):
+def exact_distances(x, y):
   return np.sum((x - y) ** 2, -1)
 
 
-def _radii(x, k):
+def neighbour_radii(x, k):
   """(N,) squared distances to the k-th nearest other row, among all that may be it, computed exactly."""
   radii = np.empty(len(x))
-  for rows, distances, error in _rough_distances(x, x):
+  for rows, distances, error in rough_distances(x, x):
     distances[np.arange(len(rows)), rows] = np.inf
     farthest = np.partition(distances, k - 1, 1)[:, k - 1:k] + 2 * error
     for row, candidates in zip(rows, distances <= farthest, strict=True):
-      radii[row] = np.partition(_exact_distances(x[row], x[candidates]), k - 1)[k - 1]
+      radii[row] = np.partition(exact_distances(x[row], x[candidates]), k - 1)[k - 1]
   return radii
 
 
 def _covered(points, centres, radii):
   """Share of points within the squared radius of any centre. Pairs too close to call are computed exactly."""
   covered = 0
-  for rows, distances, error in _rough_distances(points, centres):
+  for rows, distances, error in rough_distances(points, centres):
     distances -= radii
     inside = (distances <= -error).any(1)
     for i in np.flatnonzero(~inside):
       doubtful = np.flatnonzero(distances[i] <= error[i])
-      inside[i] = (_exact_distances(points[rows[i]], centres[doubtful]) <= radii[doubtful]).any()
+      inside[i] = (exact_distances(points[rows[i]], centres[doubtful]) <= radii[doubtful]).any()
     covered += inside.sum()
   return float(covered / len(points))
 
 
-def _check_features(a, b):
+def check_features(a, b):
   if np.ndim(a) != 2 or np.shape(a)[1:] != np.shape(b)[1:]:
     raise UserError(f'features are {np.shape(a)} and {np.shape(b)}, expected (N, F) and (M, F)')
