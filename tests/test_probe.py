@@ -202,7 +202,7 @@ def test_the_job_judges_all_that_was_asked(run, results):
 def test_validation_leaves_the_test_images_alone(run, results, tmp_path):
   c, workdir, data = run
   c = c.copy_and_resolve_references()
-  c.probe.update(dict(methods=('lbfgs', 'knn'), split='validation', corruptions=()))
+  c.probe.update(dict(methods=('lbfgs', 'knn'), split='validation', corruptions=(), pixels=False))
   (tmp_path / 'pretrain').symlink_to(workdir / 'pretrain')
   (tmp_path / 'config.json').write_text(c.to_json_best_effort())
   seen = lambda test: probe.evaluate(c, tmp_path, data._replace(test=test), devices.make_mesh())
@@ -251,10 +251,10 @@ def test_foreign_features_stand_beside_ours(run, tmp_path):
   rows = probe.evaluate(c, tmp_path, data, devices.make_mesh())['rows']
   assert {row['features']: row['accuracy']['clean'] for row in rows}['foreign features'] == 1
   np.savez(c.features.path, train_features=one_hot(data.train.labels)[1:], test_features=one_hot(data.test.labels))
-  with pytest.raises(UserError, match='foreign features: 119 training'):
+  with pytest.raises(UserError, match=r'train_features is \(119, 3\), expected \(120, F\)'):
     probe.evaluate(c, tmp_path, data, devices.make_mesh())
   np.savez(c.features.path, train_features=one_hot(data.train.labels))
-  with pytest.raises(UserError, match='expected train_features and test_features'):
+  with pytest.raises(UserError, match='holds train_features: expected also test_features'):
     probe.evaluate(c, tmp_path, data, devices.make_mesh())
 
 

@@ -127,30 +127,34 @@ def cached(encoder, images, workdir, mesh, batch_size=512):
   return h
 
 
-def load_foreign(config):
-  """Features of another encoder, from the .npz that config.features.path names: {array's name: array}; {} without one.
+def load_foreign(config, counts):
+  """Features of another encoder, from the .npz that config.features.path names: {part: (N, F) float32}; {} without one.
 
+  The file holds train_features, test_features and, for --job=ood, an ood_<set> for each of its sets.
+
+  Args:
+    counts: {'train': images, 'test': images, 'ood_<set>': images, ...}, the parts that are needed.
   Raises:
-    UserError: no such file, a damaged one, one without train_features and test_features, or features that are not (N, F).
+    UserError: no such file, a damaged one, one without a part, or features that are not (images of that part, F).
   """
-  path = config.features.path
+  path, parts = config.features.path, {}
   if not path:
-    return {}
+    return parts
   try:
     with np.load(path, allow_pickle=False) as file:
       arrays = dict(file)
   except (OSError, ValueError, zipfile.BadZipFile) as error:
     raise UserError(f'features.path={path} cannot be read ({" ".join(str(error).split())}): give an .npz file with '
                     'train_features and test_features') from error
-  for name in ('train_features', 'test_features'):
+  for part, count in counts.items():
+    name = part if part.startswith('ood_') else f'{part}_features'
     if name not in arrays:
-      raise UserError(f'features.path={path} holds {", ".join(sorted(arrays))}: expected train_features and test_features')
-  for name, array in arrays.items():
-    if name.endswith('_features') or name.startswith('ood_'):
-      if array.ndim != 2 or array.shape[1] != arrays['train_features'].shape[1]:
-        raise UserError(f'features.path={path}: {name} is {array.shape}, expected (N, F) with the same F in all')
-      arrays[name] = array.astype(np.float32)
-  return arrays
+      raise UserError(f'features.path={path} holds {", ".join(sorted(arrays))}: expected also {name}')
+    parts[part] = arrays[name].astype(np.float32)
+    if parts[part].ndim != 2 or parts[part].shape != (count, parts['train'].shape[1]):
+      raise UserError(f'features.path={path}: {name} is {arrays[name].shape}, expected ({count}, F), a row for each image in '
+                      'order, with the same F in all')
+  return parts
 
 
 def extract(apply_fn, images, batch_size=512, mesh=None):
