@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from palm_jax import encoder, environment, plan, pretrain, replay, reward, sac, simsiam
 from palm_jax.errors import UserError
-from palm_jax.evaluate import features, probe, quality
+from palm_jax.evaluate import diversity, features, ood, probe, quality
 from palm_jax.generator import train
 
 PRESETS = {'paper_text': (0.5, 0.95), 'paper_fig5': (0.95, 0.75)}
@@ -41,6 +41,8 @@ def get_config(variant=''):
   c.plan = plan.default_config()  # --job=plan: what a pretraining would take
   c.features = features.default_config()  # of evaluations
   c.probe = probe.default_config()
+  c.ood = ood.default_config()  # --job=ood
+  c.diversity = diversity.default_config()  # --job=diversity: coverage of what was explored
   c.quality = quality.default_config()  # --job=quality: FID and its like of the generator
 
   for word in filter(None, variant.split(',')):
@@ -72,3 +74,6 @@ def small(c):
   c.probe.methods = ('lbfgs', 'knn', 'finetune', 'supervised')
   for method in ('finetune', 'supervised'):
     c.probe[method].update(dict(epochs=4, warmup=0.2))
+  c.ood.head.update(dict(momentum=0.9, batch_size=256, epochs=30, augment='none'))
+  c.ood.finetune.update(dict(epochs=4, warmup=0.2))
+  c.diversity.num_images = 2000

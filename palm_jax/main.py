@@ -95,7 +95,8 @@ def claim_workdir(workdir, config):
       saved = flatten(json.loads(path.read_text()))
     except (OSError, ValueError) as e:
       raise UserError(f'{path} is damaged ({e}): restore it or choose another --workdir') from e
-    free = ('jobs', 'plan', 'features', *(name for name in EVALUATIONS if not (workdir / 'results' / f'{name}.json').exists()))
+    unread = (name for name in EVALUATIONS if not (workdir / 'results' / f'{name}.json').exists())
+    free = ('jobs', 'plan', 'features', 'report', *unread)
     wanted, missing = flatten(now), '(absent)'
     if saved == wanted:
       return
@@ -135,6 +136,9 @@ def run_job(job, config, workdir, data, mesh):
     return train.train(config, workdir, mesh)
   if job in EVALUATIONS:
     return importlib.import_module(f'palm_jax.evaluate.{job}').evaluate(config, workdir, data, mesh)
+  if job == 'report':
+    from palm_jax import report
+    return report.evaluate(config, workdir, data, mesh)
   from palm_jax import benchmark
   return benchmark.benchmark(config, workdir, data, mesh)
 
@@ -144,8 +148,8 @@ def needs_data(job, config):
   return trains_generator(config) if job == 'benchmark' else job != 'pretrain'
 
 
-EVALUATIONS = ('probe', 'quality')  # modules of palm_jax.evaluate; their settings may change in a workdir until they have run
-JOBS = ('generator', 'pretrain', *EVALUATIONS, 'benchmark', 'plan')
+EVALUATIONS = ('probe', 'ood', 'diversity', 'quality')  # modules of palm_jax.evaluate
+JOBS = ('generator', 'pretrain', *EVALUATIONS, 'report', 'benchmark', 'plan')
 
 
 def run(config, job, workdir, download=False):
