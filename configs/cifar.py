@@ -15,7 +15,7 @@ the replay takes 5.3 GB over all devices. To compare with: SimSiam with augmenta
 """
 from ml_collections import ConfigDict
 
-from palm_jax import encoder, environment, plan, pretrain, replay, reward, sac, simsiam
+from palm_jax import encoder, environment, pairs, plan, pretrain, replay, report, reward, sac, simsiam
 from palm_jax.errors import UserError
 from palm_jax.evaluate import diversity, features, ood, probe, quality
 from palm_jax.generator import train
@@ -33,6 +33,7 @@ def get_config(variant=''):
   c.generator = train.default_config()  # StyleGAN2-ADA's --cfg=cifar
   c.environment = environment.default_config()
   c.replay = replay.default_config()
+  c.pairs = pairs.default_config()  # where positive pairs come from
   c.encoder = encoder.default_config()  # ResNet-18: paper section 5.1
   c.simsiam = simsiam.default_config()
   c.reward = reward.default_config()
@@ -43,6 +44,7 @@ def get_config(variant=''):
   c.probe = probe.default_config()
   c.ood = ood.default_config()  # --job=ood
   c.diversity = diversity.default_config()  # --job=diversity: coverage of what was explored
+  c.report = report.default_config()  # --job=report: one page
   c.quality = quality.default_config()  # --job=quality: FID and its like of the generator
 
   for word in filter(None, variant.split(',')):

@@ -76,6 +76,9 @@ def check(config, jobs, num_devices):
   for name in EVALUATIONS:
     if name in jobs:
       importlib.import_module(f'palm_jax.evaluate.{name}').check_config(config, num_devices)
+  if 'report' in jobs:
+    from palm_jax import report
+    report.check_config(config, num_devices)
 
 
 def claim_workdir(workdir, config):
@@ -133,7 +136,7 @@ def run_job(job, config, workdir, data, mesh):
     return train.train(config, workdir, data, mesh)
   if job == 'pretrain':
     from palm_jax import train
-    return train.train(config, workdir, mesh)
+    return train.train(config, workdir, mesh, data)
   if job in EVALUATIONS:
     return importlib.import_module(f'palm_jax.evaluate.{job}').evaluate(config, workdir, data, mesh)
   if job == 'report':
@@ -144,8 +147,13 @@ def run_job(job, config, workdir, data, mesh):
 
 
 def needs_data(job, config):
+  if job == 'report':  # without them it has no map of the features
+    return bool(config.data.name)
+  if job == 'pretrain':
+    from palm_jax import pairs
+    return pairs.SOURCES[config.pairs.source].needs == 'images'
   from palm_jax.benchmark import trains_generator
-  return trains_generator(config) if job == 'benchmark' else job != 'pretrain'
+  return trains_generator(config) if job == 'benchmark' else True
 
 
 EVALUATIONS = ('probe', 'ood', 'diversity', 'quality')  # modules of palm_jax.evaluate
@@ -180,6 +188,9 @@ def run(config, job, workdir, download=False):
   if not jobs:
     return
   data = load_data(config, download) if any(needs_data(name, config) and not complete(name) for name in jobs) else None
+  if tuple(jobs) == ('report',):  # it reads; settings of the workdir are those in its config.json
+    run_job('report', config, workdir, data, mesh)
+    return
   claim_workdir(workdir, config)
   if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
     jax.config.update('jax_compilation_cache_dir', str(workdir / 'compilation_cache'))

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from palm_jax import augment, devices, environment, replay, reward, sac, simsiam
+from palm_jax import augment, devices, environment, pairs, replay, reward, sac, simsiam
 from palm_jax.encoder import make_encoder
 from palm_jax.errors import UserError
 from palm_jax.experience import Experience
@@ -52,6 +52,9 @@ class State:
     ring: replay.Replay.
     ssl: {'params', 'batch_stats', 'opt_state'} of encoder, projector and predictor.
     agent: sac.SAC.
+
+  What the source of the pairs (pairs.py) does without is (): env and frames where nobody plays, ring where it draws pairs by
+  itself, agent where no policy plays.
   """
   iteration: jax.Array
   key: jax.Array
@@ -62,16 +65,17 @@ class State:
   agent: sac.SAC
 
   @staticmethod
-  def specs():
+  def specs(ring=True):
     """Where each part lies: environments are sharded over 'data', the rest is on every device."""
-    return State(iteration=P(), key=P(), env=P('data'), frames=P('data'),
-                 ring=replay.Replay(frames=P(None, 'data'), actions=P(None, 'data'), total=P()), ssl=P(), agent=P())
+    ring = replay.Replay(frames=P(None, 'data'), actions=P(None, 'data'), total=P()) if ring else P()
+    return State(iteration=P(), key=P(), env=P('data'), frames=P('data'), ring=ring, ssl=P(), agent=P())
 
 
 class World(NamedTuple):
-  """What does not change in a run but is traced: the generator's variables and the dynamics."""
+  """What does not change in a run but is traced: the generator's variables, the dynamics, what pairs.load gives."""
   variables: Any
   dynamics: environment.Dynamics
+  material: Any = ()
 
 
 class Output(NamedTuple):
@@ -92,9 +96,9 @@ class Program(NamedTuple):
   action: Any  # (State.ssl, State.agent, frames, keys) -> actions
 
 
-def make_world(config, generator, mesh):
-  """World on every device of the mesh."""
-  return devices.replicate(mesh, host_world(config, generator))
+def make_world(config, generator, mesh, data=None):
+  """World on the mesh; `data`, palm_jax.data.Data, is for pairs of real images."""
+  return devices.replicate(mesh, host_world(config, generator))._replace(material=pairs.load(config, generator, mesh, data))
 
 
 def host_world(config, generator):
@@ -141,6 +145,11 @@ def check_config(config, num_devices):
   for name, known in (('on', ('next', 'current')), ('transform', reward.TRANSFORMS)):
     if config.reward[name] not in known:
       raise UserError(f'reward.{name}={config.reward[name]!r} is unknown: choose one of {", ".join(known)}')
+  pairs.check_config(config)
+  if config.simsiam.objective not in simsiam.OBJECTIVES:
+    raise UserError(f'simsiam.objective={config.simsiam.objective!r} is unknown: choose one of {", ".join(simsiam.OBJECTIVES)}')
+  if not config.simsiam.temperature > 0:
+    raise UserError(f'simsiam.temperature={config.simsiam.temperature} is not positive: set it above 0')
   augment.make_augment(config.simsiam.augment)
   simsiam.make_modules(make_encoder(config.encoder), config.simsiam)
 
@@ -173,10 +182,13 @@ def make_program(config, generator, mesh):
   modules = simsiam.make_modules(make_encoder(config.encoder, 'data', dtype), config.simsiam, 'data', dtype)
   optimizer = simsiam.make_optimizer(config.simsiam, num_updates, p.batch_size)
   views = augment.make_augment(config.simsiam.augment)
+  source = pairs.SOURCES[config.pairs.source]
+
+  def draw_pictures(world, z, label, truncation_psi):
+    return environment.to_uint8(generator.apply(world.variables, z, label, truncation_psi=truncation_psi))
 
   def render(world, env):
-    images = generator.apply(world.variables, env.z, env.label, truncation_psi=config.environment.truncation_psi)
-    return environment.to_uint8(images)
+    return draw_pictures(world, env.z, env.label, config.environment.truncation_psi)
 
   def encode(params, batch_stats, frames):
     variables = {'params': params['encoder'], 'batch_stats': batch_stats['encoder']}
@@ -187,20 +199,28 @@ def make_program(config, generator, mesh):
 
   def init(key, world):
     key, key_env, key_ssl, key_agent = jax.random.split(key, 4)
-    ids = jnp.arange(num_envs)
-    env = environment.reset(key_env, ids, environment.staggered_steps(ids, num_envs, length),
-                            generator.z_dim, generator.num_classes, real)
-    frames = render(world, env)
-    params, batch_stats = cast(simsiam.init(modules, key_ssl, frames[:2]))
-    h = encode(params, batch_stats, frames[:2])
-    return State(iteration=jnp.zeros((), jnp.int32), key=key, env=env, frames=frames,
-                 ring=replay.create(config.replay.capacity // num_envs, num_envs, generator.image_shape, generator.z_dim,
-                                    action_dtype),
-                 ssl=dict(params=params, batch_stats=batch_stats, opt_state=optimizer.init(params)),
-                 agent=cast(sac.init(key_agent, h.shape[1], generator.z_dim, config.sac)))
+    params, batch_stats = cast(simsiam.init(modules, key_ssl, jnp.zeros((2, *generator.image_shape), jnp.uint8)))
+    env = frames = ring = agent = ()
+    if source.play in ('policy', 'random'):
+      ids = jnp.arange(num_envs)
+      env = environment.reset(key_env, ids, environment.staggered_steps(ids, num_envs, length),
+                              generator.z_dim, generator.num_classes, real)
+      frames = render(world, env)
+    if source.play:
+      ring = replay.create(config.replay.capacity // num_envs, num_envs, generator.image_shape, generator.z_dim, action_dtype)
+    if source.play == 'policy':
+      h = jax.eval_shape(encode, params, batch_stats, frames[:2])
+      agent = cast(sac.init(key_agent, h.shape[1], generator.z_dim, config.sac))
+    return State(iteration=jnp.zeros((), jnp.int32), key=key, env=env, frames=frames, ring=ring,
+                 ssl=dict(params=params, batch_stats=batch_stats, opt_state=optimizer.init(params)), agent=agent)
+
+  def random_action(keys):
+    return jax.vmap(lambda k: jax.random.uniform(k, (generator.z_dim,), real, -1, 1))(keys)
 
   def action(ssl, agent, frames, keys):
-    """The policy's draw on the encoder's (eval-mode) view: frames (E, H, W, C) uint8, keys (E,) -> (E, z_dim)."""
+    """What is done on seeing frames (E, H, W, C) uint8, keys (E,) -> (E, z_dim); the policy sees by the encoder in eval mode."""
+    if source.play != 'policy':
+      return random_action(keys)
     h = encode(ssl['params'], ssl['batch_stats'], frames)
     noise = jax.vmap(lambda k: jax.random.normal(k, (generator.z_dim,), real))(keys)
     return sac.act(agent, h.astype(real), noise, config.sac)
@@ -214,8 +234,7 @@ def make_program(config, generator, mesh):
       lived = Experience(z=env.z, label=env.label, step=env.step) if p.record else ()
       key_policy, key_env = jax.random.split(jax.random.fold_in(key, t))
       keys = environment.env_keys(key_policy, ids)
-      random = lambda: jax.vmap(lambda k: jax.random.uniform(k, (generator.z_dim,), real, -1, 1))(keys)
-      actions = jax.lax.cond(warm, random, lambda: action(state.ssl, state.agent, frames, keys))
+      actions = jax.lax.cond(warm, lambda: random_action(keys), lambda: action(state.ssl, state.agent, frames, keys))
       packed = replay.pack(actions, action_dtype)
       taken = replay.unpack(packed, real)  # what is done is what will be remembered
       env = environment.step(env, taken, key_env, ids, world.dynamics, length, generator.num_classes)
@@ -224,26 +243,43 @@ def make_program(config, generator, mesh):
     (env, frames), (block, lived) = jax.lax.scan(one_step, (state.env, state.frames), jnp.arange(p.rollout_length))
     return env, frames, block, lived
 
-  def update(ring, carry, key):
+  def rerun(state, world):
+    """The rows that another run's rollout of this iteration had: (T, E, ...) frames, and actions that nobody asks for."""
+    rows = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, state.iteration * p.rollout_length, p.rollout_length),
+                        world.material)
+    one_row = lambda _, row: (None, draw_pictures(world, row.z.astype(real), row.label, config.environment.truncation_psi))
+    frames = jax.lax.scan(one_row, None, rows)[1]
+    return frames, jnp.zeros((*frames.shape[:2], generator.z_dim), action_dtype)
+
+  def update(ring, world, carry, key):
     """One batch for SimSiam, the reward and SAC; SimSiam's forward pass is the only one over the batch."""
     ssl, agent = carry
     key_sample, key_views, key_sac = jax.random.split(key, 3)
     shards = jax.lax.axis_index('data') * shards_per_device + jnp.arange(shards_per_device)
     fold = lambda k: jax.vmap(lambda i: jax.random.fold_in(k, i))(shards)
     first_ids = jax.lax.axis_index('data') * envs_per_device + jnp.arange(envs_per_device)
-    per_shard = p.batch_size // num_shards
-    frames, actions, next_frames = replay.sample(
-        ring, fold(key_sample), per_shard, environment.staggered_steps(first_ids, num_envs, length), length,
-        generator.image_shape)
+    per_shard, labels = p.batch_size // num_shards, None
+    if source.draw:
+      drawing = pairs.Draw(config, world.material, functools.partial(draw_pictures, world), generator.z_dim,
+                           generator.num_classes, real)
+      frames, next_frames, labels = source.draw(drawing, fold(key_sample), per_shard)
+    else:
+      frames, actions, next_frames = replay.sample(
+          ring, fold(key_sample), per_shard, environment.staggered_steps(first_ids, num_envs, length), length,
+          generator.image_shape)
     view_keys = jax.vmap(lambda k: jax.random.split(k, (per_shard, 2)))(fold(key_views)).reshape(-1, 2)
 
     def loss_fn(params):
       params = jax.lax.pcast(params, 'data', to='varying')  # one all-reduce a parameter in the gradient
       return simsiam.forward(modules, params, ssl['batch_stats'], views(view_keys[:, 0], frames),
-                             views(view_keys[:, 1], next_frames), symmetric=config.simsiam.symmetric, axis_name='data')
+                             views(view_keys[:, 1], next_frames), symmetric=config.simsiam.symmetric, axis_name='data',
+                             objective=config.simsiam.objective, temperature=config.simsiam.temperature, labels=labels)
     (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(ssl['params'])
     updates, opt_state = optimizer.update(grads, ssl['opt_state'], ssl['params'])
     new_ssl = dict(params=optax.apply_updates(ssl['params'], updates), batch_stats=aux.batch_stats, opt_state=opt_state)
+    metrics = dict(aux.metrics, ssl_grad_norm=optax.tree.norm(grads))
+    if source.play != 'policy':
+      return (new_ssl, agent), metrics
 
     h, next_h = aux.h.astype(real), aux.h_next.astype(real)
     r = reward.global_entropy_reward(next_h if config.reward.on == 'next' else h, 'data', **reward.options(config.reward))
@@ -252,16 +288,20 @@ def make_program(config, generator, mesh):
     batch = sac.Batch(h=h, action=replay.unpack(actions, real), reward=r, next_h=next_h,
                       discount=jnp.full_like(r, config.sac.gamma))
     agent, sac_metrics = sac.update(agent, batch, noise, config.sac, axis_name='data')
-    return (new_ssl, agent), dict(aux.metrics, ssl_grad_norm=optax.tree.norm(grads), **sac_metrics)
+    return (new_ssl, agent), dict(metrics, **sac_metrics)
 
   def iteration(state, world):
     key_rollout, key_update = jax.random.split(jax.random.fold_in(state.key, state.iteration))
     warm = state.iteration < warmup_iterations
-    env, frames, block, lived = rollout(state, world, key_rollout, warm)
-    ring = replay.add(state.ring, *block)
+    env, frames, ring, lived = state.env, state.frames, state.ring, ()
+    if source.play == 'record':
+      ring = replay.add(ring, *rerun(state, world))
+    elif source.play:
+      env, frames, block, lived = rollout(state, world, key_rollout, warm)
+      ring = replay.add(ring, *block)
 
     def learn():
-      carry, metrics = jax.lax.scan(functools.partial(update, ring), (state.ssl, state.agent),
+      carry, metrics = jax.lax.scan(functools.partial(update, ring, world), (state.ssl, state.agent),
                                     jax.random.split(key_update, p.updates_per_iteration))
       return *carry, jax.tree.map(jnp.mean, metrics)
 
@@ -279,8 +319,9 @@ def make_program(config, generator, mesh):
     lived = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output.experience)
     return state, Output(dict(output.metrics, updated=updated), lived)
 
-  specs = State.specs()
-  sharded_call = jax.shard_map(call, mesh=mesh, in_specs=(specs, P()), out_specs=(specs, Output(P(), P(None, 'data'))))
+  specs = State.specs(ring=bool(source.play))
+  sharded_call = jax.shard_map(call, mesh=mesh, in_specs=(specs, World(P(), P(), pairs.specs(config))),
+                               out_specs=(specs, Output(P(), P(None, 'data'))))
   state_shape = jax.eval_shape(init, jax.random.key(0), host_world(config, generator))
   full_specs = jax.tree.map(lambda spec, part: jax.tree.map(lambda _: spec, part), specs, state_shape,
                             is_leaf=lambda x: isinstance(x, P))

@@ -86,6 +86,22 @@ def sample(replay, keys, batch_size, first_step, episode_length, image_shape):
     frames (V * batch_size, H, W, C) uint8, packed actions (V * batch_size, z_dim), next_frames as frames.
   """
   num_rows, num_envs = replay.frames.shape[:2]
+  env, row = draw_rows(replay.total, num_rows, keys, batch_size, first_step, episode_length, num_envs)
+  here, there = row % num_rows, (row + 1) % num_rows
+  pictures = lambda row: replay.frames[row, env].reshape(-1, *image_shape)
+  return pictures(here), replay.actions[here, env], pictures(there)
+
+
+def draw_rows(total, num_rows, keys, batch_size, first_step, episode_length, num_envs):
+  """Draws rows that have a successor in their episode, uniformly; arguments as in `sample`.
+
+  Args:
+    total: () int32 rows ever added, of which the last `num_rows` are held.
+    num_envs: environments held here.
+
+  Returns:
+    (V * batch_size,) environments, and as many rows, counted from the first ever added.
+  """
   group = num_envs // keys.shape[0]
 
   def draw(key):
@@ -95,14 +111,11 @@ def sample(replay, keys, batch_size, first_step, episode_length, image_shape):
   env, row_keys = jax.vmap(draw)(keys)  # (V, B)
   env = (env + group * jnp.arange(keys.shape[0])[:, None]).reshape(-1)
 
-  oldest = jnp.maximum(replay.total - num_rows, 0)
-  span = replay.total - 1 - oldest  # rows that have a successor
+  oldest = jnp.maximum(total - num_rows, 0)
+  span = total - 1 - oldest  # rows that have a successor
   phase = (oldest + first_step[env]) % episode_length  # step in the episode of the oldest row
   valid = span - (phase + span) // episode_length  # rows of the span that are not the last of their episode
   nth = jax.vmap(lambda k, n: jax.random.randint(k, (), 0, n))(row_keys.reshape(-1), valid)
   # Counting from the start of the oldest row's episode, `phase` valid rows lie before it.
   episodes, inside = jnp.divmod(nth + phase, episode_length - 1)
-  row = oldest + episodes * episode_length + inside - phase
-  here, there = row % num_rows, (row + 1) % num_rows
-  pictures = lambda row: replay.frames[row, env].reshape(-1, *image_shape)
-  return pictures(here), replay.actions[here, env], pictures(there)
+  return env, oldest + episodes * episode_length + inside - phase

@@ -9,8 +9,10 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from palm_jax.contrastive import normalize, nt_xent, supcon
 from palm_jax.errors import UserError
 
+OBJECTIVES = 'simsiam', 'simclr', 'supcon'
 # torch's nn.Linear: uniform within 1 / sqrt(fan_in).
 LINEAR = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
@@ -23,6 +25,8 @@ def default_config():
     pred_hidden=512,  # SimSiam 4
     output_bn_affine=False,  # facebookresearch/simsiam simsiam/builder.py
     symmetric=True,  # SimSiam equation 2; PALM 4.2 writes one direction only
+    objective='simsiam',  # or 'simclr', 'supcon' (contrastive.py), on the projections and without the predictor
+    temperature=0.5,  # of the contrastive objectives: SimCLR appendix B.9 on CIFAR; SupCon has 0.1
     augment='none',  # PALM 4.2: consecutive frames are the views; 'simsiam' for "PALM + data aug"
     lr=0.03,  # for 256 samples, scaled with the batch; PatrickHua/SimSiam
     momentum=0.9,  # SimSiam appendix D
@@ -120,14 +124,8 @@ def init(modules, key, images):
   return jax.jit(init_all)(key, images)
 
 
-def _l2_normalize(x):
-  """Rows of unit length, in at least float32; a row of zeros stays zero and has a finite gradient."""
-  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-16))  # eps 1e-8 as in torch
-
-
 def _cosine(a, b):
-  return jnp.mean(jnp.sum(_l2_normalize(a) * _l2_normalize(b), axis=-1))
+  return jnp.mean(jnp.sum(normalize(a) * normalize(b), axis=-1))
 
 
 def loss(p1, z1, p2, z2, symmetric=True):
@@ -146,8 +144,9 @@ def loss(p1, z1, p2, z2, symmetric=True):
   return (forward_loss - _cosine(p2, jax.lax.stop_gradient(z1))) / 2
 
 
-def forward(modules, params, batch_stats, s, s_next, train=True, symmetric=True, axis_name=None):
-  """SimSiam over a batch of pairs.
+def forward(modules, params, batch_stats, s, s_next, train=True, symmetric=True, axis_name=None, objective='simsiam',
+            temperature=0.5, labels=None):
+  """SimSiam, or another objective on the same networks, over a batch of pairs.
 
   The views go through the networks one after the other, each with the statistics of its own batch; running
   statistics see s first, then s_next (facebookresearch/simsiam simsiam/builder.py). Not symmetric leaves the
@@ -160,6 +159,9 @@ def forward(modules, params, batch_stats, s, s_next, train=True, symmetric=True,
     s, s_next: (B, H, W, C) uint8, or floats in [-1, 1] after augmentation.
     train: batch statistics (True) or running statistics, which then stay as they are (False).
     axis_name: mesh axis of the batch, the one the modules were made with.
+    objective: 'simsiam', 'simclr' or 'supcon'; the last two leave the predictor out.
+    temperature: of the last two.
+    labels: (B,) integers, for 'supcon'.
   Returns:
     (loss, Aux). Metrics: `loss`; `z_std`, the standard deviation of the l2-normalised z of s over the batch, mean over
     dimensions; `z_std_ratio`, the same times sqrt(proj_dim), healthy 1, collapsed 0; `h_cosine`, mean cosine
@@ -180,14 +182,19 @@ def forward(modules, params, batch_stats, s, s_next, train=True, symmetric=True,
 
   h = apply('encoder', s)  # (B, F)
   z = apply('projector', h)  # (B, D)
-  p = apply('predictor', z)  # (B, D)
+  p = apply('predictor', z) if objective == 'simsiam' else None  # (B, D)
   h_next = apply('encoder', s_next)
   z_next = apply('projector', h_next)
-  p_next = apply('predictor', z_next) if symmetric else None
-  value = mean(loss(p, z, p_next, z_next, symmetric))
+  p_next = apply('predictor', z_next) if objective == 'simsiam' and symmetric else None
+  if objective == 'simsiam':
+    value = mean(loss(p, z, p_next, z_next, symmetric))
+  else:
+    contrast = nt_xent(z, z_next, temperature, axis_name) if objective == 'simclr' else supcon(
+        z, z_next, labels, temperature, axis_name)
+    value = mean(contrast)
 
   h, h_next, z, detached_loss = jax.lax.stop_gradient((h, h_next, z, value))
-  unit = _l2_normalize(z)
+  unit = normalize(z)
   variance = mean(jnp.mean((unit - mean(jnp.mean(unit, axis=0))) ** 2, axis=0))  # (D,)
   z_std = jnp.mean(jnp.sqrt(variance))
   metrics = {

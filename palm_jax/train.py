@@ -15,7 +15,7 @@ from palm_jax.monitors import make_monitors
 PROGRESS_METRICS = ('loss', 'z_std_ratio', 'h_effective_rank', 'reward', 'alpha', 'alpha_logp', 'entropy_per_dim')
 
 
-def train(config, workdir, mesh):
+def train(config, workdir, mesh, data=None):
   """The job: pretrains in the world of `config.generator.path` (or this workdir's own generator), going on where it was.
 
   Writes checkpoints, metrics and films under `<workdir>/pretrain` and, when complete, `<workdir>/results/pretrain.json`.
@@ -24,6 +24,7 @@ def train(config, workdir, mesh):
     config: the whole config.
     workdir: pathlib.Path.
     mesh: one-dimensional mesh, axis 'data'.
+    data: palm_jax.data.Data, for pairs of real images.
 
   Returns:
     True when complete, False when stopped by SIGTERM; then everything is saved.
@@ -35,12 +36,14 @@ def train(config, workdir, mesh):
   folder, first_process = workdir / 'pretrain', jax.process_index() == 0
   generator = load_generator(config.generator.path or workdir).with_dtype(pretrain.DTYPES[config.pretrain.dtype])
   program = pretrain.make_program(config, generator, mesh)
-  world = pretrain.make_world(config, generator, mesh)
+  world = pretrain.make_world(config, generator, mesh, data)
   monitors = make_monitors(config, generator, program)
   key = jax.random.key(config.seed)
   template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                           jax.eval_shape(program.init, key, world), program.state_shardings)
   check_memory(template, world, mesh)
+  total = program.num_calls * config.pretrain.iterations_per_call
+  check_record(config, world, total)
   checkpoints = Checkpoints(folder / 'checkpoints')
   restored = checkpoints.restore({'state': template})
   if restored:
@@ -51,7 +54,6 @@ def train(config, workdir, mesh):
     step, state, scalars, seconds = 0, program.init(key, world), {}, 0.
 
   p, per_call = config.pretrain, config.pretrain.iterations_per_call
-  total = program.num_calls * per_call
   monitor_every = max(1, round(program.num_calls * p.monitor_fraction)) * per_call
   writer = MetricWriter(folder, step) if first_process else None
   progress = Progress('pretrain', total * program.env_steps_per_iteration, 'env steps')
@@ -98,11 +100,21 @@ def train(config, workdir, mesh):
 
 def check_memory(state, world, mesh):
   """Raises UserError when a device has less memory than its share of the state takes, of which only shapes are read."""
-  need = (cost.nbytes((state.ring, state.env, state.frames)) / mesh.size + cost.nbytes((state.ssl, state.agent, world)))
+  split = isinstance(world.material, experience.Experience)
+  need = (cost.nbytes((state.ring, state.env, state.frames, world.material if split else ())) / mesh.size
+          + cost.nbytes((state.ssl, state.agent, world._replace(material=()) if split else world)))
   memory = devices.memory_bytes(mesh)
   if need > memory:
     raise UserError(f'replay and networks take {need / 2**30:.1f} GiB on each of {mesh.size} device(s), which have '
                     f'{memory / 2**30:.1f} GiB: lower replay.capacity; --job=plan says what fits')
+
+
+def check_record(config, world, iterations):
+  """Raises UserError where pairs.source=passive_ordered would come to the end of the record."""
+  rows = iterations * config.pretrain.rollout_length
+  if config.pairs.source == 'passive_ordered' and len(world.material.step) < rows:
+    raise UserError(f'pairs.record={config.pairs.record} holds {len(world.material.step)} rows, but {iterations} iterations '
+                    f'read {rows}: lower pretrain.env_steps, or record a longer run')
 
 
 def check_finite(metrics, first_iteration, folder):

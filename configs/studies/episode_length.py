@@ -1,0 +1,20 @@
+"""How long an episode should be, which the paper does not say: a label is kept for so many frames.
+
+  python -m palm_jax.main --config=configs/studies/episode_length.py:smoke
+  python -m palm_jax.main --config=configs/studies/episode_length.py:laptop --config.data.name=train.npz,test.npz
+  python -m palm_jax.main --config=configs/studies/episode_length.py:paper
+
+laptop: 6 lengths x 3 seeds x 6 minutes: about 2 hours. Each length compiles its own program.
+"""
+from configs.studies import scales
+
+LENGTHS = {'smoke': (4, 64), 'laptop': (4, 8, 16, 64, 256, 1024), 'paper': (4, 8, 16, 64, 256, 1024)}
+
+
+def get_config(variant='laptop'):
+  b = scales.base('episode_length', variant)
+  c = b.config
+  c.study.arms = tuple(('PALM', f'environment.episode_length={length}', length) for length in LENGTHS[b.scale])
+  c.study.reference = 'PALM @ 64'
+  c.study.orderings = ('PALM @ 64 > PALM @ 4',)
+  return c

@@ -1,0 +1,92 @@
+"""What the studies start from, at three scales; a study's variant is one of them, and any of configs/cifar.py behind it.
+
+  smoke   digits of scikit-learn, seconds a run: to see that a study works; its numbers say nothing
+  laptop  configs/cifar.py:small on two CPU cores, about 6 minutes a run (5 of pretraining, 1 of probe); needs --config.data.name
+  paper   configs/cifar.py: accelerators; trains its generator first
+
+For example configs/studies/figure3.py:paper,cifar100.
+"""
+import math
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from configs import cifar, digits
+from palm_jax import study
+from palm_jax.errors import UserError
+
+SCALES = ('smoke', 'laptop', 'paper')
+
+
+class Base(NamedTuple):
+  config: ConfigDict  # of a run, with an empty section study
+  scale: str
+  train_images: int  # of the scale's data
+  method: str  # of the linear probe
+
+  def row(self, features='PALM encoder', method=None, rest=''):
+    """Path of an accuracy in results/probe.json."""
+    chosen = f'method={method}' if method == 'supervised' else f'features={features}, method={method or self.method}'
+    return f'probe/rows[{chosen}{rest}]/accuracy/clean'
+
+
+def base(name, variant):
+  """The Base of the study `name` at the scale that its variant begins with; UserError where it begins with none."""
+  scale, _, rest = variant.partition(',')
+  if scale not in SCALES:
+    raise UserError(f'configs/studies/{name}.py:{scale} is unknown: scales are {", ".join(SCALES)}')
+  if scale == 'smoke':
+    c = smoke()
+  else:
+    c = cifar.get_config(','.join(filter(None, ['small' if scale == 'laptop' else '', rest])))
+  if scale != 'paper':
+    c.probe.update(dict(methods=('lbfgs', 'knn'), pixels=False))
+  c.name, c.jobs = f'{name}_{scale}' + rest.replace(',', '_'), ('study',)
+  c.study = study.default_config()
+  b = Base(c, scale, 1437 if scale == 'smoke' else 50_000, 'sgd' if scale == 'paper' else 'lbfgs')
+  if scale == 'smoke':
+    c.study.seeds = (0, 1)
+  c.study.measures = (('linear accuracy', b.row()), ('kNN accuracy', b.row(method='knn')),
+                      ('effective rank of h', 'pretrain/metrics/h_effective_rank'))
+  c.study.references = (('untrained', 'PALM', 'linear accuracy', b.row('untrained encoder')),
+                        ('untrained', 'PALM', 'kNN accuracy', b.row('untrained encoder', 'knn')))
+  return b
+
+
+def smoke():
+  """Digits, everything small: the generator trains for seconds."""
+  c = digits.get_config()
+  c.generator.update(dict(z_dim=8, w_dim=8, mapping_layers=2, channel_base=64, channel_max=8, d_channel_base=64,
+                          d_channel_max=8, kimg=3.2, ema_kimg=1., iterations_per_call=20))
+  c.replay.capacity = 8192
+  c.encoder.width = 4
+  c.simsiam.update(dict(proj_hidden=32, proj_dim=32, pred_hidden=16))
+  c.sac.update(dict(hidden=(32, 32), trunk=16))
+  c.pretrain.update(dict(env_steps=7168, batch_size=64, updates_per_iteration=2, warmup_steps=1024, iterations_per_call=4,
+                         monitor_fraction=1.))
+  for method in ('finetune', 'supervised'):
+    c.probe[method].update(dict(epochs=2, warmup=0.2))
+  c.diversity.num_images = 300
+  return c
+
+
+def with_samples(c, times):
+  """The run with a `times`-th of the samples, each seen `times` as often: the same number of updates.
+
+  Returns:
+    (env steps, settings of a study's arm).
+
+  Raises:
+    ValueError: the number of updates is no multiple of that.
+  """
+  p = c.pretrain
+  block = p.num_envs * p.rollout_length
+  iterations = math.ceil(p.env_steps / block / p.iterations_per_call) * p.iterations_per_call
+  warm = math.ceil(p.warmup_steps / block)
+  blocks, rest = divmod(iterations - warm, times)
+  if rest:
+    raise ValueError(f'{iterations - warm} iterations are no multiple of {times}')
+  iterations = blocks + warm
+  per_call = max(n for n in range(1, p.iterations_per_call + 1) if iterations % n == 0)
+  return iterations * block, (f'pretrain.env_steps={iterations * block} pretrain.iterations_per_call={per_call} '
+                              f'pretrain.updates_per_iteration={times * p.updates_per_iteration}')
