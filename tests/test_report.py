@@ -15,7 +15,7 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
 from palm_jax import data as image_data
-from palm_jax import devices, pictures, report, report_page
+from palm_jax import devices, pictures, report, report_map, report_page, report_sections
 from palm_jax.checkpoint import Checkpoints
 from palm_jax.encoder import make_encoder
 from palm_jax.errors import UserError
@@ -234,7 +234,7 @@ def test_numbers_stand_where_they_belong(full):
 
 
 def test_the_headline_compares_like_with_like(full):
-  linear, ood, coverage = report.cards(report.read_run('run', full[0]))
+  linear, ood, coverage = report_sections.cards(report.read_run('run', full[0]))
   assert linear[1].text == '52.00' and linear[2] == 'PALM encoder, linear, L-BFGS'
   assert [(name, number.text) for name, number in linear[3]] == [
       ('untrained encoder', '53.43'), ('pixels', '54.86'), ('PALM encoder, linear, SGD', '50.00')]
@@ -456,12 +456,12 @@ def test_a_page_of_many_large_pictures_stays_small(tmp_path):
 
 def test_pca_is_that_of_scikit_learn():
   h = np.random.default_rng(0).normal(size=(50, 12)) * np.arange(1, 13)
-  points, shares = report.pca(h.astype(np.float32), 3)
+  points, shares = report_map.pca(h.astype(np.float32), 3)
   theirs = PCA(3, svd_solver='full').fit(h.astype(np.float32).astype(np.float64))
   expected = theirs.transform(h.astype(np.float32).astype(np.float64))
   np.testing.assert_allclose(points * np.sign((points * expected).sum(0)), expected, atol=1e-9)
   np.testing.assert_allclose(shares, theirs.explained_variance_ratio_, rtol=1e-10)
-  points, shares = report.pca(np.ones((5, 3)))
+  points, shares = report_map.pca(np.ones((5, 3)))
   assert np.isfinite(points).all() and np.isfinite(shares).all()
 
 
@@ -469,9 +469,9 @@ def test_nearest_are_those_of_scikit_learn():
   h = np.random.default_rng(0).normal(size=(60, 5))
   queries = [3, 40, 59]
   expected = NearestNeighbors(n_neighbors=8, metric='cosine').fit(h).kneighbors(h[queries])[1][:, 1:]
-  np.testing.assert_array_equal(report.nearest(h, queries, 7), expected)
+  np.testing.assert_array_equal(report_map.nearest(h, queries, 7), expected)
   h[5] = h[3]  # its twin comes first, itself never
-  assert report.nearest(h, [3])[0, 0] == 5 and 3 not in report.nearest(h, [3])
+  assert report_map.nearest(h, [3])[0, 0] == 5 and 3 not in report_map.nearest(h, [3])
 
 
 @pytest.fixture(scope='module')
@@ -504,8 +504,8 @@ def test_map_and_neighbours(trained):
     with Image.open(io.BytesIO(base64.b64decode(strip['src'].partition(',')[2]))) as image:
       corners = np.asarray(image)[1, 1::image.width // 8]
     names = strip['alt'].partition('nearest: ')[2].split(', ')
-    expected = [report.RIGHT if name == data.class_names[label] else report.WRONG for name in names]
-    np.testing.assert_array_equal(corners, [report.GREY, *expected])
+    expected = [report_map.RIGHT if name == data.class_names[label] else report_map.WRONG for name in names]
+    np.testing.assert_array_equal(corners, [report_map.GREY, *expected])
 
 
 def test_no_map_without_data_or_for_other_images(trained):
@@ -525,9 +525,9 @@ def test_scatter_of_many_classes_leaves_the_rest_grey():
 
 def test_frames_tell_right_from_wrong():
   images = np.zeros((4, 8, 8, 1), np.uint8)
-  out = report.framed(images[0], report.WRONG)
-  assert out.shape == (80, 80, 3) and tuple(out[1, 1]) == report.WRONG and not out[4:-4, 4:-4].any()
-  assert report.framed(np.zeros((84, 84, 4), np.uint8), report.RIGHT).shape == (92, 92, 3)
+  out = report_map.framed(images[0], report_map.WRONG)
+  assert out.shape == (80, 80, 3) and tuple(out[1, 1]) == report_map.WRONG and not out[4:-4, 4:-4].any()
+  assert report_map.framed(np.zeros((84, 84, 4), np.uint8), report_map.RIGHT).shape == (92, 92, 3)
 
 
 @pytest.mark.parametrize('key, value, message', [
