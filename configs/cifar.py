@@ -75,7 +75,8 @@ def small(c):
                          warmup_steps=1024, iterations_per_call=10, checkpoint_minutes=5.))
   c.probe.methods = ('lbfgs', 'knn', 'finetune', 'supervised')
   for method in ('finetune', 'supervised'):
-    c.probe[method].update(dict(epochs=4, warmup=0.2))
+    c.probe[method].update(dict(epochs=3, warmup=0.2))
   c.ood.head.update(dict(momentum=0.9, batch_size=256, epochs=30, augment='none'))
-  c.ood.finetune.update(dict(epochs=4, warmup=0.2))
+  c.ood.finetune.update(dict(epochs=3, warmup=0.2))
+  c.ood.supervised = 1  # that of the probe
   c.diversity.num_images = 2000

@@ -3,10 +3,14 @@
 Everything is pure and batched over E environments. All randomness is a function of (key, environment id), so the
 trajectory of an environment does not depend on how environments are spread over devices.
 """
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+
+DYNAMICS = 'ema', 'momentum', 'ou'
 
 
 def default_config():
@@ -16,6 +20,8 @@ def default_config():
       beta=0.95,  # paper section 4.1 ("in most of our experiments"); Figure 5 finds 0.5 to 0.75 best
       episode_length=64,  # ours: the paper does not say; at beta 0.95 the latent forgets half of itself in 14 steps
       truncation_psi=1.,  # the untruncated generator
+      dynamics='ema',  # the paper's T_ema; others in DYNAMICS are ours
+      latent_space='z',  # the paper's; 'w': whitened coordinates of StyleGAN2's W (generator/views.py)
   ))
 
 
@@ -26,9 +32,11 @@ class Dynamics:
   Attributes:
     alpha: share of the action in the composed latent, in [0, 1] (T_com).
     beta: persistence of the latent, in [0, 1] (T_ema).
+    kind: one of DYNAMICS, not traced.
   """
   alpha: jax.Array
   beta: jax.Array
+  kind: str = flax.struct.field(pytree_node=False, default='ema')
 
 
 @flax.struct.dataclass
@@ -39,10 +47,12 @@ class EnvState:
     z: (E, z_dim) latent.
     label: (E,) int32 class of the episode; 0 for an unconditional generator. Never shown to agent or encoder.
     step: (E,) int32 steps since the episode began.
+    velocity: (E, z_dim) with the dynamics 'momentum', else ().
   """
   z: jax.Array
   label: jax.Array
   step: jax.Array
+  velocity: Any = ()
 
 
 def env_keys(key, env_ids):
@@ -68,7 +78,7 @@ def first_latent_and_label(keys, z_dim, num_classes, dtype):
   return jax.vmap(draw)(keys)
 
 
-def reset(key, env_ids, first_step, z_dim, num_classes, dtype=jnp.float32):
+def reset(key, env_ids, first_step, z_dim, num_classes, dtype=jnp.float32, kind='ema'):
   """Begins an episode in every environment.
 
   Args:
@@ -77,12 +87,14 @@ def reset(key, env_ids, first_step, z_dim, num_classes, dtype=jnp.float32):
     first_step: (E,) int32 step to begin at, in [0, episode length): different ones keep episode ends apart.
     z_dim, num_classes: of the generator.
     dtype: of the latent.
+    kind: of the dynamics.
 
   Returns:
     EnvState.
   """
   z, label = first_latent_and_label(env_keys(key, env_ids), z_dim, num_classes, dtype)
-  return EnvState(z=z, label=label, step=first_step.astype(jnp.int32))
+  velocity = jnp.zeros_like(z) if kind == 'momentum' else ()
+  return EnvState(z=z, label=label, step=first_step.astype(jnp.int32), velocity=velocity)
 
 
 def compose(action, eps, alpha):
@@ -90,9 +102,20 @@ def compose(action, eps, alpha):
   return alpha * action + (1 - alpha) * eps
 
 
-def persist(z, z_new, beta):
-  """T_ema: z <- beta z + (1 - beta) z'; all (E, z_dim)."""
-  return beta * z + (1 - beta) * z_new
+def persist(z, z_new, beta, kind='ema', velocity=()):
+  """T_ema: z <- beta z + (1 - beta) z', or another of DYNAMICS; all (E, z_dim). With beta 0 each of them goes to z'.
+
+  'ema': a low-pass filter of first order, the paper's; the variance of independent z' shrinks by (1 - beta) / (1 + beta).
+  'ou': z <- beta z + sqrt(1 - beta^2) z', an Ornstein-Uhlenbeck process: unit normal z' keep z unit normal.
+  'momentum': v <- beta v + (1 - beta) (z' - z), z <- z + v: of second order, so paths are smooth and overshoot.
+
+  Returns:
+    z and velocity, which is () but for 'momentum'.
+  """
+  if kind == 'momentum':
+    velocity = beta * velocity + (1 - beta) * (z_new - z)
+    return z + velocity, velocity
+  return beta * z + (jnp.sqrt(1 - beta ** 2) if kind == 'ou' else 1 - beta) * z_new, velocity
 
 
 def step(state, action, key, env_ids, dynamics, episode_length, num_classes):
@@ -117,12 +140,14 @@ def step(state, action, key, env_ids, dynamics, episode_length, num_classes):
     key_eps, key_new = jax.random.split(key)
     return jax.random.normal(key_eps, state.z.shape[1:], dtype), key_new
   eps, new_keys = jax.vmap(draw)(env_keys(key, env_ids))
-  z = persist(state.z, compose(action.astype(dtype), eps, dynamics.alpha), dynamics.beta)
+  z_new = compose(action.astype(dtype), eps, dynamics.alpha)
+  z, velocity = persist(state.z, z_new, dynamics.beta, dynamics.kind, state.velocity)
   new_z, new_label = first_latent_and_label(new_keys, state.z.shape[1], num_classes, dtype)
   ended = state.step + 1 >= episode_length  # (E,)
   return EnvState(z=jnp.where(ended[:, None], new_z, z).astype(dtype),
                   label=jnp.where(ended, new_label, state.label),
-                  step=jnp.where(ended, 0, state.step + 1))
+                  step=jnp.where(ended, 0, state.step + 1),
+                  velocity=jax.tree.map(lambda v: jnp.where(ended[:, None], 0, v).astype(dtype), velocity))
 
 
 def to_uint8(images):

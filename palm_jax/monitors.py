@@ -54,7 +54,8 @@ def make_monitors(config, generator, program, num_images=1024, num_rows=10, num_
   @jax.jit
   def film(ssl, agent, world, key):
     ids = jnp.arange(rows)
-    env = environment.reset(key, ids, jnp.zeros_like(ids), generator.z_dim, generator.num_classes)
+    env = environment.reset(key, ids, jnp.zeros_like(ids), generator.z_dim, generator.num_classes,
+                            kind=world.dynamics.kind)
     env = env.replace(label=ids % max(generator.num_classes, 1))
 
     def one_step(env, t):

@@ -19,6 +19,8 @@ from palm_jax import augment, devices, environment, pairs, replay, reward, sac, 
 from palm_jax.encoder import make_encoder
 from palm_jax.errors import UserError
 from palm_jax.experience import Experience
+from palm_jax.generator import load_generator
+from palm_jax.generator.views import w_latents
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float64': jnp.float64}
 
@@ -96,6 +98,16 @@ class Program(NamedTuple):
   action: Any  # (State.ssl, State.agent, frames, keys) -> actions
 
 
+def load_world_generator(config, workdir):
+  """The generator that is played in: that of config.generator.path or the workdir's own, behind the door of its latent space.
+
+  Raises:
+    UserError: none there, or a damaged one.
+  """
+  generator = load_generator(config.generator.path or workdir).with_dtype(DTYPES[config.pretrain.dtype])
+  return w_latents(generator) if config.environment.latent_space == 'w' else generator
+
+
 def make_world(config, generator, mesh, data=None):
   """World on the mesh; `data`, palm_jax.data.Data, is for pairs of real images."""
   return devices.replicate(mesh, host_world(config, generator))._replace(material=pairs.load(config, generator, mesh, data))
@@ -103,7 +115,8 @@ def make_world(config, generator, mesh, data=None):
 
 def host_world(config, generator):
   """World in the host's memory."""
-  dynamics = environment.Dynamics(alpha=np.float32(config.environment.alpha), beta=np.float32(config.environment.beta))
+  dynamics = environment.Dynamics(alpha=np.float32(config.environment.alpha), beta=np.float32(config.environment.beta),
+                                  kind=config.environment.dynamics)
   return World(variables=generator.variables, dynamics=dynamics)
 
 
@@ -116,6 +129,9 @@ def check_config(config, num_devices):
   for name in ('alpha', 'beta'):
     if not 0 <= config.environment[name] <= 1:
       raise UserError(f'environment.{name}={config.environment[name]} is not in [0, 1]: it is a share; set it there')
+  for name, known in (('dynamics', environment.DYNAMICS), ('latent_space', ('z', 'w'))):
+    if config.environment[name] not in known:
+      raise UserError(f'environment.{name}={config.environment[name]!r} is unknown: choose one of {", ".join(known)}')
   devices.check_divisible('replay.num_shards', r.num_shards, num_devices, 'devices')
   devices.check_divisible('pretrain.num_envs', p.num_envs, r.num_shards, 'replay.num_shards')
   devices.check_divisible('pretrain.batch_size', p.batch_size, r.num_shards, 'replay.num_shards')
@@ -204,7 +220,7 @@ def make_program(config, generator, mesh):
     if source.play in ('policy', 'random'):
       ids = jnp.arange(num_envs)
       env = environment.reset(key_env, ids, environment.staggered_steps(ids, num_envs, length),
-                              generator.z_dim, generator.num_classes, real)
+                              generator.z_dim, generator.num_classes, real, world.dynamics.kind)
       frames = render(world, env)
     if source.play:
       ring = replay.create(config.replay.capacity // num_envs, num_envs, generator.image_shape, generator.z_dim, action_dtype)

@@ -337,7 +337,8 @@ def run(config, workdir=None, download=False):
   results = dict(job='study', study=config.name, grid=config.study.grid, **said, protocol=dict(
       seeds=list(config.study.seeds), jobs=list(config.study.jobs),
       arms={f'{r.arm.name}{at(r.arm.x)}': ' '.join(map('='.join, r.arm.settings)) for r in runs},
-      measures={reading.measure: reading.path for reading in readings if reading.source == runs[0].arm},
+      measures=dict(entry[:2] for entry in config.study.measures),
+      references={f'{entry[0]}, {entry[2]}': entry[3] for entry in config.study.references},
       reference=config.study.reference or lines[0]['arm'],
       interval=f'95%, percentile bootstrap of the mean over seeds, {RESAMPLES:,} resamples; differences paired by seed; of n '
                'seeds it is never wider than their range, so of 3 it holds less often than 95% says',

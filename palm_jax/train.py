@@ -8,7 +8,6 @@ from absl import logging
 from palm_jax import cost, devices, experience, pictures, pretrain
 from palm_jax.checkpoint import Checkpoints, Preemption, any_process, write_json_atomic
 from palm_jax.errors import NonFiniteError, UserError
-from palm_jax.generator import load_generator
 from palm_jax.metrics import MetricWriter, Progress
 from palm_jax.monitors import make_monitors
 
@@ -34,7 +33,7 @@ def train(config, workdir, mesh, data=None):
     NonFiniteError: a loss or gradient became NaN or infinite; the last good checkpoint stays.
   """
   folder, first_process = workdir / 'pretrain', jax.process_index() == 0
-  generator = load_generator(config.generator.path or workdir).with_dtype(pretrain.DTYPES[config.pretrain.dtype])
+  generator = pretrain.load_world_generator(config, workdir)
   program = pretrain.make_program(config, generator, mesh)
   world = pretrain.make_world(config, generator, mesh, data)
   monitors = make_monitors(config, generator, program)

@@ -93,3 +93,42 @@ def test_quantisation_is_the_original_tools():
   want = np.clip(x * np.float32(127.5) + 128, 0, 255).astype(np.uint8)
   np.testing.assert_array_equal(env_lib.to_uint8(jnp.asarray(x)), want)
   assert env_lib.to_uint8(jnp.array([-1., 0., 1.])).tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize('kind', env_lib.DYNAMICS)
+def test_other_dynamics_are_their_filters(kind):
+  """A path of several steps against the same recursion in numpy; with beta 0 all go where they are told."""
+  beta, ids = 0.6, jnp.arange(3)
+  for beta in (0.6, 0.):
+    state = env_lib.reset(jax.random.key(0), ids, jnp.zeros(3, jnp.int32), DIM, CLASSES, kind=kind)
+    dynamics = env_lib.Dynamics(jnp.float32(1.), jnp.float32(beta), kind)
+    z, v = np.asarray(state.z, np.float64), 0.
+    for t in range(LENGTH - 1):
+      action = np.random.default_rng(t).uniform(-1, 1, (3, DIM)).astype(np.float32)
+      state = step(state, jnp.asarray(action), jax.random.key(t), ids, dynamics)
+      if kind == 'momentum':
+        v = beta * v + (1 - beta) * (action - z)
+        z = z + v
+      else:
+        z = beta * z + (1 - beta if kind == 'ema' else np.sqrt(1 - beta ** 2)) * action
+      np.testing.assert_allclose(state.z, z, atol=1e-5)
+      if beta == 0:
+        np.testing.assert_allclose(state.z, action, atol=1e-6)
+    state = step(state, jnp.asarray(action), jax.random.key(9), ids, dynamics)  # the episode ends
+    assert not jax.tree.leaves(state.velocity) or not np.any(state.velocity)
+
+
+def test_an_ornstein_uhlenbeck_world_keeps_normal_latents_normal(start):
+  """Without actions z' is normal noise: its path stays at unit variance and forgets by beta a step; T_ema's shrinks."""
+  spread = {}
+  for kind in ('ou', 'ema'):
+    state, ids = start, jnp.arange(ENVS)
+    for t in range(LENGTH - 1):
+      last, state = state, step(state, jnp.zeros((ENVS, DIM)), jax.random.key(100 + t), ids,
+                                env_lib.Dynamics(jnp.float32(0.), jnp.float32(0.8), kind))
+    spread[kind] = np.std(state.z)
+    if kind == 'ou':
+      np.testing.assert_allclose(np.corrcoef(state.z.ravel(), last.z.ravel())[0, 1], 0.8, atol=0.01)
+  np.testing.assert_allclose(spread['ou'], 1, atol=0.01)
+  rest = 0.8 ** (2 * (LENGTH - 1))
+  np.testing.assert_allclose(spread['ema'], np.sqrt(rest + (1 - rest) * 0.2 / 1.8), atol=0.01)

@@ -212,7 +212,7 @@ def test_fine_tuning(finished, run, data, mesh):
 @pytest.mark.slow
 @pytest.mark.parametrize('protocol, other', [('frozen', 'untrained encoder'), ('finetune', 'PALM encoder, fine-tuned')])
 def test_supervised_from_scratch(run, data, mesh, protocol, other):
-  config = job_config(protocol=protocol, supervised=True, scores=('msp',), finetune=dict(epochs=30))
+  config = job_config(protocol=protocol, supervised=1, scores=('msp',), finetune=dict(epochs=30))
   results = ood.evaluate(config, run, data, mesh)
   assert [row['encoder'] for row in results['rows']][-2:] == [other, 'supervised']
   assert results['rows'][-1]['trials'] == 2
@@ -250,7 +250,7 @@ def test_columns_of_table_1():
   (dict(head=dict(augment='cutout')), "augment 'cutout'"),
   (dict(head=dict(batch_size=31)), 'ood.head.batch_size=31 is not a positive multiple of devices=2'),
   (dict(protocol='finetune', finetune=dict(batch_size=31)), 'ood.finetune.batch_size=31'),
-  (dict(supervised=True, finetune=dict(epochs=0)), 'ood.finetune.epochs=0'),
+  (dict(supervised=1, finetune=dict(epochs=0)), 'ood.finetune.epochs=0'),
 ])
 def test_settings_that_cannot_work(changes, message):
   with pytest.raises(UserError, match=message) as error:

@@ -17,7 +17,6 @@ from palm_jax.errors import NonFiniteError, UserError
 from palm_jax.evaluate import extractors, features, play, quality
 from palm_jax.evaluate.coverage import coverage, prdc
 from palm_jax.evaluate.distances import frechet_distance, moments
-from palm_jax.generator import load_generator
 from palm_jax.metrics import Progress
 
 PREFIX = quality.PREFIX | {'encoder': 'encoder-'}
@@ -73,7 +72,7 @@ def evaluate(config, workdir, data, mesh):
   """
   started, c, prefix = time.monotonic(), config.diversity, PREFIX[config.diversity.features]
   check_config(config, mesh.size)
-  generator = load_generator(config.generator.path or workdir).with_dtype(pretrain.DTYPES[config.pretrain.dtype])
+  generator = pretrain.load_world_generator(config, workdir)
   shape, num_classes = data.train.images.shape[1:], len(data.class_names)
   if tuple(generator.image_shape) != shape or generator.num_classes not in (0, num_classes):
     raise UserError(f'the generator of {config.generator.path or workdir} makes images of {tuple(generator.image_shape)} in '

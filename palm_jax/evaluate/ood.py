@@ -43,7 +43,7 @@ def default_config():
       seeds=5,  # Table 1: five trials; of the head, or of the fine-tuning
       knn_k=50,  # OpenOOD configs/postprocessors/knn.yml
       untrained=True,  # the same network untrained, beside it; only where frozen: trained on labels it is `supervised`
-      supervised=False,  # the same network trained from scratch on the labels, by the settings of `finetune`
+      supervised=0,  # as many of the same network trained from scratch on the labels, by the settings of `finetune`
       head=dict(lr=0.1, momentum=0., weight_decay=1e-6, batch_size=32, epochs=100, schedule='step',  # CSI --mode=sup_linear
                 augment='simsiam'),  # the same; 'none' learns from features that are computed once
       finetune=classifier.default_config(),
@@ -63,9 +63,9 @@ def check_config(config, num_devices):
   for name, least in dict(sets=1, scores=1).items():
     if len(c[name]) < least:
       raise UserError(f'ood.{name} is empty: name one or more')
-  for name in ('seeds', 'knn_k'):
-    if c[name] < 1:
-      raise UserError(f'ood.{name}={c[name]} is too small: set it to 1 or more')
+  for name, least in dict(seeds=1, knn_k=1, supervised=0).items():
+    if c[name] < least:
+      raise UserError(f'ood.{name}={c[name]} is too small: set it to {least} or more')
   for source in named_sources(c.sets).values():
     check_source(source)
   used = {'head': c.protocol == 'frozen', 'finetune': c.protocol == 'finetune' or c.supervised}
@@ -200,13 +200,13 @@ def fit(config, workdir, data, mesh, encoders, represent):
   c, labels, num_classes = config.ood, data.train.labels, len(data.class_names)
   seeds, fitted = [config.seed + i for i in range(c.seeds)], {}
 
-  def train(name, start=None):
+  def train(name, seeds, start=None):
     pairs = (classifier.fit(config, c.finetune, data.train, num_classes, seed, mesh, workdir, name, start) for seed in seeds)
     return [(encoder, [head]) for encoder, head in pairs]
 
   for encoder in encoders:
     if c.protocol == 'finetune':
-      fitted[f'{encoder.name}, fine-tuned'] = train('finetune', encoder)
+      fitted[f'{encoder.name}, fine-tuned'] = train('finetune', seeds, encoder)
     else:
       head = c.head.copy_and_resolve_references()
       if encoder.apply is None:  # there are no images to augment
@@ -215,7 +215,7 @@ def fit(config, workdir, data, mesh, encoders, represent):
       fitted[encoder.name] = [(encoder, linear.fit_sgd(source, labels, num_classes, head, seeds, mesh,
                                                        f'ood: heads of the {encoder.name}'))]
   if c.supervised:
-    fitted['supervised'] = train('supervised')
+    fitted['supervised'] = train('supervised', [config.seed + i for i in range(c.supervised)])
   return fitted
 
 

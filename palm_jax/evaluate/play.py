@@ -92,7 +92,8 @@ def make_arms(config, generator, program, mesh, variables, actor):
   def episodes(act):
     def latents(world, ssl, agent, key, ids, labels):
       key_start, key_steps, key_chosen = jax.random.split(key, 3)
-      env = environment.reset(key_start, ids, jnp.zeros_like(ids), generator.z_dim, num_classes, real).replace(label=labels)
+      env = environment.reset(key_start, ids, jnp.zeros_like(ids), generator.z_dim, num_classes, real,
+                              world.dynamics.kind).replace(label=labels)
       chosen = chosen_steps(key_chosen, ids, length)
 
       def one_step(carry, t):

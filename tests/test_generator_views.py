@@ -1,0 +1,111 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from palm_jax import devices, pretrain
+from palm_jax.errors import UserError
+from palm_jax.generator import LoadedGenerator
+from palm_jax.generator.stylegan2 import Generator
+from palm_jax.generator.views import WLatents, prompts, w_latents
+from tests.worlds import LinearGenerator, nature_config
+
+
+def mapped(generator, z, labels):
+  ws = jax.jit(functools.partial(generator.network.apply, method='mapping'))(generator.variables, z, labels)
+  return np.asarray(ws[:, 0], np.float64)
+
+
+def drawn(world, z, labels, psi=1.):
+  """Compiled: call by call these networks take seconds."""
+  return np.asarray(jax.jit(world.apply)(world.variables, z, labels, psi))
+
+
+@pytest.fixture(scope='module')
+def generator():
+  network = Generator(z_dim=6, w_dim=5, num_classes=3, channels=(4, 4), image_channels=1, mapping_layers=2)
+  variables = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 6)), jnp.zeros(1, jnp.int32))
+  variables['buffers']['w_avg'] = jnp.arange(5.) / 10
+  return LoadedGenerator(network, jax.device_get(variables))
+
+
+def test_w_has_the_spread_that_mapped_latents_have(generator):
+  world = w_latents(generator, samples=6000)
+  assert (world.z_dim, world.num_classes, world.image_shape) == (5, 3, (8, 8, 1))
+  labels = jnp.arange(6000) % 3
+  z = jax.random.normal(jax.random.key(5), (6000, 6))  # others than those that were measured
+  w = mapped(generator, z, labels)
+  u = np.random.default_rng(0).normal(size=(6000, 5))
+  v = world.variables['mean'][np.asarray(labels)] + u @ world.variables['root'].T
+  for label in range(3):
+    of = np.asarray(labels) == label
+    assert (np.abs(v[of].mean(0) - w[of].mean(0)) < 5 * w[of].std(0) / np.sqrt(1000)).all()  # two samples of 2,000
+  within = lambda x: np.cov(np.concatenate([x[labels == k] - x[labels == k].mean(0) for k in range(3)]).T)
+  np.testing.assert_allclose(within(v), within(w), atol=0.1 * np.abs(within(w)).max())
+
+
+def test_a_mapped_latent_has_the_same_picture_through_the_other_door(generator):
+  world = w_latents(generator, samples=600)
+  labels = jnp.array([0, 2, 1, 1])
+  z = jax.random.normal(jax.random.key(1), (4, 6))
+  w = mapped(generator, z, labels)
+  root, mean = np.asarray(world.variables['root'], np.float64), world.variables['mean'][np.asarray(labels)]
+  u = np.linalg.solve(root, (w - mean).T).T.astype(np.float32)
+  for psi in (1., 0.6):
+    np.testing.assert_allclose(drawn(world, u, labels, psi), drawn(generator, z, labels, psi), atol=2e-3)
+
+
+def test_too_few_samples(generator):
+  with pytest.raises(UserError, match='5 samples do not span the 5 dimensions'):
+    w_latents(generator, samples=5)
+
+
+def test_prompts_are_rows_of_a_bank(generator):
+  bank = np.array([[1, 0, 0], [0, 0, 1], [0.5, 0.5, 0], [0, 1, 0]], np.float32)
+  world = prompts(generator, bank)
+  assert world.num_classes == 4 and world.z_dim == 6
+  z = jax.random.normal(jax.random.key(2), (4, 6))
+  pictures = drawn(world, z, jnp.array([0, 1, 3, 2]))
+  np.testing.assert_allclose(pictures[:3], drawn(generator, z, jnp.array([0, 2, 1, 0]))[:3], atol=1e-5)  # one-hot rows: classes
+  np.testing.assert_allclose(pictures, drawn(generator, z, bank[np.array([0, 1, 3, 2])]), atol=1e-5)
+  with pytest.raises(UserError, match=r'prompts are \(3,\)'):
+    prompts(generator, bank[0])
+  with pytest.raises(UserError, match='expected finite'):
+    prompts(generator, bank * np.nan)
+
+
+class Told(LinearGenerator):
+  """Takes vectors for labels: the class offsets mixed by them."""
+
+  @staticmethod
+  def apply(variables, z, labels, truncation_psi=1.):
+    small = jnp.tanh(truncation_psi * z @ variables['w'] + labels @ variables['offset'])
+    return small.reshape(-1, 8, 8, 1).repeat(5, 1).repeat(5, 2)
+
+  image_shape = (40, 40, 1)
+
+
+def test_a_world_of_prompts_is_played_in_with_momentum():
+  c = nature_config()
+  c.environment.dynamics = 'momentum'
+  c.pretrain.iterations_per_call = 4
+  world_of, mesh = prompts(Told(), np.eye(3)[[0, 2, 1, 1, 0]]), devices.make_mesh()
+  program, world = pretrain.make_program(c, world_of, mesh), pretrain.make_world(c, world_of, mesh)
+  state = program.init(jax.random.key(0), world)
+  assert set(np.asarray(state.env.label)) <= set(range(5))
+  assert not np.any(state.env.velocity)
+  state, output = program.call(state, world)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(output.metrics)))
+  assert int(state.iteration) == 4 and np.abs(state.env.velocity).max() > 0
+
+
+def test_a_config_opens_the_door_to_w():
+  c = nature_config()
+  c.generator.path, c.environment.latent_space = 'cifar10-small', 'w'
+  world = pretrain.load_world_generator(c, None)
+  assert isinstance(world, WLatents) and (world.z_dim, world.num_classes) == (64, 10)
+  c.environment.latent_space = 'y'
+  with pytest.raises(UserError, match="environment.latent_space='y' is unknown: choose one of z, w"):
+    pretrain.check_config(c, 8)
