@@ -20,6 +20,7 @@ def default_config():
       beta=0.95,  # paper section 4.1 ("in most of our experiments"); Figure 5 finds 0.5 to 0.75 best
       episode_length=64,  # ours: the paper does not say; at beta 0.95 the latent forgets half of itself in 14 steps
       truncation_psi=1.,  # the untruncated generator
+      crop=0,  # pixels taken from each side of the generator's images: generator.pad
       dynamics='ema',  # the paper's T_ema; others in DYNAMICS are ours
       latent_space='z',  # the paper's; 'w': whitened coordinates of StyleGAN2's W (generator/views.py)
   ))

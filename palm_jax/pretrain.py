@@ -20,7 +20,7 @@ from palm_jax.encoder import make_encoder
 from palm_jax.errors import UserError
 from palm_jax.experience import Experience
 from palm_jax.generator import load_generator
-from palm_jax.generator.views import w_latents
+from palm_jax.generator.views import cropped, w_latents
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float64': jnp.float64}
 
@@ -99,13 +99,15 @@ class Program(NamedTuple):
 
 
 def load_world_generator(config, workdir):
-  """The generator that is played in: that of config.generator.path or the workdir's own, behind the door of its latent space.
+  """The generator that is played in: that of config.generator.path or the workdir's own, as config.environment wants it.
 
   Raises:
-    UserError: none there, or a damaged one.
+    UserError: none there, a damaged one, or one whose pictures the crop leaves nothing of.
   """
   generator = load_generator(config.generator.path or workdir).with_dtype(DTYPES[config.pretrain.dtype])
-  return w_latents(generator) if config.environment.latent_space == 'w' else generator
+  if config.environment.latent_space == 'w':
+    generator = w_latents(generator)
+  return cropped(generator, config.environment.crop) if config.environment.crop else generator
 
 
 def make_world(config, generator, mesh, data=None):

@@ -9,7 +9,7 @@ from palm_jax import devices, pretrain
 from palm_jax.errors import UserError
 from palm_jax.generator import LoadedGenerator
 from palm_jax.generator.stylegan2 import Generator
-from palm_jax.generator.views import WLatents, prompts, w_latents
+from palm_jax.generator.views import WLatents, cropped, prompts, w_latents
 from tests.worlds import LinearGenerator, nature_config
 
 
@@ -109,3 +109,12 @@ def test_a_config_opens_the_door_to_w():
   c.environment.latent_space = 'y'
   with pytest.raises(UserError, match="environment.latent_space='y' is unknown: choose one of z, w"):
     pretrain.check_config(c, 8)
+
+
+def test_a_margin_is_cut_off(generator):
+  world, z, labels = cropped(generator, 2), jax.random.normal(jax.random.key(2), (3, 6)), jnp.array([0, 1, 2])
+  assert world.image_shape == (4, 4, 1) and (world.z_dim, world.num_classes) == (6, 3)
+  np.testing.assert_array_equal(drawn(world, z, labels), drawn(generator, z, labels)[:, 2:6, 2:6])
+  for margin in (4, -1):
+    with pytest.raises(UserError, match=f'environment.crop={margin} of pictures of 8x8'):
+      cropped(generator, margin)

@@ -58,6 +58,7 @@ def default_config():
       pl_weight=0.,
       pl_interval=4,  # training/training_loop.py
       style_mixing=0.,  # probability
+      pad=0,  # pixels added on each side of the images, edges repeated, to reach a size that base_size doubles to
       mirror=False,  # doubles the training set by flipped copies
       augment='bgc',  # adaptive discriminator augmentation; none: off
       ada_target=0.6,  # of sign(D(real)): above it, augmentation grows
@@ -182,8 +183,9 @@ def train(config, workdir, data, mesh):
   """
   c, workdir = config.generator, pathlib.Path(workdir)
   folder, batch = workdir / 'generator', c.batch_size
-  images, labels = data.train.images, data.train.labels.astype(np.int32)
   check_config(c, mesh.size)
+  labels = data.train.labels.astype(np.int32)
+  images = np.pad(data.train.images, ((0, 0), (c.pad, c.pad), (c.pad, c.pad), (0, 0)), 'edge') if c.pad else data.train.images
   G, D = make_networks(c, images.shape[1:], len(data.class_names) if len(data.class_names) > 1 else 0)
   train_call = make_train_call(c, G, D, mesh)
   set_size = len(images) * (2 if c.mirror else 1)

@@ -1,4 +1,4 @@
-"""Other doors to a generator, with its own protocol: latents in W in place of Z, and vectors in place of classes."""
+"""Other doors to a generator, with its own protocol: latents in W, vectors in place of classes, pictures without a margin."""
 import dataclasses
 import functools
 from typing import Any
@@ -100,3 +100,44 @@ def prompts(generator, embeddings):
   if embeddings.ndim != 2 or not embeddings.size or not np.isfinite(embeddings).all():
     raise UserError(f'prompts are {embeddings.shape}, expected finite embeddings of shape (K, D), one row a prompt')
   return Prompts(generator, dict(generator=generator.variables, prompts=embeddings))
+
+
+@dataclasses.dataclass(frozen=True)
+class Cropped:
+  """A generator's pictures without the margin that they were trained with (generator.pad)."""
+  generator: Any
+  margin: int
+
+  @property
+  def variables(self):
+    return self.generator.variables
+
+  @property
+  def z_dim(self):
+    return self.generator.z_dim
+
+  @property
+  def num_classes(self):
+    return self.generator.num_classes
+
+  @property
+  def image_shape(self):
+    height, width, channels = self.generator.image_shape
+    return height - 2 * self.margin, width - 2 * self.margin, channels
+
+  def apply(self, variables, z, labels, truncation_psi=1.):
+    """z (N, z_dim), labels (N,) int -> (N, H, W, C) images."""
+    images = self.generator.apply(variables, z, labels, truncation_psi=truncation_psi)
+    return images[:, self.margin:-self.margin, self.margin:-self.margin]
+
+
+def cropped(generator, margin):
+  """`Cropped` of a generator and a positive margin in pixels.
+
+  Raises:
+    UserError: a margin that is negative, or leaves nothing.
+  """
+  if not 0 < margin < min(generator.image_shape[:2]) / 2:
+    raise UserError(f'environment.crop={margin} of pictures of {generator.image_shape[0]}x{generator.image_shape[1]}: expected '
+                    'the margin that generator.pad added, and a picture within it')
+  return Cropped(generator, margin)
