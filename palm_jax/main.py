@@ -157,7 +157,7 @@ def needs_data(job, config):
 
 
 EVALUATIONS = ('probe', 'ood', 'diversity', 'quality')  # modules of palm_jax.evaluate
-JOBS = ('generator', 'pretrain', *EVALUATIONS, 'report', 'benchmark', 'plan')
+JOBS = ('generator', 'pretrain', *EVALUATIONS, 'report', 'study', 'benchmark', 'plan')
 
 
 def run(config, job, workdir, download=False):
@@ -172,6 +172,10 @@ def run(config, job, workdir, download=False):
   for name in config.jobs if job == 'all' else (job,):
     if name not in JOBS:
       raise UserError(f'job {name!r} is unknown: choose one of {", ".join(JOBS)}, all{nearest(name, (*JOBS, "all"))}')
+  if 'study' in (config.jobs if job == 'all' else (job,)):
+    from palm_jax import study
+    study.run(config, workdir, download)
+    return
   workdir = pathlib.Path(workdir or f'runs/{config.name}').absolute()
   result = lambda name: workdir / 'results' / f'{name}.json'
   complete = lambda name: any_process(result(name).exists())

@@ -30,7 +30,7 @@ PATH = re.compile(r'/?([^/\[\]]+)(?:\[([^\[\]]*)\])?')  # of one step: a key, an
 def default_config():
   return ConfigDict(dict(
       # (name, settings[, x]): `x` is its place on an axis, so one name may have several. Settings are those unlike the base's,
-      # as on the command line, 'environment.alpha=0 seed=...' without --config.; '{name}' in a value is the folder of that
+      # as on the command line, 'environment.alpha=0 reward.k=3' without --config.; '{name}' in a value is the folder of that
       # arm's run, of the same seed and x, which then comes first.
       arms=(),
       seeds=(0, 1, 2),  # paper: three
@@ -41,6 +41,7 @@ def default_config():
       references=(),  # (name, arm, measure, path[, x]): what another row of that arm's results shows as an arm of its own
       reference='',  # arm, or 'arm @ x', that all others are compared with; '': the first
       orderings=(),  # 'arm > arm' or 'arm @ x > arm @ x': claims to be judged
+      axis='',  # what x is, for the figure
       grid=False,  # the figure is a map, arms down and x across
   ))
 
@@ -300,7 +301,7 @@ def run(config, workdir=None, download=False):
     download: as of main.run.
 
   Returns:
-    What was written to results/study.json; None when it was asked to stop before: what was done is saved.
+    True when complete, False when it was asked to stop before; then all that was done is saved.
 
   Raises:
     UserError: anything that cannot be, before the first run; a measure that is not in its results, after the first.
@@ -309,42 +310,43 @@ def run(config, workdir=None, download=False):
   workdir, mesh = pathlib.Path(workdir or f'runs/{config.name}').absolute(), devices.make_mesh()
   runs, readings = check_config(config, workdir, mesh.size)
   base = base_config(config, workdir)
+  base.generator.path = config.generator.path
   main.claim_workdir(workdir, base)
   if not jax.config.jax_compilation_cache_dir:
     jax.config.update('jax_compilation_cache_dir', str(workdir / 'compilation_cache'))
   done = lambda folder, jobs: all(any_process((folder / 'results' / f'{job}.json').exists()) for job in jobs)
-  if not config.generator.path:
-    base.generator.path = ''
+  if not base.generator.path:
     main.run(base, 'generator', workdir / GENERATOR, download)
     if not done(workdir / GENERATOR, ('generator',)):
-      return None
+      return False
 
-  lines, progress = [], Progress('study', len(runs), 'runs')
+  lines, progress, first_process = [], Progress('study', len(runs), 'runs'), jax.process_index() == 0
   for i, r in enumerate(runs):
     logging.info('study: run %d of %d, %s%s, seed %d', i + 1, len(runs), r.arm.name, at(r.arm.x), r.seed)
     main.run(r.config, 'all', r.folder, download)
     if not done(r.folder, config.study.jobs):
       logging.info('study: stopped after %d of %d runs; the same command goes on', i, len(runs))
-      return None
-    lines += [dict(study=config.name, arm=reading.arm, x=reading.x, seed=r.seed, measure=reading.measure,
-                   value=look_up(r.folder, reading.path), run=str(r.folder.relative_to(workdir)))
-              for reading in readings if reading.source == r.arm]
-    if jax.process_index() == 0:
+      return False
+    if first_process:
+      lines += [dict(study=config.name, arm=reading.arm, x=reading.x, seed=r.seed, measure=reading.measure,
+                     value=look_up(r.folder, reading.path), run=str(r.folder.relative_to(workdir)))
+                for reading in readings if reading.source == r.arm]
       study_figures.write_lines(workdir / 'results' / 'study.csv', lines)
-    progress.update(i + 1, {})
+      progress.update(i + 1, {})
+  if not first_process:
+    return True
 
-  said = study_figures.summarise(config.study, lines)
-  results = dict(job='study', study=config.name, grid=config.study.grid, **said, protocol=dict(
-      seeds=list(config.study.seeds), jobs=list(config.study.jobs),
+  c = config.study
+  results = dict(job='study', study=config.name, axis=c.axis, grid=c.grid, **study_figures.summarise(c, lines), protocol=dict(
+      seeds=list(c.seeds), jobs=list(c.jobs),
       arms={f'{r.arm.name}{at(r.arm.x)}': ' '.join(map('='.join, r.arm.settings)) for r in runs},
-      measures=dict(entry[:2] for entry in config.study.measures),
-      references={f'{entry[0]}, {entry[2]}': entry[3] for entry in config.study.references},
-      reference=config.study.reference or lines[0]['arm'],
-      interval=f'95%, percentile bootstrap of the mean over seeds, {RESAMPLES:,} resamples; differences paired by seed; of n '
-               'seeds it is never wider than their range, so of 3 it holds less often than 95% says',
+      measures={f'{name}{at((*x, "")[0])}': path for name, path, *x in c.measures},
+      references={f'{name}, {measure}{at((*x, "")[0])}': f'{arm}: {path}' for name, arm, measure, path, *x in c.references},
+      reference=c.reference or lines[0]['arm'],
+      interval=f'95%, percentile bootstrap of the mean over seeds, {RESAMPLES:,} resamples, differences paired by seed; never '
+               'wider than the range of the seeds: of three it is their range and covers less than 95%',
       orderings='hold where the interval of the difference is above 0'), **devices.describe(mesh))
-  if jax.process_index() == 0:
-    print(study_figures.table(results), flush=True)
-    write_json_atomic(workdir / 'results' / 'study.json', results)
-    study_figures.draw(results, workdir / 'figure.png')
-  return results
+  print(study_figures.table(results), flush=True)
+  write_json_atomic(workdir / 'results' / 'study.json', results)
+  study_figures.draw(results, workdir / 'figure.png')
+  return True

@@ -159,7 +159,7 @@ def draw(results, path):
   """Writes a PNG with a panel for each measure; without matplotlib only a line in the log.
 
   Args:
-    results: of study.run; read are study, grid and rows.
+    results: of study.run; read are study, axis, grid and rows.
     path: of the PNG.
 
   Returns:
@@ -183,9 +183,10 @@ def draw(results, path):
     on_axis = any(row['x'] != '' for row in rows)
     (_map if on_axis and results['grid'] else _lines if on_axis else _points)(panel, rows)
     panel.set_title(measure)
+    panel.set_xlabel(results['axis'] if on_axis else '')
   seeds = sorted({row['n'] for row in results['rows']})
-  figure.suptitle(f'{results["study"]}: mean of {" to ".join(map(str, seeds[:1] + seeds[1:][-1:]))} seed(s), '
-                  '95% bootstrap interval', fontsize=9)
+  figure.suptitle(f'{results["study"]}: mean of {" to ".join(map(str, seeds[:1] + seeds[1:][-1:]))} seed(s)'
+                  f'{"" if results["grid"] else ", 95% bootstrap interval"}', fontsize=9)
   with replacing(path) as file:
     figure.savefig(file, format='png')
   return True

@@ -79,7 +79,7 @@ def train(config, workdir, mesh, data=None):
         progress.update(env_steps, {name: scalars[name] for name in PROGRESS_METRICS if name in scalars})
       stop = preemption.requested
       if step == total or stop or any_process(time.monotonic() - saved_at > 60 * p.checkpoint_minutes):
-        encoder = {'params': state.ssl['params']['encoder'], 'batch_stats': state.ssl['batch_stats']['encoder']}
+        encoder = {name: state.ssl[name]['encoder'] for name in ('params', 'batch_stats') if state.ssl[name]['encoder']}
         checkpoints.save(step, {'state': state, 'encoder': encoder},
                          {'seconds': time.monotonic() - started, 'metrics': scalars})
         saved_at = time.monotonic()

@@ -15,6 +15,6 @@ def get_config(variant='laptop'):
   b = scales.base('episode_length', variant)
   c = b.config
   c.study.arms = tuple(('PALM', f'environment.episode_length={length}', length) for length in LENGTHS[b.scale])
-  c.study.reference = 'PALM @ 64'
+  c.study.reference, c.study.axis = 'PALM @ 64', 'frames an episode'
   c.study.orderings = ('PALM @ 64 > PALM @ 4',)
   return c

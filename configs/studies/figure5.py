@@ -26,5 +26,5 @@ def get_config(variant='laptop'):
   if b.scale != 'smoke':
     c.study.orderings += ('alpha 0.95 > alpha 1.0', 'alpha 0.95 > alpha 0.5', 'alpha 0.95 @ 0.5 > alpha 0.95 @ 0.95',
                           'alpha 0.95 @ 0.75 > alpha 0.95 @ 0.95')
-  c.study.grid = True
+  c.study.axis, c.study.grid = 'beta', True
   return c

@@ -28,6 +28,7 @@ def get_config(variant='laptop'):
         ('random Jahanian', f'{settings} pairs.source=jahanian_random pairs.samples={samples}', samples),
         ('Gaussian Jahanian', f'{settings} pairs.source=jahanian_gaussian pairs.samples={samples}', samples),
     )
+  c.study.axis = 'samples'
   c.study.orderings = ('PALM > random passive', 'PALM > static', 'PALM > random Jahanian', 'PALM > Gaussian Jahanian',
                        'ordered passive > random passive')
   return c
