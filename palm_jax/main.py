@@ -76,6 +76,11 @@ def check(config, jobs, num_devices):
   for name in EVALUATIONS:
     if name in jobs:
       importlib.import_module(f'palm_jax.evaluate.{name}').check_config(config, num_devices)
+  for name in ATARI:
+    if name in jobs:
+      if 'atari' not in config:
+        raise UserError(f'job {name!r} plays a game of Atari, but {config.name} has none: give --config=configs/atari.py:GAME')
+      importlib.import_module(f'palm_jax.atari.{ATARI[name]}').check_config(_from_scratch(config, name), num_devices)
   if 'report' in jobs:
     from palm_jax import report
     report.check_config(config, num_devices)
@@ -128,6 +133,14 @@ def load_data(config, download):
   return data.load(config.data.name, download=download, data_dir=config.data.dir or None)
 
 
+def load_collected(workdir):
+  from palm_jax import data
+  path = workdir / COLLECTED / 'stacks.npz'
+  if not path.exists():
+    raise UserError(f'{path} is not there: run --job=collect first, or give --config.data.name')
+  return data.load(path)
+
+
 def run_job(job, config, workdir, data, mesh):
   """Runs one job to its end. Returns False if it was asked to stop before (its state is saved)."""
   # Imported here: a job loads only what it needs, and nothing before the flags are read.
@@ -139,6 +152,13 @@ def run_job(job, config, workdir, data, mesh):
     return train.train(config, workdir, mesh, data)
   if job in EVALUATIONS:
     return importlib.import_module(f'palm_jax.evaluate.{job}').evaluate(config, workdir, data, mesh)
+  if job == 'scratch':  # the control of finetune: all alike but the convolutions that it begins with
+    return run_job('finetune', _from_scratch(config, job), workdir / 'scratch', data, mesh)
+  if job == 'scores':
+    from palm_jax.atari import scores
+    return scores.evaluate(config, workdir, data, mesh)
+  if job in ATARI:
+    return getattr(importlib.import_module(f'palm_jax.atari.{job}'), job)(config, workdir, mesh)
   if job == 'report':
     from palm_jax import report
     return report.evaluate(config, workdir, data, mesh)
@@ -146,7 +166,16 @@ def run_job(job, config, workdir, data, mesh):
   return benchmark.benchmark(config, workdir, data, mesh)
 
 
+def _from_scratch(config, job):
+  config = config.copy_and_resolve_references()
+  if job == 'scratch':
+    config.finetune.trunk = 'scratch'
+  return config
+
+
 def needs_data(job, config):
+  if job in ATARI:
+    return False
   if job == 'report':  # without them it has no map of the features
     return bool(config.data.name)
   if job == 'pretrain':
@@ -157,7 +186,9 @@ def needs_data(job, config):
 
 
 EVALUATIONS = ('probe', 'ood', 'diversity', 'quality')  # modules of palm_jax.evaluate
-JOBS = ('generator', 'pretrain', *EVALUATIONS, 'report', 'study', 'benchmark', 'plan')
+ATARI = {'collect': 'collect', 'finetune': 'finetune', 'scratch': 'finetune', 'scores': 'scores'}  # modules of palm_jax.atari
+COLLECTED = 'collect'  # as config.data.name: what that job left in the workdir
+JOBS = ('collect', 'generator', 'pretrain', *EVALUATIONS, 'finetune', 'scratch', 'scores', 'report', 'study', 'benchmark', 'plan')
 
 
 def run(config, job, workdir, download=False):
@@ -177,7 +208,7 @@ def run(config, job, workdir, download=False):
     study.run(config, workdir, download)
     return
   workdir = pathlib.Path(workdir or f'runs/{config.name}').absolute()
-  result = lambda name: workdir / 'results' / f'{name}.json'
+  result = lambda name: workdir / ('scratch/results/finetune.json' if name == 'scratch' else f'results/{name}.json')
   complete = lambda name: any_process(result(name).exists())
   jobs = config.jobs if job == 'all' else (job,)
   if job == 'all' and config.generator.path:
@@ -191,7 +222,8 @@ def run(config, job, workdir, download=False):
     jobs = [name for name in jobs if name != 'plan']
   if not jobs:
     return
-  data = load_data(config, download) if any(needs_data(name, config) and not complete(name) for name in jobs) else None
+  wanted = lambda name: needs_data(name, config) and not complete(name)
+  data = load_data(config, download) if config.data.name != COLLECTED and any(map(wanted, jobs)) else None
   if tuple(jobs) == ('report',):  # it reads; settings of the workdir are those in its config.json
     run_job('report', config, workdir, data, mesh)
     return
@@ -202,7 +234,10 @@ def run(config, job, workdir, download=False):
   for name in jobs:
     if complete(name):
       logging.info('%s: complete, skipped (delete %s to run it again)', name, result(name))
-    elif not run_job(name, config, workdir, data, mesh):
+      continue
+    if config.data.name == COLLECTED and data is None and needs_data(name, config):
+      data = load_collected(workdir)
+    if not run_job(name, config, workdir, data, mesh):
       logging.info('%s: stopped and saved; the same command goes on', name)
       return
 

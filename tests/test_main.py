@@ -91,7 +91,7 @@ def contents(folder):
     ('all', dict(data__name='{files}/cut.npz'), ['cut.npz: not a readable .npz', 'write it again']),
     ('probe', dict(data__name='{files}/cifar-10-binary.tar.gz'), ['damaged or not a .tar.gz', 'fetch it again']),
     ('pretrian', {}, ["job 'pretrian'", 'did you mean pretrain?',
-                      'choose one of generator, pretrain, probe, ood, diversity, quality, report, study, benchmark, plan']),
+                      'choose one of collect, generator, pretrain, probe, ood, diversity, quality, finetune, scratch, scores']),
     ('all', dict(jobs=('prob',)), ["job 'prob'", 'did you mean probe?']),
     ('generator', dict(generator__batch_size=12),
      ['generator.batch_size=12', 'multiple of devices=8', 'set generator.batch_size to 16']),

@@ -1,0 +1,54 @@
+"""Atari: a world made of one game's frames, and what its encoder is worth in the game (paper section 5.3, Atari-100k).
+
+  python -m palm_jax.main --config=configs/atari.py:Assault                    the paper's sizes: accelerators
+  python -m palm_jax.main --config=configs/atari.py:Assault,laptop             the whole chain on two CPU cores
+  python -m palm_jax.main --config=configs/atari.py:Assault,eps                DrQ(eps), which the paper did not compare with
+
+collect (double DQN plays, stacks of frames are kept) -> generator -> pretrain -> finetune (DrQ from the pretrained trunk) ->
+scratch (the same from fresh convolutions, in <workdir>/scratch) -> scores. Needs `pip install -e '.[atari]'`: ale-py is GPL-2.0.
+Alone, without any pretraining: --job=finetune --config.finetune.trunk=scratch. None of the sizes was run to its end yet.
+"""
+from ml_collections import ConfigDict
+
+from configs import generator
+from palm_jax.atari import collect, drq, environment, finetune, scores
+from palm_jax.errors import UserError
+
+
+def get_config(variant='Assault'):
+  game, *words = variant.split(',')
+  environment.rom_id(game)
+  c = generator.get_config('atari')
+  c.name = f'atari_{variant.replace(",", "_")}'
+  c.jobs = ('collect', 'generator', 'pretrain', 'finetune', 'scratch', 'scores')
+  c.data.name = 'collect'  # what that job left in the workdir
+  c.atari = ConfigDict(dict(game=game))
+  c.collect = collect.default_config()
+  c.finetune = finetune.default_config()
+  c.scores = scores.default_config()
+  c.generator.pad, c.environment.crop = 6, 6  # 84 to 96 and back: nothing is resized
+  c.encoder.name = 'nature'  # the fine-tuner's convolutions; its dense layer stays behind
+  c.pretrain.env_steps = 6_000_000  # paper Table 2
+  for word in words:
+    if word == 'laptop':
+      laptop(c)
+    elif word == 'eps':
+      c.finetune.agent = drq.epsilon_config()
+    else:
+      raise UserError(f'configs/atari.py:{variant}: {word!r} is unknown: variants are a game, then laptop, eps')
+  return c
+
+
+def laptop(c):
+  """Two CPU cores: every job in minutes; nothing can be learned of a game in so few frames."""
+  c.collect.update(dict(frames=80_000, max_bytes=120_000_000, num_envs=4, log_steps=2000, checkpoint_minutes=2.))
+  c.collect.agent.update(dict(min_history=2000, epsilon_decay=10_000, capacity=20_000))
+  c.generator.update(dict(z_dim=64, w_dim=64, mapping_layers=2, channel_base=1536, channel_max=64, batch_size=8, mbstd_group=4,
+                          pl_weight=0., style_mixing=0., kimg=12., ema_kimg=2., conv_clamp=0., augment='none',
+                          snapshot_kimg=2., checkpoint_minutes=2.))
+  c.replay.capacity = 16_384  # 116 MB of stacks a quarter of which are new
+  c.simsiam.update(dict(proj_hidden=256, proj_dim=256, pred_hidden=64))
+  c.sac.hidden = (256, 256)
+  c.pretrain.update(dict(env_steps=20_000, num_envs=16, rollout_length=4, batch_size=64, warmup_steps=1024,
+                         iterations_per_call=10, checkpoint_minutes=2.))
+  c.finetune.update(dict(agent_steps=4000, eval_episodes=8, log_steps=500, checkpoint_minutes=2.))

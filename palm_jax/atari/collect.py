@@ -1,0 +1,321 @@
+"""The job of collecting: double DQN plays a game from nothing, and a uniform sample of what it sees is kept for a generator.
+
+Here, too, is the loop of playing and learning, which fine-tuning shares.
+"""
+import functools
+import itertools
+import math
+import shutil
+import time
+import zipfile
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import SingleDeviceSharding
+from ml_collections import ConfigDict
+
+from palm_jax import devices
+from palm_jax.atari import dqn
+from palm_jax.atari.environment import FRAMES_A_STEP, Environment, rom_id
+from palm_jax.atari.replay import Batch, Replay
+from palm_jax.checkpoint import Checkpoints, Preemption, write_json_atomic
+from palm_jax.errors import NonFiniteError, UserError
+from palm_jax.files import replacing
+from palm_jax.metrics import MetricWriter, Progress
+
+STACKS_IN_SHARD = 1024
+
+
+def default_config():
+  return ConfigDict(dict(
+      frames=50_000_000,  # of the emulator: PALM section 5.3; it may mean agent steps, which are four frames each
+      num_envs=8,  # games side by side; ours
+      max_bytes=8_000_000_000,  # of the kept stacks when unpacked, as a generator's training holds them: 283,000
+      log_steps=20_000,  # agent steps a point of the curve
+      checkpoint_minutes=10.,
+      agent=dqn.default_config(),  # dqn.dqn_zoo_config(): with RMSProp
+  ))
+
+
+def check_config(config, num_devices):
+  """Raises UserError on settings of the whole config's section `collect` that cannot work."""
+  del num_devices  # networks so small are trained on one
+  c = config.collect
+  check_play(config, 'collect')
+  for name in ('frames', 'max_bytes'):
+    if not c[name] > 0:
+      raise UserError(f'collect.{name}={c[name]} is not positive: set it above 0')
+
+
+def check_play(config, section):
+  """Raises UserError on settings of `play` in a section of the whole config that cannot work."""
+  c = config[section]
+  rom_id(config.atari.game)
+  if jax.process_count() > 1:
+    raise UserError(f'{section}: {jax.process_count()} processes, expected 1: an emulator feeds one device; start it alone')
+  for name in ('num_envs', 'log_steps', 'checkpoint_minutes'):
+    if not c[name] > 0:
+      raise UserError(f'{section}.{name}={c[name]} is not positive: set it above 0')
+  dqn.check_config(f'{section}.agent', c.agent)
+  period, num_envs = c.agent.learn_period, c.num_envs
+  if num_envs % period and period % num_envs:
+    raise UserError(f'{section}.num_envs={num_envs} and {section}.agent.learn_period={period}: expected that one divides the '
+                    f'other; set num_envs to {max(1, round(num_envs / period)) * period}, for example')
+  if c.agent.min_history < (c.agent.n_step + 1) * num_envs:
+    raise UserError(f'{section}.agent.min_history={c.agent.min_history} holds no window of n_step={c.agent.n_step} in each of '
+                    f'{num_envs} environments: set it to {(c.agent.n_step + 1) * num_envs} or more')
+
+
+class Played(NamedTuple):
+  """What `play` reached: agent, agent steps, updates, games ended, times it was stopped, seconds, last point of the curve."""
+  agent: Any
+  agent_steps: int
+  updates: int
+  games: int
+  resumes: int
+  seconds: float
+  scalars: dict
+
+
+def play(job, c, agent_steps, make_environment, seed, folder, mesh, preemption, trunk=None, augment=None, sample=None):
+  """Plays and learns until `agent_steps` are done, going on from the newest checkpoint in `folder`.
+
+  A step whose action the emulator ignores, one after each game's end, is counted as well. The emulator itself cannot be
+  saved: after a stop, agent, replay and counters go on from the checkpoint and new games are begun.
+
+  Args:
+    job: name for messages.
+    c: section with num_envs, log_steps, checkpoint_minutes and agent (see palm_jax.atari.dqn.default_config).
+    agent_steps: over all environments; rounded up to whole rows.
+    make_environment: (num_envs, seed) -> an environment as palm_jax.atari.environment.Environment.
+    seed: of everything drawn.
+    folder: for checkpoints/, replay.dat, metrics.
+    mesh: its first device is used.
+    preemption: Preemption; when it asks, all is saved.
+    trunk: convolutions to begin with, see `dqn.init`.
+    augment: see `dqn.update`.
+    sample: StackSample that is shown every row.
+
+  Returns:
+    Played, or None if stopped.
+
+  Raises:
+    UserError: see Replay and Checkpoints.
+    NonFiniteError: a loss became NaN or infinite; the last good checkpoint stays.
+  """
+  a, num_envs, rows = c.agent, c.num_envs, math.ceil(agent_steps / c.num_envs)
+  key, here = jax.random.key(seed), SingleDeviceSharding(mesh.devices.flat[0])
+  with Checkpoints(folder / 'checkpoints') as checkpoints:
+    # Other noops than those of the games that were cut off.
+    env_seed = int(np.random.SeedSequence([seed, checkpoints.latest_step() or 0]).generate_state(1)[0]) // 2
+    with make_environment(num_envs, env_seed) as environment:
+      stacks, starts = environment.reset(), np.ones(num_envs, bool)  # (E, H, W, 4)
+      init = jax.jit(lambda: dqn.init(jax.random.fold_in(key, 0), stacks.shape[1:], environment.num_actions, a, trunk),
+                     out_shardings=here)
+      act = jax.jit(lambda params, stacks, epsilon, row: dqn.act(
+          params, stacks, epsilon, jax.random.fold_in(jax.random.fold_in(key, 1), row), a))
+      update = jax.jit(lambda agent, batches: dqn.update(agent, batches, jax.random.fold_in(key, 2), a, augment),
+                       donate_argnums=0)
+      replay = Replay(folder / 'replay.dat', a.capacity, num_envs, stacks.shape[1:3])
+
+      template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), jax.eval_shape(init))
+      restored = checkpoints.restore({'agent': template})
+      if restored:
+        agent, saved = restored.items['agent'], restored.metadata
+        saved['resumes'] += restored.step < rows
+        replay.restore(restored.step)
+        replay.cut()
+        logging.info('%s: going on from agent step %d', job, restored.step * num_envs)
+      else:
+        agent, saved = init(), dict(updates=0, games=0, resumes=0, seconds=0., scalars={}, sampled=0)
+      row, updates, games, scalars = replay.total, saved['updates'], saved['games'], saved['scalars']
+      if sample:
+        sample.restore(saved['sampled'])
+
+      per_row, every = max(1, num_envs // a.learn_period), max(1, a.learn_period // num_envs)
+      log_rows, scores, pending = math.ceil(c.log_steps / num_envs), [], []
+      progress = Progress(job, rows * num_envs, 'agent steps')
+      started, saved_at = time.monotonic() - saved['seconds'], time.monotonic()
+      with MetricWriter(folder, row * num_envs) as writer:
+        while row < rows:
+          epsilon = dqn.epsilon_at(row * num_envs, a)
+          actions = act(agent.params, stacks, epsilon, np.int32(row))
+          learn = row * num_envs >= a.min_history and row % every == 0
+          if learn:  # drawn while the device chooses the actions
+            draws = [replay.sample(np.random.default_rng([seed, updates + u]), a.batch_size, a.n_step, a.gamma)
+                     for u in range(per_row)]
+          actions = np.asarray(actions)
+          step = environment.step(actions)
+          replay.add(stacks[..., -1], actions, np.clip(step.reward, -1, 1), ~step.life_lost, starts, ~step.first)
+          if sample:
+            sample.take(row, stacks)
+          if learn:
+            agent, metrics = update(agent, Batch(*map(np.stack, zip(*draws, strict=True))))
+            updates += per_row
+            pending.append(metrics)
+          scores += step.score[step.game_over | step.truncated].tolist()
+          stacks, starts, row = step.stacks, step.first, row + 1
+
+          done, stop, agent_steps = row == rows, preemption.requested, row * num_envs
+          save = done or stop or replay.must_commit or time.monotonic() - saved_at > 60 * c.checkpoint_minutes
+          if save or row % log_rows == 0:
+            scalars |= average(pending, job, agent_steps)
+            scalars |= dict(score=float(np.mean(scores))) if scores else {}
+            games += len(scores)
+            scalars |= dict(frames=agent_steps * FRAMES_A_STEP, games=games, epsilon=epsilon, updates=updates)
+            writer.write(agent_steps, scalars)
+            scores, pending = [], []
+          if done or row % 32 == 0:
+            progress.update(agent_steps, dict(frames=agent_steps * FRAMES_A_STEP, epsilon=epsilon, **{
+                name: scalars[name] for name in ('games', 'score', 'loss', 'q') if name in scalars}))
+          if save:
+            replay.commit()
+            checkpoints.save(row, {'agent': agent}, dict(
+                updates=updates, games=games, resumes=saved['resumes'], seconds=time.monotonic() - started, scalars=scalars,
+                sampled=sample.commit() if sample else 0))
+            saved_at = time.monotonic()
+          if stop and not done:
+            return None
+  return Played(agent, row * num_envs, updates, games, saved['resumes'], time.monotonic() - started, scalars)
+
+
+def average(pending, job, agent_steps):
+  """Means {name: float} of a list of metrics. Raises NonFiniteError for one that is NaN or infinite."""
+  if not pending:
+    return {}
+  means = jax.tree.map(lambda *values: float(np.mean(values)), *jax.device_get(pending))
+  for name, value in means.items():
+    if not math.isfinite(value):
+      raise NonFiniteError(f'{job}: {name} is {value} before agent step {agent_steps}: lower {job}.agent.lr and its like; the '
+                           'last good checkpoint stays')
+  return means
+
+
+class StackSample:
+  """Stacks drawn uniformly from a run of known length: one in each of `count` equal parts of it.
+
+  Every step of the run is equally likely, the sample spreads over the whole run, and it only ever grows: there is nothing to
+  replace, as there would be in a reservoir, so what is on the disk stays right whenever the run is killed.
+
+  Args:
+    folder: for the shards.
+    agent_steps: of the run, over all environments; step s is environment s % E of row s // E.
+    count: stacks, at most agent_steps.
+    num_envs: E.
+    seed: of the draws.
+  """
+
+  def __init__(self, folder, agent_steps, count, num_envs, seed):
+    self._folder, self._steps, self._size, self._num_envs, self._seed = folder, agent_steps, count, num_envs, seed
+    self.restore(0)
+
+  def restore(self, count):
+    """Goes back to the first `count` stacks, the number at a commit."""
+    self.count, self._open = count, []
+    if count % STACKS_IN_SHARD:
+      with np.load(self._path(count // STACKS_IN_SHARD)) as shard:
+        self._open = list(shard['images'][:count % STACKS_IN_SHARD])
+    self._next = self._draw()
+
+  def take(self, row, stacks):
+    """Keeps those of stacks (E, H, W, 4) that were drawn. Rows come in order."""
+    while self._next < (row + 1) * self._num_envs:
+      self._open.append(stacks[self._next - row * self._num_envs].copy())
+      self.count += 1
+      self._next = self._draw()
+      if self.count % STACKS_IN_SHARD == 0:
+        self._write()
+        self._open = []
+
+  def commit(self):
+    """Brings all stacks to the disk; returns their number."""
+    if self._open:
+      self._write()
+    return self.count
+
+  def finish(self, path):
+    """Writes all stacks to one .npz: images (N, H, W, 4) uint8, oldest frame first, and labels (N,), all 0."""
+    paths = [self._path(i) for i in range(-(-self.count // STACKS_IN_SHARD))]
+    write_stacks(path, self.count, (np.load(path)['images'] for path in paths))
+
+  def _path(self, shard):
+    return self._folder / f'{shard:06d}.npz'
+
+  def _write(self):
+    write_stacks(self._path((self.count - 1) // STACKS_IN_SHARD), len(self._open), [np.stack(self._open)])
+
+  def _draw(self):
+    if self.count == self._size:
+      return math.inf
+    start, stop = (i * self._steps // self._size for i in (self.count, self.count + 1))
+    return int(np.random.default_rng([self._seed, self.count]).integers(start, stop))
+
+
+def write_stacks(path, count, blocks):
+  """Writes an .npz of `count` images, which come in blocks (n, H, W, 4) and need not fit into memory together, and labels 0."""
+  def header(file, shape, dtype):
+    np.lib.format.write_array_header_1_0(file, dict(descr=np.lib.format.dtype_to_descr(dtype), fortran_order=False, shape=shape))
+
+  blocks = iter(blocks)
+  first = next(blocks)
+  with replacing(path) as file, zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+    with archive.open('images.npy', 'w', force_zip64=True) as images:
+      header(images, (count, *first.shape[1:]), np.dtype(np.uint8))
+      for block in itertools.chain([first], blocks):
+        images.write(np.ascontiguousarray(block).data)
+    with archive.open('labels.npy', 'w') as labels:
+      np.lib.format.write_array(labels, np.zeros(count, np.int64))
+
+
+def collect(config, workdir, mesh, make_environment=Environment):
+  """The job: plays config.atari.game with double DQN and keeps a uniform sample of the stacks of frames seen.
+
+  Writes checkpoints, metrics (the learning curve: score, frames, agent steps) and stacks.npz under <workdir>/collect and, when
+  complete, <workdir>/results/collect.json; then the replay is removed.
+
+  Args:
+    config: the whole config; read are seed, atari.game and collect.
+    workdir: pathlib.Path.
+    mesh: its first device is used.
+    make_environment: (game, num_envs, seed) -> an environment as palm_jax.atari.environment.Environment.
+
+  Returns:
+    True when complete, False when stopped by SIGTERM; then everything is saved, and new games are begun by the next run.
+
+  Raises:
+    UserError: settings that cannot work; see also `play`.
+    NonFiniteError: see `play`.
+  """
+  check_config(config, mesh.size)
+  c, folder, game = config.collect, workdir / 'collect', config.atari.game
+  agent_steps = math.ceil(c.frames / FRAMES_A_STEP / c.num_envs) * c.num_envs
+  with make_environment(game, 1, 0) as environment:
+    shape = environment.reset().shape[1:]
+  count = min(agent_steps, c.max_bytes // math.prod(shape))
+  if not count:
+    raise UserError(f'collect.max_bytes={c.max_bytes} holds no stack of {math.prod(shape)} bytes: raise it')
+  sample = StackSample(folder / 'shards', agent_steps, count, c.num_envs, config.seed)
+  with Preemption() as preemption:
+    played = play('collect', c, agent_steps, functools.partial(make_environment, game), config.seed, folder, mesh, preemption,
+                  sample=sample)
+  if played is None:
+    return False
+  sample.finish(folder / 'stacks.npz')
+  results = dict(
+      job='collect', game=game, score=played.scalars.get('score'), frames=played.agent_steps * FRAMES_A_STEP,
+      agent_steps=played.agent_steps, updates=played.updates, games=played.games, resumes=played.resumes, seconds=played.seconds,
+      stacks=dict(path=str(folder / 'stacks.npz'), images=[count, *shape], bytes=(folder / 'stacks.npz').stat().st_size),
+      seed=config.seed, protocol=dict(
+          score='mean raw score of the games that ended since the last point of the curve, while learning',
+          stacks='one drawn uniformly in each of equal parts of the run; frames oldest first, zeros before a game\'s first',
+          rewards='clipped to [-1, 1] for learning', life='a lost life ends the return, the game goes on',
+          num_envs=c.num_envs, agent=c.agent.to_dict()),
+      **devices.describe(mesh))
+  write_json_atomic(workdir / 'results' / 'collect.json', results)
+  print(f'collect: {game}, {results["frames"]:,} frames ({played.agent_steps:,} agent steps), {played.games} games, '
+        f'last mean score {results["score"]}; {count:,} stacks in {folder / "stacks.npz"}', flush=True)
+  shutil.rmtree(folder / 'shards')
+  (folder / 'replay.dat').unlink()
+  return True
