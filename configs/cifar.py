@@ -79,4 +79,4 @@ def small(c):
   c.ood.head.update(dict(momentum=0.9, batch_size=256, epochs=30, augment='none'))
   c.ood.finetune.update(dict(epochs=3, warmup=0.2))
   c.ood.supervised = 1  # that of the probe
-  c.diversity.num_images = 2000
+  c.diversity.num_images = 1000

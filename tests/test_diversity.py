@@ -112,14 +112,18 @@ def test_generated_sets_have_the_same_classes():
   arms = {arm: asked(arm) for arm in ('policy', 'uniform', 'independent', 'record')}
   rows = np.array([4, 5, 6, 0])
   record = np.arange(30.).reshape(10, 3), np.arange(10)[::-1] % 4
-  for given, first, labels in ((None, 'policy', [1, 2, 0, 0]), (record, 'record', [1, 0, 3, 1])):
-    sets = diversity.generated(arms, KEY, 7, 3, given)
+  ids = play.by_chosen_step(KEY, np.arange(7), LENGTH)
+  assert sorted(ids) == list(range(7))
+  chosen = np.asarray(play.chosen_steps(jax.random.split(KEY, 3)[2], ids, LENGTH))
+  assert (np.diff(chosen) >= 0).all()
+  for given, first, labels in ((None, 'policy', ids % 3), (record, 'record', record[1])):
+    sets = diversity.generated(arms, KEY, 7, 3, LENGTH, given)
     assert [sets[name](rows)[0] for name in ('explored', 'random actions', 'independent')] == [first, 'uniform', 'independent']
-    for f in sets.values():
-      np.testing.assert_array_equal(f(rows)[2], labels)
-    np.testing.assert_array_equal(sets['random actions'](rows)[1], rows)
-    np.testing.assert_array_equal(sets['explored'](rows)[1], record[0][rows] if given else rows)
-  assert not diversity.generated(arms, KEY, 7, 0)['explored'](rows)[2].any()
+    for pictures in sets.values():
+      np.testing.assert_array_equal(pictures(rows)[2], labels[rows])
+    np.testing.assert_array_equal(sets['random actions'](rows)[1], ids[rows])
+    np.testing.assert_array_equal(sets['explored'](rows)[1], record[0][rows] if given else ids[rows])
+  assert not diversity.generated(arms, KEY, 7, 0, LENGTH)['explored'](rows)[2].any()
 
 
 # ---- recorded episodes

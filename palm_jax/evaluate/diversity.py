@@ -107,7 +107,8 @@ def evaluate(config, workdir, data, mesh):
     rng, key = np.random.default_rng([config.seed, draw]), jax.random.fold_in(jax.random.key(config.seed), draw)
     order, test_order = rng.permutation(len(data.train.images)), rng.permutation(len(data.test.images))
     show = lambda images, order: lambda rows: images[order[rows]]
-    pictures = generated(arms, key, n, generator.num_classes, records[draw] if records else None) | {
+    pictures = generated(arms, key, n, generator.num_classes, config.environment.episode_length,
+                         records[draw] if records else None) | {
         'other training images': show(data.train.images, order[n:2 * n]), 'test images': show(data.test.images, test_order)}
     real = extract(extractor, show(data.train.images, order), n, batch, mesh, f'draw {draw + 1}, training images')
     for i, name in enumerate(SETS):
@@ -138,7 +139,7 @@ def evaluate(config, workdir, data, mesh):
   return results
 
 
-def generated(arms, key, n, num_classes, record=None):
+def generated(arms, key, n, num_classes, episode_length, record=None):
   """One draw of the generated sets, n images each: the same labels in all, image i of all classes in turn.
 
   Args:
@@ -146,12 +147,13 @@ def generated(arms, key, n, num_classes, record=None):
     key: of the draw; `explored` and `random actions` begin alike and differ by their actions only.
     n: images of each.
     num_classes: of the generator; 0 is unconditional.
+    episode_length: frames an episode.
     record: (z, labels) of `play.recorded`, n or more, which are then the explored ones, and their labels those of all.
 
   Returns:
     {set: f(rows (B,) int in [0, n)) -> (B, H, W, C) uint8}.
   """
-  ids = np.arange(n, dtype=np.int32)
+  ids = play.by_chosen_step(key, np.arange(n, dtype=np.int32), episode_length)
   explored, which, labels = ('record', *record) if record else ('policy', ids, ids % max(num_classes, 1))
   pictures = lambda arm, which: lambda rows: arms[arm](key, which[rows], labels[rows])
   return {'explored': pictures(explored, which), 'random actions': pictures('uniform', ids),

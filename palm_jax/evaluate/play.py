@@ -96,14 +96,15 @@ def make_arms(config, generator, program, mesh, variables, actor):
                               world.dynamics.kind).replace(label=labels)
       chosen = chosen_steps(key_chosen, ids, length)
 
-      def one_step(carry, t):
-        env, kept = carry
+      def one_step(carry):
+        t, env, kept = carry
         key_policy, key_env = jax.random.split(jax.random.fold_in(key_steps, t))
         actions = act(world, ssl, agent, env, environment.env_keys(key_policy, ids))
         taken = replay.unpack(replay.pack(actions, action_dtype), real)  # as in pretraining
         env = environment.step(env, taken, key_env, ids, world.dynamics, length, num_classes)
-        return (env, jnp.where((env.step == chosen)[:, None], env.z, kept)), None
-      return jax.lax.scan(one_step, (env, env.z), jnp.arange(length - 1))[0][1]
+        return t + 1, env, jnp.where((env.step == chosen)[:, None], env.z, kept)
+      # Nobody asks for what comes after the last chosen step.
+      return jax.lax.while_loop(lambda carry: carry[0] < chosen.max(), one_step, (jnp.zeros_like(chosen[0]), env, env.z))[2]
     return latents
 
   def independent(world, ssl, agent, key, ids, labels):
@@ -124,6 +125,11 @@ def make_arms(config, generator, program, mesh, variables, actor):
         call(world, ssl, agent, key, devices.shard(mesh, which, P('data')), devices.shard(mesh, labels, P('data'))))
   return dict(policy=compiled(episodes(policy)), uniform=compiled(episodes(uniform)), independent=compiled(independent),
               record=compiled(given))
+
+
+def by_chosen_step(key, ids, episode_length):
+  """ids (n,), those whose step comes early in `make_arms`'s episodes of this key first: batches of them end early."""
+  return ids[np.argsort(chosen_steps(jax.random.split(key, 3)[2], ids, episode_length), kind='stable')]
 
 
 def chosen_steps(key, ids, episode_length):
