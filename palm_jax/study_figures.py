@@ -7,6 +7,7 @@ from absl import logging
 
 from palm_jax.errors import UserError
 from palm_jax.files import replacing
+from palm_jax.tables import aligned, protocol_line
 
 RESAMPLES = 10_000  # of a bootstrap interval
 COLUMNS = ('study', 'arm', 'x', 'seed', 'measure', 'value', 'run')
@@ -137,12 +138,10 @@ def table(results):
         minus = row['minus_reference'] or dict(difference=None, low=None)
         cells.append([row['arm'], str(row['x']), str(row['n']), number(row['mean']), span(row), number(minus['difference']),
                       span(minus)])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines += ['  '.join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-              for row in cells] + ['']
+    lines += [*aligned(cells), '']
   lines += [f'{found["ordering"]}{at(found["x"])}: {number(found["difference"])} {span(found)}, {found["verdict"]} '
             f'({found["measure"]}, {found["n"]} seeds)' for found in results['orderings']]
-  return '\n'.join([*lines, 'protocol: ' + '; '.join(f'{key}={value}' for key, value in results['protocol'].items())])
+  return '\n'.join([*lines, protocol_line(results['protocol'])])
 
 
 def write_lines(path, lines):

@@ -7,19 +7,14 @@ from sklearn.linear_model import LogisticRegression
 from palm_jax import devices
 from palm_jax.errors import NonFiniteError, UserError
 from palm_jax.evaluate import features, linear
+from tests import worlds
 
 N, M, F, C = 300, 120, 6, 3
 
 
 @pytest.fixture(scope='module')
 def blobs():
-  """Overlapping Gaussian classes with unequal scales and offsets: (train_x, train_y, test_x, test_y)."""
-  generator = np.random.default_rng(0)
-  y = generator.integers(0, C, N + M)
-  centres = generator.normal(size=(C, F))
-  x = (generator.normal(size=(N + M, F)) + centres[y]) * np.logspace(-2, 2, F) + np.arange(F)
-  x = x.astype(np.float32)
-  return x[:N], y[:N], x[N:], y[N:]
+  return worlds.blobs(N, M, F, C)
 
 
 def scikit_learn(x, y, l2):

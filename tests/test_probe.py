@@ -14,19 +14,14 @@ from palm_jax.data import Data, Split
 from palm_jax.encoder import make_encoder
 from palm_jax.errors import UserError
 from palm_jax.evaluate import features, probe
+from tests import worlds
 
 N, M, F, C = 300, 120, 6, 3
 
 
 @pytest.fixture(scope='module')
 def blobs():
-  """Overlapping Gaussian classes with unequal scales and offsets: (train_x, train_y, test_x, test_y)."""
-  generator = np.random.default_rng(0)
-  y = generator.integers(0, C, N + M)
-  centres = generator.normal(size=(C, F))
-  x = (generator.normal(size=(N + M, F)) + centres[y]) * np.logspace(-2, 2, F) + np.arange(F)
-  x = x.astype(np.float32)
-  return x[:N], y[:N], x[N:], y[N:]
+  return worlds.blobs(N, M, F, C)
 
 
 @pytest.fixture(scope='module')

@@ -1,6 +1,7 @@
 """A small world for tests: the generator's protocol with one matrix behind it; and a count of what is compiled."""
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from configs import cifar
 
@@ -57,3 +58,13 @@ def nature_config():
   c = tiny_config()
   c.encoder.update(dict(name='nature', features=16))
   return c
+
+
+def blobs(train=300, test=120, width=6, classes=3):
+  """Overlapping Gaussian classes with unequal scales and offsets: (train_x, train_y, test_x, test_y)."""
+  generator = np.random.default_rng(0)
+  y = generator.integers(0, classes, train + test)
+  centres = generator.normal(size=(classes, width))
+  x = (generator.normal(size=(train + test, width)) + centres[y]) * np.logspace(-2, 2, width) + np.arange(width)
+  x = x.astype(np.float32)
+  return x[:train], y[:train], x[train:], y[train:]

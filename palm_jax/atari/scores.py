@@ -21,6 +21,7 @@ from palm_jax import devices
 from palm_jax.atari.environment import GAMES, rom_id
 from palm_jax.checkpoint import write_json_atomic
 from palm_jax.errors import UserError
+from palm_jax.tables import aligned, protocol_line
 
 STATISTICS = 'median', 'mean', 'iqm', 'gap'
 FEWEST_RUNS = 3  # for an interval: of two runs there are three resamples
@@ -302,11 +303,6 @@ def table(results):
   def span(counts):
     return '-' if counts is None else str(counts[0]) if counts[0] == counts[1] else f'{counts[0]} to {counts[1]}'
 
-  def aligned(cells):
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ['  '.join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True)))
-            for line in cells]
-
   aggregates = [['human-normalised', 'games', 'runs', 'median', 'mean', 'IQM', 'gap', '>H', '>0']]
   aggregates += [[row['method'], f'{row["games"]} of {len(GAMES)}', span(row['runs']), *(cell(row[s]) for s in STATISTICS),
                   str(row['above_human']), str(row['above_random'])] for row in results['rows']]
@@ -320,5 +316,5 @@ def table(results):
       line += [number(at['mean'], at['sd']), str(len(at['scores'])), f'{at["hns"]:.3f}'] if at else ['-'] * 3
     games.append(line)
   notes = [f'note: {note}' for note in results['notes']]
-  protocol = 'protocol: ' + '; '.join(f'{key}={value}' for key, value in results['protocol'].items())
+  protocol = protocol_line(results['protocol'])
   return '\n'.join([*aligned(aggregates), '', *aligned(games), '', *notes, protocol])

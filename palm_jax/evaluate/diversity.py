@@ -18,6 +18,7 @@ from palm_jax.evaluate import extractors, features, play, quality
 from palm_jax.evaluate.coverage import coverage, prdc
 from palm_jax.evaluate.distances import frechet_distance, moments
 from palm_jax.metrics import Progress
+from palm_jax.tables import aligned, protocol_line
 
 PREFIX = quality.PREFIX | {'encoder': 'encoder-'}
 SETS = ('explored', 'random actions', 'independent', 'other training images', 'test images')
@@ -200,16 +201,13 @@ def table(results):
       mean, sd = (row[prefix + name + ending] for ending in ('', '_sd'))
       cells[-1].append(f'{100 * mean:.2f} +- {100 * sd:.2f}' if name == 'unique_nn' else f'{mean:.4g} +- {sd:.2g}')
     cells[-1].append(f'{results["paper"][row["set"]]:.2f}' if row['set'] in results['paper'] else '')
-  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-  lines = ['  '.join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-           for row in cells]
   comparable = protocol['features'] == 'inception' and protocol['n'] == 10_000
   return '\n'.join([
-      *lines,
+      *aligned(cells),
       f'ceiling of unique_nn, hits spread uniformly over the training images: {results["ceiling"]:.2%}',
       'paper Table 3: PALM and uniform latents, Inception features, 10,000 images of each set'
       + ('' if comparable else f'; not comparable with these {protocol["features"]} features of {protocol["n"]:,} images'),
-      'protocol: ' + '; '.join(f'{key}={value}' for key, value in protocol.items())])
+      protocol_line(protocol)])
 
 
 def _quality_config(config):

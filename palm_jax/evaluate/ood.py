@@ -22,6 +22,7 @@ from palm_jax.evaluate import classifier, features, linear
 from palm_jax.evaluate.image_sets import check_source, image_set
 from palm_jax.evaluate.scores import METRICS, SCORES
 from palm_jax.metrics import Progress
+from palm_jax.tables import aligned, protocol_line
 
 # Liu et al. 2022, arXiv 2210.10913v2, Table 1: AUROC in percent, mean and standard deviation of five trials where given;
 # classifiers (ResNet-18) of CIFAR-10. LSUN is ODIN's LSUN_resize, which CSI used.
@@ -247,7 +248,4 @@ def table(results):
   cells += [[*key, *(row[name] for name in sets), percent(results['accuracy'][key[0]])] for key, row in rows.items()]
   for method, numbers in results.get('paper', dict(rows={}))['rows'].items():
     cells.append([f'paper: {method}', '-', *(cell(*numbers[name]) if name in numbers else '-' for name in sets), '-'])
-  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-  lines = ['  '.join(text.ljust(w) if i < 2 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True)))
-           for row in cells]
-  return '\n'.join([*lines, 'protocol: ' + '; '.join(f'{key}={value}' for key, value in results['protocol'].items())])
+  return '\n'.join([*aligned(cells, left=2), protocol_line(results['protocol'])])

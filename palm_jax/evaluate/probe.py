@@ -18,6 +18,7 @@ from palm_jax import devices
 from palm_jax.checkpoint import write_json_atomic
 from palm_jax.errors import UserError
 from palm_jax.evaluate import classifier, corruptions, features, linear
+from palm_jax.tables import aligned, protocol_line
 
 KNN_K = 200  # PatrickHua/SimSiam tools/knn_monitor.py; lightly's benchmarks
 KNN_TEMPERATURE = 0.1  # the same
@@ -205,11 +206,7 @@ def table(results):
     for row in rows:
       if not row.get('converged', True):
         notes.append(f'{name}: L-BFGS stopped after {row["iterations"]} iterations before it converged')
-  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-  lines = ['  '.join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-           for row in cells]
-  settings = '; '.join(f'{key}={value}' for key, value in results['protocol'].items())
-  return '\n'.join([*lines, *notes, f'protocol: {settings}'])
+  return '\n'.join([*aligned(cells), *notes, protocol_line(results['protocol'])])
 
 
 def evaluate(config, workdir, dataset, mesh):

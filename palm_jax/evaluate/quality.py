@@ -22,6 +22,7 @@ from palm_jax.evaluate import extractors, features, inception
 from palm_jax.evaluate.distances import frechet_distance, kernel_distance, moments, precision_recall
 from palm_jax.generator import load_generator
 from palm_jax.metrics import Progress
+from palm_jax.tables import aligned, protocol_line
 
 PREFIX = {'inception': '', 'proxy': 'proxy-', 'pixels': 'pixel-'}
 
@@ -221,12 +222,10 @@ def table(results):
   header = list(results['rows'][0])
   cells = [header] + [[v if isinstance(v, str) else f'{v:,}' if isinstance(v, int) else f'{v:.4g}' for v in row.values()]
                       for row in results['rows']]
-  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-  lines = ['  '.join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-           for row in cells]
+  lines = aligned(cells)
   if 'recognised' in results:
     shares = ', '.join(f'{name} {share:.1%}' for name, share in results['recognised'].items())
     lines.append(f'given their class by the proxy: {shares}')
   if 'initial_over_generator' in results:
     lines.append(f'{header[3]} of the initial generator over that of the trained: {results["initial_over_generator"]:.3g}')
-  return '\n'.join([*lines, 'protocol: ' + '; '.join(f'{key}={value}' for key, value in results['protocol'].items())])
+  return '\n'.join([*lines, protocol_line(results['protocol'])])
