@@ -7,14 +7,15 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from configs import cifar
+from configs import cifar as cifar_config
 from palm_jax import devices
 from palm_jax.checkpoint import Checkpoints
-from palm_jax.data import Data, Split
+from palm_jax.data import Data, Split, load
 from palm_jax.encoder import make_encoder
 from palm_jax.errors import UserError
 from palm_jax.evaluate import features, probe
 from tests import worlds
+from tests.test_data import cifar, write_folder
 
 N, M, F, C = 300, 120, 6, 3
 
@@ -153,7 +154,7 @@ def test_bad_settings_are_named(blobs):
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
   """(config, workdir with an encoder's checkpoint, data of three classes)."""
-  c, workdir = cifar.get_config(), tmp_path_factory.mktemp('run')
+  c, workdir = cifar_config.get_config(), tmp_path_factory.mktemp('run')
   c.encoder.update(dict(name='nature', features=16))  # compiles in a tenth of ResNet-18's time
   c.probe.update(dict(methods=probe.METHODS, corruptions=('salt_pepper:1', 'downsample:2')))
   c.probe.sgd.update(dict(epochs=2, batch_size=32, lr=0.1))
@@ -255,7 +256,7 @@ def test_foreign_features_stand_beside_ours(run, tmp_path):
 
 def test_small_shares_of_labels_are_drawn_several_times(blobs):
   x, y, test_x, test_y = blobs
-  c = cifar.get_config().probe
+  c = cifar_config.get_config().probe
   c.update(dict(label_fractions=(0.1, 0.5, 1.), label_draws=3))
   tasks = probe.make_tasks(c, 'fine', y, test_y, C, 0)
   assert [(task.fraction, task.draw) for task in tasks] == [(0.1, 0), (0.1, 1), (0.1, 2), (0.5, 0), (1., 0)]
@@ -284,7 +285,30 @@ def test_nested_rows():
     (dict(corruptions=('fog',)), "corruption 'fog' is unknown: expected 'salt_pepper:SHARE'"),
     (dict(sgd=dict(batch_size=12)), 'probe.sgd.batch_size=12'), (dict(sgd=dict(schedule='linear')), 'probe.sgd.schedule')])
 def test_settings_are_checked_before_any_work(changes, message):
-  c = cifar.get_config()
+  c = cifar_config.get_config()
   c.probe.update(changes)
   with pytest.raises(UserError, match=message):
     probe.check_config(c, 8)
+
+
+def test_the_two_granularities_of_cifar100(tmp_path):
+  """Pixels and their own labels: the vote of one neighbour among the training images is right in both label sets."""
+  files, _, _ = cifar('cifar-100-binary', n=40)
+  files['test.bin'] = files['train.bin']
+  c = cifar_config.get_config()
+  c.data.name, c.encoder.width = str(write_folder(tmp_path / 'cifar-100-binary', files)), 1
+  c.probe.update(dict(methods=('knn',), coarse=True))
+  variables = jax.jit(lambda: make_encoder(c.encoder).init(jax.random.key(5), jnp.zeros((1, 32, 32, 3)), train=False))()
+  with Checkpoints(tmp_path / 'pretrain' / 'checkpoints') as checkpoints:
+    checkpoints.save(7, {'encoder': variables}, {})
+  (tmp_path / 'config.json').write_text(c.to_json_best_effort())
+  rows = probe.evaluate(c, tmp_path, load(c.data.name), devices.make_mesh())['rows']
+  pixels = {row['labels']: row for row in rows if row['features'] == 'pixels'}
+  assert (pixels['fine']['num_classes'], pixels['coarse']['num_classes']) == (100, 20)
+  # With all 40 training images voting, the class of an image wins by its own vote and those of its class.
+  images, coarse = load(c.data.name), load(c.data.name, label_set='coarse')
+  for name, labels in (('fine', images.train.labels), ('coarse', coarse.train.labels)):
+    flat = features.pixels(images.train.images)
+    truth = probe.knn_accuracy(flat, labels, flat, labels)
+    assert pixels[name]['accuracy']['clean'] == truth
+  assert len({row['accuracy']['clean'] for row in rows if row['features'] == 'PALM encoder'}) == 2
