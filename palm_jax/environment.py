@@ -61,6 +61,11 @@ def env_keys(key, env_ids):
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(env_ids)
 
 
+def random_actions(keys, z_dim, dtype):
+  """Uniform in [-1, 1]: (E,) keys -> (E, z_dim)."""
+  return jax.vmap(lambda key: jax.random.uniform(key, (z_dim,), dtype, -1, 1))(keys)
+
+
 def first_latent_and_label(keys, z_dim, num_classes, dtype):
   """Draws z_0 = eps (no action has been taken yet) and the episode's label.
 

@@ -232,13 +232,10 @@ def make_program(config, generator, mesh):
     return State(iteration=jnp.zeros((), jnp.int32), key=key, env=env, frames=frames, ring=ring,
                  ssl=dict(params=params, batch_stats=batch_stats, opt_state=optimizer.init(params)), agent=agent)
 
-  def random_action(keys):
-    return jax.vmap(lambda k: jax.random.uniform(k, (generator.z_dim,), real, -1, 1))(keys)
-
   def action(ssl, agent, frames, keys):
     """What is done on seeing frames (E, H, W, C) uint8, keys (E,) -> (E, z_dim); the policy sees by the encoder in eval mode."""
     if source.play != 'policy':
-      return random_action(keys)
+      return environment.random_actions(keys, generator.z_dim, real)
     h = encode(ssl['params'], ssl['batch_stats'], frames)
     noise = jax.vmap(lambda k: jax.random.normal(k, (generator.z_dim,), real))(keys)
     return sac.act(agent, h.astype(real), noise, config.sac)
@@ -252,7 +249,8 @@ def make_program(config, generator, mesh):
       lived = Experience(z=env.z, label=env.label, step=env.step) if p.record else ()
       key_policy, key_env = jax.random.split(jax.random.fold_in(key, t))
       keys = environment.env_keys(key_policy, ids)
-      actions = jax.lax.cond(warm, lambda: random_action(keys), lambda: action(state.ssl, state.agent, frames, keys))
+      actions = jax.lax.cond(warm, lambda: environment.random_actions(keys, generator.z_dim, real),
+                             lambda: action(state.ssl, state.agent, frames, keys))
       packed = replay.pack(actions, action_dtype)
       taken = replay.unpack(packed, real)  # what is done is what will be remembered
       env = environment.step(env, taken, key_env, ids, world.dynamics, length, generator.num_classes)

@@ -42,20 +42,20 @@ def default_config():
 def check_config(config, num_devices):
   """Raises UserError on settings of the whole config's section `collect` that cannot work."""
   del num_devices  # networks so small are trained on one
-  c = config.collect
-  check_play(config, 'collect')
-  for name in ('frames', 'max_bytes'):
-    if not c[name] > 0:
-      raise UserError(f'collect.{name}={c[name]} is not positive: set it above 0')
+  check_play(config, 'collect', ('frames', 'max_bytes'))
 
 
-def check_play(config, section):
-  """Raises UserError on settings of `play` in a section of the whole config that cannot work."""
+def check_play(config, section, positive):
+  """Raises UserError on settings of `play` in a section of the whole config that cannot work.
+
+  Args:
+    positive: names of further settings of that section that must be above 0.
+  """
   c = config[section]
   rom_id(config.atari.game)
   if jax.process_count() > 1:
     raise UserError(f'{section}: {jax.process_count()} processes, expected 1: an emulator feeds one device; start it alone')
-  for name in ('num_envs', 'log_steps', 'checkpoint_minutes'):
+  for name in ('num_envs', 'log_steps', 'checkpoint_minutes', *positive):
     if not c[name] > 0:
       raise UserError(f'{section}.{name}={c[name]} is not positive: set it above 0')
   dqn.check_config(f'{section}.agent', c.agent)

@@ -34,10 +34,7 @@ def check_config(config, num_devices):
   """Raises UserError on settings of the whole config's section `finetune` that cannot work."""
   del num_devices  # networks so small are trained on one
   c = config.finetune
-  check_play(config, 'finetune')
-  for name in ('agent_steps', 'eval_episodes'):
-    if not c[name] > 0:
-      raise UserError(f'finetune.{name}={c[name]} is not positive: set it above 0')
+  check_play(config, 'finetune', ('agent_steps', 'eval_episodes'))
   if not 0 <= c.agent.eval_epsilon <= 1:
     raise UserError(f'finetune.agent.eval_epsilon={c.agent.eval_epsilon} is not in [0, 1]')
   if c.trunk not in ('own', 'scratch') and not (pathlib.Path(c.trunk) / 'config.json').is_file():

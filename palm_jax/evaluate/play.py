@@ -87,7 +87,7 @@ def make_arms(config, generator, program, mesh, variables, actor):
     return program.action(ssl, agent, render(world, env.z, env.label), keys)
 
   def uniform(world, ssl, agent, env, keys):
-    return jax.vmap(lambda key: jax.random.uniform(key, (generator.z_dim,), real, -1, 1))(keys)
+    return environment.random_actions(keys, generator.z_dim, real)
 
   def episodes(act):
     def latents(world, ssl, agent, key, ids, labels):
