@@ -3,6 +3,7 @@
   python -m palm_jax.main --config=configs/atari.py:Assault                    the paper's sizes: accelerators
   python -m palm_jax.main --config=configs/atari.py:Assault,laptop             the whole chain on two CPU cores
   python -m palm_jax.main --config=configs/atari.py:Assault,eps                DrQ(eps), which the paper did not compare with
+  python -m palm_jax.main --config=configs/atari.py:Assault,single             single frames are drawn, and stacked as they come
 
 collect (double DQN plays, stacks of frames are kept) -> generator -> pretrain -> finetune (DrQ from the pretrained trunk) ->
 scratch (the same from fresh convolutions, in <workdir>/scratch) -> scores. Needs `pip install -e '.[atari]'`: ale-py is GPL-2.0.
@@ -27,15 +28,18 @@ def get_config(variant='Assault'):
   c.finetune = finetune.default_config()
   c.scores = scores.default_config()
   c.generator.pad, c.environment.crop = 6, 6  # 84 to 96 and back: nothing is resized
+  c.plan.update(dict(image_size=96, image_channels=4, num_classes=0))
   c.encoder.name = 'nature'  # the fine-tuner's convolutions; its dense layer stays behind
   c.pretrain.env_steps = 6_000_000  # paper Table 2
   for word in words:
     if word == 'laptop':
       laptop(c)
+    elif word == 'single':
+      c.environment.stack, c.plan.image_channels = 4, 1
     elif word == 'eps':
       c.finetune.agent = drq.epsilon_config()
     else:
-      raise UserError(f'configs/atari.py:{variant}: {word!r} is unknown: variants are a game, then laptop, eps')
+      raise UserError(f'configs/atari.py:{variant}: {word!r} is unknown: variants are a game, then laptop, eps, single')
   return c
 
 
@@ -46,7 +50,7 @@ def laptop(c):
   c.generator.update(dict(z_dim=64, w_dim=64, mapping_layers=2, channel_base=1536, channel_max=64, batch_size=8, mbstd_group=4,
                           pl_weight=0., style_mixing=0., kimg=12., ema_kimg=2., conv_clamp=0., augment='none',
                           snapshot_kimg=2., checkpoint_minutes=2.))
-  c.replay.capacity = 16_384  # 116 MB of stacks a quarter of which are new
+  c.replay.capacity = 16_384  # 462 MB of stacks
   c.simsiam.update(dict(proj_hidden=256, proj_dim=256, pred_hidden=64))
   c.sac.hidden = (256, 256)
   c.pretrain.update(dict(env_steps=20_000, num_envs=16, rollout_length=4, batch_size=64, warmup_steps=1024,

@@ -231,7 +231,7 @@ def main(argv):
   jax.config.update('jax_platforms', 'cpu')
   if f.scale_from:
     scale(f.config, math.prod(parse_topology(f.topology)[1]), f.scale_from)
-  result = study(f.config, f.topology, plan.untrained_generator(f.config))
+  result = study(f.config, f.topology, pretrain.as_world(f.config, plan.untrained_generator(f.config)))
   if f.json:
     write_json_atomic(pathlib.Path(f.json), result)
   print(describe(result))

@@ -33,7 +33,8 @@ def benchmark(config, workdir, data, mesh):
   if trains_generator(config):
     result['generator'] = generator_benchmark.measure(config, data, mesh)
   if 'pretrain' in config.jobs:
-    result['pretrain'] = pretraining(config, draw_weights(plan.make_generator(config, workdir)), mesh)
+    generator = pretrain.as_world(config, draw_weights(plan.make_generator(config, workdir)))
+    result['pretrain'] = pretraining(config, generator, mesh)
   if not result.keys() & {'generator', 'pretrain'}:
     raise UserError(f'config.jobs={tuple(config.jobs)} has nothing to measure: put generator or pretrain into it')
   if jax.process_index() == 0:

@@ -21,6 +21,7 @@ def default_config():
       episode_length=64,  # ours: the paper does not say; at beta 0.95 the latent forgets half of itself in 14 steps
       truncation_psi=1.,  # the untruncated generator
       crop=0,  # pixels taken from each side of the generator's images: generator.pad
+      stack=1,  # pictures that the agent sees at once, as channels: 4 for Atari's frames one by one
       dynamics='ema',  # the paper's T_ema; others in DYNAMICS are ours
       latent_space='z',  # the paper's; 'w': whitened coordinates of StyleGAN2's W (generator/views.py)
   ))
@@ -154,6 +155,21 @@ def step(state, action, key, env_ids, dynamics, episode_length, num_classes):
                   label=jnp.where(ended, new_label, state.label),
                   step=jnp.where(ended, 0, state.step + 1),
                   velocity=jax.tree.map(lambda v: jnp.where(ended[:, None], 0, v).astype(dtype), velocity))
+
+
+def see(seen, pictures, step):
+  """What the agent sees: the last pictures of its episode as channels, oldest first, zeros before the episode's first.
+
+  Args:
+    seen: (E, H, W, K * C) uint8, what it saw before.
+    pictures: (E, H, W, C) uint8, the next ones.
+    step: (E,) int32 of these, from 0.
+
+  Returns:
+    (E, H, W, K * C) uint8.
+  """
+  before = jnp.where((step == 0)[:, None, None, None], 0, seen[..., pictures.shape[-1]:])
+  return jnp.concatenate([before, pictures], -1)
 
 
 def to_uint8(images):

@@ -8,6 +8,7 @@ import logging as python_logging
 import pathlib
 import sys
 
+import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -133,12 +134,17 @@ def load_data(config, download):
   return data.load(config.data.name, download=download, data_dir=config.data.dir or None)
 
 
-def load_collected(workdir):
+def load_collected(workdir, newest=False):
+  """The Data that the job `collect` left: stacks of frames, or the newest frame of each."""
   from palm_jax import data
   path = workdir / COLLECTED / 'stacks.npz'
   if not path.exists():
     raise UserError(f'{path} is not there: run --job=collect first, or give --config.data.name')
-  return data.load(path)
+  stacks = data.load(path)
+  if not newest:
+    return stacks
+  of = lambda split: split._replace(images=np.ascontiguousarray(split.images[..., -1:]))
+  return stacks._replace(train=of(stacks.train), test=of(stacks.test), source=f'{stacks.source}, the newest frame of each')
 
 
 def run_job(job, config, workdir, data, mesh):
@@ -236,7 +242,7 @@ def run(config, job, workdir, download=False):
       logging.info('%s: complete, skipped (delete %s to run it again)', name, result(name))
       continue
     if config.data.name == COLLECTED and data is None and needs_data(name, config):
-      data = load_collected(workdir)
+      data = load_collected(workdir, newest=config.environment.stack > 1)
     if not run_job(name, config, workdir, data, mesh):
       logging.info('%s: stopped and saved; the same command goes on', name)
       return

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from palm_jax import environment, simsiam
+from palm_jax import environment, pretrain, simsiam
 
 
 class Monitors(NamedTuple):
@@ -28,10 +28,12 @@ def make_monitors(config, generator, program, num_images=1024, num_rows=10, num_
     Monitors.
   """
   modules, psi = program.modules, config.environment.truncation_psi
+  nothing = lambda n: jnp.zeros((n, *pretrain.seen_shape(config, generator)), jnp.uint8)
   rows = min(num_rows, max(generator.num_classes, 1)) if generator.num_classes else 4
 
-  def render(world, env):
-    return environment.to_uint8(generator.apply(world.variables, env.z, env.label, truncation_psi=psi))
+  def look(world, env, seen):
+    pictures = environment.to_uint8(generator.apply(world.variables, env.z, env.label, truncation_psi=psi))
+    return environment.see(seen, pictures, env.step)
 
   @jax.jit
   def representations(ssl, world, key):
@@ -40,7 +42,7 @@ def make_monitors(config, generator, program, num_images=1024, num_rows=10, num_
     variables = {name: {'params': ssl['params'][name], 'batch_stats': ssl['batch_stats'][name]} for name in ssl['params']}
 
     def encode(env):
-      h = modules.encoder.apply(variables['encoder'], render(world, env), train=False)
+      h = modules.encoder.apply(variables['encoder'], look(world, env, nothing(len(env.step))), train=False)
       return h, modules.projector.apply(variables['projector'], h, train=False)
     batches = jax.tree.map(lambda x: x.reshape(-1, min(128, num_images), *x.shape[1:]), env)
     return jax.tree.map(lambda x: x.reshape(num_images, -1), jax.lax.map(encode, batches))
@@ -58,13 +60,14 @@ def make_monitors(config, generator, program, num_images=1024, num_rows=10, num_
                             kind=world.dynamics.kind)
     env = env.replace(label=ids % max(generator.num_classes, 1))
 
-    def one_step(env, t):
-      frames = render(world, env)
+    def one_step(carry, t):
+      env, frames = carry
       key_policy, key_env = jax.random.split(jax.random.fold_in(key, t + 1))
       actions = program.action(ssl, agent, frames, environment.env_keys(key_policy, ids))
       # An episode of a film is never cut: one more step than it has.
-      return environment.step(env, actions, key_env, ids, world.dynamics, num_steps + 1, generator.num_classes), frames
-    env, frames = jax.lax.scan(one_step, env, jnp.arange(num_steps))
+      env = environment.step(env, actions, key_env, ids, world.dynamics, num_steps + 1, generator.num_classes)
+      return (env, look(world, env, frames)), frames
+    (env, _), frames = jax.lax.scan(one_step, (env, look(world, env, nothing(rows))), jnp.arange(num_steps))
     return frames.swapaxes(0, 1), env.label
 
   return Monitors(ranks=ranks, film=film)

@@ -165,6 +165,9 @@ def check_config(config):
                     'pretrain.record for passive_*, and none for others')
   if config.pretrain.record and source.play not in ('policy', 'random'):
     raise UserError(f'pretrain.record with pairs.source={c.source!r}: nothing is lived through there; leave it off')
+  if config.environment.stack > 1 and source.play not in ('policy', 'random'):
+    raise UserError(f'environment.stack={config.environment.stack} with pairs.source={c.source!r}: only who plays sees pictures '
+                    'one after another; set it to 1')
   if c.std < 0:
     raise UserError(f'pairs.std={c.std} is negative: set it to 0 or more')
   if config.simsiam.objective == 'supcon' and source.draw is None:

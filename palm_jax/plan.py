@@ -47,7 +47,7 @@ def plan(config, workdir, mesh):
       raise UserError(f'plan.{name}={value} is negative: set it to 0 or more')
   num_devices = c.devices or mesh.size
   memory = c.memory_gb * 1e9 or devices.memory_bytes(mesh)
-  result = estimate(config, make_generator(config, workdir), num_devices)
+  result = estimate(config, pretrain.as_world(config, make_generator(config, workdir)), num_devices)
   rate, source = sustained_rate(config, workdir)
   seconds = result['flops_per_iteration'] / rate
   result |= dict(memory=memory, flops_per_second=rate, rate_source=source, hours=result['iterations'] * seconds / 3600)
@@ -58,7 +58,7 @@ def plan(config, workdir, mesh):
 
 
 def make_generator(config, workdir):
-  """The generator of the config or of this workdir; where none is there yet, `untrained_generator`."""
+  """The generator of the config or of this workdir, as it was trained; where none is there yet, `untrained_generator`."""
   if config.generator.path or (pathlib.Path(workdir) / 'generator' / 'network.json').exists():
     return load_generator(config.generator.path or workdir).with_dtype(pretrain.DTYPES[config.pretrain.dtype])
   return untrained_generator(config)
@@ -115,7 +115,7 @@ def activation_bytes(config, generator, ssl, num_devices):
   """What SimSiam's backward pass, the largest of all, needs kept by the forward pass over one device's batch."""
   dtype = pretrain.DTYPES[config.pretrain.dtype]
   modules = simsiam.make_modules(make_encoder(config.encoder, None, dtype), config.simsiam, None, dtype)
-  frames = jax.ShapeDtypeStruct((config.pretrain.batch_size // num_devices, *generator.image_shape), jnp.uint8)
+  frames = jax.ShapeDtypeStruct((config.pretrain.batch_size // num_devices, *pretrain.seen_shape(config, generator)), jnp.uint8)
   loss = lambda params, *views: simsiam.forward(modules, params, batch_stats, *views, symmetric=config.simsiam.symmetric)[0]
   batch_stats = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), ssl['batch_stats'])
   return cost.residual_bytes(loss, ssl['params'], frames, frames)

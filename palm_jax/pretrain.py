@@ -104,10 +104,20 @@ def load_world_generator(config, workdir):
   Raises:
     UserError: none there, a damaged one, or one whose pictures the crop leaves nothing of.
   """
-  generator = load_generator(config.generator.path or workdir).with_dtype(DTYPES[config.pretrain.dtype])
+  return as_world(config, load_generator(config.generator.path or workdir).with_dtype(DTYPES[config.pretrain.dtype]))
+
+
+def as_world(config, generator):
+  """The generator with the latents and the margin that config.environment wants; UserError where the crop leaves nothing."""
   if config.environment.latent_space == 'w':
     generator = w_latents(generator)
   return cropped(generator, config.environment.crop) if config.environment.crop else generator
+
+
+def seen_shape(config, generator):
+  """(H, W, C) of what agent and encoder see: the generator's picture, or several as channels."""
+  height, width, channels = generator.image_shape
+  return height, width, channels * config.environment.stack
 
 
 def make_world(config, generator, mesh, data=None):
@@ -134,6 +144,8 @@ def check_config(config, num_devices):
   for name, known in (('dynamics', environment.DYNAMICS), ('latent_space', ('z', 'w'))):
     if config.environment[name] not in known:
       raise UserError(f'environment.{name}={config.environment[name]!r} is unknown: choose one of {", ".join(known)}')
+  if config.environment.stack < 1:
+    raise UserError(f'environment.stack={config.environment.stack} pictures show nothing: set it to 1 or more')
   devices.check_divisible('replay.num_shards', r.num_shards, num_devices, 'devices')
   devices.check_divisible('pretrain.num_envs', p.num_envs, r.num_shards, 'replay.num_shards')
   devices.check_divisible('pretrain.batch_size', p.batch_size, r.num_shards, 'replay.num_shards')
@@ -199,14 +211,15 @@ def make_program(config, generator, mesh):
   action_dtype = replay.ACTION_DTYPES[config.replay.actions] or real
   modules = simsiam.make_modules(make_encoder(config.encoder, 'data', dtype), config.simsiam, 'data', dtype)
   optimizer = simsiam.make_optimizer(config.simsiam, num_updates, p.batch_size)
-  views = augment.make_augment(config.simsiam.augment)
+  views, shape = augment.make_augment(config.simsiam.augment), seen_shape(config, generator)
   source = pairs.SOURCES[config.pairs.source]
 
   def draw_pictures(world, z, label, truncation_psi):
     return environment.to_uint8(generator.apply(world.variables, z, label, truncation_psi=truncation_psi))
 
-  def render(world, env):
-    return draw_pictures(world, env.z, env.label, config.environment.truncation_psi)
+  def look(world, env, seen):
+    pictures = draw_pictures(world, env.z, env.label, config.environment.truncation_psi)
+    return environment.see(seen, pictures, env.step)
 
   def encode(params, batch_stats, frames):
     variables = {'params': params['encoder'], 'batch_stats': batch_stats['encoder']}
@@ -217,15 +230,15 @@ def make_program(config, generator, mesh):
 
   def init(key, world):
     key, key_env, key_ssl, key_agent = jax.random.split(key, 4)
-    params, batch_stats = cast(simsiam.init(modules, key_ssl, jnp.zeros((2, *generator.image_shape), jnp.uint8)))
+    params, batch_stats = cast(simsiam.init(modules, key_ssl, jnp.zeros((2, *shape), jnp.uint8)))
     env = frames = ring = agent = ()
     if source.play in ('policy', 'random'):
       ids = jnp.arange(num_envs)
       env = environment.reset(key_env, ids, environment.staggered_steps(ids, num_envs, length),
                               generator.z_dim, generator.num_classes, real, world.dynamics.kind)
-      frames = render(world, env)
+      frames = look(world, env, jnp.zeros((num_envs, *shape), jnp.uint8))
     if source.play:
-      ring = replay.create(config.replay.capacity // num_envs, num_envs, generator.image_shape, generator.z_dim, action_dtype)
+      ring = replay.create(config.replay.capacity // num_envs, num_envs, shape, generator.z_dim, action_dtype)
     if source.play == 'policy':
       h = jax.eval_shape(encode, params, batch_stats, frames[:2])
       agent = cast(sac.init(key_agent, h.shape[1], generator.z_dim, config.sac))
@@ -254,7 +267,7 @@ def make_program(config, generator, mesh):
       packed = replay.pack(actions, action_dtype)
       taken = replay.unpack(packed, real)  # what is done is what will be remembered
       env = environment.step(env, taken, key_env, ids, world.dynamics, length, generator.num_classes)
-      return (env, render(world, env)), ((frames, packed), lived)
+      return (env, look(world, env, frames)), ((frames, packed), lived)
 
     (env, frames), (block, lived) = jax.lax.scan(one_step, (state.env, state.frames), jnp.arange(p.rollout_length))
     return env, frames, block, lived
@@ -282,7 +295,7 @@ def make_program(config, generator, mesh):
     else:
       frames, actions, next_frames = replay.sample(
           ring, fold(key_sample), per_shard, environment.staggered_steps(first_ids, num_envs, length), length,
-          generator.image_shape)
+          shape)
     view_keys = jax.vmap(lambda k: jax.random.split(k, (per_shard, 2)))(fold(key_views)).reshape(-1, 2)
 
     def loss_fn(params):

@@ -14,7 +14,7 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
-from palm_jax import metrics, report_map, report_page
+from palm_jax import metrics, report_map, report_page, report_study
 from palm_jax import report_sections as show
 from palm_jax.errors import UserError
 from palm_jax.files import replacing
@@ -135,13 +135,13 @@ def evaluate(config, workdir, data, mesh):
   if any(map(show.cards, runs)):
     sections.insert(0, ('headline', 'At a glance', show.headline(runs)))
   build = {'probe': show.probe_section, 'ood': show.ood_section, 'diversity': show.diversity_section,
-           'quality': show.quality_section}
+           'quality': show.quality_section, 'study': report_study.study_section}
   titles = {'probe': 'Labels in the features', 'ood': 'Out-of-distribution detection', 'diversity': 'Coverage of the data',
-            'quality': 'Quality of the generator'}
+            'quality': 'Quality of the generator', 'study': 'Arms of the study'}
   for job, make in build.items():
     judged = [run for run in runs if show.well_formed(job, run.results.get(job, {}))]
     if judged:
-      sections.append((job, titles[job], make(judged)))
+      sections.append((job, titles[job], make(judged) + (pictures_section(job, judged, notes) if job == 'study' else '')))
   if data is not None:
     mapped = report_map.map_section(config, runs, data, workdir, mesh, notes)
     if mapped:
@@ -201,13 +201,15 @@ def curves_section(job, runs):
 
 
 def pictures_section(job, runs, notes):
-  """The newest films, strips and grids, within the page's bound of bytes."""
+  """The newest films, strips and grids, or a study's figure, within the page's bound of bytes."""
   found = []
   for run in runs:
     if job == 'pretrain':
       for ending, what in (('webp', 'The agent at play'), ('png', 'Its episodes, every fourth frame')):
         newest = sorted((run.folder / job / 'rollouts').glob(f'*.{ending}'))[-1:]
         found += [(run, path, f'{what}, after {int(path.stem):,} env steps' if path.stem.isdigit() else what) for path in newest]
+    elif job == 'study':
+      found += [(run, path, 'The measures of the study') for path in run.folder.glob('figure.png')]
     else:
       newest = sorted((run.folder / job / 'samples').glob('*.png'))[-1:]
       found += [(run, path, 'Generated pictures, a class a row' + (f', after {int(path.stem)},000 images'

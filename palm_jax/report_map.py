@@ -62,7 +62,7 @@ def map_section(config, runs, data, workdir, mesh, notes):
       notes.append(f'{run.name}: no map ({e})')
       logging.warning('report: %s', notes[-1])
       continue
-    h = features.cached(frozen, images, workdir, mesh, config.features.batch_size)
+    h = features.cached(frozen, images, features.folder_of(config, workdir), mesh, config.features.batch_size)
     if not np.isfinite(h).all():
       notes.append(f'{run.name}: no map (features are NaN or infinite)')
       continue

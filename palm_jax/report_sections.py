@@ -18,6 +18,7 @@ SHAPES = {
     'ood': dict(encoder=str, score=str, set=str, auroc=dict),
     'diversity': dict(set=str, n=int),
     'quality': dict(set=str, n=int),
+    'study': dict(measure=str, arm=str, n=int),
 }
 
 # Accuracy in percent on the test images of CIFAR-10 and CIFAR-100, ResNet-18 with the CIFAR stem.

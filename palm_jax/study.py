@@ -23,7 +23,7 @@ from palm_jax.metrics import Progress
 from palm_jax.study_figures import RESAMPLES, at, same
 
 GENERATOR = 'base'  # folder of the generator that all arms share, where the config names none
-TAKEN = (GENERATOR, 'results', 'compilation_cache')  # folders that no arm can have
+TAKEN = (GENERATOR, 'features', 'results', 'compilation_cache')  # folders that no arm can have
 PATH = re.compile(r'/?([^/\[\]]+)(?:\[([^\[\]]*)\])?')  # of one step: a key, and the rows that are meant
 
 
@@ -149,6 +149,7 @@ def base_config(config, workdir):
     del base['study']
   base.jobs = tuple(config.study.jobs)
   base.generator.path = base.generator.path or str(workdir / GENERATOR)
+  base.features.folder = base.features.folder or str(workdir / 'features')  # arms of a seed share the untrained encoder
   return base
 
 

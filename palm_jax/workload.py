@@ -11,7 +11,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from palm_jax import devices, environment, replay, reward, sac, simsiam
-from palm_jax.pretrain import DTYPES, State
+from palm_jax.pretrain import DTYPES, State, seen_shape
 
 UNAVOIDABLE = 'generator', 'acting', 'simsiam'
 
@@ -46,9 +46,10 @@ def make_sample(config, generator, program, key):
   p, keys = config.pretrain, iter(jax.random.split(key, 16))
   real = jnp.promote_types(DTYPES[p.dtype], jnp.float32)
   rollout, batch = (p.rollout_length, p.num_envs), (p.updates_per_iteration, p.batch_size)
-  pictures = lambda lead: jax.random.bits(next(keys), (*lead, *generator.image_shape), jnp.uint8)
+  shape = seen_shape(config, generator)
+  pictures = lambda lead: jax.random.bits(next(keys), (*lead, *shape), jnp.uint8)
   normal = lambda *shape: jax.random.normal(next(keys), shape, real)
-  look = lambda key: program.modules.encoder.init_with_output(key, jnp.zeros((2, *generator.image_shape), jnp.uint8), train=False)
+  look = lambda key: program.modules.encoder.init_with_output(key, jnp.zeros((2, *shape), jnp.uint8), train=False)
   features = jax.eval_shape(look, key)[0].shape[-1]
   return dict(
       z=normal(*rollout, generator.z_dim), label=jax.random.randint(next(keys), rollout, 0, max(generator.num_classes, 1)),
@@ -112,7 +113,7 @@ def make_parts(config, generator, program, mesh):
     ring = replay.add(ring, frames, replay.pack(actions, ring.actions.dtype))
     first = jnp.zeros(frames.shape[1], jnp.int32)
     drawn = lambda key: replay.sample(ring, jax.random.split(key, shards), p.batch_size // config.replay.num_shards, first,
-                                      length, generator.image_shape)
+                                      length, seen_shape(config, generator))
     return ring, over(drawn, jax.random.split(jax.random.fold_in(jax.random.key(0), ring.total), p.updates_per_iteration))
 
   specs = State.specs()

@@ -11,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from configs import cifar
-from palm_jax import devices
+from palm_jax import devices, main
 from palm_jax.atari import collect, dqn, drq, finetune
 from palm_jax.checkpoint import Checkpoints, load_item
 from palm_jax.encoder import NatureCNN
@@ -107,6 +107,10 @@ def test_collecting_gives_stacks_a_curve_and_results(collected):
   assert results['stacks']['images'] == [50, *SHAPE]
   kept = {path.name for path in (workdir / 'collect').iterdir() if not path.name.startswith('events')}
   assert kept == {'checkpoints', 'metrics.jsonl', 'stacks.npz'}
+  for newest, expected in ((False, images), (True, images[..., 3:])):  # in another order, a part for testing
+    data = main.load_collected(workdir, newest)
+    given = np.concatenate([data.train.images, data.test.images])
+    assert sorted(picture.tobytes() for picture in given) == sorted(picture.tobytes() for picture in expected)
   # A picture of Catch shows the paddle and, not above it, the ball; a stack has empty places before a game's first only.
   lit = (images.reshape(50, -1, 4) > 0).sum(1)
   assert set(np.unique(lit)) == {0, 15, 30} and (lit[:, 3] > 0).all() and (np.diff(np.sign(lit)) >= 0).all()

@@ -34,6 +34,15 @@ def test_first_latent_is_standard_normal_and_labels_uniform(start):
   assert counts.size == CLASSES and stats.chisquare(counts).pvalue > 1e-3
 
 
+def test_pictures_of_an_episode_are_seen_one_after_another():
+  seen = jnp.zeros((2, 1, 1, 3), jnp.uint8)
+  for number, step in zip(range(1, 6), [(0, 2), (1, 3), (2, 0), (3, 1), (0, 2)], strict=True):
+    seen = env_lib.see(seen, jnp.full((2, 1, 1, 1), number, jnp.uint8), jnp.array(step))
+    expected = {3: [[1, 2, 3], [0, 0, 3]], 4: [[2, 3, 4], [0, 3, 4]], 5: [[0, 0, 5], [3, 4, 5]]}.get(number)
+    if expected:
+      np.testing.assert_array_equal(seen[:, 0, 0], expected)
+
+
 def test_dynamics_follow_the_two_equations(start):
   """alpha = 1 takes the noise out: z <- beta z + (1 - beta) a exactly; alpha = 0 takes the action out."""
   action = jnp.full((ENVS, DIM), 0.3)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from palm_jax import devices, pretrain
+from palm_jax import devices, environment, experience, pretrain
 from palm_jax.errors import UserError
 from palm_jax.generator import LoadedGenerator
 from palm_jax.generator.stylegan2 import Generator
@@ -87,9 +87,10 @@ class Told(LinearGenerator):
   image_shape = (40, 40, 1)
 
 
-def test_a_world_of_prompts_is_played_in_with_momentum():
+def test_a_world_of_prompts_is_played_in_with_momentum_and_seen_in_stacks():
   c = nature_config()
-  c.environment.dynamics = 'momentum'
+  c.environment.update(dict(dynamics='momentum', stack=3))
+  c.pretrain.record = True
   c.pretrain.iterations_per_call = 4
   world_of, mesh = prompts(Told(), np.eye(3)[[0, 2, 1, 1, 0]]), devices.make_mesh()
   program, world = pretrain.make_program(c, world_of, mesh), pretrain.make_world(c, world_of, mesh)
@@ -99,6 +100,16 @@ def test_a_world_of_prompts_is_played_in_with_momentum():
   state, output = program.call(state, world)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(output.metrics)))
   assert int(state.iteration) == 4 and np.abs(state.env.velocity).max() > 0
+
+  z, label, step = jax.device_get(output.experience)  # (rows, E, ...): what was lived through
+  draw = lambda z, label: environment.to_uint8(world_of.apply(world.variables, z, label))
+  pictures = experience.frames(output.experience, draw)
+  ring = np.asarray(state.ring.frames).reshape(-1, 16, 40, 40, 3)
+  for row in range(len(step) - len(ring), len(step)):
+    for age in range(3):  # the newest picture is the last channel
+      expected = np.where((step[row] >= age)[:, None, None], pictures[row - age, ..., 0], 0)
+      differ = np.abs(ring[row % len(ring), ..., 2 - age].astype(int) - expected)
+      assert differ.max() <= 1 and np.mean(differ > 0) < 0.01  # compiled into another program
 
 
 def test_a_config_opens_the_door_to_w():

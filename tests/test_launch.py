@@ -287,7 +287,39 @@ def test_tpu_vm_refuses(place, arguments, message):
   assert done.returncode == 2 and message in done.stderr and not (place[0] / 'commands.called').exists()
 
 
-@pytest.mark.parametrize('script', ['slurm.sh', 'tpu_vm.sh'])
+# Says how it was called, and leaves a result unless it is asked to stop.
+ATARI_MAIN = """
+import os, pathlib, sys
+with open('calls', 'a') as f:
+  print(*sys.argv[1:], sep='|', file=f)
+folder = pathlib.Path(sys.argv[1].removeprefix('--workdir=')) / 'results'
+if str(folder) != os.environ.get('STOPS_IN'):
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / 'scores.json').touch()
+"""
+
+
+def test_atari_plays_every_game_once_and_goes_on(place):
+  folder, env = place
+  (folder / 'palm_jax' / 'main.py').write_text(ATARI_MAIN)
+  (folder / 'palm_jax' / 'atari').mkdir()
+  (folder / 'palm_jax' / 'atari' / 'environment.py').write_text("GAMES = 'Alien', 'Pong', 'Krull'")
+
+  def calls(*arguments, **environment):
+    subprocess.run([LAUNCH / 'atari.sh', 'my runs', *arguments], cwd=folder, env=env | environment, check=True)
+    lines = (folder / 'calls').read_text().splitlines()
+    (folder / 'calls').unlink()
+    return [line.split('|') for line in lines]
+  scores = ['--workdir=my runs/all', '--config=configs/atari.py:Assault', '--job=scores', "--config.scores.runs=('my runs/**',)"]
+  run = lambda game, seed, variant='', *more: [f'--workdir=my runs/{game}/{seed}', f'--config=configs/atari.py:{game}{variant}',
+                                               f'--config.seed={seed}', *more]
+  assert calls(STOPS_IN='my runs/Pong/0/results') == [run('Alien', 0), run('Pong', 0)]
+  assert calls() == [run('Pong', 0), run('Krull', 0), scores]
+  assert calls('--config.x=1', GAMES='Krull', SEEDS='0 3', VARIANT=',laptop') == [
+      run('Krull', 3, ',laptop', '--config.x=1'), scores]
+
+
+@pytest.mark.parametrize('script', ['atari.sh', 'slurm.sh', 'tpu_vm.sh'])
 def test_shell_scripts_are_well_formed(script):
   subprocess.run(['bash', '-n', LAUNCH / script], check=True)
   if shutil.which('shellcheck'):

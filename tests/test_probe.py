@@ -210,29 +210,32 @@ def test_validation_leaves_the_test_images_alone(run, results, tmp_path):
 def test_features_are_computed_once_and_those_of_another_encoder_are_refused(run, results, monkeypatch):
   c, workdir, data = run
   encoder, mesh = features.load_encoder(c, workdir, (36, 36, 1)), devices.make_mesh()
+  elsewhere = c.copy_and_resolve_references()
+  elsewhere.features.folder = 'shared'
+  assert features.folder_of(c, workdir) == workdir / 'features' != features.folder_of(elsewhere, workdir)
   monkeypatch.setattr(features, 'extract', None)  # not called
-  h = features.cached(encoder, data.train.images, workdir, mesh)
+  h = features.cached(encoder, data.train.images, workdir / 'features', mesh)
   with pytest.raises(TypeError):
-    features.cached(encoder, data.train.images[1:], workdir, mesh)
+    features.cached(encoder, data.train.images[1:], workdir / 'features', mesh)
   [path] = [path for path in (workdir / 'features').iterdir() if len(np.load(path)['features']) == 120
             and str(np.load(path)['encoder_sha256']) == encoder.sha256]
   np.testing.assert_array_equal(np.load(path)['features'], h)
   other = encoder._replace(sha256='0' * 64)
   path.rename(path.with_name(path.name.replace(encoder.sha256[:12], '0' * 12)))
   with pytest.raises(UserError, match='encoder_sha256 is .* expected 000000000000.*remove it'):
-    features.cached(other, data.train.images, workdir, mesh)
+    features.cached(other, data.train.images, workdir / 'features', mesh)
   path.with_name(path.name.replace(encoder.sha256[:12], '0' * 12)).rename(path)
 
 
 def test_damaged_features_are_computed_again(run, results):
   c, workdir, data = run
   encoder, mesh = features.load_encoder(c, workdir, (36, 36, 1)), devices.make_mesh()
-  h = features.cached(encoder, data.test.images, workdir, mesh)
+  h = features.cached(encoder, data.test.images, workdir / 'features', mesh)
   path = max((workdir / 'features').glob(f'{encoder.sha256[:12]}_*'), key=lambda path: len(np.load(path)['features']) == 40)
   whole = path.read_bytes()
   for damage in (whole[:-200], bytes([*whole[:600], whole[600] ^ 1, *whole[601:]])):
     path.write_bytes(damage)
-    np.testing.assert_allclose(features.cached(encoder, data.test.images, workdir, mesh), h, atol=1e-6)
+    np.testing.assert_allclose(features.cached(encoder, data.test.images, workdir / 'features', mesh), h, atol=1e-6)
 
 
 def test_foreign_features_stand_beside_ours(run, tmp_path):

@@ -15,7 +15,7 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
 from palm_jax import data as image_data
-from palm_jax import devices, pictures, report, report_map, report_page, report_sections
+from palm_jax import devices, pictures, report, report_map, report_page, report_sections, study, study_figures
 from palm_jax.checkpoint import Checkpoints
 from palm_jax.encoder import make_encoder
 from palm_jax.errors import UserError
@@ -70,7 +70,18 @@ def quality_results():
   return dict(job='quality', rows=rows, recognised={'generator': 0.6483}, protocol=dict(features='proxy'))
 
 
-RESULTS = dict(probe=probe_results, ood=ood_results, diversity=diversity_results, quality=quality_results,
+def study_results():
+  c = study.default_config()
+  c.update(dict(measures=(('linear accuracy', ''), ('effective rank', '')), orderings=('PALM > beta zero',)))
+  values = {('linear accuracy', 'PALM'): [0.4123, 0.4217], ('linear accuracy', 'beta zero'): [0.3512, 0.3499],
+            ('effective rank', 'PALM'): [71.25, 66.5]}
+  lines = [dict(arm=arm, x=2500 if measure == 'linear accuracy' else '', seed=seed, measure=measure, value=value)
+           for (measure, arm), of_seeds in values.items() for seed, value in enumerate(of_seeds)]
+  return dict(job='study', study='s', axis='samples', grid=False, **study_figures.summarise(c, lines),
+              protocol=dict(reference='PALM'))
+
+
+RESULTS = dict(probe=probe_results, study=study_results, ood=ood_results, diversity=diversity_results, quality=quality_results,
                pretrain=lambda: dict(metrics=dict(loss=-0.912345), env_steps=12800, devices='1 x cpu'),
                novelty=lambda: dict(depth=[dict(a=1.25), dict(a=None)], words='blue', protocol=dict(k=3)))
 
@@ -230,6 +241,11 @@ def test_numbers_stand_where_they_belong(full):
   assert table[1][:5] == ['explored', 'encoder', '60', '51.23 ± 2.34', '58.87'] and table[-1][4 - 1] == '63.21'
   table = page.table('Generated pictures against training images')
   assert table[1] == ['generator', '6,000', '500', '0.2067', '-1.234e-05 ± 0.00012']
+  table = page.table('linear accuracy')
+  assert table == [['arm', 'x', 'seeds', 'mean', '95% from', 'to', 'minus PALM', '95% from', 'to'],
+                   ['PALM', '2,500', '2', '0.417', '0.4123', '0.4217', '-', '-', '-'],
+                   ['beta zero', '2,500', '2', '0.3506', '0.3499', '0.3512', '-0.06645', '-0.0718', '-0.0611']]
+  assert page.table('Claims')[1] == ['PALM > beta zero', 'holds', '2,500', '0.06645', '0.0611', '0.0718', '2']
   assert page.table('novelty') == [['', 'value'], ['depth.0.a', '1.25'], ['depth.1.a', '-'], ['words', 'blue']]
 
 
@@ -422,6 +438,13 @@ def test_numbers_that_are_missing_or_strange_are_shown_as_such(tmp_path):
   assert page.table('AUROC, %')[1][2:] == ['-', '61.00 ± 1.23', '-']
 
 
+def test_a_study_shows_its_figure(tmp_path):
+  folder = write(tmp_path / 'run', ['study'])
+  pictures.save_png(folder / 'figure.png', np.full((30, 40, 3), 77, np.uint8))
+  (uri,) = [attrs['src'] for tag, attrs in Page(make(folder)[1]).tags if tag == 'img']
+  assert base64.b64decode(uri.partition(',')[2]) == (folder / 'figure.png').read_bytes()
+
+
 def test_pictures_are_the_newest_and_bounded(full, tmp_path):
   folder, *_, page = full
   sources = [attrs['src'] for tag, attrs in page.tags if tag == 'img']
@@ -496,7 +519,8 @@ def test_map_and_neighbours(trained):
   assert sum(counts) == 40 and len(counts) == 3
   strips = [attrs for tag, attrs in page.tags if tag == 'img']
   assert len(strips) == 3 and strips[1]['alt'].startswith('Test image of <two>, and its nearest: ')
-  h = features.cached(features.load_encoder(config(), folder, (36, 36, 1)), data.test.images, folder, devices.make_mesh(1))
+  encoder = features.load_encoder(config(), folder, (36, 36, 1))
+  h = features.cached(encoder, data.test.images, folder / 'features', devices.make_mesh(1))
   found = NearestNeighbors(n_neighbors=8, metric='cosine').fit(h).kneighbors(h)[1][:, 1:]
   told = lambda row: f'Test image of one, and its nearest: {", ".join(data.class_names[data.test.labels[i]] for i in found[row])}'
   assert strips[0]['alt'] in map(told, np.flatnonzero(data.test.labels == 0))

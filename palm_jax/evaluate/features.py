@@ -24,6 +24,7 @@ def default_config():
   return ConfigDict(dict(
       path='',  # .npz of another encoder's features, judged beside ours: train_features, test_features, ood_<set>
       batch_size=512,  # images a step over all devices
+      folder='',  # where features are kept, named by what they are of; '': <workdir>/features. A study's runs share one
   ))
 
 
@@ -96,8 +97,13 @@ def assert_frozen(before, after):
       raise AssertionError(f'{name} changed: the encoder was not frozen')
 
 
-def cached(encoder, images, workdir, mesh, batch_size=512):
-  """`extract`, once for an encoder and its images: kept in <workdir>/features/, named by digests of both.
+def folder_of(config, workdir):
+  """Where features are kept: config.features.folder, or that of the workdir."""
+  return pathlib.Path(config.features.folder or pathlib.Path(workdir) / 'features')
+
+
+def cached(encoder, images, folder, mesh, batch_size=512):
+  """`extract`, once for an encoder and its images: kept in a folder, in a file named by digests of both.
 
   Raises:
     UserError: a file there holds features of another encoder or other images; and what `extract` raises.
@@ -106,7 +112,7 @@ def cached(encoder, images, workdir, mesh, batch_size=512):
   _check_images(images)
   images_sha256 = hashlib.sha256(repr(images.shape).encode() + images.tobytes()).hexdigest()
   about = dict(encoder_sha256=encoder.sha256, images_sha256=images_sha256)
-  path = pathlib.Path(workdir) / 'features' / f'{about["encoder_sha256"][:12]}_{about["images_sha256"][:12]}.npz'
+  path = pathlib.Path(folder) / f'{about["encoder_sha256"][:12]}_{about["images_sha256"][:12]}.npz'
   if checkpoint.any_process(path.exists()):
     try:
       with np.load(path) as file:

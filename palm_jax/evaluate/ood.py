@@ -132,7 +132,7 @@ def evaluate(config, workdir, data, mesh):
   def represent(encoder, part):
     if encoder.apply is None:
       return foreign[part]
-    return features.cached(encoder, images[part], workdir, mesh, config.features.batch_size)
+    return features.cached(encoder, images[part], features.folder_of(config, workdir), mesh, config.features.batch_size)
 
 
   shape = data.train.images.shape[1:]

@@ -244,7 +244,8 @@ def evaluate(config, workdir, dataset, mesh):
 
   sources = []
   for encoder in encoders:
-    h = functools.partial(features.cached, encoder, workdir=workdir, mesh=mesh, batch_size=config.features.batch_size)
+    h = functools.partial(features.cached, encoder, folder=features.folder_of(config, workdir), mesh=mesh,
+                          batch_size=config.features.batch_size)
     sources.append(Source(encoder.name, h(train.images), {name: h(images) for name, images in test_images.items()}, encoder))
   foreign = features.load_foreign(config, dict(train=len(dataset.train.labels), test=len(dataset.test.labels)))
   if foreign and c.split == 'validation':

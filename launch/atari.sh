@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Atari-100k, from the repository's root: every job of every game and seed in ROOT/<game>/<seed>, then all scores together.
+#
+#   launch/atari.sh runs/atari                                              the 26 games here, one after another
+#   GAMES='Assault Krull' SEEDS='0 1 2' VARIANT=,laptop launch/atari.sh runs/atari --config.collect.frames=400000
+#   SLURM=1 launch/atari.sh /shared/runs/atari                              a job of one GPU for each
+#
+# The same command goes on where it was stopped and skips what is complete; under SLURM give it again, without SLURM=1, for
+# the scores of all. Arguments behind the folder go to palm_jax.main.
+set -euo pipefail
+
+root=${1:?is not set: name the folder for the runs}
+shift
+games=${GAMES:-$(python -c 'from palm_jax.atari.environment import GAMES; print(*GAMES)')}
+for seed in ${SEEDS:-0}; do
+  for game in $games; do
+    workdir=$root/$game/$seed arguments=(--config="configs/atari.py:$game${VARIANT:-}" --config.seed="$seed" "$@")
+    if [[ -e $workdir/results/scores.json ]]; then continue; fi
+    if [[ -n ${SLURM:-} ]]; then
+      WORKDIR=$workdir NODES=1 GPUS=1 launch/slurm.sh "${arguments[@]}"
+    else
+      python -m palm_jax.main --workdir="$workdir" "${arguments[@]}"
+      if [[ ! -e $workdir/results/scores.json ]]; then exit 0; fi # asked to stop
+    fi
+  done
+done
+if [[ -z ${SLURM:-} ]]; then
+  rm -f "$root/all/results/scores.json" # of fewer runs
+  python -m palm_jax.main --workdir="$root/all" --config=configs/atari.py:Assault --job=scores --config.scores.runs="('$root/**',)"
+fi
