@@ -3,6 +3,8 @@
   python -m palm_jax.main --config=configs/atari.py:Assault                    the paper's sizes: accelerators
   python -m palm_jax.main --config=configs/atari.py:Assault,laptop             the whole chain on two CPU cores
   python -m palm_jax.main --config=configs/atari.py:Assault,eps                DrQ(eps), which the paper did not compare with
+  python -m palm_jax.main --config=configs/atari.py:Assault,sgi                SGI's learning rates for the pretrained layers
+  python -m palm_jax.main --config=configs/atari.py:Assault,rmsprop            dqn_zoo's learner plays for the frames
   python -m palm_jax.main --config=configs/atari.py:Assault,single             single frames are drawn, and stacked as they come
 
 collect (double DQN plays, stacks of frames are kept) -> generator -> pretrain -> finetune (DrQ from the pretrained trunk) ->
@@ -12,8 +14,10 @@ Alone, without any pretraining: --job=finetune --config.finetune.trunk=scratch. 
 from ml_collections import ConfigDict
 
 from configs import generator
-from palm_jax.atari import collect, drq, environment, finetune, scores
+from palm_jax.atari import collect, dqn, drq, environment, finetune, scores
 from palm_jax.errors import UserError
+
+WORDS = 'rmsprop', 'sgi', 'eps', 'single', 'laptop'
 
 
 def get_config(variant='Assault'):
@@ -34,12 +38,16 @@ def get_config(variant='Assault'):
   for word in words:
     if word == 'laptop':
       laptop(c)
+    elif word == 'sgi':
+      c.finetune.agent = drq.sgi_config()
+    elif word == 'rmsprop':
+      c.collect.agent = dqn.dqn_zoo_config()
     elif word == 'single':
       c.environment.stack, c.plan.image_channels = 4, 1
     elif word == 'eps':
       c.finetune.agent = drq.epsilon_config()
     else:
-      raise UserError(f'configs/atari.py:{variant}: {word!r} is unknown: variants are a game, then laptop, eps, single')
+      raise UserError(f'configs/atari.py:{variant}: {word!r} is unknown: expected a game, then any of {", ".join(WORDS)}')
   return c
 
 

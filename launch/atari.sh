@@ -11,6 +11,12 @@ set -euo pipefail
 
 root=${1:?is not set: name the folder for the runs}
 shift
+for argument; do
+  if [[ $argument == --job* ]]; then
+    echo "launch/atari.sh: $argument would end before the scores: give --config.jobs=\"('finetune', 'scores')\" instead" >&2
+    exit 2
+  fi
+done
 games=${GAMES:-$(python -c 'from palm_jax.atari.environment import GAMES; print(*GAMES)')}
 for seed in ${SEEDS:-0}; do
   for game in $games; do
@@ -20,7 +26,10 @@ for seed in ${SEEDS:-0}; do
       WORKDIR=$workdir NODES=1 GPUS=1 launch/slurm.sh "${arguments[@]}"
     else
       python -m palm_jax.main --workdir="$workdir" "${arguments[@]}"
-      if [[ ! -e $workdir/results/scores.json ]]; then exit 0; fi # asked to stop
+      if [[ ! -e $workdir/results/scores.json ]]; then
+        echo "launch/atari.sh: $workdir was asked to stop, or has no job scores; the same command goes on" >&2
+        exit 1
+      fi
     fi
   done
 done

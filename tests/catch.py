@@ -25,13 +25,14 @@ class Catch:
     seed: of the balls' columns.
     size: pixels a side.
     balls: of a game.
+    prize: reward of a ball that is caught, and price of one that is missed.
     max_steps: a game is cut off after so many steps; one number, or one an environment.
   """
   num_actions = 3
 
-  def __init__(self, game, num_envs, seed, size=84, balls=1, max_steps=27_000):
+  def __init__(self, game, num_envs, seed, size=84, balls=1, max_steps=27_000, prize=1):
     self._generators = [np.random.default_rng([seed, e]) for e in range(num_envs)]
-    self._size, self._balls, self._max_steps, self._n = size, balls, max_steps, num_envs
+    self._size, self._balls, self._max_steps, self._prize, self._n = size, balls, max_steps, prize, num_envs
 
   def __enter__(self):
     return self
@@ -62,7 +63,7 @@ class Catch:
         self._paddle[e] = np.clip(self._paddle[e] + actions[e] - 1, 0, COLUMNS - 1)
         self._ball[e, 0] += 1
         if self._ball[e, 0] == ROWS - 1:
-          reward[e] = 1 if self._ball[e, 1] == self._paddle[e] else -1
+          reward[e] = self._prize if self._ball[e, 1] == self._paddle[e] else -self._prize
           self._left[e] -= 1
           life_lost[e] = reward[e] < 0 or not self._left[e]
       self._stacks[e] = np.concatenate([self._stacks[e][..., 1:], self._picture(e)[..., None]], -1)

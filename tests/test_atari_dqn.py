@@ -12,7 +12,7 @@ SHAPE, ACTIONS, B = (36, 36, 4), 3, 6
 
 def tiny_config(**changes):
   config = dqn.default_config()
-  config.update(dict(features=16, lr=1e-3, hidden_lr=1e-3, trunk_lr=1e-3, target_period=8) | changes)
+  config.update(dict(features=16, lr=1e-3, target_period=8) | changes)
   return config
 
 
@@ -60,8 +60,12 @@ def test_an_update_is_adams_on_the_gradient_of_hubers_loss(start):
   config, agent, update = start
   one = batches(1)
   s, a, r, discount, next_s = (x[0] for x in one)
-  q_next = np.asarray(q_values(agent.params, next_s, config), np.float64)  # the target is a copy as yet
-  target_q = r + discount * q_next.max(1)
+  other = jax.jit(lambda: dqn.init(jax.random.key(9), SHAPE, ACTIONS, config))().params
+  agent = agent.replace(target=other)
+  chosen = np.asarray(q_values(agent.params, next_s, config)).argmax(1)
+  valued = np.asarray(q_values(other, next_s, config), np.float64)
+  assert (valued.argmax(1) != chosen).any()
+  target_q = r + discount * valued[np.arange(B), chosen]
 
   def loss_fn(params):  # optax's Huber written out
     error = jnp.abs(dqn.q_values(params, s, config)[jnp.arange(B), a] - target_q)
@@ -134,7 +138,7 @@ def test_dueling_is_the_value_and_centred_advantages():
 
 
 def test_rmsprop_is_centred():
-  config = tiny_config(optimizer='rmsprop', trunk_lr=0., hidden_lr=1e-3, lr=2e-3)
+  config = tiny_config(optimizer='rmsprop', trunk_scale=0., hidden_scale=0.5, lr=2e-3)
   optimizer = dqn._optimizer(config)
   tree = lambda *v: {'encoder': {'conv1': jnp.array(v[0]), 'dense': jnp.array(v[1])}, 'advantage': jnp.array(v[2])}
   state = optimizer.init(tree(0., 0., 0.))
@@ -150,7 +154,8 @@ def test_rmsprop_is_centred():
     (dict(optimizer='sgd'), "collect.agent.optimizer='sgd' is unknown: choose adam or rmsprop"),
     (dict(n_step=0), 'collect.agent.n_step=0 is not positive'), (dict(epsilon=1.5), 'collect.agent.epsilon=1.5'),
     (dict(target_period=6), 'collect.agent.target_period=6 is not a multiple of learn_period=4: set it to 8'),
-    (dict(trunk_lr=-1.), 'trunk_lr=-1.0 is negative'), (dict(min_history=2_000_000), 'min_history=2000000 is above capacity')])
+    (dict(trunk_scale=-1.), 'trunk_scale=-1.0 is negative'),
+    (dict(min_history=2_000_000), 'min_history=2000000 is above capacity')])
 def test_settings_that_cannot_work_are_named(changes, message):
   config = dqn.default_config()
   config.update(changes)

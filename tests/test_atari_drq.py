@@ -115,7 +115,7 @@ def test_presets_differ_in_what_their_names_say():
   base = drq.default_config().to_dict()
   differ = lambda config: {k: v for k, v in config.to_dict().items() if base[k] != v}
   assert differ(drq.epsilon_config()) == dict(epsilon=0.01, eval_epsilon=0.001)
-  assert differ(drq.sgi_config()) == dict(trunk_lr=1e-6, hidden_lr=3e-5)
+  assert differ(drq.sgi_config()) == dict(trunk_scale=0.01, hidden_scale=0.3)
   assert [dqn.epsilon_at(step, drq.default_config()) for step in (1599, 1600, 4100, 6600)] == pytest.approx([1, 1, 0.55, 0.1])
 
 

@@ -109,6 +109,23 @@ def test_the_cut_off_is_no_game_over():
   assert not steps.game_over.any()
 
 
+def test_half_an_hour_and_the_noops_by_default(monkeypatch):
+  vector_env = pytest.importorskip('ale_py.vector_env')
+  given = {}
+
+  class Watched(vector_env.AtariVectorEnv):
+
+    def __init__(self, *args, **settings):
+      given.update(settings)
+      super().__init__(*args, **settings)
+  monkeypatch.setattr(vector_env, 'AtariVectorEnv', Watched)
+  with Environment('Pong', 200, 0) as env:
+    env.reset()
+    noops = env._emulator.step(np.zeros(200, int))[-1]['episode_frame_number']
+    assert env._max_steps == 27_000 and given['max_num_frames_per_episode'] == 108_000
+  assert set(np.unique(noops) - noops.min()) == set(range(30))  # each of 0 to 29
+
+
 def test_a_life_or_the_game_lost_in_the_last_step():
   actions = np.random.default_rng(0).integers(0, 4, (400, 1))
   _, steps = play('Breakout', 400, 1, actions=actions)

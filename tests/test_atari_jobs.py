@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from configs import cifar
 from palm_jax import devices, main
 from palm_jax.atari import collect, dqn, drq, finetune
-from palm_jax.checkpoint import Checkpoints, load_item
+from palm_jax.checkpoint import Checkpoints, Preemption, load_item
 from palm_jax.encoder import NatureCNN
 from palm_jax.errors import UserError
 from palm_jax.metrics import read_jsonl
@@ -136,7 +136,7 @@ def test_finetuning_a_frozen_trunk_through_two_stops(tmp_path, mesh):
     checkpoints.save(3, {'encoder': variables}, {})
   (tmp_path / 'config.json').write_text(json.dumps(dict(encoder=dict(name='nature'))))
   config = tiny_config()
-  config.finetune.trunk, config.finetune.agent.trunk_lr = 'own', 0.
+  config.finetune.trunk, config.finetune.agent.trunk_scale, config.encoder.name = 'own', 0., 'nature'
   assert finetune.finetune(config, tmp_path, mesh, terminated_in(50, 1)) is False
   step, stopped = trained_agent(tmp_path, 'finetune', config.finetune.agent)
   assert step == 50 and stopped.updates == 10
@@ -158,11 +158,32 @@ def test_finetuning_a_frozen_trunk_through_two_stops(tmp_path, mesh):
 
 def test_from_scratch_all_learn_at_one_rate():
   c = tiny_config().finetune
-  c.agent.update(dict(trunk_lr=0., hidden_lr=3e-5, lr=2e-4))
-  rates = lambda c: [c.agent[name] for name in ('trunk_lr', 'hidden_lr', 'lr')]
-  assert rates(finetune.settle(c)) == [2e-4] * 3
+  c.agent.update(dict(trunk_scale=0., hidden_scale=0.3, lr=2e-4))
+  rates = lambda c: [c.agent[name] for name in ('trunk_scale', 'hidden_scale', 'lr')]
+  assert rates(finetune.settle(c)) == [1., 1., 2e-4]
   c.trunk = 'own'
-  assert rates(finetune.settle(c)) == rates(c) == [0., 3e-5, 2e-4]
+  assert rates(finetune.settle(c)) == rates(c) == [0., 0.3, 2e-4]
+
+
+class Generous(Catch):
+  """Environment 0 is cut off before its first ball falls, and begins its later games with a hundred points each."""
+
+  def __init__(self, num_envs, seed):
+    super().__init__('', num_envs, seed, size=SHAPE[0], balls=2, max_steps=np.array([7] + [50] * (num_envs - 1)))
+    self.begun = 0
+
+  def step(self, actions):
+    given = super().step(actions)
+    self.begun += int(given.first[0])
+    return given._replace(score=given.score + 100 * (self.begun - 1) * (np.arange(len(given.score)) == 0))
+
+
+def test_the_first_game_of_each_environment_counts():
+  c = finetune.settle(tiny_config().finetune)
+  agent = jax.jit(lambda: dqn.init(jax.random.key(0), SHAPE, Catch.num_actions, c.agent))()
+  with Preemption() as preemption:
+    scores = finetune.evaluate(agent.params, c, Generous, 0, preemption)
+  assert scores[0] == 0 and len(scores) == 5 and set(scores[1:]) <= {-2, 0, 2}
 
 
 @pytest.mark.slow  # 3.5 minutes
@@ -187,7 +208,9 @@ def test_catch_is_learned(tmp_path, mesh):
     ('collect', dict(collect=dict(agent=dict(capacity=70))), 'capacity=70 has 35 rows'),
     ('finetune', dict(finetune=dict(eval_episodes=0)), 'finetune.eval_episodes=0 is not positive'),
     ('finetune', dict(finetune=dict(trunk='nowhere')), "finetune.trunk='nowhere' has no config.json"),
-    ('finetune', dict(finetune=dict(trunk='own')), 'config.json cannot be read'),
+    ('finetune', dict(finetune=dict(trunk='own')), "encoder.name='resnet18': only convolutions of 'nature' fit"),
+    ('finetune', dict(finetune=dict(trunk='own'), encoder=dict(name='nature')), 'config.json cannot be read'),
+    ('collect', dict(seed=-1), 'seed=-1 is negative'),
     ('finetune', dict(finetune=dict(agent=dict(eval_epsilon=2.))), 'eval_epsilon=2.0')])
 def test_settings_that_cannot_work_are_named(tmp_path, mesh, job, changes, message):
   config = tiny_config()

@@ -1,8 +1,11 @@
+import os
+
 import numpy as np
 import pytest
 import scipy.stats
 
-from palm_jax.atari.replay import Replay
+from palm_jax.atari.collect import remember
+from palm_jax.atari.replay import Replay, rows_of
 from palm_jax.errors import UserError
 from tests.catch import Catch
 
@@ -14,7 +17,7 @@ class Truth:
 
   def __init__(self, path, capacity=3000):
     # Environment 0 is always cut off, the others come to their ends.
-    self.environment = Catch('', ENVS, 0, size=SIZE, balls=2, max_steps=np.array([17, 50, 50]))
+    self.environment = Catch('', ENVS, 0, size=SIZE, balls=2, max_steps=np.array([17, 50, 50]), prize=5)
     self.replay = Replay(path, capacity, ENVS, (SIZE, SIZE))
     self.generator = np.random.default_rng(0)
     self.games = [[] for _ in range(ENVS)]  # of each environment: lists of (row, frame, stack, action, reward, alive)
@@ -28,9 +31,10 @@ class Truth:
       actions = self.generator.integers(0, 3, ENVS)
       step = self.environment.step(actions)
       row = self.replay.total
-      frames = self.stacks[..., -1].copy()
-      frames[:, -1, -1], frames[:, -2, -1] = 1 + row % 250, np.arange(ENVS)  # no two are alike
-      self.replay.add(frames, actions, step.reward, ~step.life_lost, self.starts, ~step.first)
+      stamped = self.stacks.copy()
+      stamped[:, -1, -1, -1], stamped[:, -2, -1, -1] = 1 + row % 250, np.arange(ENVS)  # no two are alike
+      frames = stamped[..., -1]
+      remember(self.replay, stamped, actions, self.starts, step)
       for e, game in enumerate(self.games):
         if self.starts[e]:
           game.append([])
@@ -38,7 +42,8 @@ class Truth:
         self.seen[e].append(self.stacks[e, ..., -1])
         np.testing.assert_array_equal(self.stacks[e], self.stack(self.seen[e]))  # as an environment has to stack
         stack = self.stack([*(row[1] for row in game[-1]), frames[e]])
-        game[-1].append((row, frames[e], stack, actions[e], step.reward[e], not step.life_lost[e]))
+        clipped = np.sign(step.reward[e])  # of -5, 0, 5
+        game[-1].append((row, frames[e], stack, actions[e], clipped, not step.life_lost[e]))
       self.stacks, self.starts = step.stacks, step.first
 
   def stack(self, frames):
@@ -107,7 +112,7 @@ def test_a_wrapped_ring_holds_the_newest_rows(tmp_path):
   truth = Truth(tmp_path / 'replay.dat', capacity=3 * 64)
   truth.play(200)
   places = drawn(truth.replay, newest(truth.transitions(3, 0.9), 100), 3, 0.9, 3000)
-  assert len(truth.replay) == 3 * 64 and {row for row, _ in places} == set(range(200 - 64 + 3, 200 - 3))
+  assert {row for row, _ in places} == set(range(200 - 64 + 3, 200 - 3))
 
 
 def newest(transitions, count):
@@ -151,9 +156,23 @@ def test_a_stop_is_a_cut(tmp_path):
   assert {38, 40} <= {row for row, _ in places} and 39 not in {row for row, _ in places}
 
 
+@pytest.mark.parametrize('damage', ['lost', 'cut short'])
+def test_a_checkpoint_without_its_rows_is_named(tmp_path, damage):
+  path = tmp_path / 'replay.dat'
+  truth = Truth(path)
+  truth.play(40)
+  truth.replay.commit()
+  path.unlink() if damage == 'lost' else os.truncate(path, path.stat().st_size - 1)
+  for _ in range(2):
+    with pytest.raises(UserError, match='replay.dat is missing or cut short, but the checkpoint beside it counts on 40 rows'):
+      Replay(path, 3000, ENVS, (SIZE, SIZE)).restore(40)
+
+
 def test_impossible_sizes_are_named(tmp_path):
   with pytest.raises(UserError, match='capacity=100 has 12 rows for each of 8 environments'):
     Replay(tmp_path / 'replay.dat', 100, 8)
+  with pytest.raises(UserError, match='has 64 rows for each of 1 environments, expected 75'):
+    rows_of(64, 1, n_step=70)
   replay = Replay(tmp_path / 'replay.dat', 128, 2, (4, 4))
   with pytest.raises(ValueError, match='0 rows hold no window of 3 steps'):
     replay.sample(np.random.default_rng(0), 4, 3, 0.9)

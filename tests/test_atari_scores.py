@@ -267,9 +267,9 @@ def test_runs_that_cannot_be_used(tmp_path):
       (dict(seed=None), 'cannot be read'), (dict(protocol=3), 'cannot be read')]):
     folder = write_run(tmp_path / f'broken{number}', **{**dict(game='Pong', seed=1, score=1.), **changes})
     with pytest.raises(UserError, match=message):
-      scores.collect([folder])
+      scores.read_runs([folder])
   path = tmp_path / 'a' / 'results' / 'finetune.json'
   for text, message in (('{', 'cannot be read'), ('[]', 'cannot be read'), ('{"game": "Pong"}', "lacks 'episodes'")):
     path.write_text(text)
     with pytest.raises(UserError, match=message):
-      scores.collect([tmp_path / 'a'])
+      scores.read_runs([tmp_path / 'a'])

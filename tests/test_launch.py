@@ -305,18 +305,21 @@ def test_atari_plays_every_game_once_and_goes_on(place):
   (folder / 'palm_jax' / 'atari').mkdir()
   (folder / 'palm_jax' / 'atari' / 'environment.py').write_text("GAMES = 'Alien', 'Pong', 'Krull'")
 
-  def calls(*arguments, **environment):
-    subprocess.run([LAUNCH / 'atari.sh', 'my runs', *arguments], cwd=folder, env=env | environment, check=True)
+  def calls(*arguments, code=0, **environment):
+    done = subprocess.run([LAUNCH / 'atari.sh', 'my runs', *arguments], cwd=folder, env=env | environment)
+    assert done.returncode == code
     lines = (folder / 'calls').read_text().splitlines()
     (folder / 'calls').unlink()
     return [line.split('|') for line in lines]
   scores = ['--workdir=my runs/all', '--config=configs/atari.py:Assault', '--job=scores', "--config.scores.runs=('my runs/**',)"]
   run = lambda game, seed, variant='', *more: [f'--workdir=my runs/{game}/{seed}', f'--config=configs/atari.py:{game}{variant}',
                                                f'--config.seed={seed}', *more]
-  assert calls(STOPS_IN='my runs/Pong/0/results') == [run('Alien', 0), run('Pong', 0)]
+  assert calls(STOPS_IN='my runs/Pong/0/results', code=1) == [run('Alien', 0), run('Pong', 0)]
   assert calls() == [run('Pong', 0), run('Krull', 0), scores]
   assert calls('--config.x=1', GAMES='Krull', SEEDS='0 3', VARIANT=',laptop') == [
       run('Krull', 3, ',laptop', '--config.x=1'), scores]
+  done = subprocess.run([LAUNCH / 'atari.sh', 'my runs', '--job=finetune'], cwd=folder, env=env, capture_output=True, text=True)
+  assert done.returncode == 2 and "--config.jobs=\"('finetune', 'scores')\"" in done.stderr and not (folder / 'calls').exists()
 
 
 @pytest.mark.parametrize('script', ['atari.sh', 'slurm.sh', 'tpu_vm.sh'])

@@ -2,6 +2,7 @@
 
 Here, too, is the loop of playing and learning, which fine-tuning shares.
 """
+import collections
 import functools
 import itertools
 import math
@@ -18,14 +19,16 @@ from ml_collections import ConfigDict
 
 from palm_jax import devices
 from palm_jax.atari import dqn
-from palm_jax.atari.environment import FRAMES_A_STEP, Environment, rom_id
-from palm_jax.atari.replay import Batch, Replay
+from palm_jax.atari.environment import FRAMES_A_STEP, SETTINGS, Environment, rom_id
+from palm_jax.atari.replay import Batch, Replay, rows_of
 from palm_jax.checkpoint import Checkpoints, Preemption, write_json_atomic
 from palm_jax.errors import NonFiniteError, UserError
 from palm_jax.files import replacing
 from palm_jax.metrics import MetricWriter, Progress
 
 STACKS_IN_SHARD = 1024
+RECENT_GAMES = 100  # that the score of a learner is the mean of
+PURPOSES = {'games': 0, 'batches': 1, 'stacks': 2, 'evaluation': 3}  # streams of random numbers from one seed
 
 
 def default_config():
@@ -58,7 +61,10 @@ def check_play(config, section, positive):
   for name in ('num_envs', 'log_steps', 'checkpoint_minutes', *positive):
     if not c[name] > 0:
       raise UserError(f'{section}.{name}={c[name]} is not positive: set it above 0')
+  if config.seed < 0:
+    raise UserError(f'seed={config.seed} is negative: set it to 0 or more')
   dqn.check_config(f'{section}.agent', c.agent)
+  rows_of(c.agent.capacity, c.num_envs, c.agent.n_step)
   period, num_envs = c.agent.learn_period, c.num_envs
   if num_envs % period and period % num_envs:
     raise UserError(f'{section}.num_envs={num_envs} and {section}.agent.learn_period={period}: expected that one divides the '
@@ -69,17 +75,19 @@ def check_play(config, section, positive):
 
 
 class Played(NamedTuple):
-  """What `play` reached: agent, agent steps, updates, games ended, times it was stopped, seconds, last point of the curve."""
+  """What `play` reached."""
   agent: Any
   agent_steps: int
   updates: int
-  games: int
-  resumes: int
+  games: int  # that ended
+  recent: list  # raw scores of the last of them
+  resumes: int  # times it was stopped
   seconds: float
-  scalars: dict
+  origin: Any  # as it was given when the agent was new
 
 
-def play(job, c, agent_steps, make_environment, seed, folder, mesh, preemption, trunk=None, augment=None, sample=None):
+def play(job, c, agent_steps, make_environment, seed, folder, mesh, preemption, trunk=None, augment=None, sample=None,
+         origin=None):
   """Plays and learns until `agent_steps` are done, going on from the newest checkpoint in `folder`.
 
   A step whose action the emulator ignores, one after each game's end, is counted as well. The emulator itself cannot be
@@ -97,6 +105,7 @@ def play(job, c, agent_steps, make_environment, seed, folder, mesh, preemption, 
     trunk: convolutions to begin with, see `dqn.init`.
     augment: see `dqn.update`.
     sample: StackSample that is shown every row.
+    origin: what the trunk is, kept with the agent.
 
   Returns:
     Played, or None if stopped.
@@ -109,8 +118,7 @@ def play(job, c, agent_steps, make_environment, seed, folder, mesh, preemption, 
   key, here = jax.random.key(seed), SingleDeviceSharding(mesh.devices.flat[0])
   with Checkpoints(folder / 'checkpoints') as checkpoints:
     # Other noops than those of the games that were cut off.
-    env_seed = int(np.random.SeedSequence([seed, checkpoints.latest_step() or 0]).generate_state(1)[0]) // 2
-    with make_environment(num_envs, env_seed) as environment:
+    with make_environment(num_envs, draw_seed(seed, 'games', checkpoints.latest_step() or 0)) as environment:
       stacks, starts = environment.reset(), np.ones(num_envs, bool)  # (E, H, W, 4)
       init = jax.jit(lambda: dqn.init(jax.random.fold_in(key, 0), stacks.shape[1:], environment.num_actions, a, trunk),
                      out_shardings=here)
@@ -123,14 +131,17 @@ def play(job, c, agent_steps, make_environment, seed, folder, mesh, preemption, 
       template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), jax.eval_shape(init))
       restored = checkpoints.restore({'agent': template})
       if restored:
-        agent, saved = restored.items['agent'], restored.metadata
-        saved['resumes'] += restored.step < rows
-        replay.restore(restored.step)
-        replay.cut()
-        logging.info('%s: going on from agent step %d', job, restored.step * num_envs)
+        agent, saved, row = restored.items['agent'], restored.metadata, restored.step
+        if row < rows:  # else nobody asks for the replay any more, and it may be gone
+          saved['resumes'] += 1
+          replay.restore(row)
+          replay.cut()
+        logging.info('%s: going on from agent step %d', job, row * num_envs)
       else:
-        agent, saved = init(), dict(updates=0, games=0, resumes=0, seconds=0., scalars={}, sampled=0)
-      row, updates, games, scalars = replay.total, saved['updates'], saved['games'], saved['scalars']
+        agent, row = init(), 0
+        saved = dict(updates=0, games=0, recent=[], resumes=0, seconds=0., scalars={}, sampled=0, origin=origin)
+      updates, games, scalars = saved['updates'], saved['games'], saved['scalars']
+      recent = collections.deque(saved['recent'], RECENT_GAMES)
       if sample:
         sample.restore(saved['sampled'])
 
@@ -144,11 +155,11 @@ def play(job, c, agent_steps, make_environment, seed, folder, mesh, preemption, 
           actions = act(agent.params, stacks, epsilon, np.int32(row))
           learn = row * num_envs >= a.min_history and row % every == 0
           if learn:  # drawn while the device chooses the actions
-            draws = [replay.sample(np.random.default_rng([seed, updates + u]), a.batch_size, a.n_step, a.gamma)
-                     for u in range(per_row)]
+            generators = [np.random.default_rng([seed, PURPOSES['batches'], updates + u]) for u in range(per_row)]
+            draws = [replay.sample(generator, a.batch_size, a.n_step, a.gamma) for generator in generators]
           actions = np.asarray(actions)
           step = environment.step(actions)
-          replay.add(stacks[..., -1], actions, np.clip(step.reward, -1, 1), ~step.life_lost, starts, ~step.first)
+          remember(replay, stacks, actions, starts, step)
           if sample:
             sample.take(row, stacks)
           if learn:
@@ -158,27 +169,40 @@ def play(job, c, agent_steps, make_environment, seed, folder, mesh, preemption, 
           scores += step.score[step.game_over | step.truncated].tolist()
           stacks, starts, row = step.stacks, step.first, row + 1
 
-          done, stop, agent_steps = row == rows, preemption.requested, row * num_envs
+          done, stop, steps_done = row == rows, preemption.requested, row * num_envs
           save = done or stop or replay.must_commit or time.monotonic() - saved_at > 60 * c.checkpoint_minutes
           if save or row % log_rows == 0:
-            scalars |= average(pending, job, agent_steps)
-            scalars |= dict(score=float(np.mean(scores))) if scores else {}
             games += len(scores)
-            scalars |= dict(frames=agent_steps * FRAMES_A_STEP, games=games, epsilon=epsilon, updates=updates)
-            writer.write(agent_steps, scalars)
+            recent += scores
+            point = average(pending, job, steps_done) | dict(
+                frames=steps_done * FRAMES_A_STEP, games=games, epsilon=epsilon, updates=updates)
+            if scores:
+              point['score'] = float(np.mean(scores))
+            writer.write(steps_done, point)
+            scalars |= point
             scores, pending = [], []
           if done or row % 32 == 0:
-            progress.update(agent_steps, dict(frames=agent_steps * FRAMES_A_STEP, epsilon=epsilon, **{
+            progress.update(steps_done, dict(frames=steps_done * FRAMES_A_STEP, epsilon=epsilon, **{
                 name: scalars[name] for name in ('games', 'score', 'loss', 'q') if name in scalars}))
           if save:
             replay.commit()
             checkpoints.save(row, {'agent': agent}, dict(
-                updates=updates, games=games, resumes=saved['resumes'], seconds=time.monotonic() - started, scalars=scalars,
-                sampled=sample.commit() if sample else 0))
+                updates=updates, games=games, recent=[*recent], resumes=saved['resumes'], seconds=time.monotonic() - started,
+                scalars=scalars, sampled=sample.commit() if sample else 0, origin=saved['origin']))
             saved_at = time.monotonic()
           if stop and not done:
             return None
-  return Played(agent, row * num_envs, updates, games, saved['resumes'], time.monotonic() - started, scalars)
+  return Played(agent, row * num_envs, updates, games, [*recent], saved['resumes'], time.monotonic() - started, saved['origin'])
+
+
+def remember(replay, stacks, actions, starts, step):
+  """Adds to a Replay what was seen (E, H, W, 4), done (E,), whether it began a game (E,), and the Step that came of it."""
+  replay.add(stacks[..., -1], actions, np.clip(step.reward, -1, 1), ~step.life_lost, starts, ~step.first)
+
+
+def draw_seed(seed, purpose, *numbers):
+  """A seed for an environment, one for each of PURPOSES and numbers."""
+  return int(np.random.SeedSequence([seed, PURPOSES[purpose], *numbers]).generate_state(1)[0])
 
 
 def average(pending, job, agent_steps):
@@ -188,8 +212,8 @@ def average(pending, job, agent_steps):
   means = jax.tree.map(lambda *values: float(np.mean(values)), *jax.device_get(pending))
   for name, value in means.items():
     if not math.isfinite(value):
-      raise NonFiniteError(f'{job}: {name} is {value} before agent step {agent_steps}: lower {job}.agent.lr and its like; the '
-                           'last good checkpoint stays')
+      raise NonFiniteError(f'{job}: {name} is {value} before agent step {agent_steps}: lower {job}.agent.lr; the last '
+                           'good checkpoint stays')
   return means
 
 
@@ -250,7 +274,7 @@ class StackSample:
     if self.count == self._size:
       return math.inf
     start, stop = (i * self._steps // self._size for i in (self.count, self.count + 1))
-    return int(np.random.default_rng([self._seed, self.count]).integers(start, stop))
+    return int(np.random.default_rng([self._seed, PURPOSES['stacks'], self.count]).integers(start, stop))
 
 
 def write_stacks(path, count, blocks):
@@ -304,18 +328,19 @@ def collect(config, workdir, mesh, make_environment=Environment):
     return False
   sample.finish(folder / 'stacks.npz')
   results = dict(
-      job='collect', game=game, score=played.scalars.get('score'), frames=played.agent_steps * FRAMES_A_STEP,
+      job='collect', game=game, score=float(np.mean(played.recent)) if played.recent else None,
+      frames=played.agent_steps * FRAMES_A_STEP,
       agent_steps=played.agent_steps, updates=played.updates, games=played.games, resumes=played.resumes, seconds=played.seconds,
       stacks=dict(path=str(folder / 'stacks.npz'), images=[count, *shape], bytes=(folder / 'stacks.npz').stat().st_size),
       seed=config.seed, protocol=dict(
-          score='mean raw score of the games that ended since the last point of the curve, while learning',
+          score=f'mean raw score of the last {RECENT_GAMES} games, or of all, while learning', emulator=SETTINGS,
           stacks='one drawn uniformly in each of equal parts of the run; frames oldest first, zeros before a game\'s first',
           rewards='clipped to [-1, 1] for learning', life='a lost life ends the return, the game goes on',
           num_envs=c.num_envs, agent=c.agent.to_dict()),
       **devices.describe(mesh))
+  (folder / 'replay.dat').unlink()  # before the results, after which nobody would come to do it
   write_json_atomic(workdir / 'results' / 'collect.json', results)
-  print(f'collect: {game}, {results["frames"]:,} frames ({played.agent_steps:,} agent steps), {played.games} games, '
-        f'last mean score {results["score"]}; {count:,} stacks in {folder / "stacks.npz"}', flush=True)
   shutil.rmtree(folder / 'shards')
-  (folder / 'replay.dat').unlink()
+  print(f'collect: {game}, {results["frames"]:,} frames ({played.agent_steps:,} agent steps), {played.games} games, '
+        f'mean score of the last {results["score"]}; {count:,} stacks in {folder / "stacks.npz"}', flush=True)
   return True

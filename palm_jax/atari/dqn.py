@@ -30,8 +30,8 @@ def default_config():
       epsilon_decay=250_000,  # agent steps from 1, after min_history: dopamine dqn.gin
       optimizer='adam',  # rmsprop: centred, decay 0.95, dqn_zoo double_q
       lr=6.25e-5,  # dopamine dqn.gin
-      hidden_lr=6.25e-5,  # of the layer between trunk and heads
-      trunk_lr=6.25e-5,  # of the convolutions; 0 freezes them
+      hidden_scale=1.,  # of lr, for the layer between trunk and heads
+      trunk_scale=1.,  # of lr, for the convolutions; 0 freezes them
       adam_eps=1.5e-4,  # dopamine dqn.gin
       rmsprop_eps=0.01 / 32**2,  # dqn_zoo double_q
   ))
@@ -40,8 +40,7 @@ def default_config():
 def dqn_zoo_config():
   """dqn_zoo's double_q/run_atari.py, "tuned", in agent steps of four frames. Its shared bias of the last layer is left out."""
   config = default_config()
-  config.update(dict(target_period=30_000, min_history=50_000, epsilon_decay=1_000_000, optimizer='rmsprop', lr=2.5e-4,
-                     hidden_lr=2.5e-4, trunk_lr=2.5e-4))
+  config.update(dict(target_period=30_000, min_history=50_000, epsilon_decay=1_000_000, optimizer='rmsprop', lr=2.5e-4))
   return config
 
 
@@ -49,12 +48,12 @@ def check_config(section, c):
   """Raises UserError on settings of an agent (`section` is its name in messages) that cannot work."""
   if c.optimizer not in OPTIMIZERS:
     raise UserError(f'{section}.optimizer={c.optimizer!r} is unknown: choose {" or ".join(OPTIMIZERS)}')
-  for name in ('features', 'n_step', 'batch_size', 'learn_period', 'target_period', 'epsilon_decay', 'lr', 'hidden_lr',
+  for name in ('features', 'n_step', 'batch_size', 'learn_period', 'target_period', 'epsilon_decay', 'lr', 'hidden_scale',
                'adam_eps', 'rmsprop_eps'):
     if not c[name] > 0:
       raise UserError(f'{section}.{name}={c[name]} is not positive: set it above 0')
-  if not c.trunk_lr >= 0:
-    raise UserError(f'{section}.trunk_lr={c.trunk_lr} is negative: set it to 0 (frozen) or more')
+  if not c.trunk_scale >= 0:
+    raise UserError(f'{section}.trunk_scale={c.trunk_scale} is negative: set it to 0 (frozen) or more')
   for name in ('gamma', 'epsilon'):
     if not 0 <= c[name] <= 1:
       raise UserError(f'{section}.{name}={c[name]} is not in [0, 1]')
@@ -109,7 +108,7 @@ def _optimizer(config):
   """Adam or RMSProp, then a learning rate for trunk, dense layer and heads. `update` needs no parameters."""
   def by_group(updates, _):
     descend = lambda lr, tree: jax.tree.map(lambda u: -lr * u, tree)
-    encoder = {name: descend(config.trunk_lr if name in TRUNK else config.hidden_lr, tree)
+    encoder = {name: descend(config.lr * (config.trunk_scale if name in TRUNK else config.hidden_scale), tree)
                for name, tree in updates['encoder'].items()}
     return {name: encoder if name == 'encoder' else descend(config.lr, tree) for name, tree in updates.items()}
 
@@ -193,7 +192,7 @@ def update(agent, batches, key, config, augment=None):
     target_q = targets(next_q, next_q_target, batch.returns, batch.discounts)
 
     def loss_fn(params):
-      if not config.trunk_lr:  # spares the gradients of a frozen trunk
+      if not config.trunk_scale:  # spares the gradients of a frozen trunk
         params = dict(params, encoder={name: jax.lax.stop_gradient(tree) if name in TRUNK else tree
                                        for name, tree in params['encoder'].items()})
       q = network.apply({'params': params}, stacks)

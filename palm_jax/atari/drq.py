@@ -1,7 +1,9 @@
 """DrQ for Atari-100k: a dueling double DQN of n-step returns whose pictures are shifted and dimmed at random.
 
 Source: google/dopamine, labs/atari_100k/configs/DrQ.gin; update and network are those of palm_jax.atari.dqn.
-Here the convolutions have no padding (there SAME), so that a pretrained Nature CNN fits, and shifts reach +4 (there only +3).
+Here the convolutions have no padding (there SAME), so that a pretrained Nature CNN fits; pictures are in [-1, 1], as that has
+seen them (there [0, 1]); shifts reach +4 (there only +3); a stack is kept over a lost life (there it begins anew); and a window
+that a game's cut-off shortens bootstraps from its last picture.
 """
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,7 @@ def default_config():
       capacity=110_000,  # nothing of 100k steps is forgotten (DrQ.gin: 1M)
       epsilon=0.1,  # DrQ.gin
       epsilon_decay=5000,  # DrQ.gin
-      lr=1e-4, hidden_lr=1e-4, trunk_lr=1e-4,  # DrQ.gin
+      lr=1e-4,  # DrQ.gin
   ))
   config.eval_epsilon = 0.05  # DrQ.gin
   config.augment = True  # DrQ; PALM section 5.3 can be read either way
@@ -42,7 +44,7 @@ def epsilon_config():
 def sgi_config():
   """The learning rates of SGI (Schwarzer et al. 2021, scripts/experiments/sgim_finetune.sh) for a pretrained trunk."""
   config = default_config()
-  config.update(dict(trunk_lr=1e-6, hidden_lr=3e-5, lr=1e-4))
+  config.update(dict(lr=1e-4, hidden_scale=0.3, trunk_scale=0.01))
   return config
 
 

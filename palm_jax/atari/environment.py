@@ -17,6 +17,7 @@ GAMES = ('Alien', 'Amidar', 'Assault', 'Asterix', 'BankHeist', 'BattleZone', 'Bo
          'CrazyClimber', 'DemonAttack', 'Freeway', 'Frostbite', 'Gopher', 'Hero', 'Jamesbond', 'Kangaroo', 'Krull',
          'KungFuMaster', 'MsPacman', 'Pong', 'PrivateEye', 'Qbert', 'RoadRunner', 'Seaquest', 'UpNDown')
 FRAMES_A_STEP = 4
+SETTINGS = 'frame skip 4, maximum of the last 2, cut off after 27,000 steps, 0..29 noops, no FIRE at reset, no sticky actions'
 
 
 class Step(NamedTuple):

@@ -5,12 +5,13 @@ import time
 
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from palm_jax import devices
 from palm_jax.atari import dqn, drq
-from palm_jax.atari.collect import check_play, play
-from palm_jax.atari.environment import FRAMES_A_STEP, Environment
+from palm_jax.atari.collect import check_play, draw_seed, play
+from palm_jax.atari.environment import FRAMES_A_STEP, SETTINGS, Environment
 from palm_jax.checkpoint import Preemption, write_json_atomic
 from palm_jax.errors import UserError
 from palm_jax.evaluate.features import digest
@@ -25,7 +26,7 @@ def default_config():
       eval_episodes=100,  # dopamine labs/atari_100k: at the end only, all side by side, one game each
       log_steps=1000,  # agent steps a point of the curve
       checkpoint_minutes=5.,
-      # drq.epsilon_config(): DrQ(eps); drq.sgi_config(): SGI's learning rates. From scratch all learn at agent.lr.
+      # drq.epsilon_config(): DrQ(eps); drq.sgi_config(): SGI's learning rates. From scratch the scales are 1.
       agent=drq.default_config(),
   ))
 
@@ -37,7 +38,10 @@ def check_config(config, num_devices):
   check_play(config, 'finetune', ('agent_steps', 'eval_episodes'))
   if not 0 <= c.agent.eval_epsilon <= 1:
     raise UserError(f'finetune.agent.eval_epsilon={c.agent.eval_epsilon} is not in [0, 1]')
-  if c.trunk not in ('own', 'scratch') and not (pathlib.Path(c.trunk) / 'config.json').is_file():
+  if c.trunk == 'own' and config.encoder.name != 'nature':
+    raise UserError(f"finetune.trunk='own' with encoder.name={config.encoder.name!r}: only convolutions of 'nature' fit; "
+                    "pretrain that, or set finetune.trunk='scratch'")
+  if c.trunk not in ('own', 'scratch') and not (pathlib.Path(c.trunk).expanduser() / 'config.json').is_file():
     raise UserError(f"finetune.trunk={c.trunk!r} has no config.json: expected 'own', 'scratch' or the workdir of a pretraining")
 
 
@@ -66,12 +70,13 @@ def finetune(config, workdir, mesh, make_environment=Environment):
   make_environment = functools.partial(make_environment, game)
   trunk, about = None, None
   if c.trunk != 'scratch':
-    path = workdir if c.trunk == 'own' else c.trunk
+    path = workdir if c.trunk == 'own' else pathlib.Path(c.trunk).expanduser()
     trunk, step = drq.load_trunk(path)
     about = dict(workdir=str(path), checkpoint_step=step, sha256=digest(trunk, {}))
+    logging.info('finetune: trunk of %s, step %d', path, step)
   with Preemption() as preemption:
     played = play('finetune', c, c.agent_steps, make_environment, config.seed, folder, mesh, preemption, trunk,
-                  drq.augment if c.agent.augment else None)
+                  drq.augment if c.agent.augment else None, origin=about)
     began = time.monotonic()
     scores = played and evaluate(played.agent.params, c, make_environment, config.seed, preemption)
   if scores is None:
@@ -82,22 +87,23 @@ def finetune(config, workdir, mesh, make_environment=Environment):
       updates=played.updates, training_games=played.games, resumes=played.resumes,
       seconds=played.seconds + time.monotonic() - began, protocol=dict(
           score='mean over evaluation games of the sum of raw rewards, one game an environment, after the last update',
-          trunk=about or 'fresh', convolutions='VALID, Nature CNN', shifts=f'0..{2 * drq.PAD} pixels', intensity=drq.INTENSITY,
+          trunk=played.origin or 'fresh', convolutions='VALID, Nature CNN', pictures='84x84 grey in [-1, 1], stacks of 4',
+          shifts=f'0..{2 * drq.PAD} pixels', intensity=drq.INTENSITY, emulator=SETTINGS, num_envs=c.num_envs,
           rewards='clipped to [-1, 1] for learning', life='a lost life ends the return, the game goes on',
           agent=c.agent.to_dict()),
       **devices.describe(mesh))
+  (folder / 'replay.dat').unlink()  # before the results, after which nobody would come to do it
   write_json_atomic(workdir / 'results' / 'finetune.json', results)
   print(f'finetune: {game}, seed {config.seed}, {results["variant"]}: score {results["score"]:.1f} over {len(scores)} games '
         f'after {played.agent_steps:,} agent steps ({results["frames"]:,} frames); epsilon {c.agent.eval_epsilon}', flush=True)
-  (folder / 'replay.dat').unlink()
   return True
 
 
 def settle(c):
-  """The section with the learning rates that count: fresh convolutions would stay as they were drawn at a pretrained trunk's."""
+  """The section with the learning rates that count: from scratch all layers have one, as no layer knows anything yet."""
   c = c.copy_and_resolve_references()
   if c.trunk == 'scratch':
-    c.agent.update(dict(trunk_lr=c.agent.lr, hidden_lr=c.agent.lr))
+    c.agent.update(dict(trunk_scale=1., hidden_scale=1.))
   return c
 
 
@@ -111,7 +117,7 @@ def evaluate(params, c, make_environment, seed, preemption):
       params, stacks, c.agent.eval_epsilon, jax.random.fold_in(jax.random.fold_in(key, 3), step), c.agent))
   scores, ended, count = np.zeros(n), np.zeros(n, bool), 0
   progress = Progress('finetune: evaluation', n, 'games')
-  with make_environment(n, int(np.random.SeedSequence([seed, 3]).generate_state(1)[0]) // 2) as environment:
+  with make_environment(n, draw_seed(seed, 'evaluation')) as environment:
     stacks = environment.reset()
     while not ended.all():
       if preemption.requested:

@@ -37,6 +37,15 @@ class Batch(NamedTuple):
   next_stacks: np.ndarray
 
 
+def rows_of(capacity, num_envs, n_step=1):
+  """Rows for each environment; UserError where they are too few for windows of n_step."""
+  rows, least = capacity // num_envs, max(64, n_step + STACK + 1)
+  if rows < least:
+    raise UserError(f'a replay of capacity={capacity} has {rows} rows for each of {num_envs} environments, expected {least} '
+                    'or more: raise capacity or lower num_envs')
+  return rows
+
+
 class Replay:
   """The rows of `num_envs` games side by side.
 
@@ -52,26 +61,20 @@ class Replay:
   """
 
   def __init__(self, path, capacity, num_envs, frame_shape=(84, 84)):
-    self.rows = capacity // num_envs
-    if self.rows < 64:
-      raise UserError(f'a replay of capacity={capacity} has {self.rows} rows for each of {num_envs} environments, expected 64 '
-                      'or more: raise capacity or lower num_envs')
+    self.rows = rows_of(capacity, num_envs)
     self.num_envs, self.total = num_envs, 0
     self._margin, self._committed = max(16, self.rows // 8), 0
     record = np.dtype([('frame', np.uint8, frame_shape), ('action', np.int32), ('reward', np.float32), ('alive', np.bool_),
                        ('start', np.bool_), ('transition', np.bool_)])
     self._file_rows = self.rows + self._margin
     path, size = pathlib.Path(path), self._file_rows * num_envs * record.itemsize
+    self._path, self._is_whole = path, path.exists() and path.stat().st_size == size
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open('ab') as file:
       file.truncate(size)
       if hasattr(os, 'posix_fallocate'):  # a full disk must be an error here, not a SIGBUS on some later row
         os.posix_fallocate(file.fileno(), 0, size)
     self._records = np.memmap(path, record, 'r+', shape=(self._file_rows, num_envs))
-
-  def __len__(self):
-    """Frames that are sampled from."""
-    return min(self.total, self.rows) * self.num_envs
 
   @property
   def must_commit(self):
@@ -106,7 +109,11 @@ class Replay:
     self._committed = self.total
 
   def restore(self, total):
-    """Goes back to `total` rows, the number at a commit."""
+    """Goes back to `total` rows, the number at a commit; UserError where the file was not there, or not whole."""
+    if total and not self._is_whole:
+      self._path.unlink()
+      raise UserError(f'{self._path} is missing or cut short, but the checkpoint beside it counts on {total} rows: restore '
+                      f'both, or remove {self._path.parent} to begin anew')
     self.total = self._committed = total
 
   def sample(self, generator, batch_size, n_step, gamma):

@@ -38,6 +38,7 @@ class Run(NamedTuple):
   agent_steps: int
   frames: int
   agent: dict  # settings of the learner, {} where the file does not say
+  trunk_step: int  # of the pretraining's checkpoint; -1 from scratch
   folder: str
 
 
@@ -149,7 +150,7 @@ def find(patterns, workdir):
   return sorted(found)
 
 
-def collect(folders):
+def read_runs(folders):
   """[Run] of the workdirs' results/finetune.json.
 
   Raises:
@@ -160,10 +161,11 @@ def collect(folders):
     path = pathlib.Path(folder) / 'results' / 'finetune.json'
     try:
       content = json.loads(path.read_text())
-      episodes = content['episodes']  # their scores, or how many they were
+      protocol, episodes = content.get('protocol', {}), content['episodes']  # their scores, or how many they were
       run = Run(str(content['variant']), content['game'], int(content['seed']), float(content['score']),
                 len(episodes) if isinstance(episodes, list) else int(episodes), int(content['agent_steps']),
-                int(content['frames']), dict(content.get('protocol', {}).get('agent', {})), str(folder))
+                int(content['frames']), dict(protocol.get('agent', {})),
+                int(protocol['trunk']['checkpoint_step']) if isinstance(protocol.get('trunk'), dict) else -1, str(folder))
       if not np.isfinite(run.score) or not run.episodes:
         raise ValueError(f'score={run.score} of {run.episodes} episodes')
     except KeyError as e:
@@ -195,11 +197,11 @@ def evaluate(config, workdir, data=None, mesh=None):
     None where unknown; `games`, {game: {variant: {mean, sd, hns, seeds, scores}}}; `notes`; `protocol`; `seconds`.
 
   Raises:
-    UserError: no runs, or results that cannot be used; see `find` and `collect`.
+    UserError: no runs, or results that cannot be used; see `find` and `read_runs`.
   """
   started, c = time.monotonic(), config.scores
   check_config(config, mesh.size if mesh else 1)
-  runs = collect(find(c.runs, workdir))
+  runs = read_runs(find(c.runs, workdir))
   variants = collections.defaultdict(lambda: collections.defaultdict(list))
   for run in sorted(runs, key=lambda run: (run.variant, run.game, run.seed)):
     variants[run.variant][run.game].append(run)
@@ -213,8 +215,10 @@ def evaluate(config, workdir, data=None, mesh=None):
                   for variant, known in scores.items() if game in known}
            for game in GAMES if any(game in known for known in scores.values())}
   distinct = lambda name: sorted({getattr(run, name) for run in runs})
+  of_agents = lambda name: sorted({run.agent[name] for run in runs if name in run.agent})
   results = dict(job='scores', rows=rows, games=games, notes=make_notes(scores, runs), protocol=dict(
       runs=len(runs), agent_steps=distinct('agent_steps'), frames=distinct('frames'), episodes=distinct('episodes'),
+      epsilon=of_agents('epsilon'), eval_epsilon=of_agents('eval_epsilon'), trunk_steps=distinct('trunk_step'),
       score='raw, mean over the evaluation episodes of a run', hns='(score - random) / (human - random)',
       median='over games, of means over runs', mean='over games, of means over runs',
       iqm='mean of the middle half of all runs of all games', gap='mean of 1 - min(hns, 1)',
