@@ -3,27 +3,16 @@ import jax
 import jax.numpy as jnp
 
 
-def nt_xent(z1, z2, temperature=0.5, axis_name=None):
-  """Each view against all others of the batch; its positive is the other view of its pair (arXiv 2002.05709, equation 1).
-
-  Args:
-    z1, z2: (B, D) projections of the two views, of this device.
-    temperature: 0.5 is the paper's for CIFAR (appendix B.9).
-    axis_name: mesh axis over which the batch is split; None where it is whole.
-  Returns:
-    a scalar, the mean over these 2 B rows, in at least float32.
-  """
-  return supcon(z1, z2, None, temperature, axis_name)
-
-
 def supcon(z1, z2, labels, temperature=0.1, axis_name=None):
   """Positives are all other views of the same label: mean over them outside the logarithm (arXiv 2004.11362, equation 2).
 
   Not scaled by temperature / base temperature, as HobbitLong/SupContrast does: with its defaults both are equal.
 
   Args:
-    labels: (B,) integers; None makes each pair a label of its own, which is `nt_xent`.
-    z1, z2, temperature, axis_name: as in `nt_xent`; SupContrast's 0.1 is for CIFAR.
+    z1, z2: (B, D) projections of the two views, of this device.
+    labels: (B,) integers; None makes each pair a label of its own, which is SimCLR's NT-Xent (arXiv 2002.05709, equation 1).
+    temperature: SupContrast has 0.1 for CIFAR, SimCLR 0.5 (appendix B.9).
+    axis_name: mesh axis over which the batch is split; None where it is whole.
   Returns:
     a scalar, the mean over these 2 B rows, in at least float32.
   """

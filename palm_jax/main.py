@@ -74,6 +74,14 @@ def check(config, jobs, num_devices):
   if 'pretrain' in jobs:
     from palm_jax import pretrain
     pretrain.check_config(config, num_devices)
+  for name in ('diversity', 'plan', 'benchmark'):
+    if name in jobs:
+      from palm_jax import pairs
+      pairs.require_policy(config, name)
+  for name in ('probe', 'ood', 'diversity'):
+    if name in jobs and config.environment.stack > 1:
+      raise UserError(f'--job={name} shows single pictures, but environment.stack={config.environment.stack} trains an encoder '
+                      'of several: judge a run with 1')
   for name in EVALUATIONS:
     if name in jobs:
       importlib.import_module(f'palm_jax.evaluate.{name}').check_config(config, num_devices)

@@ -29,7 +29,7 @@ def make_monitors(config, generator, program, num_images=1024, num_rows=10, num_
   """
   modules, psi = program.modules, config.environment.truncation_psi
   nothing = lambda n: jnp.zeros((n, *pretrain.seen_shape(config, generator)), jnp.uint8)
-  rows = min(num_rows, max(generator.num_classes, 1)) if generator.num_classes else 4
+  rows = min(num_rows, generator.num_classes) or 4
 
   def look(world, env, seen):
     pictures = environment.to_uint8(generator.apply(world.variables, env.z, env.label, truncation_psi=psi))
@@ -38,13 +38,20 @@ def make_monitors(config, generator, program, num_images=1024, num_rows=10, num_
   @jax.jit
   def representations(ssl, world, key):
     ids = jnp.arange(num_images)
-    env = environment.reset(key, ids, jnp.zeros_like(ids), generator.z_dim, generator.num_classes)
+    env = environment.reset(key, ids, jnp.zeros_like(ids), generator.z_dim, generator.num_classes, kind=world.dynamics.kind)
     variables = {name: {'params': ssl['params'][name], 'batch_stats': ssl['batch_stats'][name]} for name in ssl['params']}
 
-    def encode(env):
-      h = modules.encoder.apply(variables['encoder'], look(world, env, nothing(len(env.step))), train=False)
+    def encode(part):
+      ids, env = part
+      frames = look(world, env, nothing(len(ids)))
+      for t in range(1, config.environment.stack):  # a stack that is full, as nearly all are
+        key_action, key_env = jax.random.split(jax.random.fold_in(key, t))
+        actions = environment.random_actions(environment.env_keys(key_action, ids), generator.z_dim, env.z.dtype)
+        env = environment.step(env, actions, key_env, ids, world.dynamics, config.environment.stack, generator.num_classes)
+        frames = look(world, env, frames)
+      h = modules.encoder.apply(variables['encoder'], frames, train=False)
       return h, modules.projector.apply(variables['projector'], h, train=False)
-    batches = jax.tree.map(lambda x: x.reshape(-1, min(128, num_images), *x.shape[1:]), env)
+    batches = jax.tree.map(lambda x: x.reshape(-1, min(128, num_images), *x.shape[1:]), (ids, env))
     return jax.tree.map(lambda x: x.reshape(num_images, -1), jax.lax.map(encode, batches))
 
   def ranks(ssl, world, key):

@@ -3,6 +3,8 @@
 A source either plays, and its pairs are consecutive frames of the replay ring, or draws pairs by itself on the device.
 Draws are functions of (key, global group id), so they do not depend on the number of devices.
 """
+import json
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -139,7 +141,8 @@ def load(config, generator, mesh, data=None):
   """
   c, needs = config.pairs, SOURCES[config.pairs.source].needs
   if needs == 'images':
-    return devices.replicate(mesh, _images(data.train, len(data.class_names), c.samples, generator.image_shape, config.seed))
+    return devices.replicate(mesh, _images(data.train, len(data.class_names), c.samples, generator.image_shape, config.seed,
+                                          least=1 if c.source == 'two_views' else 2))
   if needs == 'record':
     lived = _record(config, generator)
     return jax.tree.map(lambda x: devices.shard(mesh, x, P(None, 'data')), lived)
@@ -170,12 +173,23 @@ def check_config(config):
                     'one after another; set it to 1')
   if c.std < 0:
     raise UserError(f'pairs.std={c.std} is negative: set it to 0 or more')
+  if c.source == 'two_views' and config.simsiam.augment == 'none':
+    raise UserError("pairs.source='two_views' with simsiam.augment='none' gives the same picture twice: "
+                    "set simsiam.augment='simsiam'")
   if config.simsiam.objective == 'supcon' and source.draw is None:
     raise UserError(f"simsiam.objective='supcon' needs labels, which pairs.source={c.source!r} never sees: "
                     f'choose one of {", ".join(name for name, source in SOURCES.items() if source.draw)}')
 
 
-def _images(split, num_classes, samples, image_shape, seed):
+def require_policy(config, job):
+  """Raises UserError where a job asks for a policy and the whole config's source of pairs trains none."""
+  check_config(config)
+  if SOURCES[config.pairs.source].play != 'policy':
+    raise UserError(f'--job={job} asks for a policy, which pairs.source={config.pairs.source!r} trains none of: '
+                    "it is for pairs.source='explored'")
+
+
+def _images(split, num_classes, samples, image_shape, seed, least):
   if split.images.shape[1:] != tuple(image_shape):
     raise UserError(f'the images are {split.images.shape[1:]}, but the generator makes {tuple(image_shape)}: '
                     'give images of that size')
@@ -184,8 +198,9 @@ def _images(split, num_classes, samples, image_shape, seed):
   if samples:
     rows = [of_class[:-(-samples // num_classes)] for of_class in rows]
   count = np.array([len(of_class) for of_class in rows], np.int32)
-  if count.min() < 2:
-    raise UserError(f'class {count.argmin()} has {count.min()} images, expected two or more: give more, or raise pairs.samples')
+  if count.min() < least:
+    raise UserError(f'class {count.argmin()} has {count.min()} images, expected {least} or more: '
+                    'give more, or raise pairs.samples')
   rows = np.concatenate(rows)
   return Images(split.images[rows], split.labels[rows].astype(np.int32), np.cumsum(count, dtype=np.int32) - count, count)
 
@@ -193,16 +208,33 @@ def _images(split, num_classes, samples, image_shape, seed):
 def _record(config, generator):
   c, p, length = config.pairs, config.pretrain, config.environment.episode_length
   folder = pathlib.Path(c.record) / 'pretrain' / 'experience'
-  lived = experience.Experience(*(np.concatenate(arrays) for arrays in zip(*experience.read(folder), strict=True)))
+  check_same_world(config, pathlib.Path(c.record))
+  parts, held, wanted = [], 0, max(3, -(-c.samples // p.num_envs)) if c.samples else math.inf
+  for part in experience.read(folder):
+    parts.append(part)
+    held += len(part.step)
+    if held >= wanted:
+      break
+  lived = experience.Experience(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
   rows, num_envs = lived.step.shape
   expected = lived.step[:1] + np.arange(rows)[:, None]
   if lived.z.shape[2] != generator.z_dim or num_envs != p.num_envs or (lived.step != expected % length).any():
     raise UserError(f'{folder} holds latents of {lived.z.shape[2]} of {num_envs} environments in episodes of '
                     f'{lived.step.max() + 1} steps, expected {generator.z_dim}, {p.num_envs} and {length}: take the '
                     'generator, pretrain.num_envs and environment.episode_length of that run')
-  if c.samples:
-    rows = min(rows, max(2, -(-c.samples // num_envs)))
-  return experience.Experience(*(x[:rows] for x in lived))
+  return experience.Experience(*(x[:min(rows, wanted)] for x in lived))
+
+
+def check_same_world(config, record):
+  """Raises UserError where the run in the folder `record` saw other pictures of its latents than this config would."""
+  try:
+    there = json.loads((record / 'config.json').read_text())
+    differ = [f'environment.{key}={there["environment"].get(key)!r} there, {config.environment[key]!r} here'
+              for key in ('latent_space', 'crop', 'truncation_psi') if there['environment'].get(key) != config.environment[key]]
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    raise UserError(f'{record / "config.json"} cannot be read ({e}): give the workdir of a run made with pretrain.record') from e
+  if differ:
+    raise UserError(f'pairs.record={record} was made in another world ({"; ".join(differ)}): its latents would be other pictures')
 
 
 def _label(d, key):

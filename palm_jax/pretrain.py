@@ -199,6 +199,8 @@ def make_program(config, generator, mesh):
     UserError: on impossible sizes.
   """
   check_config(config, mesh.size)
+  if config.simsiam.objective == 'supcon' and not generator.num_classes:
+    raise UserError("simsiam.objective='supcon' with a generator without classes makes one class of everything: choose another")
   p, num_shards = config.pretrain, config.replay.num_shards
   num_envs, length = p.num_envs, config.environment.episode_length
   envs_per_device, shards_per_device = num_envs // mesh.size, num_shards // mesh.size

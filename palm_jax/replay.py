@@ -1,4 +1,4 @@
-"""A ring of uint8 frames on the device, each frame once; the successor of row t is row t + 1.
+"""A ring of uint8 frames on the device, each of what was seen once; the successor of row t is row t + 1.
 
 One ring a device: environments are sharded, rows are added and sampled locally, and images never cross devices.
 Episodes have one fixed length, so a frame's step in its episode is arithmetic on its row number and is not stored.

@@ -8,7 +8,7 @@ def study_section(runs):
   """A table for each measure, and one of the claims."""
   rows_of = lambda run: run.results['study']['rows']
   words = [*several(runs, 'study'), 'arm', 'x']
-  ends = ['95% from', 'to']
+  ends = ['bootstrap from', 'to']
   out = ''
   for measure in dict.fromkeys(row['measure'] for run in runs for row in rows_of(run)):
     rows = []
@@ -25,8 +25,8 @@ def study_section(runs):
   claims = [(run, i, found) for run in runs for i, found in enumerate(run.results['study'].get('orderings', []))]
   if claims:
     rows = [Row([*several(runs, run.name), found['ordering'], found['verdict'],
-                 *(cell(run, 'study', 'orderings', i, key) for key in ('x', 'difference', 'low', 'high', 'n'))])
+                 *(cell(run, 'study', 'orderings', i, key) for key in ('x', 'difference', 't_low', 't_high', 'n'))])
             for run, i, found in claims]
-    out += report_page.table('Claims', [*several(runs, 'study'), 'claim', 'verdict', 'x', 'difference', *ends, 'seeds'], rows,
-                             source_of(runs, 'study'), texts=3 + len(several(runs, 'study')))
+    header = [*several(runs, 'study'), 'claim', 'verdict', 'x', 'difference', 't from', 'to', 'seeds']
+    out += report_page.table('Claims', header, rows, source_of(runs, 'study'), texts=len(header) - 4)
   return out + protocols(runs, 'study')

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from palm_jax.contrastive import normalize, nt_xent, supcon
+from palm_jax.contrastive import normalize, supcon
 from palm_jax.errors import UserError
 
 OBJECTIVES = 'simsiam', 'simclr', 'supcon'
@@ -189,9 +189,7 @@ def forward(modules, params, batch_stats, s, s_next, train=True, symmetric=True,
   if objective == 'simsiam':
     value = mean(loss(p, z, p_next, z_next, symmetric))
   else:
-    contrast = nt_xent(z, z_next, temperature, axis_name) if objective == 'simclr' else supcon(
-        z, z_next, labels, temperature, axis_name)
-    value = mean(contrast)
+    value = mean(supcon(z, z_next, labels if objective == 'supcon' else None, temperature, axis_name))
 
   h, h_next, z, detached_loss = jax.lax.stop_gradient((h, h_next, z, value))
   unit = normalize(z)

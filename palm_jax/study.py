@@ -158,8 +158,9 @@ def _run_config(config, workdir, arm, arms, seed):
   c = base_config(config, workdir)
   known = main.flatten(c.to_dict())
   for key, text in arm.settings:
-    if key not in known or key in ('seed', 'jobs'):
-      hint = ': it is of the whole study' if key in known else main.nearest(key, known)
+    shared = key in ('seed', 'jobs') or key.startswith('generator.') and key != 'generator.path'
+    if key not in known or shared:
+      hint = ': it is of the whole study' if shared and key in known else main.nearest(key, known)
       raise UserError(f'study.arms: {key}={text} of {arm.name!r} is no setting of an arm{hint}')
     fill = lambda match: str(workdir / _folder(_named(match[1], arm, arms)) / f'seed{seed}')
     text = re.sub(r'\{([^{}]*)\}', fill, text)
@@ -243,8 +244,9 @@ def check_config(config, workdir, num_devices):
       main.check(c, config.study.jobs, num_devices)
     except UserError as e:
       raise UserError(f'study, arm {arm.name!r}{at(arm.x)}: {e}') from e
-    for name in _needs(arm):
-      if c.pairs.record and not first[_named(name, arm, arms)].pretrain.record:
+    recorded = ' '.join(text for key, text in arm.settings if key == 'pairs.record')
+    for name in re.findall(r'\{([^{}]*)\}', recorded):
+      if not first[_named(name, arm, arms)].pretrain.record:
         raise UserError(f'study.arms: {arm.name!r} reads the record of {name!r}, which keeps none: '
                         f'add pretrain.record=True to {name!r}')
   for reading in readings:
@@ -346,7 +348,7 @@ def run(config, workdir=None, download=False):
       reference=c.reference or lines[0]['arm'],
       interval=f'95%, percentile bootstrap of the mean over seeds, {RESAMPLES:,} resamples, differences paired by seed; never '
                'wider than the range of the seeds: of three it is their range and covers less than 95%',
-      orderings='hold where the interval of the difference is above 0'), **devices.describe(mesh))
+      orderings="hold where the 95% interval of the paired difference by Student's t is above 0"), **devices.describe(mesh))
   print(study_figures.table(results), flush=True)
   write_json_atomic(workdir / 'results' / 'study.json', results)
   study_figures.draw(results, workdir / 'figure.png')

@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 from absl import logging
+from scipy import special
 
 from palm_jax.errors import UserError
 from palm_jax.files import replacing
@@ -79,18 +80,35 @@ def interval(values, resamples=RESAMPLES, seed=0):
   return tuple(map(float, np.percentile(values[rows].mean(1), (2.5, 97.5))))
 
 
+def student(values):
+  """95% interval of the mean of values (n,) by Student's t, n - 1 degrees of freedom: (low, high), or None of fewer than two."""
+  if len(values) < 2:
+    return None
+  half = float(special.stdtrit(len(values) - 1, 0.975)) * np.std(values, ddof=1) / np.sqrt(len(values))
+  return float(np.mean(values) - half), float(np.mean(values) + half)
+
+
 def difference(a, b):
-  """a - b of {seed: value}, paired by seed: `n` seeds that both have, mean `difference`, bootstrap interval `low`, `high`."""
+  """a - b of {seed: value}, paired by seed.
+
+  Returns:
+    dict: `n` seeds that both have, mean `difference`, bootstrap interval `low` and `high`, Student's `t_low` and `t_high`.
+  """
   paired = [a[seed] - b[seed] for seed in a if seed in b]
   low, high = interval(paired) or (None, None)
-  return dict(n=len(paired), difference=float(np.mean(paired)) if paired else None, low=low, high=high)
+  t_low, t_high = student(paired) or (None, None)
+  mean = float(np.mean(paired)) if paired else None
+  return dict(n=len(paired), difference=mean, low=low, high=high, t_low=t_low, t_high=t_high)
 
 
 def verdict(found):
-  """'holds' or 'does not hold' where the interval of a `difference` leaves out 0, else 'undecided'."""
-  if found['low'] is None or found['low'] <= 0 <= found['high']:
+  """'holds' or 'does not hold' where Student's interval of a `difference` leaves out 0, else 'undecided'.
+
+  Not the bootstrap's: that of three seeds is their range, so it would decide whenever three signs agree.
+  """
+  if found['t_low'] is None or found['t_low'] <= 0 <= found['t_high']:
     return 'undecided'
-  return 'holds' if found['low'] > 0 else 'does not hold'
+  return 'holds' if found['t_low'] > 0 else 'does not hold'
 
 
 def summarise(c, lines):
@@ -116,8 +134,9 @@ def summarise(c, lines):
     for (arm, x), numbers in values.items():
       low, high = interval(list(numbers.values())) or (None, None)
       reference = references.get(x, next(iter(references.values())) if len(references) == 1 else None)
+      compared = reference is not None and reference is not numbers
       rows.append(dict(measure=measure, arm=arm, x=x, n=len(numbers), mean=float(np.mean(list(numbers.values()))), low=low,
-                       high=high, minus_reference=difference(numbers, reference) if reference not in (None, numbers) else None))
+                       high=high, minus_reference=difference(numbers, reference) if compared else None))
   first = c.measures[0][0]
   for claim in c.orderings:
     for x, a, b in contests(claim, measures[first]):
@@ -129,18 +148,19 @@ def summarise(c, lines):
 def table(results):
   """The results of `study.run` as text: a block for each measure, the orderings, and the protocol in one line."""
   number = lambda value: '-' if value is None else f'{value:.4g}'
-  span = lambda found: '-' if found['low'] is None else f'[{number(found["low"])}, {number(found["high"])}]'
+  ends = lambda low, high: '-' if low is None else f'[{number(low)}, {number(high)}]'
+  span = lambda found: ends(found['low'], found['high'])
   reference, lines = results['protocol']['reference'], []
   for measure in dict.fromkeys(row['measure'] for row in results['rows']):
-    cells = [[measure, 'x', 'n', 'mean', '95%', f'minus {reference}', '95%']]
+    cells = [[measure, 'x', 'n', 'mean', 'bootstrap', f'minus {reference}', 'bootstrap']]
     for row in results['rows']:
       if row['measure'] == measure:
-        minus = row['minus_reference'] or dict(difference=None, low=None)
+        minus = row['minus_reference'] or dict(difference=None, low=None, high=None)
         cells.append([row['arm'], str(row['x']), str(row['n']), number(row['mean']), span(row), number(minus['difference']),
                       span(minus)])
     lines += [*aligned(cells), '']
-  lines += [f'{found["ordering"]}{at(found["x"])}: {number(found["difference"])} {span(found)}, {found["verdict"]} '
-            f'({found["measure"]}, {found["n"]} seeds)' for found in results['orderings']]
+  lines += [f'{found["ordering"]}{at(found["x"])}: {number(found["difference"])}, t {ends(found["t_low"], found["t_high"])}, '
+            f'{found["verdict"]} ({found["measure"]}, {found["n"]} seeds)' for found in results['orderings']]
   return '\n'.join([*lines, protocol_line(results['protocol'])])
 
 
@@ -185,7 +205,7 @@ def draw(results, path):
     panel.set_xlabel(results['axis'] if on_axis else '')
   seeds = sorted({row['n'] for row in results['rows']})
   figure.suptitle(f'{results["study"]}: mean of {" to ".join(map(str, seeds[:1] + seeds[1:][-1:]))} seed(s)'
-                  f'{"" if results["grid"] else ", 95% bootstrap interval"}', fontsize=9)
+                  f'{"" if results["grid"] else ", bootstrap interval"}', fontsize=9)
   with replacing(path) as file:
     figure.savefig(file, format='png')
   return True

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from palm_jax import cost, devices, experience, pictures, pretrain
+from palm_jax import cost, devices, experience, pairs, pictures, pretrain
 from palm_jax.checkpoint import Checkpoints, Preemption, any_process, write_json_atomic
 from palm_jax.errors import NonFiniteError, UserError
 from palm_jax.metrics import MetricWriter, Progress
@@ -38,6 +38,8 @@ def train(config, workdir, mesh, data=None):
   world = pretrain.make_world(config, generator, mesh, data)
   monitors = make_monitors(config, generator, program)
   key = jax.random.key(config.seed)
+  if pairs.SOURCES[config.pairs.source].needs == 'record':  # with that run's own weights and batches it would be that run again
+    key = jax.random.fold_in(key, 1)
   template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                           jax.eval_shape(program.init, key, world), program.state_shardings)
   check_memory(template, world, mesh)

@@ -95,7 +95,8 @@ def make_parts(config, generator, program, mesh):
     def gradient_norm(*views):
       def loss(params):
         params = jax.lax.pcast(params, 'data', to='varying')
-        return simsiam.forward(modules, params, ssl['batch_stats'], *views, symmetric=config.simsiam.symmetric, axis_name='data')
+        return simsiam.forward(modules, params, ssl['batch_stats'], *views, symmetric=config.simsiam.symmetric, axis_name='data',
+                               objective=config.simsiam.objective, temperature=config.simsiam.temperature)
       return optax.tree.norm(jax.grad(loss, has_aux=True)(ssl['params'])[0])
     return over(gradient_norm, s, s_next)
 

@@ -122,6 +122,7 @@ def explored(tmp_path_factory):
   """A recorded run of some iterations -> (its workdir, config, the state at the end)."""
   workdir, c = tmp_path_factory.mktemp('explored'), config_of('explored')
   c.pretrain.update(dict(record=True, iterations_per_call=4))
+  (workdir / 'config.json').write_text(c.to_json_best_effort())
   return workdir, c, play(c, workdir, 3)
 
 
@@ -134,6 +135,13 @@ def play(c, workdir, calls, data=None):
     if c.pretrain.record:
       experience.write(workdir / 'pretrain' / 'experience', 4 * i * c.pretrain.rollout_length, output.experience)
   return jax.device_get(state.replace(key=0))
+
+
+def test_few_samples_of_a_record_are_its_first_rows(explored):
+  workdir, c, _ = explored
+  for samples, rows in ((1, 3), (16 * 5, 5), (10**6, 48), (0, 48)):
+    lived = pairs.load(config_of('passive_random', record=str(workdir), samples=samples), LargeGenerator(), devices.make_mesh())
+    assert lived.step.shape == (rows, 16)
 
 
 def test_the_recorded_order_gives_the_same_encoder_bit_for_bit(explored):
@@ -168,6 +176,7 @@ def test_the_others_learn_from_what_they_draw(explored, source, objective):
     (dict(source='passive_random'), "pairs.record='' with pairs.source='passive_random': give the workdir"),
     (dict(record='runs/a'), "pairs.record='runs/a' with pairs.source='explored'"),
     (dict(samples=5), 'pairs.samples=5 with pairs.source=.explored.'),
+    (dict(source='two_views'), "simsiam.augment='none' gives the same picture twice"),
     (dict(source='jahanian_gaussian', std=-1.), 'pairs.std=-1')])
 def test_settings_that_cannot_work(changes, message):
   c = nature_config()
@@ -181,6 +190,10 @@ def test_objectives_that_cannot_work():
   c.simsiam.objective = 'supcon'
   with pytest.raises(UserError, match="'supcon' needs labels, which pairs.source='explored' never sees"):
     pretrain.check_config(c, 8)
+  c.pairs.source, unconditional = 'jahanian_random', LargeGenerator()
+  unconditional.num_classes = 0
+  with pytest.raises(UserError, match="'supcon' with a generator without classes"):
+    pretrain.make_program(c, unconditional, devices.make_mesh())
   c.simsiam.objective = 'byol'
   with pytest.raises(UserError, match="simsiam.objective='byol' is unknown: choose one of simsiam, simclr, supcon"):
     pretrain.check_config(c, 8)
@@ -196,11 +209,18 @@ def test_records_and_images_that_do_not_fit(explored, data, tmp_path):
   c.environment.episode_length = 9
   with pytest.raises(UserError, match='in episodes of 7 steps, expected 6, 16 and 9'):
     pairs.load(c, LargeGenerator(), mesh)
+  c.environment.update(dict(episode_length=7, truncation_psi=0.5))
+  with pytest.raises(UserError, match='another world .environment.truncation_psi=1.0 there, 0.5 here'):
+    pairs.load(c, LargeGenerator(), mesh)
   c.pairs.record = str(tmp_path)
+  with pytest.raises(UserError, match='config.json cannot be read .*: give the workdir of a run made with pretrain.record'):
+    pairs.load(c, LargeGenerator(), mesh)
+  (tmp_path / 'config.json').write_text(c.to_json_best_effort())
   with pytest.raises(UserError, match='holds no experience'):
     pairs.load(c, LargeGenerator(), mesh)
   with pytest.raises(UserError, match=r'images are \(8, 8, 1\), but the generator makes \(40, 40, 1\)'):
     pairs.load(config_of('static'), LargeGenerator(), mesh, data)
   one = data._replace(train=Split(data.train.images[:3], np.array([0, 1, 2])))
-  with pytest.raises(UserError, match='class 0 has 1 images, expected two'):
+  with pytest.raises(UserError, match='class 0 has 1 images, expected 2 or more'):
     pairs.load(config_of('static'), GENERATOR, mesh, one)
+  assert pairs.load(config_of('two_views'), GENERATOR, mesh, one).count.tolist() == [1, 1, 1]

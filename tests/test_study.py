@@ -39,6 +39,23 @@ def test_interval_is_the_percentile_bootstrap():
   assert study_figures.interval([5.]) is None
 
 
+def test_student_is_scipys_interval_and_stricter_than_signs():
+  for values in ([1., 2.], [0.3, 0.1, 0.7], np.random.default_rng(1).normal(size=12)):
+    error = scipy.stats.sem(values)
+    want = scipy.stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=error)
+    np.testing.assert_allclose(study_figures.student(values), want, rtol=1e-9)
+  assert study_figures.student([5.]) is None
+  found = study_figures.difference({0: 1., 1: 2., 2: 6.}, {0: 0., 1: 0., 2: 0.})
+  assert found['low'] > 0 > found['t_low'] and study_figures.verdict(found) == 'undecided'
+
+
+def test_a_tie_with_the_reference_is_a_difference_of_nothing():
+  c = study.default_config()
+  c.measures = (('m', ''),)
+  rows = study_figures.summarise(c, lines_of({('m', 'a', ''): [1., 2.], ('m', 'b', ''): [1., 2.]}))['rows']
+  assert rows[0]['minus_reference'] is None and rows[1]['minus_reference']['difference'] == 0
+
+
 def test_differences_are_paired_by_seed():
   b = {0: 1., 1: 50., 2: -30., 4: 0.}
   a = {2: -29.9, 0: 1.1, 1: 50.1, 3: 7.}  # another order, another seed
@@ -60,14 +77,14 @@ def lines_of(values):
 def test_summary_compares_at_the_same_x():
   c = study.default_config()
   c.update(dict(measures=(('m', ''), ('other', '')), orderings=('a > b', 'a @ 2 > a @ 1', 'a > flat', 'flat > b @ 1')))
-  lines = lines_of({('m', 'a', 1): [3., 4.], ('m', 'a', 2.): [5., 7.], ('m', 'b', 1): [1., 1.], ('m', 'b', 2.): [9., 9.],
+  lines = lines_of({('m', 'a', 1): [3.4, 3.6], ('m', 'a', 2.): [5.9, 6.1], ('m', 'b', 1): [1., 1.], ('m', 'b', 2.): [9., 9.],
                     ('m', 'b', 3): [0., 0.], ('m', 'flat', ''): [2., 2.], ('other', 'b', 1): [0., 1.]})
   said = study_figures.summarise(c, lines)
   rows = {(row['measure'], row['arm'], row['x']): row for row in said['rows']}
-  assert rows['m', 'a', 2]['mean'] == 6 and (rows['m', 'a', 2]['low'], rows['m', 'a', 2]['high']) == (5, 7)
+  assert rows['m', 'a', 2]['mean'] == 6 and (rows['m', 'a', 2]['low'], rows['m', 'a', 2]['high']) == (5.9, 6.1)
   assert rows['m', 'b', 2]['minus_reference']['difference'] == 3 and rows['m', 'a', 1]['minus_reference'] is None
   assert rows['m', 'b', 3]['minus_reference'] is None and rows['other', 'b', 1]['minus_reference'] is None
-  found = [(row['ordering'], row['x'], row['difference'], row['verdict']) for row in said['orderings']]
+  found = [(row['ordering'], row['x'], round(row['difference'], 9), row['verdict']) for row in said['orderings']]
   assert found == [('a > b', 1, 2.5, 'holds'), ('a > b', 2, -3, 'does not hold'), ('a @ 2 > a @ 1', '', 2.5, 'holds'),
                    ('a > flat', 1, 1.5, 'holds'), ('a > flat', 2, 4, 'holds'), ('flat > b @ 1', '', 1, 'holds')]
   c.reference = 'a @ 1'
@@ -141,6 +158,11 @@ def small_study(folder, **changes):
     (dict(arms=(('PALM', ''), ('p', 'pairs.source=passive_random pairs.record={PALM}'))),
      ["'p' reads the record of 'PALM'", 'add pretrain.record=True']),
     (dict(arms=(('a', 'generator.path={b}'), ('b', 'generator.path={a}'))), ["'a' waits for 'b'", 'which waits for it']),
+    (dict(arms=(('a', 'generator.kimg=3'),)), ["generator.kimg=3 of 'a'", 'of the whole study']),
+    (dict(arms=(('a', 'environment.stack=2'),), jobs=('probe',), measures=(LINEAR,), orderings=()),
+     ["study, arm 'a': --job=probe shows single pictures, but environment.stack=2"]),
+    (dict(arms=(('a', 'pairs.source=random_action'),), jobs=('pretrain', 'diversity'), orderings=()),
+     ['--job=diversity asks for a policy']),
     (dict(seeds=()), ['study.seeds=()', 'one or more']),
     (dict(seeds=(1, 1)), ['study.seeds=(1, 1)', 'different']),
     (dict(seeds=(-1,)), ['study.seeds=(-1,)', 'at least 0']),
@@ -189,7 +211,7 @@ def test_every_study_can_be_run(tmp_path, scale):
     if c.diversity.features == 'inception':
       c.diversity.features = 'proxy'  # the other needs a file
     runs, _ = study.check_config(c, tmp_path, 8)
-    assert len({run.folder for run in runs}) == len(runs)
+    assert len({run.folder for run in runs}) == len(runs) == len({run.config.to_json_best_effort() for run in runs}), name
     updates = [num_updates(run.config) for run in runs]
     assert len(set(updates)) == 1 and updates[0] > 50, (name, set(updates))  # budgets are matched
     for run in runs:

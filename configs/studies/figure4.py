@@ -12,7 +12,6 @@ from configs.studies import scales
 
 def get_config(variant='laptop'):
   c = scales.base('figure4', variant).config
-  c.environment.alpha, c.environment.beta = cifar.PRESETS['paper_fig5']  # the best cell of Figure 5
   alpha, beta = cifar.PRESETS['paper_text']
   c.study.arms = (
       ('PALM', ''),

@@ -4,7 +4,9 @@
   laptop  configs/cifar.py:small on two CPU cores, about 6 minutes a run (5 of pretraining, 1 of probe); needs --config.data.name
   paper   configs/cifar.py: accelerators; trains its generator first
 
-For example configs/studies/figure3.py:paper,cifar100.
+For example configs/studies/figure3.py:paper,cifar100. PALM is alpha 0.95 and beta 0.75 in all studies, the best cell of the
+paper's Figure 5; configs/studies/figure3.py:paper,paper_text takes the numbers of its text instead. Some arms have budgets that
+are worked out from the scale's, so change the config file, not --config.pretrain.env_steps.
 """
 import math
 from typing import NamedTuple
@@ -32,16 +34,17 @@ class Base(NamedTuple):
 
 def base(name, variant):
   """The Base of the study `name` at the scale that its variant begins with; UserError where it begins with none."""
-  scale, _, rest = variant.partition(',')
-  if scale not in SCALES:
-    raise UserError(f'configs/studies/{name}.py:{scale} is unknown: scales are {", ".join(SCALES)}')
-  if scale == 'smoke':
-    c = smoke()
-  else:
-    c = cifar.get_config(','.join(filter(None, ['small' if scale == 'laptop' else '', rest])))
+  scale, *words = variant.split(',')
+  if scale not in SCALES or (scale == 'smoke' and words):
+    raise UserError(f'configs/studies/{name}.py:{variant} is unknown: scales are {", ".join(SCALES)}, the last two followed by '
+                    'variants of configs/cifar.py')
+  c = smoke() if scale == 'smoke' else cifar.get_config(','.join(['small'] * (scale == 'laptop') + words))
+  if not set(words) & set(cifar.PRESETS):
+    c.environment.alpha, c.environment.beta = cifar.PRESETS['paper_fig5']
   if scale != 'paper':
-    c.probe.update(dict(methods=('lbfgs', 'knn'), pixels=False))
-  c.name, c.jobs = f'{name}_{scale}' + rest.replace(',', '_'), ('study',)
+    c.probe.methods = ('lbfgs', 'knn')
+  c.probe.pixels = False  # they are the same in every run
+  c.name, c.jobs = f'{name}_{variant.replace(",", "_")}', ('study',)
   c.study = study.default_config()
   b = Base(c, scale, 1437 if scale == 'smoke' else 50_000, 'sgd' if scale == 'paper' else 'lbfgs')
   if scale == 'smoke':
@@ -77,7 +80,7 @@ def with_samples(c, times):
     (env steps, settings of a study's arm).
 
   Raises:
-    ValueError: the number of updates is no multiple of that.
+    UserError: the number of updates is no multiple of that.
   """
   p = c.pretrain
   block = p.num_envs * p.rollout_length
@@ -85,7 +88,7 @@ def with_samples(c, times):
   warm = math.ceil(p.warmup_steps / block)
   blocks, rest = divmod(iterations - warm, times)
   if rest:
-    raise ValueError(f'{iterations - warm} iterations are no multiple of {times}')
+    raise UserError(f'{iterations - warm} iterations with updates are no multiple of {times}: choose other sizes')
   iterations = blocks + warm
   per_call = max(n for n in range(1, p.iterations_per_call + 1) if iterations % n == 0)
   return iterations * block, (f'pretrain.env_steps={iterations * block} pretrain.iterations_per_call={per_call} '

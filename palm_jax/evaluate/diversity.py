@@ -46,9 +46,6 @@ def check_config(config, num_devices):
   for name, least in dict(neighbours=1, num_images=c.neighbours + 1, draws=2, batch_size=1).items():
     if c[name] < least:
       raise UserError(f'diversity.{name}={c[name]} is too small: set it to {least} or more')
-  if config.environment.stack > 1:
-    raise UserError(f'diversity compares pictures, but environment.stack={config.environment.stack} shows the agent several: '
-                    'judge a run with 1')
   if c.features != 'encoder':
     quality.check_config(_quality_config(config), num_devices)
 
