@@ -212,7 +212,8 @@ def pictures_section(job, runs, notes):
       found += [(run, path, 'The measures of the study') for path in run.folder.glob('figure.png')]
     else:
       newest = sorted((run.folder / job / 'samples').glob('*.png'))[-1:]
-      found += [(run, path, 'Generated pictures, a class a row' + (f', after {int(path.stem)},000 images'
+      found += [(run, path, 'Training pictures') for path in (run.folder / job).glob('real.png') if newest]
+      found += [(run, path, 'Generated pictures' + (f', after {int(path.stem)},000 images'
                                                                     if path.stem.isdigit() else '')) for path in newest]
   shown = []
   for run, path, what in found:

@@ -142,7 +142,8 @@ def test_result_and_pictures(job):
   assert result['settings']['z_dim'] == 8 and result['data'] == 'three colours'
   assert all(math.isfinite(value) for value in result['metrics'].values())
   assert (stopped / 'results' / 'generator.json').is_file()
-  assert (stopped / 'generator' / 'samples' / f'{result["images"] // 1000:06d}.png').is_file()
+  for name in ('real.png', f'samples/{result["images"] // 1000:06d}.png'):
+    assert (stopped / 'generator' / name).is_file()
 
 
 def test_nan_stops_the_job_and_is_named(job):
@@ -214,6 +215,21 @@ def test_truncated_pictures_are_alike(job):
   full, none = draw(1.), draw(0.)
   assert full.shape == (3, 10, 8, 8, 3) and full.dtype == np.uint8
   assert (none == none[:1, :1]).all() and not (full == full[:, :1]).all()
+
+
+def test_real_pictures_stand_as_generated_ones_do():
+  numbers = lambda count, channels: np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((8, 8, channels), np.uint8)
+  make = lambda shape, num_classes: train.make_networks(tiny(), shape, num_classes)[0]
+  labels = np.repeat([0, 1, 2], [40, 4, 56])
+  shown = train.real_images(numbers(100, 3), labels, make((8, 8, 3), 3))[:, :, 0, 0, 0]
+  assert shown.shape == (3, 10) and shown[0].tolist() == [*range(0, 40, 4)] and (labels[shown[2]] == 2).all()
+  assert shown[1].tolist() == [40, 41, 42, 43] + [0] * 6  # no more of its class
+  shown = train.real_images(numbers(100, 4), labels, make((8, 8, 4), 0))
+  assert shown.shape == (10, 2, 8, 8, 4) and len(np.unique(shown)) == 20
+  G = make((8, 8, 4), 0)
+  variables = jax.jit(G.init)(jax.random.key(0), np.zeros((1, G.z_dim), np.float32), np.zeros(1, np.int32))
+  drawn = jax.jit(lambda: train.sample_images(G, variables, jax.random.key(1)))()
+  assert drawn.shape == (10, 2, 8, 8, 4) and len(np.unique(np.asarray(drawn).reshape(20, -1), axis=0)) == 20
 
 
 # ---- presets

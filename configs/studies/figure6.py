@@ -7,9 +7,9 @@
 laptop: 6 arms x 3 sizes x 3 seeds x 6 minutes: about 5.5 hours. The number of updates is that of the base run at every size: with
 fewer samples each is seen more often (the paper does not say what it held). x is env steps, drawn pairs (Jahanian), or real
 images, of which there are no more than the data have. Gaussian neighbours have the truncation of their source, 0.9. The passive
-arms take what PALM lived through with weights and batches of their own; the same ones would be PALM again, bit for bit.
- At paper scale PALM's records take 2 kB a sample. The effective rank stands beside the accuracy, because
-SimSiam collapses in part on large sets unless they come in order (arXiv 2209.15007).
+arms take what PALM lived through with weights and batches of their own; the same ones would be PALM again, bit for bit. At paper
+scale PALM's records take 2 kB a sample, in the host's memory of a passive run twice. The effective rank stands beside the
+accuracy, because SimSiam collapses in part on large sets unless they come in order (arXiv 2209.15007).
 """
 from configs.studies import scales
 

@@ -28,6 +28,7 @@ from palm_jax.generator.warm_start import load_networks
 from palm_jax.metrics import MetricWriter, Progress
 
 LOSSES = 'loss_g', 'loss_d', 'r1', 'pl'
+ROWS = 10  # of a grid of pictures, at most
 DTYPES = dict(float32=None, bfloat16=jnp.bfloat16)  # None: that of the parameters
 
 
@@ -166,7 +167,7 @@ def train(config, workdir, data, mesh):
   """Trains a generator until config.generator.kimg images were seen, or goes on where a stopped run was.
 
   Writes <workdir>/generator/: network.json (what `load_generator` builds the network from), checkpoints/ with the items
-  'state' and 'generator' (variables of G_ema), samples/<kimg>.png, metrics; and, when complete, results/generator.json.
+  'state' and 'generator' (variables of G_ema), real.png, samples/<kimg>.png and metrics; when complete, results/generator.json.
 
   Args:
     config: the whole config; read are seed and generator. kimg is rounded up to whole calls.
@@ -212,6 +213,8 @@ def train(config, workdir, data, mesh):
     first_process = jax.process_index() == 0
     if first_process:
       write_json_atomic(folder / 'network.json', network_fields(G))
+      names = data.class_names[:ROWS] if G.num_classes else None
+      pictures.save_png(folder / 'real.png', pictures.grid(real_images(images, labels, G), labels=names))
       writer = stack.enter_context(MetricWriter(folder, step))
     progress = Progress('generator', num_iterations * batch, 'images')
     training_set = devices.replicate(mesh, images), devices.replicate(mesh, labels)
@@ -243,7 +246,7 @@ def train(config, workdir, data, mesh):
         samples = jax.device_get(draw_samples(state.G_ema))
         if first_process:
           pictures.save_png(folder / 'samples' / f'{step * batch // 1000:06d}.png',
-                            pictures.grid(samples, labels=data.class_names[:len(samples)]))
+                            pictures.grid(samples, labels=names))
       if any_process(done or time.monotonic() - saved_at > c.checkpoint_minutes * 60):
         save()
         saved_step, saved_at = step, time.monotonic()
@@ -257,12 +260,29 @@ def train(config, workdir, data, mesh):
     return result
 
 
-def sample_images(G, variables, key, truncation_psi=1., rows=10, columns=10):
-  """Pictures to look at: (R, columns, H, W, C) uint8, a class a row (one row if unconditional), a latent a column."""
-  rows = min(rows, G.num_classes) or 1
-  z = jnp.tile(jax.random.normal(key, (columns, G.z_dim)), (rows, 1))
-  images = G.apply(variables, z, jnp.repeat(jnp.arange(rows), columns), truncation_psi)
+def grid_shape(G):
+  """(rows, columns) of a grid to look at, a class a row; stacks of frames, which are shown side by side, are fewer."""
+  return min(ROWS, G.num_classes) or ROWS, 10 if G.image_shape[-1] in (1, 3) else 2
+
+
+def sample_images(G, variables, key, truncation_psi=1.):
+  """Generated pictures to look at: (R, C, H, W, channels) uint8, a class a row and a latent a column, or all different."""
+  rows, columns = grid_shape(G)
+  z = jax.random.normal(key, (columns if G.num_classes else rows * columns, G.z_dim))
+  labels = jnp.repeat(jnp.arange(rows), columns) if G.num_classes else jnp.zeros(rows * columns, jnp.int32)
+  images = G.apply(variables, jnp.tile(z, (len(labels) // len(z), 1)), labels, truncation_psi)
   return environment.to_uint8(images).reshape(rows, columns, *G.image_shape)
+
+
+def real_images(images, labels, G):
+  """Training pictures (N, H, W, channels) in such a grid, spread evenly over the set; black where a class has too few."""
+  rows, columns = grid_shape(G)
+  found = np.zeros((rows, columns, *images.shape[1:]), np.uint8)
+  for row in range(rows):
+    of_row = np.flatnonzero(labels == row) if G.num_classes else np.arange(row, len(images), rows)
+    chosen = of_row[::max(1, len(of_row) // columns)][:columns]
+    found[row, :len(chosen)] = images[chosen]
+  return found
 
 
 def check_finite(metrics, before, step):
