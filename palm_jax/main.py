@@ -98,7 +98,7 @@ def check(config, jobs, num_devices):
 def claim_workdir(workdir, config):
   """Writes config.json, or checks that the one there is the same in all that the workdir's content depends on.
 
-  That is nothing where no job has written yet; `jobs`, and sections of evaluations without a result, may change later, too.
+  That is nothing where no job has written yet; `name`, `jobs` and sections of evaluations without a result may change later.
 
   Raises:
     UserError: the workdir cannot be made, or belongs to another config; the message names the keys that differ.
@@ -113,7 +113,7 @@ def claim_workdir(workdir, config):
     except (OSError, ValueError) as e:
       raise UserError(f'{path} is damaged ({e}): restore it or choose another --workdir') from e
     unread = (name for name in EVALUATIONS if not (workdir / 'results' / f'{name}.json').exists())
-    free = ('jobs', 'plan', 'features', 'report', *unread)
+    free = ('name', 'jobs', 'plan', 'features', 'report', *unread)
     wanted, missing = flatten(now), '(absent)'
     if saved == wanted:
       return

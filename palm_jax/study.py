@@ -1,7 +1,7 @@
 """The job `study`: several arms of one base config, each with the same seeds, and what their results say together.
 
-A run is an ordinary one, in <workdir>/<arm>/seed<k>; the study orders the runs, skips what is done, reads results/*.json of
-each, and compares. All share one compilation cache: runs that differ in traced values only (environment.alpha,
+A run is an ordinary one, in <study.runs>/<arm>/seed<k>; the study orders the runs, skips what is done, reads results/*.json
+of each, and compares. All share one compilation cache: runs that differ in traced values only (environment.alpha,
 environment.beta, seed) load the program that the first of them compiled.
 """
 import ast
@@ -38,6 +38,7 @@ def default_config():
       # (name, path[, x]): 'probe/rows[features=PALM encoder, method=lbfgs]/accuracy/clean' of results/probe.json; the mean
       # where the rows are draws of one thing. The first measure is the one of the orderings.
       measures=(),
+      runs='',  # folder of the runs; '': the workdir. Studies that have an arm in common can share it
       references=(),  # (name, arm, measure, path[, x]): what another row of that arm's results shows as an arm of its own
       reference='',  # arm, or 'arm @ x', that all others are compared with; '': the first
       orderings=(),  # 'arm > arm' or 'arm @ x > arm @ x': claims to be judged
@@ -129,7 +130,7 @@ def _named(name, arm, arms):
                   f'{main.nearest(name, [other.name for other in arms])}: expected one of study.arms')
 
 
-def make_runs(config, workdir, arms):
+def make_runs(config, place, arms):
   """[Run]: all arms with the first seed, then with the next, so that one that was stopped early has whole comparisons.
 
   Raises:
@@ -138,31 +139,31 @@ def make_runs(config, workdir, arms):
   seeds = tuple(config.study.seeds)
   if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(seed, int) and 0 <= seed < 2**31 for seed in seeds):
     raise UserError(f'study.seeds={seeds}: expected one or more different whole numbers of at least 0')
-  return [Run(arm, seed, workdir / _folder(arm) / f'seed{seed}', _run_config(config, workdir, arm, arms, seed))
+  return [Run(arm, seed, place / _folder(arm) / f'seed{seed}', _run_config(config, place, arm, arms, seed))
           for seed in seeds for arm in in_order(arms)]
 
 
-def base_config(config, workdir):
+def base_config(config, place):
   """What the arms start from: the config without its study, with the study's jobs, and a generator that all share."""
   base = config.copy_and_resolve_references()
   with base.unlocked():
     del base['study']
   base.jobs = tuple(config.study.jobs)
-  base.generator.path = base.generator.path or str(workdir / GENERATOR)
-  base.features.folder = base.features.folder or str(workdir / 'features')  # arms of a seed share the untrained encoder
+  base.generator.path = base.generator.path or str(place / GENERATOR)
+  base.features.folder = base.features.folder or str(place / 'features')  # arms of a seed share the untrained encoder
   return base
 
 
-def _run_config(config, workdir, arm, arms, seed):
+def _run_config(config, place, arm, arms, seed):
   from palm_jax import main
-  c = base_config(config, workdir)
+  c = base_config(config, place)
   known = main.flatten(c.to_dict())
   for key, text in arm.settings:
     shared = key in ('seed', 'jobs') or key.startswith('generator.') and key != 'generator.path'
     if key not in known or shared:
       hint = ': it is of the whole study' if shared and key in known else main.nearest(key, known)
       raise UserError(f'study.arms: {key}={text} of {arm.name!r} is no setting of an arm{hint}')
-    fill = lambda match: str(workdir / _folder(_named(match[1], arm, arms)) / f'seed{seed}')
+    fill = lambda match: str(place / _folder(_named(match[1], arm, arms)) / f'seed{seed}')
     text = re.sub(r'\{([^{}]*)\}', fill, text)
     try:
       value = text if isinstance(known[key], str) else ast.literal_eval(text)
@@ -223,7 +224,7 @@ def steps_of(path):
   return steps
 
 
-def check_config(config, workdir, num_devices):
+def check_config(config, place, num_devices):
   """Everything of a study that can be judged before any work -> ([Run], [Reading]).
 
   Raises:
@@ -237,7 +238,7 @@ def check_config(config, workdir, num_devices):
       raise UserError(f'study.jobs: {job!r} is unknown{main.nearest(job, main.JOBS)}: '
                       f'choose some of pretrain, {", ".join(main.EVALUATIONS)}')
   arms = make_arms(config)
-  runs, readings = make_runs(config, workdir, arms), make_readings(config, arms)
+  runs, readings = make_runs(config, place, arms), make_readings(config, arms)
   first = {run.arm: run.config for run in runs[:len(arms)]}
   for arm, c in first.items():
     try:
@@ -311,16 +312,17 @@ def run(config, workdir=None, download=False):
   """
   from palm_jax import main  # which imports this module to run the job
   workdir, mesh = pathlib.Path(workdir or f'runs/{config.name}').absolute(), devices.make_mesh()
-  runs, readings = check_config(config, workdir, mesh.size)
-  base = base_config(config, workdir)
+  place = pathlib.Path(config.study.runs or workdir).expanduser().absolute()
+  runs, readings = check_config(config, place, mesh.size)
+  base = base_config(config, place)
   base.generator.path = config.generator.path
   main.claim_workdir(workdir, base)
   if not jax.config.jax_compilation_cache_dir:
-    jax.config.update('jax_compilation_cache_dir', str(workdir / 'compilation_cache'))
+    jax.config.update('jax_compilation_cache_dir', str(place / 'compilation_cache'))
   done = lambda folder, jobs: all(any_process((folder / 'results' / f'{job}.json').exists()) for job in jobs)
   if not base.generator.path:
-    main.run(base, 'generator', workdir / GENERATOR, download)
-    if not done(workdir / GENERATOR, ('generator',)):
+    main.run(base, 'generator', place / GENERATOR, download)
+    if not done(place / GENERATOR, ('generator',)):
       return False
 
   lines, progress, first_process = [], Progress('study', len(runs), 'runs'), jax.process_index() == 0
@@ -332,7 +334,7 @@ def run(config, workdir=None, download=False):
       return False
     if first_process:
       lines += [dict(study=config.name, arm=reading.arm, x=reading.x, seed=r.seed, measure=reading.measure,
-                     value=look_up(r.folder, reading.path), run=str(r.folder.relative_to(workdir)))
+                     value=look_up(r.folder, reading.path), run=str(r.folder.relative_to(place)))
                 for reading in readings if reading.source == r.arm]
       study_figures.write_lines(workdir / 'results' / 'study.csv', lines)
       progress.update(i + 1, {})

@@ -311,6 +311,11 @@ def test_it_goes_on_with_another_seed_and_runs_nothing_twice(finished, capfd):
   assert row['n'] == 2 and row['low'] < row['mean'] < row['high'] and results['rows'][0]['mean'] in (row['low'], row['high'])
   assert {path: path.stat().st_mtime_ns for path in before} == before
   assert len([*(workdir / 'compilation_cache').glob('jit_call-*')]) == 1  # nor does a seed compile
+  another = small_study(workdir.parent, seeds=(3,), runs=str(workdir))
+  another.name = 'another'
+  study.run(another, workdir.parent / 'another')  # has the same runs
+  assert read(workdir.parent / 'another')['rows'] == results['rows']
+  assert {path: path.stat().st_mtime_ns for path in before} == before
   c.pretrain.batch_size = 64
   with pytest.raises(UserError, match='another config .pretrain.batch_size: 32 there, 64 now'):
     study.run(c, workdir)
