@@ -134,7 +134,8 @@ def load(config, generator, mesh, data=None):
     data: palm_jax.data.Data, for sources that need images.
 
   Returns:
-    Images on every device; an experience.Experience (R, E, ...) with environments sharded; or ().
+    Images on every device; an experience.Experience (R, E, ...) with environments sharded; the data of a key, where pairs.samples
+    of latents are drawn by it; or ().
 
   Raises:
     UserError: no or damaged record, one of another world, too few rows; images unlike the generator's, a class too small.
@@ -146,6 +147,8 @@ def load(config, generator, mesh, data=None):
   if needs == 'record':
     lived = _record(config, generator)
     return jax.tree.map(lambda x: devices.shard(mesh, x, P(None, 'data')), lived)
+  if c.samples:  # traced, so that all seeds share a program
+    return devices.replicate(mesh, np.asarray(jax.random.key_data(jax.random.key(config.seed))))
   return ()
 
 
@@ -251,6 +254,6 @@ def _rendered(d, one, keys, n, truncation_psi):
   keys, samples = _sample_keys(keys, n), d.config.pairs.samples
   if samples:
     numbers = jax.vmap(lambda key: jax.random.randint(key, (), 0, samples))(keys)
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(d.config.seed), i))(numbers)
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.wrap_key_data(d.material), i))(numbers)
   z, labels = jax.vmap(one)(keys)
   return d.render(z[:, 0], labels, truncation_psi), d.render(z[:, 1], labels, truncation_psi), labels

@@ -61,7 +61,8 @@ def test_gaussian_neighbours(std):
 
 def test_few_samples_come_again():
   for source in ('jahanian_random', 'jahanian_gaussian'):
-    first, second, _ = draw(config_of(source, samples=7), 100)
+    c = config_of(source, samples=7)
+    first, second, _ = draw(c, 100, pairs.load(c, GENERATOR, devices.make_mesh(1)))
     assert len(np.unique(first, axis=0)) == len(np.unique(second, axis=0)) == 7
     assert len(np.unique(np.append(first, second, 1), axis=0)) == 7  # a sample is a pair
 
