@@ -228,11 +228,9 @@ def check_config(config, place, num_devices):
   """Everything of a study that can be judged before any work -> ([Run], [Reading]).
 
   Raises:
-    UserError: the config has no study, or what one of its parts cannot be; settings that an arm's jobs refuse.
+    UserError: what a part of the study cannot be; settings that an arm's jobs refuse.
   """
   from palm_jax import main
-  if 'study' not in config:
-    raise UserError(f'the config {config.name!r} has no section study: give one of configs/studies/')
   for job in config.study.jobs:
     if job not in ('pretrain', *main.EVALUATIONS):
       raise UserError(f'study.jobs: {job!r} is unknown{main.nearest(job, main.JOBS)}: '
@@ -308,9 +306,11 @@ def run(config, workdir=None, download=False):
     True when complete, False when it was asked to stop before; then all that was done is saved.
 
   Raises:
-    UserError: anything that cannot be, before the first run; a measure that is not in its results, after the first.
+    UserError: no study in the config, or anything that cannot be, before the first run; a measure that is not in its results, after the first.
   """
   from palm_jax import main  # which imports this module to run the job
+  if 'study' not in config:
+    raise UserError(f'the config {config.name!r} has no section study: give one of configs/studies/')
   workdir, mesh = pathlib.Path(workdir or f'runs/{config.name}').absolute(), devices.make_mesh()
   place = pathlib.Path(config.study.runs or workdir).expanduser().absolute()
   runs, readings = check_config(config, place, mesh.size)
