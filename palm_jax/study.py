@@ -306,7 +306,8 @@ def run(config, workdir=None, download=False):
     True when complete, False when it was asked to stop before; then all that was done is saved.
 
   Raises:
-    UserError: no study in the config, or anything that cannot be, before the first run; a measure that is not in its results, after the first.
+    UserError: no study in the config, or anything that cannot be, before the first run; after it, a measure that is not in its
+      results.
   """
   from palm_jax import main  # which imports this module to run the job
   if 'study' not in config:
