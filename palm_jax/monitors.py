@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from palm_jax import environment, pretrain, simsiam
+from palm_jax import environment, simsiam
 
 
 class Monitors(NamedTuple):
@@ -27,13 +27,8 @@ def make_monitors(config, generator, program, num_images=1024, num_rows=10, num_
   Returns:
     Monitors.
   """
-  modules, psi = program.modules, config.environment.truncation_psi
-  nothing = lambda n: jnp.zeros((n, *pretrain.seen_shape(config, generator)), jnp.uint8)
+  modules, look = program.modules, program.look
   rows = min(num_rows, generator.num_classes) or 4
-
-  def look(world, env, seen):
-    pictures = environment.to_uint8(generator.apply(world.variables, env.z, env.label, truncation_psi=psi))
-    return environment.see(seen, pictures, env.step)
 
   @jax.jit
   def representations(ssl, world, key):
@@ -43,7 +38,7 @@ def make_monitors(config, generator, program, num_images=1024, num_rows=10, num_
 
     def encode(part):
       ids, env = part
-      frames = look(world, env, nothing(len(ids)))
+      frames = look(world, env)
       for t in range(1, config.environment.stack):  # a stack that is full, as nearly all are
         key_action, key_env = jax.random.split(jax.random.fold_in(key, t))
         actions = environment.random_actions(environment.env_keys(key_action, ids), generator.z_dim, env.z.dtype)
@@ -74,7 +69,7 @@ def make_monitors(config, generator, program, num_images=1024, num_rows=10, num_
       # An episode of a film is never cut: one more step than it has.
       env = environment.step(env, actions, key_env, ids, world.dynamics, num_steps + 1, generator.num_classes)
       return (env, look(world, env, frames)), frames
-    (env, _), frames = jax.lax.scan(one_step, (env, look(world, env, nothing(rows))), jnp.arange(num_steps))
+    (env, _), frames = jax.lax.scan(one_step, (env, look(world, env)), jnp.arange(num_steps))
     return frames.swapaxes(0, 1), env.label
 
   return Monitors(ranks=ranks, film=film)

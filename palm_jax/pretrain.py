@@ -96,6 +96,7 @@ class Program(NamedTuple):
   warmup_iterations: int  # with random actions and no update
   env_steps_per_iteration: int
   action: Any  # (State.ssl, State.agent, frames, keys) -> actions
+  look: Any  # (World, EnvState, frames before or None) -> frames
 
 
 def load_world_generator(config, workdir):
@@ -219,7 +220,9 @@ def make_program(config, generator, mesh):
   def draw_pictures(world, z, label, truncation_psi):
     return environment.to_uint8(generator.apply(world.variables, z, label, truncation_psi=truncation_psi))
 
-  def look(world, env, seen):
+  def look(world, env, seen=None):
+    """What is seen in env (E environments) after `seen`; None where nothing was yet."""
+    seen = jnp.zeros((len(env.step), *shape), jnp.uint8) if seen is None else seen
     pictures = draw_pictures(world, env.z, env.label, config.environment.truncation_psi)
     return environment.see(seen, pictures, env.step)
 
@@ -238,7 +241,7 @@ def make_program(config, generator, mesh):
       ids = jnp.arange(num_envs)
       env = environment.reset(key_env, ids, environment.staggered_steps(ids, num_envs, length),
                               generator.z_dim, generator.num_classes, real, world.dynamics.kind)
-      frames = look(world, env, jnp.zeros((num_envs, *shape), jnp.uint8))
+      frames = look(world, env)
     if source.play:
       ring = replay.create(config.replay.capacity // num_envs, num_envs, shape, generator.z_dim, action_dtype)
     if source.play == 'policy':
@@ -359,4 +362,4 @@ def make_program(config, generator, mesh):
   state_shardings = devices.shardings(mesh, full_specs)
   return Program(init=jax.jit(init, out_shardings=state_shardings), state_shardings=state_shardings,
                  call=jax.jit(sharded_call, donate_argnums=0), modules=modules, num_calls=num_calls,
-                 warmup_iterations=warmup_iterations, env_steps_per_iteration=steps_per_iteration, action=action)
+                 warmup_iterations=warmup_iterations, env_steps_per_iteration=steps_per_iteration, action=action, look=look)
