@@ -90,6 +90,7 @@ def with_samples(c, times):
   if rest:
     raise UserError(f'{iterations - warm} iterations with updates are no multiple of {times}: choose other sizes')
   iterations = blocks + warm
-  per_call = max(n for n in range(1, p.iterations_per_call + 1) if iterations % n == 0)
+  most = max(1, p.iterations_per_call // times)  # no more updates a call, and a line of progress, than the base run's
+  per_call = max(n for n in range(1, most + 1) if iterations % n == 0)
   return iterations * block, (f'pretrain.env_steps={iterations * block} pretrain.iterations_per_call={per_call} '
                               f'pretrain.updates_per_iteration={times * p.updates_per_iteration}')
