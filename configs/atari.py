@@ -56,11 +56,12 @@ def laptop(c):
   c.collect.update(dict(frames=80_000, max_bytes=120_000_000, num_envs=4, log_steps=2000, checkpoint_minutes=2.))
   c.collect.agent.update(dict(min_history=2000, epsilon_decay=10_000, capacity=20_000))
   c.generator.update(dict(z_dim=64, w_dim=64, mapping_layers=2, channel_base=1536, channel_max=64, batch_size=8, mbstd_group=4,
-                          pl_weight=0., style_mixing=0., kimg=12., ema_kimg=2., conv_clamp=0., augment='none',
-                          snapshot_kimg=2., checkpoint_minutes=2.))
+                          pl_weight=0., style_mixing=0., kimg=40., ema_kimg=2., conv_clamp=0., augment='none',
+                          snapshot_kimg=4., checkpoint_minutes=2.))
   c.replay.capacity = 16_384  # 462 MB of stacks
   c.simsiam.update(dict(proj_hidden=256, proj_dim=256, pred_hidden=64))
   c.sac.hidden = (256, 256)
   c.pretrain.update(dict(env_steps=20_000, num_envs=16, rollout_length=4, batch_size=64, warmup_steps=1024,
                          iterations_per_call=10, checkpoint_minutes=2.))
-  c.finetune.update(dict(agent_steps=4000, eval_episodes=8, log_steps=500, checkpoint_minutes=2.))
+  c.finetune.update(dict(agent_steps=10_000, eval_episodes=20, log_steps=500, checkpoint_minutes=2.))
+  c.finetune.agent.epsilon_decay = 500  # DrQ's twentieth of the steps

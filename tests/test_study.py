@@ -212,10 +212,13 @@ def test_every_study_can_be_run(tmp_path, scale):
       c.diversity.features = 'proxy'  # the other needs a file
     runs, _ = study.check_config(c, tmp_path, 8)
     assert len({run.folder for run in runs}) == len(runs) == len({run.config.to_json_best_effort() for run in runs}), name
+    updates_a_call = c.pretrain.iterations_per_call * c.pretrain.updates_per_iteration
     updates = [num_updates(run.config) for run in runs]
     assert len(set(updates)) == 1 and updates[0] > 50, (name, set(updates))  # budgets are matched
     for run in runs:
       assert 'study' not in run.config and run.config.seed == run.seed
+      p = run.config.pretrain  # a line of progress as often as the base run prints one
+      assert p.iterations_per_call in range(1, max(1, updates_a_call // p.updates_per_iteration) + 1)
 
 
 # Runs.
