@@ -35,7 +35,8 @@ def get_config(variant='Assault'):
   c.plan.update(dict(image_size=96, image_channels=4, num_classes=0))
   c.encoder.name = 'nature'  # the fine-tuner's convolutions; its dense layer stays behind
   c.pretrain.env_steps = 6_000_000  # paper Table 2
-  for word in words:
+  c.replay.capacity = 131_072  # 3.7 GB of stacks, as many bytes as CIFAR's; also of each checkpoint
+  for word in sorted(words, key='laptop'.__eq__):  # the smaller sizes last, whatever they are sizes of
     if word == 'laptop':
       laptop(c)
     elif word == 'sgi':
@@ -54,10 +55,11 @@ def get_config(variant='Assault'):
 def laptop(c):
   """Two CPU cores: every job in minutes; nothing can be learned of a game in so few frames."""
   c.collect.update(dict(frames=80_000, max_bytes=120_000_000, num_envs=4, log_steps=2000, checkpoint_minutes=2.))
-  c.collect.agent.update(dict(min_history=2000, epsilon_decay=10_000, capacity=20_000))
+  c.collect.agent.update(dict(min_history=2000, epsilon_decay=10_000, capacity=20_000, target_period=1000))
   c.generator.update(dict(z_dim=64, w_dim=64, mapping_layers=2, channel_base=1536, channel_max=64, batch_size=8, mbstd_group=4,
-                          pl_weight=0., style_mixing=0., kimg=40., ema_kimg=2., conv_clamp=0., augment='none',
-                          snapshot_kimg=4., checkpoint_minutes=2.))
+                          pl_weight=0., style_mixing=0., kimg=24., ema_kimg=2., conv_clamp=0., augment='none',
+                          r1_gamma=1.,  # 0.06, the heuristic of a batch of 32, diverged after 12 kimg
+                          snapshot_kimg=2., checkpoint_minutes=2.))
   c.replay.capacity = 16_384  # 462 MB of stacks
   c.simsiam.update(dict(proj_hidden=256, proj_dim=256, pred_hidden=64))
   c.sac.hidden = (256, 256)

@@ -5,8 +5,9 @@
 #   GAMES='Assault Krull' SEEDS='0 1 2' VARIANT=,laptop launch/atari.sh runs/atari --config.collect.frames=400000
 #   SLURM=1 launch/atari.sh /shared/runs/atari                              a job of one GPU for each
 #
-# The same command goes on where it was stopped and skips what is complete; under SLURM give it again, without SLURM=1, for
-# the scores of all. Arguments behind the folder go to palm_jax.main.
+#   SCORES=1 launch/atari.sh /shared/runs/atari                             only the scores, of all that is complete
+#
+# The same command goes on where it was stopped and skips what is complete. Arguments behind the folder go to palm_jax.main.
 set -euo pipefail
 
 root=${1:?is not set: name the folder for the runs}
@@ -17,8 +18,10 @@ for argument; do
     exit 2
   fi
 done
+seeds=${SEEDS:-0}
+if [[ -n ${SCORES:-} ]]; then seeds=''; fi
 games=${GAMES:-$(python -c 'from palm_jax.atari.environment import GAMES; print(*GAMES)')}
-for seed in ${SEEDS:-0}; do
+for seed in $seeds; do
   for game in $games; do
     workdir=$root/$game/$seed arguments=(--config="configs/atari.py:$game${VARIANT:-}" --config.seed="$seed" "$@")
     if [[ -e $workdir/results/scores.json ]]; then continue; fi

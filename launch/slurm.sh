@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # palm_jax under SLURM, from the repository's root on a login node; submits itself, and goes on after preemption and time limits:
 #
-#   WORKDIR=/shared/runs/a NODES=2 GPUS=8 launch/slurm.sh --config=configs/cifar.py
+#   WORKDIR=/shared/runs/a NODES=2 GPUS=8 launch/slurm.sh --config=configs/cifar.py --config.replay.num_shards=16 --download
 #
 # Arguments go to palm_jax.main. WORKDIR must be on a folder that all nodes share; the checkpoints, the compilation cache
 # and the log are in it. CPUS are those of each process; GPUS=0 runs on the nodes' processors. SBATCH_PARTITION,
@@ -39,7 +39,7 @@ while :; do
   [[ -n $again ]] || break # a signal ends `wait` early
 done
 
-if [[ -z $reason || $code -ne 0 ]]; then exit "$code"; fi
+if [[ -z $reason || ($code -ne 0 && $code -ne 143) ]]; then exit "$code"; fi # 143: ended by that SIGTERM between two jobs
 # scancel sends SIGTERM too, and means it.
 if [[ $reason == TERM ]] && scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=CANCELLED'; then exit 0; fi
 echo "stopped by $reason and saved; goes on when SLURM has room"

@@ -3,7 +3,7 @@
 # gives it back. From the repository's root, with gcloud logged in; the commit that is checked out is what runs.
 #
 #   launch/tpu_vm.sh --name=palm --zone=us-west4-a --accelerator=v5litepod-16 --runtime=v2-alpha-tpuv5-lite \
-#     --nfs=10.0.0.2:/share --workdir=runs/a --spot -- --config=configs/cifar.py
+#     --nfs=10.0.0.2:/share --workdir=runs/a --spot -- --config=configs/cifar.py --config.replay.num_shards=16 --download
 #
 # --nfs is a share that the workers reach (Filestore, for example), --workdir a folder in it: what is saved there outlasts
 # the slice, so after a preemption the same command goes on. --fetch is where results/ is copied to here (default: fetched).

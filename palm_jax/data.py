@@ -137,8 +137,7 @@ def load(name_or_path, *, download=False, data_dir=None, label_set='fine'):
   if name == 'digits':
     paths = ()
   elif name in _BARE:
-    root = pathlib.Path(data_dir or os.environ.get('PALM_DATA') or '~/.cache/palm_jax').expanduser()
-    paths = _bare(name, root, download)
+    paths = _bare(name, _root(data_dir), download)
   else:
     paths = _paths(name)
   if len(paths) == 1 and (paths[0].name.endswith(('.tar.gz', '.tgz')) or _folder_layout(paths[0])):
@@ -165,6 +164,16 @@ def _paths(name):
   near = difflib.get_close_matches(name.lower(), ('digits', *_BARE), 1, 0.4)
   hint = f'did you mean {near[0]}? ' if near else ''
   raise UserError(f'unknown data {name!r}: {hint}expected {_FORMS}')
+
+
+def fetch_missing(name, data_dir=None):
+  """Downloads what `load` would want of a set that it knows by name, to where that looks; other names need nothing."""
+  if name in _BARE:
+    _bare(name, _root(data_dir), True)
+
+
+def _root(data_dir):
+  return pathlib.Path(data_dir or os.environ.get('PALM_DATA') or '~/.cache/palm_jax').expanduser()
 
 
 def _bare(name, root, download):

@@ -1,7 +1,10 @@
-"""Files that are whole or as they were before."""
+"""Files that are whole or as they were before, and files that one process holds."""
 import contextlib
+import importlib
 import os
 import pathlib
+
+fcntl = importlib.import_module('fcntl') if os.name == 'posix' else None
 
 
 @contextlib.contextmanager
@@ -22,3 +25,24 @@ def replacing(path, mode='wb'):
     os.replace(part, path)
   finally:
     part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path):
+  """Yields whether this process alone holds the file at `path`, which is there only while the block lasts.
+
+  The hold ends with the process, however that ends. Where the system or the file system has no locks, it is always given.
+  """
+  path = pathlib.Path(path)
+  with path.open('a') as file:
+    try:
+      if fcntl:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      mine = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))  # not what its last holder took away
+    except OSError as e:
+      mine = not isinstance(e, BlockingIOError)
+    try:
+      yield mine
+    finally:
+      if mine:
+        path.unlink(missing_ok=True)

@@ -1,4 +1,5 @@
 """python -m palm_jax.main --config=configs/digits.py [--job=...] [--workdir=...] [--config.x.y=value ...]"""
+import contextlib
 import difflib
 import errno
 import functools
@@ -113,15 +114,18 @@ def claim_workdir(workdir, config):
     except (OSError, ValueError) as e:
       raise UserError(f'{path} is damaged ({e}): restore it or choose another --workdir') from e
     unread = (name for name in EVALUATIONS if not (workdir / 'results' / f'{name}.json').exists())
-    free = ('name', 'jobs', 'plan', 'features', 'report', *unread)
+    free = ('name', 'jobs', 'plan', 'features', 'report', 'scores', *unread)
     wanted, missing = flatten(now), '(absent)'
     if saved == wanted:
       return
-    differ = [f'{k}: {saved.get(k, missing)} there, {wanted.get(k, missing)} now' for k in sorted(saved.keys() | wanted.keys())
-              if saved.get(k, missing) != wanted.get(k, missing) and k.partition('.')[0] not in free]
+    section = lambda key: key.partition('.')[0]
+    differ = {k: f'{k}: {saved.get(k, missing)} there, {wanted.get(k, missing)} now' for k in sorted(saved.keys() | wanted.keys())
+              if saved.get(k, missing) != wanted.get(k, missing) and section(k) not in free}
     if differ:
-      raise UserError(f'{workdir} was made with another config ({"; ".join(differ)}): '
-                      'choose another --workdir, or go back to its config')
+      judged = sorted(set(map(section, differ)))
+      again = ', or delete ' + ' and '.join(f'results/{name}.json' for name in judged) if set(judged) <= set(EVALUATIONS) else ''
+      raise UserError(f'{workdir} was made with another config ({"; ".join(differ.values())}): '
+                      f'choose another --workdir, or go back to its config{again}')
   try:
     if jax.process_index() == 0:
       workdir.mkdir(parents=True, exist_ok=True)
@@ -236,6 +240,9 @@ def run(config, job, workdir, download=False):
     jobs = [name for name in jobs if name != 'plan']
   if not jobs:
     return
+  if download and 'ood' in jobs:
+    from palm_jax.evaluate import ood
+    ood.download(config)
   wanted = lambda name: needs_data(name, config) and not complete(name)
   data = load_data(config, download) if config.data.name != COLLECTED and any(map(wanted, jobs)) else None
   if tuple(jobs) == ('report',):  # it reads; settings of the workdir are those in its config.json
@@ -251,9 +258,24 @@ def run(config, job, workdir, download=False):
       continue
     if config.data.name == COLLECTED and data is None and needs_data(name, config):
       data = load_collected(workdir, newest=config.environment.stack > 1)
-    if not run_job(name, config, workdir, data, mesh):
-      logging.info('%s: stopped and saved; the same command goes on', name)
-      return
+    with only_one(workdir, name):
+      if not run_job(name, config, workdir, data, mesh):
+        logging.info('%s: stopped and saved; the same command goes on', name)
+        return
+
+
+@contextlib.contextmanager
+def only_one(workdir, job):
+  """Holds a job of the workdir while the block lasts; UserError where another command has it: each would overwrite the other's."""
+  import jax
+
+  from palm_jax.checkpoint import any_process
+  from palm_jax.files import locked
+  with locked(workdir / f'.{job}.lock') if jax.process_index() == 0 else contextlib.nullcontext(True) as mine:
+    if any_process(not mine):
+      raise UserError(f'the job {job} of {workdir} is being run by another command: wait for its end or stop it, '
+                      'or choose another --workdir')
+    yield
 
 
 def main(argv):

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from configs import cifar
+from configs import atari, cifar
 from palm_jax import devices, main
 from palm_jax.atari import collect, dqn, drq, finetune
 from palm_jax.checkpoint import Checkpoints, Preemption, load_item
@@ -205,6 +205,8 @@ def test_catch_is_learned(tmp_path, mesh):
     ('collect', dict(collect=dict(max_bytes=100)), 'collect.max_bytes=100 holds no stack of 5184 bytes'),
     ('collect', dict(collect=dict(num_envs=6)), 'collect.num_envs=6 and collect.agent.learn_period=4.*set num_envs to 8'),
     ('collect', dict(collect=dict(agent=dict(min_history=3))), 'min_history=3 holds no window of n_step=1 in each of 2'),
+    ('collect', dict(collect=dict(frames=240)), 'collect.agent.min_history=60, but the run ends after 60 agent steps'),
+    ('finetune', dict(finetune=dict(agent_steps=40)), 'finetune.agent.min_history=40, but the run ends after 40 agent steps'),
     ('collect', dict(collect=dict(agent=dict(capacity=70))), 'capacity=70 has 35 rows'),
     ('finetune', dict(finetune=dict(eval_episodes=0)), 'finetune.eval_episodes=0 is not positive'),
     ('finetune', dict(finetune=dict(trunk='nowhere')), "finetune.trunk='nowhere' has no config.json"),
@@ -218,3 +220,17 @@ def test_settings_that_cannot_work_are_named(tmp_path, mesh, job, changes, messa
   with pytest.raises(UserError, match=message) as caught:
     getattr(dict(collect=collect, finetune=finetune)[job], job)(config, tmp_path, mesh, Same)
   assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('words', ['laptop,eps', 'eps,laptop', 'rmsprop,laptop', 'laptop,rmsprop', 'sgi,laptop', 'laptop,sgi,single'])
+def test_words_of_the_config_in_any_order(words):
+  """The laptop's sizes hold whatever else is chosen, and what is chosen holds at them."""
+  c, small = atari.get_config(f'Assault,{words}'), atari.get_config('Assault,laptop')
+  for name in ('min_history', 'epsilon_decay', 'capacity', 'target_period'):
+    assert c.collect.agent[name] == small.collect.agent[name]
+  assert c.finetune.agent.epsilon_decay == small.finetune.agent.epsilon_decay < c.finetune.agent_steps
+  assert ('eps' in words) == (c.finetune.agent.eval_epsilon == 0.001)
+  assert ('sgi' in words) == (c.finetune.agent.trunk_scale == 0.01)
+  assert ('rmsprop' in words) == (c.collect.agent.optimizer == 'rmsprop')
+  collect.check_config(c, 1)
+  finetune.check_config(c, 1)

@@ -28,6 +28,8 @@ if behaviour == 'fail' and number == 1:
   sys.exit(3)
 if behaviour == 'bad exit after SIGTERM':
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+if behaviour == 'ends by SIGTERM':
+  signal.signal(signal.SIGTERM, signal.SIG_DFL)
 if behaviour != 'complete':
   open(f'waits.{number}', 'w').close()
   time.sleep(300)
@@ -186,17 +188,18 @@ def test_slurm_runs_to_the_end(place):
   assert '--kill-on-bad-exit=1' in (place[0] / 'srun.called').read_text()
 
 
-@pytest.mark.parametrize(('number', 'state', 'times'), [
-    (signal.SIGUSR1, 'RUNNING', 1),  # before the time limit
-    (signal.SIGTERM, 'RUNNING', 1),  # preempted
-    (signal.SIGTERM, 'CANCELLED', 0),  # scancel
+@pytest.mark.parametrize(('behaviour', 'number', 'state', 'times'), [
+    ('wait', signal.SIGUSR1, 'RUNNING', 1),  # before the time limit
+    ('wait', signal.SIGTERM, 'RUNNING', 1),  # preempted
+    ('wait', signal.SIGTERM, 'CANCELLED', 0),  # scancel
+    ('ends by SIGTERM', signal.SIGUSR1, 'RUNNING', 1),  # between two jobs, where nothing is to be saved
 ])
-def test_slurm_saves_and_queues_again(place, number, state, times):
-  process = slurm(place, BEHAVIOUR='wait', STATE=state, **IN_A_JOB)
+def test_slurm_saves_and_queues_again(place, behaviour, number, state, times):
+  process = slurm(place, BEHAVIOUR=behaviour, STATE=state, **IN_A_JOB)
   wait_for(*(place[0] / f'waits.{i}' for i in range(2)))
   process.send_signal(number)
   output = process.communicate(timeout=60)[0]
-  assert process.returncode == 0 and output.count('saved\n') == 2 and requeues(place[0]) == times
+  assert process.returncode == 0 and output.count('saved\n') == 2 * (behaviour == 'wait') and requeues(place[0]) == times
 
 
 @pytest.mark.parametrize(('behaviour', 'code'), [('bad exit after SIGTERM', 5), ('fail', 3)])
@@ -318,6 +321,7 @@ def test_atari_plays_every_game_once_and_goes_on(place):
   assert calls() == [run('Pong', 0), run('Krull', 0), scores]
   assert calls('--config.x=1', GAMES='Krull', SEEDS='0 3', VARIANT=',laptop') == [
       run('Krull', 3, ',laptop', '--config.x=1'), scores]
+  assert calls(SCORES='1', SEEDS='0 7') == [scores]
   done = subprocess.run([LAUNCH / 'atari.sh', 'my runs', '--job=finetune'], cwd=folder, env=env, capture_output=True, text=True)
   assert done.returncode == 2 and "--config.jobs=\"('finetune', 'scores')\"" in done.stderr and not (folder / 'calls').exists()
 

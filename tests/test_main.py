@@ -12,6 +12,7 @@ import pytest
 from palm_jax import main
 from palm_jax.checkpoint import Checkpoints, list_steps, write_json_atomic
 from palm_jax.errors import UserError
+from palm_jax.files import locked
 from palm_jax.generator import train
 from tests.worlds import COMPILED, tiny_config
 
@@ -168,8 +169,20 @@ def test_settings_of_an_evaluation_may_change_until_it_has_a_result(files, tmp_p
   main.claim_workdir(tmp_path, other)
   assert json.loads((tmp_path / 'config.json').read_text())['probe']['methods'] == ['knn']
   write_json_atomic(tmp_path / 'results' / 'probe.json', {})
-  with pytest.raises(UserError, match=r"another config \(probe.methods: \['knn'\] there"):
+  with pytest.raises(UserError, match=r"another config \(probe.methods: \['knn'\] there.* or delete results/probe.json$"):
     main.claim_workdir(tmp_path, config)
+  other.seed = 3
+  with pytest.raises(UserError, match='seed.*or go back to its config$'):
+    main.claim_workdir(tmp_path, other)
+
+
+def test_a_job_is_run_by_one_command_at_a_time(capfd, files, tmp_path):
+  config = config_for(files)
+  with locked(tmp_path / '.generator.lock') as mine:
+    assert mine
+    assert f'the job generator of {tmp_path} is being run by another command' in refuse(capfd, config, 'generator', tmp_path)
+    assert (tmp_path / '.generator.lock').exists()
+  assert not (tmp_path / '.generator.lock').exists()
 
 
 def test_checkpoints_of_another_config_or_damaged_ones(capfd, files, tmp_path):

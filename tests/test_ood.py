@@ -231,6 +231,15 @@ def test_names_of_sets(text, name, source):
   assert ood.named_sources([text]) == {name: source}
 
 
+def test_download_fetches_the_sets_that_have_a_publisher(monkeypatch, tmp_path):
+  asked = []
+  monkeypatch.setattr(ood.data_sets, 'fetch', lambda url, size, sha256, target: asked.append(target))
+  config = job_config(sets=('svhn', 'SVHN again=svhn', 'interp:pairs', 'LSUN=folder'))
+  config.data.dir = str(tmp_path)
+  ood.download(config)
+  assert {path.parent for path in asked} == {tmp_path} and {'test_32x32.mat'} <= {path.name for path in asked}
+
+
 def test_columns_of_table_1():
   wanted = {'svhn': 'SVHN', 'SVHN': 'SVHN', 'LSUN': 'LSUN', 'cifar100': 'CIFAR-100', 'CIFAR-100': 'CIFAR-100', 'celeba': 'CelebA',
             'interp:pairs': 'Interp.', 'interp:csi': 'Interp.', 'Interp.': 'Interp.', 'LSUN_FIX': None, 'tinyimagenet': None}

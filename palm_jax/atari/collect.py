@@ -35,7 +35,7 @@ def default_config():
   return ConfigDict(dict(
       frames=50_000_000,  # of the emulator: PALM section 5.3; it may mean agent steps, which are four frames each
       num_envs=8,  # games side by side; ours
-      max_bytes=8_000_000_000,  # of the kept stacks when unpacked, as a generator's training holds them: 283,000
+      max_bytes=8_000_000_000,  # of the kept stacks when unpacked, as a generator's training holds four fifths of them: 283,000
       log_steps=20_000,  # agent steps a point of the curve
       checkpoint_minutes=10.,
       agent=dqn.default_config(),  # dqn.dqn_zoo_config(): with RMSProp
@@ -45,14 +45,15 @@ def default_config():
 def check_config(config, num_devices):
   """Raises UserError on settings of the whole config's section `collect` that cannot work."""
   del num_devices  # networks so small are trained on one
-  check_play(config, 'collect', ('frames', 'max_bytes'))
+  check_play(config, 'collect', ('frames', 'max_bytes'), config.collect.frames / FRAMES_A_STEP)
 
 
-def check_play(config, section, positive):
+def check_play(config, section, positive, agent_steps):
   """Raises UserError on settings of `play` in a section of the whole config that cannot work.
 
   Args:
     positive: names of further settings of that section that must be above 0.
+    agent_steps: of the whole run.
   """
   c = config[section]
   rom_id(config.atari.game)
@@ -72,6 +73,9 @@ def check_play(config, section, positive):
   if c.agent.min_history < (c.agent.n_step + 1) * num_envs:
     raise UserError(f'{section}.agent.min_history={c.agent.min_history} holds no window of n_step={c.agent.n_step} in each of '
                     f'{num_envs} environments: set it to {(c.agent.n_step + 1) * num_envs} or more')
+  if c.agent.min_history >= agent_steps:
+    raise UserError(f'{section}.agent.min_history={c.agent.min_history}, but the run ends after {agent_steps:,.0f} agent steps, so '
+                    'nothing would be learned: lower it, or play for longer')
 
 
 class Played(NamedTuple):
@@ -338,8 +342,8 @@ def collect(config, workdir, mesh, make_environment=Environment):
           rewards='clipped to [-1, 1] for learning', life='a lost life ends the return, the game goes on',
           num_envs=c.num_envs, agent=c.agent.to_dict()),
       **devices.describe(mesh))
-  (folder / 'replay.dat').unlink()  # before the results, after which nobody would come to do it
   write_json_atomic(workdir / 'results' / 'collect.json', results)
+  (folder / 'replay.dat').unlink()  # after the results: killed in between, files are left, but not a run that cannot go on
   shutil.rmtree(folder / 'shards')
   print(f'collect: {game}, {results["frames"]:,} frames ({played.agent_steps:,} agent steps), {played.games} games, '
         f'mean score of the last {results["score"]}; {count:,} stacks in {folder / "stacks.npz"}', flush=True)

@@ -35,7 +35,7 @@ def check_config(config, num_devices):
   """Raises UserError on settings of the whole config's section `finetune` that cannot work."""
   del num_devices  # networks so small are trained on one
   c = config.finetune
-  check_play(config, 'finetune', ('agent_steps', 'eval_episodes'))
+  check_play(config, 'finetune', ('agent_steps', 'eval_episodes'), c.agent_steps)
   if not 0 <= c.agent.eval_epsilon <= 1:
     raise UserError(f'finetune.agent.eval_epsilon={c.agent.eval_epsilon} is not in [0, 1]')
   if c.trunk == 'own' and config.encoder.name != 'nature':
@@ -92,8 +92,8 @@ def finetune(config, workdir, mesh, make_environment=Environment):
           rewards='clipped to [-1, 1] for learning', life='a lost life ends the return, the game goes on',
           agent=c.agent.to_dict()),
       **devices.describe(mesh))
-  (folder / 'replay.dat').unlink()  # before the results, after which nobody would come to do it
   write_json_atomic(workdir / 'results' / 'finetune.json', results)
+  (folder / 'replay.dat').unlink()  # after the results, as in collect
   print(f'finetune: {game}, seed {config.seed}, {results["variant"]}: score {results["score"]:.1f} over {len(scores)} games '
         f'after {played.agent_steps:,} agent steps ({results["frames"]:,} frames); epsilon {c.agent.eval_epsilon}', flush=True)
   return True

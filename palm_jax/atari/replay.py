@@ -70,10 +70,12 @@ class Replay:
     path, size = pathlib.Path(path), self._file_rows * num_envs * record.itemsize
     self._path, self._is_whole = path, path.exists() and path.stat().st_size == size
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open('ab') as file:
-      file.truncate(size)
-      if hasattr(os, 'posix_fallocate'):  # a full disk must be an error here, not a SIGBUS on some later row
-        os.posix_fallocate(file.fileno(), 0, size)
+    if not self._is_whole:
+      path.touch()
+      with path.open('r+b') as file:  # folders of some networks reserve by reading and writing
+        file.truncate(size)
+        if hasattr(os, 'posix_fallocate'):  # a full disk must be an error here, not a SIGBUS on some later row
+          os.posix_fallocate(file.fileno(), 0, size)
     self._records = np.memmap(path, record, 'r+', shape=(self._file_rows, num_envs))
 
   @property

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from palm_jax import data as data_sets
 from palm_jax import devices
 from palm_jax.checkpoint import write_json_atomic
 from palm_jax.errors import UserError
@@ -92,6 +93,12 @@ def named_sources(sets):
       raise UserError(f'ood.sets={tuple(sets)}: two sets are called {name!r}, or one has no name: write NAME={source}')
     sources[name] = source
   return sources
+
+
+def download(config):
+  """Fetches the published sets among config.ood.sets that are not there yet; UserError as of palm_jax.data.fetch."""
+  for source in named_sources(config.ood.sets).values():
+    data_sets.fetch_missing(source, config.data.dir or None)
 
 
 def published(name):
