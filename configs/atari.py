@@ -32,7 +32,6 @@ def get_config(variant='Assault'):
   c.finetune = finetune.default_config()
   c.scores = scores.default_config()
   c.generator.pad, c.environment.crop = 6, 6  # 84 to 96 and back: nothing is resized
-  c.plan.update(dict(image_size=96, image_channels=4, num_classes=0))
   c.encoder.name = 'nature'  # the fine-tuner's convolutions; its dense layer stays behind
   c.pretrain.env_steps = 6_000_000  # paper Table 2
   c.replay.capacity = 131_072  # 3.7 GB of stacks, as many bytes as CIFAR's; also of each checkpoint

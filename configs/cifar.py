@@ -51,11 +51,13 @@ def get_config(variant=''):
     if word in PRESETS:
       c.environment.alpha, c.environment.beta = PRESETS[word]
     elif word == 'cifar100':
-      c.name, c.data.name = 'cifar100', 'cifar100'
+      c.name, c.data.name = c.name.replace('cifar', 'cifar100'), 'cifar100'
     elif word == 'small':
       small(c)
     else:
       raise UserError(f'configs/cifar.py:{word} is unknown: variants are cifar100, small, {", ".join(PRESETS)}')
+  if c.data.name == 'cifar100':
+    c.generator.path = ''  # the bundled generator of `small` draws the classes of CIFAR-10
   return c
 
 

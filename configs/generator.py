@@ -32,10 +32,12 @@ def get_config(variant='cifar'):
     atari(c)
   elif variant == 'digits':
     c.data.name = 'digits'
+    c.plan.update(dict(image_size=8, image_channels=1))
     c.generator = digits.get_config().generator
   elif auto and all(int(number) > 0 for number in auto.groups('1')):
     c.data.name = 'folder'
     c.generator.update(by_resolution(*map(int, auto.groups('1'))))
+    c.plan.update(dict(image_size=int(auto[1]), num_classes=0))
   else:
     raise UserError(f'configs/generator.py:{variant} is unknown: variants are {VARIANTS}')
   return c
@@ -64,6 +66,7 @@ def general():
 def paper256(c):
   """--cfg=paper256."""
   c.data.name = 'folder'
+  c.plan.update(dict(image_size=256, num_classes=0))
   c.generator.update(dict(
       general(), batch_size=64, mbstd_group=8, lr=0.0025, r1_gamma=1., ema_kimg=20., mapping_layers=8,  # train.py
       channel_base=16384,  # train.py: fmaps 0.5
@@ -73,6 +76,7 @@ def paper256(c):
 def atari(c):
   """Four grey frames of 84x84 as four channels, padded to 96x96: 3x3 and five upsamplings. Sizes are ours."""
   c.data.name = 'frames.npz'
+  c.plan.update(dict(image_size=96, image_channels=4, num_classes=0))
   c.generator.update(dict(
       by_resolution(96, 1), base_size=3,
       channel_base=12288))  # 128 at 96, 256 at 48, then 512: --cfg=auto's widths at 128 and 64

@@ -4,6 +4,7 @@ A step is `<folder>/<step>/`, with one folder for each item. Orbax writes it und
 step that can be seen is complete. The digests lie in the step's own metadata: SHA-256 of each block of each array.
 """
 import concurrent.futures
+import errno
 import hashlib
 import json
 import logging as python_logging
@@ -23,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 from palm_jax.errors import UserError
-from palm_jax.files import replacing
+from palm_jax.files import replacing, sync
 
 
 class Restored(NamedTuple):
@@ -31,6 +32,10 @@ class Restored(NamedTuple):
   step: int
   items: dict[str, Any]
   metadata: dict[str, Any]
+
+
+# What keeps a file from being read, and says nothing about what is in it.
+PASSING = (errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT, errno.ESTALE)
 
 
 class Damaged(Exception):
@@ -127,6 +132,8 @@ class Checkpoints:
     except (OSError, ValueError) as e:
       self._refuse(step, e)
     if jax.process_index() == 0:
+      folder = self.folder / str(step)
+      sync(*folder.rglob('*'), folder, self.folder)  # orbax leaves that to the system, and older steps go now
       for old in self.steps()[:-self._keep]:
         # Renamed first: a run killed in the middle of removing leaves no half of a step behind.
         gone = self.folder / f'{old}.deleted'
@@ -220,6 +227,15 @@ def load_encoder(workdir, step=None):
   return config, variables, step
 
 
+def digest(variables, settings):
+  """sha256 of a tree of arrays, its names, and the settings of the network that it belongs to."""
+  sha256 = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+  for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+    leaf = np.asarray(leaf)
+    sha256.update(f'{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}'.encode() + leaf.tobytes())
+  return sha256.hexdigest()
+
+
 def write_json_atomic(path, obj):
   """Writes JSON (numpy and JAX numbers and arrays too) so that `path` holds all of it or what was there before."""
   with replacing(path, 'w') as f:
@@ -281,6 +297,7 @@ def _load(folder, step, make_templates):
       reason = 'its metadata do not match their digest'
   except (OSError, ValueError, KeyError, TypeError) as e:
     reason = f'its metadata cannot be read: {_one_line(e)}'
+    _refuse_passing(path, e)
   if any_process(reason):
     raise Damaged(reason or 'another process cannot read it')
   templates = make_templates(record)
@@ -303,12 +320,19 @@ def _load(folder, step, make_templates):
     while e.__cause__ or e.__context__:
       e = e.__cause__ or e.__context__
     reason = f'orbax cannot read it ({type(e).__name__}: {_one_line(e)})'
+    _refuse_passing(path, e)
   if any_process(reason):
     raise Damaged(reason or 'another process found damage')
   reason = _difference(items, record['items'])
   if any_process(reason):
     raise Damaged(reason or 'another process found damage')
   return Restored(step, items, record['metadata'])
+
+
+def _refuse_passing(path, error):
+  """UserError where a file could not be read for a reason that says nothing about what is in it."""
+  if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno in PASSING:
+    raise UserError(f'{path} cannot be read now ({_one_line(error)}): mend that, then run again; nothing was changed') from error
 
 
 def _leaves(tree):

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import http.client
 import io
+import json
 import logging
 import math
 import os
@@ -267,7 +268,8 @@ def _checked(name, data):
 def _checked_split(where, split, class_names):
   images, labels = np.asarray(split.images), np.asarray(split.labels)
   if images.dtype != np.uint8:
-    raise UserError(f'{where}: images are {images.dtype}, expected uint8 in 0..255; convert and save again')
+    how = '(images * 255).round().astype(np.uint8)' if images.size and images.max() <= 1 else 'images.round().astype(np.uint8)'
+    raise UserError(f'{where}: images are {images.dtype}, expected uint8 in 0..255; save {how}, if that is what they mean')
   if images.ndim != 4:
     hint = '; grey images need a channel axis: images[..., None]' if images.ndim == 3 else ''
     raise UserError(f'{where}: images have shape {images.shape}, expected (N, height, width, channels){hint}')
@@ -276,6 +278,8 @@ def _checked_split(where, split, class_names):
     raise UserError(f'{where}: images have shape {images.shape}, expected 1, 3 or 4 channels in the last place{hint}')
   if not images.size:
     raise UserError(f'{where}: images have shape {images.shape}: nothing in it; expected at least one image')
+  if images.max() == 1:
+    raise UserError(f'{where}: all pixels are 0 or 1, expected 0..255: black pictures; multiply by 255 before they become uint8')
   if labels.ndim != 1 or labels.dtype.kind not in 'iu':
     raise UserError(f'{where}: labels have shape {labels.shape} and dtype {labels.dtype}, expected (N,) integers; '
                     "one way: labels.reshape(-1).astype('int64')")
@@ -377,6 +381,8 @@ def _mat(path):
 
 
 def _class_folders(root):
+  if (root / 'dataset.json').is_file():
+    return _listed(root)
   train, test = root, None
   if _subfolders(root / 'train'):
     train = root / 'train'
@@ -384,7 +390,32 @@ def _class_folders(root):
   names = [folder.name for folder in _subfolders(train)]
   if not names:
     raise UserError(f'{train} has no folders; expected one folder of images per class; or data may be {_FORMS}')
+  if set(names) <= {'train', 'test', 'val'}:
+    raise UserError(f'{root} would have the classes {", ".join(names)}; expected a folder per class, also within those of train '
+                    'and test; pictures without labels go into one folder with another name')
   parts = [_list_images(part, names) for part in (train, test) if part]
+  source = f'{_described(root)}: {len(names)} class folders{f", train and {test.name}" if test else ""}'
+  return Data(*_read_pictures(parts), names, source)
+
+
+def _listed(root):
+  """What stylegan2-ada's dataset_tool.py leaves: pictures at any depth, their labels in dataset.json, none where all are one kind."""
+  try:
+    labels = json.loads((root / 'dataset.json').read_text())['labels']
+    labels = labels and {name: int(label) for name, label in labels}
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(f'{root / "dataset.json"} cannot be read ({_one_line(error)}); expected "labels": [[file, class], ...] or null; '
+                    'mend it, or remove it if folders are classes') from error
+  files = sorted(path for path in root.rglob('*') if path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith('.'))
+  names = [path.relative_to(root).as_posix() for path in files]
+  if not files or labels and (missing := [name for name in names if name not in labels]):
+    raise UserError(f'{root}: {f"{missing[0]} has no label in dataset.json" if files else "no image in it"}; make the folder again')
+  source = f'{_described(root)}: labels of dataset.json' if labels else f'{_described(root)}: one class, as dataset.json has no labels'
+  return Data(*_read_pictures([(files, [labels[name] if labels else 0 for name in names])]), None, source)
+
+
+def _read_pictures(parts):
+  """[(files, labels)] of train, and of test where there is one -> (Split, Split or None)."""
   headers = [_header(file) for files, _ in parts for file in files]
   size = collections.Counter(header[1] for header in headers).most_common(1)[0][0]
   for file, its_size, mode in headers:
@@ -400,8 +431,7 @@ def _class_folders(root):
     for image, file in zip(images, files, strict=True):
       image[:] = _pixels(file, mode).reshape(image.shape)
     splits.append(Split(images, np.asarray(labels)))
-  source = f'{_described(root)}: {len(names)} class folders{f", train and {test.name}" if test else ""}'
-  return Data(splits[0], splits[1] if test else None, names, source)
+  return (*splits, None)[:2]
 
 
 def _subfolders(root):

@@ -11,8 +11,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from palm_jax.checkpoint import any_process
 from palm_jax.errors import UserError
 from palm_jax.files import replacing
+
+NAME = re.compile(r'(\d{10})_(\d{6})\.npz')  # first row, first environment
 
 
 class Experience(NamedTuple):
@@ -47,6 +50,15 @@ def write(folder, first_row, experience):
     np.savez(file, **local)
 
 
+def forget(folder, rows):
+  """Removes all but the first rows, of which the same or another number of processes will write the rest anew."""
+  if jax.process_index() == 0:
+    for path in folder.glob('*.npz'):
+      if (match := NAME.fullmatch(path.name)) and int(match[1]) >= rows:
+        path.unlink()
+  any_process(False)  # nobody writes before that
+
+
 def read(folder):
   """Yields the Experience of each call, in order, all environments together.
 
@@ -55,7 +67,7 @@ def read(folder):
   """
   folder, calls = pathlib.Path(folder), {}
   for path in sorted(folder.glob('*.npz')):
-    match = re.fullmatch(r'(\d{10})_(\d{6})\.npz', path.name)
+    match = NAME.fullmatch(path.name)
     if match:
       calls.setdefault(int(match[1]), []).append((int(match[2]), path))
   if not calls:

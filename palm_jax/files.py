@@ -3,6 +3,9 @@ import contextlib
 import importlib
 import os
 import pathlib
+import time
+
+from absl import logging
 
 fcntl = importlib.import_module('fcntl') if os.name == 'posix' else None
 
@@ -23,26 +26,51 @@ def replacing(path, mode='wb'):
       file.flush()
       os.fsync(file.fileno())
     os.replace(part, path)
+    sync(path.parent)
   finally:
     part.unlink(missing_ok=True)
 
 
+def sync(*paths):
+  """Brings files, and the names in folders, to the disk: a loss of power can keep a name without its content, or without both."""
+  for path in paths if os.name == 'posix' else ():
+    with contextlib.suppress(OSError):  # not known to every file system
+      handle = os.open(path, os.O_RDONLY)
+      try:
+        os.fsync(handle)
+      finally:
+        os.close(handle)
+
+
 @contextlib.contextmanager
-def locked(path):
+def locked(path, patience=0.):
   """Yields whether this process alone holds the file at `path`, which is there only while the block lasts.
 
   The hold ends with the process, however that ends. Where the system or the file system has no locks, it is always given.
+
+  Args:
+    path: of the file.
+    patience: seconds to wait for another process that holds it.
   """
-  path = pathlib.Path(path)
-  with path.open('a') as file:
-    try:
-      if fcntl:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      mine = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))  # not what its last holder took away
-    except OSError as e:
-      mine = not isinstance(e, BlockingIOError)
-    try:
-      yield mine
-    finally:
-      if mine:
-        path.unlink(missing_ok=True)
+  path, deadline = pathlib.Path(path), time.monotonic() + patience
+  while True:
+    with path.open('a') as file:
+      mine = _lock(path, file)
+      if mine or time.monotonic() >= deadline:
+        try:
+          yield mine
+        finally:
+          if mine:
+            path.unlink(missing_ok=True)
+        return
+    logging.log_every_n_seconds(logging.INFO, '%s is held by another command: waiting', 30, path)
+    time.sleep(min(1., patience))
+
+
+def _lock(path, file):
+  try:
+    if fcntl:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))  # not what its last holder took away
+  except OSError as e:
+    return not isinstance(e, BlockingIOError)

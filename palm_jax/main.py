@@ -7,6 +7,7 @@ import importlib
 import json
 import logging as python_logging
 import pathlib
+import re
 import sys
 
 import numpy as np
@@ -17,6 +18,7 @@ from palm_jax import devices
 from palm_jax.errors import UserError
 
 DEFAULT_CONFIG = 'configs/digits.py'
+PATIENCE = 120  # seconds: so long a file server may hold what a lost machine had
 
 
 def parse_flags(argv):
@@ -57,9 +59,13 @@ def check_keys(argv, config, path):
                     f'such as {DEFAULT_CONFIG}')
   keys = flatten(config.to_dict())
   for arg in argv:
-    key = arg.removeprefix('--config.').partition('=')[0]
-    if arg.startswith('--config.') and key not in keys:
+    key, _, value = arg.removeprefix('--config.').partition('=')
+    if not arg.startswith('--config.'):
+      continue
+    if key not in keys:
       raise UserError(f'--config.{key} is unknown: expected a key of {path}{nearest(key, keys)}')
+    if isinstance(keys[key], tuple) and re.fullmatch(r'[^\'"()]*[A-Za-z][^\'"()]*', value) and ',' in value:
+      raise UserError(f'--config.{key}={value} is no list: write --config.{key}="{tuple(value.split(","))}"')
 
 
 def nearest(name, names):
@@ -124,8 +130,10 @@ def claim_workdir(workdir, config):
     if differ:
       judged = sorted(set(map(section, differ)))
       again = ', or delete ' + ' and '.join(f'results/{name}.json' for name in judged) if set(judged) <= set(EVALUATIONS) else ''
+      same_generator = not {'seed', 'data', 'generator'} & set(judged) and any_process((workdir / 'generator').exists())
+      there = f' (--config.generator.path={workdir} plays in the generator of this one)' if same_generator else ''
       raise UserError(f'{workdir} was made with another config ({"; ".join(differ.values())}): '
-                      f'choose another --workdir, or go back to its config{again}')
+                      f'choose another --workdir{there}, or go back to its config{again}')
   try:
     if jax.process_index() == 0:
       workdir.mkdir(parents=True, exist_ok=True)
@@ -144,6 +152,28 @@ def flatten(tree, prefix=''):
 def load_data(config, download):
   from palm_jax import data
   return data.load(config.data.name, download=download, data_dir=config.data.dir or None)
+
+
+def check_data(config, jobs, data, workdir):
+  """Raises UserError on data that one of the jobs would refuse, before the first of them starts; logs what they are."""
+  logging.info('data: %s', data.source)
+  empty = np.flatnonzero(np.bincount(data.train.labels, minlength=len(data.class_names)) == 0)
+  if len(empty):
+    raise UserError(f'{config.data.name}: no training image of class {empty[0]} ({len(empty)} of {len(data.class_names)} classes are '
+                    'empty), which a world would draw all the same; number those that are there from 0: '
+                    'np.unique(labels, return_inverse=True)[1]')
+  if len(data.class_names) < 2 and (lone := [name for name in ('probe', 'ood') if name in jobs]):
+    raise UserError(f'the job {lone[0]} tells classes apart, but {config.data.name} has one: leave it out of config.jobs, or '
+                    'label the pictures')
+  if 'pretrain' not in jobs or not set(EVALUATIONS) & set(jobs) or not config.generator.path:
+    return
+  from palm_jax import pretrain
+  seen, given = pretrain.seen_shape(config, pretrain.load_world_generator(config, workdir)), data.train.images.shape[1:]
+  if seen[2] != given[2]:
+    raise UserError(f'the pictures of generator.path={config.generator.path} have {seen[2]} channels, those of '
+                    f'{config.data.name} {given[2]}: its encoder could not see them; give others, or train a generator on them')
+  if seen != given:
+    logging.warning('the encoder will be trained on pictures of %s and judged on pictures of %s', seen, given)
 
 
 def load_collected(workdir, newest=False):
@@ -225,13 +255,16 @@ def run(config, job, workdir, download=False):
     from palm_jax import study
     study.run(config, workdir, download)
     return
-  workdir = pathlib.Path(workdir or f'runs/{config.name}').absolute()
+  workdir = pathlib.Path(workdir or f'runs/{config.name}').expanduser().absolute()
   result = lambda name: workdir / ('scratch/results/finetune.json' if name == 'scratch' else f'results/{name}.json')
   complete = lambda name: any_process(result(name).exists())
   jobs = config.jobs if job == 'all' else (job,)
   if job == 'all' and config.generator.path:
     logging.info('generator: that of %s', config.generator.path)
     jobs = [name for name in jobs if name != 'generator']
+  if job == 'generator' and config.generator.path:
+    raise UserError(f'--job=generator with generator.path={config.generator.path}: what it trains would not be played in; '
+                    'give --config.generator.path=')
   mesh = devices.make_mesh()
   check(config, jobs, mesh.size)
   if 'plan' in jobs:  # leaves no trace in a workdir that other settings may be for
@@ -248,6 +281,8 @@ def run(config, job, workdir, download=False):
   if tuple(jobs) == ('report',):  # it reads; settings of the workdir are those in its config.json
     run_job('report', config, workdir, data, mesh)
     return
+  if data:
+    check_data(config, jobs, data, workdir)
   claim_workdir(workdir, config)
   if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
     jax.config.update('jax_compilation_cache_dir', str(workdir / 'compilation_cache'))
@@ -271,10 +306,11 @@ def only_one(workdir, job):
 
   from palm_jax.checkpoint import any_process
   from palm_jax.files import locked
-  with locked(workdir / f'.{job}.lock') if jax.process_index() == 0 else contextlib.nullcontext(True) as mine:
+  path = workdir / f'.{job}.lock'
+  with locked(path, PATIENCE) if jax.process_index() == 0 else contextlib.nullcontext(True) as mine:
     if any_process(not mine):
-      raise UserError(f'the job {job} of {workdir} is being run by another command: wait for its end or stop it, '
-                      'or choose another --workdir')
+      raise UserError(f'the job {job} of {workdir} is being run by another command: wait for its end or stop it, or choose another '
+                      f'--workdir (where it ended with its machine, remove {path})')
     yield
 
 
@@ -304,6 +340,11 @@ def exit_on_user_error(main):
       if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
         raise
       fail(f'{e.strerror}: {e.filename or "the file being written"}: free space there or choose another --workdir')
+    except RuntimeError as e:  # JaxRuntimeError, which names no kind
+      if 'RESOURCE_EXHAUSTED' not in str(e):
+        raise
+      fail(f'a device has not enough memory ({" ".join(str(e).split())[:200]}): lower pretrain.batch_size, encoder.width or '
+           'replay.capacity, raise generator.accumulate, or take more devices; --job=plan shows what takes how much')
   return wrapped
 
 

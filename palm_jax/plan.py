@@ -84,7 +84,7 @@ def estimate(config, generator, num_devices):
   Returns:
     parameters {part: count}; bytes {part: on each device}; flops {part: an iteration, on each device} and their sum
     flops_per_iteration, in matrix products and convolutions; num_devices, env_steps, iterations, env_steps_per_iteration,
-    ring_frames and settings.
+    ring_frames, picture (H, W, C) and settings.
 
   Raises:
     UserError: settings that cannot work.
@@ -104,6 +104,7 @@ def estimate(config, generator, num_devices):
   return dict(
       num_devices=num_devices, env_steps=iterations * program.env_steps_per_iteration, iterations=iterations,
       env_steps_per_iteration=program.env_steps_per_iteration, ring_frames=config.replay.capacity,
+      picture=pretrain.seen_shape(config, generator),
       parameters=dict(generator=count(world.variables), **{name: count(x) for name, x in state.ssl['params'].items()}, **agent),
       bytes=dict(sharded, networks=cost.nbytes((world, state.ssl, state.agent)),
                  activations=activation_bytes(config, generator, state.ssl, num_devices)),
@@ -156,7 +157,7 @@ def table(r):
   per_step = r['flops_per_iteration'] * r['num_devices'] / r['env_steps_per_iteration']
   return '\n'.join([
       f'plan for {r["num_devices"]} device(s), {r["settings"]["pretrain"]["dtype"]}: {r["env_steps"]:,} env steps in '
-      f'{r["iterations"]:,} iterations',
+      f'{r["iterations"]:,} iterations, pictures of {"x".join(map(str, r["picture"]))}',
       f'  parameters        {listed(r["parameters"], "{:,}".format)}',
       f'  memory a device   {size(sum(r["bytes"].values()))} of {size(r["memory"])}: {listed(r["bytes"], size)}',
       f'  replay            {r["ring_frames"]:,} frames, {min(r["ring_frames"] / r["env_steps"], 1):.1%} of the run',

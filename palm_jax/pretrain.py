@@ -5,6 +5,7 @@ SAC. Many iterations run in one compiled, donated call over all devices; Python 
 """
 import functools
 import math
+import pathlib
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -105,6 +107,9 @@ def load_world_generator(config, workdir):
   Raises:
     UserError: none there, a damaged one, or one whose pictures the crop leaves nothing of.
   """
+  path = pathlib.Path(config.generator.path or workdir)
+  if (path / 'generator').exists() and not (path / 'results' / 'generator.json').exists():
+    logging.warning('the generator of %s is not complete: if it trains on, this run goes on in another world', path)
   return as_world(config, load_generator(config.generator.path or workdir).with_dtype(DTYPES[config.pretrain.dtype]))
 
 

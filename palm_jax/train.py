@@ -6,7 +6,7 @@ import numpy as np
 from absl import logging
 
 from palm_jax import cost, devices, experience, pairs, pictures, pretrain
-from palm_jax.checkpoint import Checkpoints, Preemption, any_process, write_json_atomic
+from palm_jax.checkpoint import Checkpoints, Preemption, any_process, digest, write_json_atomic
 from palm_jax.errors import NonFiniteError, UserError
 from palm_jax.metrics import MetricWriter, Progress
 from palm_jax.monitors import make_monitors
@@ -46,20 +46,25 @@ def train(config, workdir, mesh, data=None):
   total = program.num_calls * config.pretrain.iterations_per_call
   check_record(config, world, total)
   checkpoints = Checkpoints(folder / 'checkpoints')
-  restored = checkpoints.restore({'state': template})
+  restored, world_sha256 = checkpoints.restore({'state': template}), digest(generator.variables, {})
   if restored:
     step, state = restored.step, restored.items['state']
     scalars, seconds = restored.metadata['metrics'], restored.metadata['seconds']
+    if restored.metadata.get('world', world_sha256) != world_sha256:
+      raise UserError(f'{folder} began in the world of another generator than {config.generator.path or workdir} holds now: give '
+                      'that one back, or choose another --workdir')
     logging.info('pretrain: going on from iteration %d', step)
   else:
     step, state, scalars, seconds = 0, program.init(key, world), {}, 0.
 
   p, per_call = config.pretrain, config.pretrain.iterations_per_call
+  if p.record:
+    experience.forget(folder / 'experience', step * p.rollout_length)
   monitor_every = max(1, round(program.num_calls * p.monitor_fraction)) * per_call
   writer = MetricWriter(folder, step) if first_process else None
   progress = Progress('pretrain', total * program.env_steps_per_iteration, 'env steps')
   started, saved_at = time.monotonic() - seconds, time.monotonic()
-  with checkpoints, Preemption() as preemption:
+  with Preemption() as preemption, checkpoints:  # which waits for its last save
     while step < total:
       state, output = program.call(state, world)
       metrics = jax.device_get(output.metrics)
@@ -83,7 +88,7 @@ def train(config, workdir, mesh, data=None):
       if step == total or stop or any_process(time.monotonic() - saved_at > 60 * p.checkpoint_minutes):
         encoder = {name: state.ssl[name]['encoder'] for name in ('params', 'batch_stats') if state.ssl[name]['encoder']}
         checkpoints.save(step, {'state': state, 'encoder': encoder},
-                         {'seconds': time.monotonic() - started, 'metrics': scalars})
+                         {'seconds': time.monotonic() - started, 'metrics': scalars, 'world': world_sha256})
         saved_at = time.monotonic()
       if stop:
         break

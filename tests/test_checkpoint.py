@@ -1,4 +1,5 @@
 """What was saved comes back, on any number of devices; what was damaged is noticed, named, and passed over."""
+import errno
 import json
 import os
 import pathlib
@@ -201,6 +202,17 @@ def test_when_every_step_is_damaged_nothing_is_loaded(copy):
     shutil.rmtree(copy / step / 'state')
   with pytest.raises(UserError, match='checkpoint step 10, 20 in .* is damaged'):
     Checkpoints(copy).restore(template())
+
+
+@pytest.mark.parametrize('error', [OSError(errno.EIO, 'Input/output error'), OSError(errno.EACCES, 'Permission denied'), MemoryError()])
+def test_what_cannot_be_read_now_is_not_damaged(copy, monkeypatch, error):
+  def fail(*_, **__):
+    raise RuntimeError('orbax') from error
+  monkeypatch.setattr(checkpoint.ocp, 'load_checkpointables', fail)
+  before = sorted(copy.rglob('*'))
+  with pytest.raises(UserError, match='cannot be read now .*nothing was changed'):
+    Checkpoints(copy).restore(template())
+  assert sorted(copy.rglob('*')) == before
 
 
 def test_a_checkpoint_of_another_config_is_refused(saved):

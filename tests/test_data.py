@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import json
 import os
 import pathlib
 import pickle
@@ -204,7 +205,9 @@ def test_npz_in_its_three_forms(tmp_path):
 
 
 @pytest.mark.parametrize('change, match', [
-  (dict(images=pictures(6, 4) / 255.), 'float64, expected uint8'),
+  (dict(images=pictures(6, 4) / 255.), r'float64, expected uint8.*\(images \* 255\).round'),
+  (dict(images=pictures(6, 4) * 1.), r'float64, expected uint8.*save images.round\(\)'),
+  (dict(images=pictures(6, 4) // 128), 'all pixels are 0 or 1.*multiply by 255'),
   (dict(images=pictures(6, 4)[..., 0]), r'shape \(6, 4, 4\).*images\[..., None\]'),
   (dict(images=pictures(6, 8).transpose(0, 3, 1, 2)), r'1, 3 or 4 channels.*transpose\(0, 2, 3, 1\)'),
   (dict(images=pictures(6, 4)[:0], labels=np.zeros(0, int)), 'nothing in it'),
@@ -406,6 +409,31 @@ def test_class_folders_with_a_test_part(tmp_path, test_name):
 def test_a_class_may_be_called_train(tmp_path):
   write_classes(tmp_path, ['bus', 'train', 'test'])
   assert data.load(tmp_path).class_names == ('bus', 'test', 'train')
+
+
+def test_parts_are_no_classes(tmp_path):
+  write_classes(tmp_path, ['train', 'test'])
+  refused('would have the classes test, train; expected a folder per class', tmp_path)
+
+
+def test_folders_of_stylegans_dataset_tool(tmp_path):
+  """Their names are numbers of files; labels stand in dataset.json."""
+  images, _ = write_classes(tmp_path, ['00000', '00001'], n=5)
+  names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob('*.png'))
+  labels = np.array([2, 0, 1, 2, 0, 0, 1, 2, 1, 0])
+  listed = lambda labels: (tmp_path / 'dataset.json').write_text(json.dumps({'labels': labels}))
+  listed(list(zip(names[::-1], labels[::-1].tolist(), strict=True)))
+  got = data.load(tmp_path)
+  known = {image.tobytes(): label for image, label in zip(images, labels, strict=True)}
+  assert len(got.train.labels) == 8 and len(got.class_names) == 3
+  for split in got[:2]:
+    assert [known[image.tobytes()] for image in split.images] == split.labels.tolist()
+  listed(None)
+  assert data.load(tmp_path).class_names == ('0',)
+  listed(list(zip(names[1:], [0] * 9, strict=True)))
+  refused(f'{names[0]} has no label in dataset.json', tmp_path)
+  (tmp_path / 'dataset.json').write_text('[]')
+  refused('dataset.json cannot be read.*remove it if folders are classes', tmp_path)
 
 
 def test_grey_beside_colour_becomes_colour(tmp_path):

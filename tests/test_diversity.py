@@ -189,6 +189,7 @@ def job_config(**changes):
   c.encoder.width = 2
   c.quality = quality.default_config()
   c.diversity = diversity.default_config()
+  c.pretrain.record = True
   c.diversity.update(dict(num_images=24, batch_size=8) | changes)
   return c
 

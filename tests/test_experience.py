@@ -51,6 +51,15 @@ def test_the_actions_taken_are_those_stored(recorded):
   assert (step == 0).any()
 
 
+def test_rows_beyond_a_checkpoint_are_forgotten(tmp_path):
+  """Those of more processes than go on would else lie between what is written anew."""
+  names = ['0000000000_000000.npz', '0000000006_000000.npz', '0000000006_000008.npz', '0000000012_000000.npz', 'other.npz']
+  for name in names:
+    (tmp_path / name).touch()
+  experience.forget(tmp_path, 6)
+  assert sorted(path.name for path in tmp_path.iterdir()) == [names[0], names[-1]]
+
+
 def test_processes_write_their_own_environments(tmp_path):
   x = Experience(z=np.arange(60.).reshape(3, 4, 5), label=np.arange(12).reshape(3, 4), step=np.arange(12).reshape(3, 4))
   np.savez(tmp_path / '0000000000_000000.npz', **x._replace(z=x.z[:, :3], label=x.label[:, :3], step=x.step[:, :3])._asdict())

@@ -242,7 +242,7 @@ class StackSample:
   def restore(self, count):
     """Goes back to the first `count` stacks, the number at a commit."""
     self.count, self._open = count, []
-    if count % STACKS_IN_SHARD:
+    if count % STACKS_IN_SHARD and count < self._size:
       with np.load(self._path(count // STACKS_IN_SHARD)) as shard:
         self._open = list(shard['images'][:count % STACKS_IN_SHARD])
     self._next = self._draw()
@@ -265,6 +265,8 @@ class StackSample:
 
   def finish(self, path):
     """Writes all stacks to one .npz: images (N, H, W, 4) uint8, oldest frame first, and labels (N,), all 0."""
+    if path.exists() and not self._folder.exists():  # the run was complete before
+      return
     paths = [self._path(i) for i in range(-(-self.count // STACKS_IN_SHARD))]
     write_stacks(path, self.count, (np.load(path)['images'] for path in paths))
 
@@ -344,7 +346,7 @@ def collect(config, workdir, mesh, make_environment=Environment):
       **devices.describe(mesh))
   write_json_atomic(workdir / 'results' / 'collect.json', results)
   (folder / 'replay.dat').unlink()  # after the results: killed in between, files are left, but not a run that cannot go on
-  shutil.rmtree(folder / 'shards')
+  shutil.rmtree(folder / 'shards', ignore_errors=True)
   print(f'collect: {game}, {results["frames"]:,} frames ({played.agent_steps:,} agent steps), {played.games} games, '
         f'mean score of the last {results["score"]}; {count:,} stacks in {folder / "stacks.npz"}', flush=True)
   return True

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from palm_jax.errors import UserError
+from palm_jax.files import replacing
 
 STACK = 4
 
@@ -69,10 +70,8 @@ class Replay:
     self._file_rows = self.rows + self._margin
     path, size = pathlib.Path(path), self._file_rows * num_envs * record.itemsize
     self._path, self._is_whole = path, path.exists() and path.stat().st_size == size
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not self._is_whole:
-      path.touch()
-      with path.open('r+b') as file:  # folders of some networks reserve by reading and writing
+      with replacing(path, 'w+b') as file:  # folders of some networks reserve by reading and writing
         file.truncate(size)
         if hasattr(os, 'posix_fallocate'):  # a full disk must be an error here, not a SIGBUS on some later row
           os.posix_fallocate(file.fileno(), 0, size)

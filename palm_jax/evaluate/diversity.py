@@ -46,6 +46,8 @@ def check_config(config, num_devices):
   for name, least in dict(neighbours=1, num_images=c.neighbours + 1, draws=2, batch_size=1).items():
     if c[name] < least:
       raise UserError(f'diversity.{name}={c[name]} is too small: set it to {least} or more')
+  if c.explored == 'record' and not config.pretrain.record:
+    raise UserError("diversity.explored='record' needs what the run lived through: pretrain with --config.pretrain.record")
   if c.features != 'encoder':
     quality.check_config(_quality_config(config), num_devices)
 

@@ -1,7 +1,6 @@
 """Features of whole image sets under a frozen encoder: computed once, then shared by every probe."""
 import functools
 import hashlib
-import json
 import pathlib
 import zipfile
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from palm_jax import checkpoint, devices
+from palm_jax.checkpoint import digest
 from palm_jax.encoder import make_encoder
 from palm_jax.errors import UserError
 from palm_jax.files import replacing
@@ -70,15 +70,6 @@ def _make(config, name, variables, about):
   return Encoder(name, jax.tree_util.Partial(apply, variables), sha256, about)
 
 
-def digest(variables, settings):
-  """sha256 of a tree of arrays, its names, and the settings of the network that it belongs to."""
-  sha256 = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-  for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-    leaf = np.asarray(leaf)
-    sha256.update(f'{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}'.encode() + leaf.tobytes())
-  return sha256.hexdigest()
-
-
 def assert_frozen(before, after):
   """Raises AssertionError, naming the leaf, unless two trees of variables are bit-identical.
 
@@ -114,13 +105,16 @@ def cached(encoder, images, folder, mesh, batch_size=512):
   about = dict(encoder_sha256=encoder.sha256, images_sha256=images_sha256)
   path = pathlib.Path(folder) / f'{about["encoder_sha256"][:12]}_{about["images_sha256"][:12]}.npz'
   if checkpoint.any_process(path.exists()):
+    damage = None
     try:
       with np.load(path) as file:
         h, saved = file['features'], {name: str(file[name]) for name in (*about, 'features_sha256')}
       if hashlib.sha256(h.tobytes()).hexdigest() != saved.pop('features_sha256'):
         raise ValueError('its digest differs')
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-      logging.warning('%s: damaged (%s), computed again', path, error)
+      damage = error
+    if checkpoint.any_process(damage):  # all together, as they compute together
+      logging.warning('%s: damaged (%s), computed again', path, damage or 'another process says why')
     else:
       for name, value in about.items():
         if saved[name] != value:

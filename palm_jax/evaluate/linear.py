@@ -205,6 +205,8 @@ def check_sgd(c, name):
   for key, least in dict(batch_size=1, epochs=1, lr=0, momentum=0, weight_decay=0).items():
     if not least <= c[key] < math.inf:
       raise UserError(f'{name}.{key}={c[key]} cannot be: set it to {least} or more')
+  if not 0 <= c.get('warmup', 0.) < 1:
+    raise UserError(f'{name}.warmup={c.warmup} is no share of the run: set it to 0 or more and below 1')
 
 
 def checked(features, labels, what):

@@ -21,6 +21,7 @@ from palm_jax.errors import NonFiniteError, UserError
 from palm_jax.evaluate import extractors, features, inception
 from palm_jax.evaluate.distances import frechet_distance, kernel_distance, moments, precision_recall
 from palm_jax.generator import load_generator
+from palm_jax.generator.train import padded
 from palm_jax.metrics import Progress
 from palm_jax.tables import aligned, protocol_line
 
@@ -93,6 +94,8 @@ def evaluate(config, workdir, data, mesh):
   check_config(config, mesh.size)
   path = c.path or config.generator.path or workdir
   G = load_generator(path)
+  data = data._replace(**{part: split._replace(images=padded(split.images, config.generator.pad))
+                          for part, split in dict(train=data.train, test=data.test).items()})  # as it was trained on them
   if tuple(G.image_shape) != data.train.images.shape[1:]:
     raise UserError(f'the generator of {path} makes images of {tuple(G.image_shape)}, but the data are '
                     f'{data.train.images.shape[1:]} ({data.source}): give the data it was trained on')

@@ -37,9 +37,10 @@ def measure(config, data, mesh):
   c, split = config.generator, data.train
   train.check_config(c, mesh.size)
   num_classes = len(data.class_names) if len(data.class_names) > 1 else 0
-  G, D = train.make_networks(c, split.images.shape[1:], num_classes)
-  training_set = devices.replicate(mesh, (split.images, split.labels.astype(np.int32)))
-  walk = train.batch_indices(config.seed, 0, c.iterations_per_call * c.batch_size, len(split.images))
+  images = train.padded(split.images, c.pad)
+  G, D = train.make_networks(c, images.shape[1:], num_classes)
+  training_set = devices.replicate(mesh, (images, split.labels.astype(np.int32)))
+  walk = train.batch_indices(config.seed, 0, c.iterations_per_call * c.batch_size, len(images))
   indices = devices.replicate(mesh, walk.reshape(-1, c.batch_size))
   init = jax.jit(lambda key: init_state(c, G, D, key), out_shardings=NamedSharding(mesh, P()))
   fresh = lambda: init(jax.random.key(config.seed))

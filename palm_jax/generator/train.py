@@ -186,7 +186,7 @@ def train(config, workdir, data, mesh):
   folder, batch = workdir / 'generator', c.batch_size
   check_config(c, mesh.size)
   labels = data.train.labels.astype(np.int32)
-  images = np.pad(data.train.images, ((0, 0), (c.pad, c.pad), (c.pad, c.pad), (0, 0)), 'edge') if c.pad else data.train.images
+  images = padded(data.train.images, c.pad)
   G, D = make_networks(c, images.shape[1:], len(data.class_names) if len(data.class_names) > 1 else 0)
   train_call = make_train_call(c, G, D, mesh)
   set_size = len(images) * (2 if c.mirror else 1)
@@ -196,8 +196,8 @@ def train(config, workdir, data, mesh):
   draw_samples = jax.jit(lambda variables: sample_images(G, variables, jax.random.key(config.seed), c.truncation_psi))
 
   with contextlib.ExitStack() as stack:
-    checkpoints = stack.enter_context(Checkpoints(folder / 'checkpoints'))
     preemption = stack.enter_context(Preemption())
+    checkpoints = stack.enter_context(Checkpoints(folder / 'checkpoints'))
     template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
                             jax.eval_shape(init, jax.random.key(config.seed)))
     restored = checkpoints.restore({'state': template})
@@ -207,8 +207,12 @@ def train(config, workdir, data, mesh):
       trained = load_networks(c.init_from, template) if c.init_from else {}
       state = init(jax.random.key(config.seed)).replace(**trained)
     step = saved_step = restored.step if restored else 0
+    compared = round_sizes(c, mesh.size)[1]  # pictures, by D's minibatch statistic
     if restored:
       logging.info('generator: going on from iteration %d', step)
+      if (before := restored.metadata.get('compared', compared)) != compared:
+        logging.warning('generator: D compared %d pictures at a time so far, on %d device(s) it compares %d: the same batch on as many '
+                        'devices as before, or generator.accumulate, would be the same run', before, mesh.size, compared)
     metrics, seconds = (restored.metadata['metrics'], restored.metadata['seconds']) if restored else ({}, 0.)
     first_process = jax.process_index() == 0
     if first_process:
@@ -222,7 +226,8 @@ def train(config, workdir, data, mesh):
 
     def save():
       checkpoints.save(step, {'state': state, 'generator': state.G_ema},
-                       dict(images=step * batch, seconds=seconds + time.monotonic() - began, metrics=metrics))
+                       dict(images=step * batch, seconds=seconds + time.monotonic() - began, metrics=metrics,
+                            compared=compared))
 
     while step < num_iterations:
       if preemption.requested:
@@ -285,9 +290,15 @@ def real_images(images, labels, G):
   return found
 
 
+def padded(images, pad):
+  """(N, H, W, C) pictures with `pad` pixels more on each side, like those at the edge: what a generator with generator.pad learns."""
+  return np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), 'edge') if pad else images
+
+
 def check_finite(metrics, before, step):
   """Raises NonFiniteError if a loss of the iterations `before` ... `step` is NaN or infinite."""
   for name in LOSSES:
     if not math.isfinite(metrics.get(name, 0.)):
       raise NonFiniteError(f'generator: {name} became {metrics[name]} between iterations {before} and {step}: '
-                           'lower generator.lr or raise generator.r1_gamma, and go on from the last checkpoint')
+                           'lower generator.lr or raise generator.r1_gamma, in another workdir; its generator.init_from can be '
+                           'this one, as it last saved')
