@@ -127,7 +127,11 @@ def test_a_killed_collection_ends_as_if_it_had_not_been(collected, tmp_path, mes
   np.testing.assert_array_equal(stacks_of(tmp_path)[0], stacks_of(workdir)[0])
   curves = [read_jsonl(folder / 'collect' / 'metrics.jsonl') for folder in (workdir, tmp_path)]
   assert curves[0] == curves[1]
-  assert json.loads((tmp_path / 'results' / 'collect.json').read_text())['resumes'] == 1
+  result = tmp_path / 'results' / 'collect.json'
+  assert json.loads(result.read_text())['resumes'] == 1
+  result.unlink()  # asks for the job again, whose play is complete
+  assert collect.collect(config, tmp_path, mesh, Same) is True and result.exists()
+  np.testing.assert_array_equal(stacks_of(tmp_path)[0], stacks_of(workdir)[0])
 
 
 def test_finetuning_a_frozen_trunk_through_two_stops(tmp_path, mesh):

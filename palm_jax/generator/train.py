@@ -211,8 +211,8 @@ def train(config, workdir, data, mesh):
     if restored:
       logging.info('generator: going on from iteration %d', step)
       if (before := restored.metadata.get('compared', compared)) != compared:
-        logging.warning('generator: D compared %d pictures at a time so far, on %d device(s) it compares %d: the same batch on as many '
-                        'devices as before, or generator.accumulate, would be the same run', before, mesh.size, compared)
+        logging.warning('generator: D compared %d pictures at a time so far, on %d device(s) it compares %d; on as many devices as '
+                        'before it would be the same run', before, mesh.size, compared)
     metrics, seconds = (restored.metadata['metrics'], restored.metadata['seconds']) if restored else ({}, 0.)
     first_process = jax.process_index() == 0
     if first_process:
