@@ -260,7 +260,7 @@ def generator_run(tmp_path_factory):
 
 
 def job_config(path, **changes):
-  c = ConfigDict(dict(seed=0, generator=dict(path=''), quality=quality.default_config()))
+  c = ConfigDict(dict(seed=0, generator=dict(path='', pad=0), quality=quality.default_config()))
   c.quality.update(dict(path=str(path), num_images=50, batch_size=16, kid_subsets=5, proxy_width=2, proxy_epochs=8,
                         proxy_batch_size=16, **changes))
   return c
