@@ -150,6 +150,8 @@ def check_config(config, num_devices):
   for name, known in (('dynamics', environment.DYNAMICS), ('latent_space', ('z', 'w'))):
     if config.environment[name] not in known:
       raise UserError(f'environment.{name}={config.environment[name]!r} is unknown: choose one of {", ".join(known)}')
+  if config.sac.init_alpha <= 0:
+    raise UserError(f'sac.init_alpha={config.sac.init_alpha} has no logarithm: set it above 0; a small one is next to no entropy bonus')
   if config.environment.stack < 1:
     raise UserError(f'environment.stack={config.environment.stack} pictures show nothing: set it to 1 or more')
   devices.check_divisible('replay.num_shards', r.num_shards, num_devices, 'devices')

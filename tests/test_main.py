@@ -131,6 +131,7 @@ def contents(folder):
     ('all', dict(encoder__name='resnet81'), ["encoder 'resnet81'", 'expected one of', "did you mean 'resnet18'?"]),
     ('pretrain', dict(pretrain__dtype='float8'), ["pretrain.dtype='float8'", 'choose one of float32']),
     ('pretrain', dict(pretrain__env_steps=0), ['pretrain.env_steps=0 is not positive', 'set it to 1 or more']),
+    ('pretrain', dict(sac__init_alpha=0.), ['sac.init_alpha=0.0 has no logarithm', 'set it above 0']),
     ('pretrain', dict(pretrain__rollout_length=0),
      ['pretrain.rollout_length=0 is not positive', 'set it to 1 or more']),
     ('pretrain', dict(pretrain__num_envs=0),
