@@ -10,6 +10,7 @@ import json
 import logging as python_logging
 import os
 import pathlib
+import re
 import shutil
 import signal
 import threading
@@ -131,9 +132,15 @@ class Checkpoints:
       response.result()
     except (OSError, ValueError) as e:
       self._refuse(step, e)
+    error, folder = None, self.folder / str(step)
     if jax.process_index() == 0:
-      folder = self.folder / str(step)
-      sync(*folder.rglob('*'), folder, self.folder)  # orbax leaves that to the system, and older steps go now
+      try:
+        sync(*folder.rglob('*'), folder, self.folder)  # orbax leaves that to the system, and older steps go now
+      except OSError as e:
+        error = e
+    if any_process(error):
+      self._refuse(step, error or OSError('the first process says why'))
+    if jax.process_index() == 0:
       for old in self.steps()[:-self._keep]:
         # Renamed first: a run killed in the middle of removing leaves no half of a step behind.
         gone = self.folder / f'{old}.deleted'
@@ -160,7 +167,8 @@ class Checkpoints:
       Restored, or None where there is no step.
 
     Raises:
-      UserError: every step is damaged, or the newest whole one belongs to another config.
+      UserError: every step is damaged, the newest whole one belongs to another config, or one cannot be read for a reason that
+        may pass.
     """
     self.wait()
     self._damaged = []
@@ -289,15 +297,15 @@ def _newest(folder, steps, make_templates, damaged):
 
 def _load(folder, step, make_templates):
   """One step, checked. Raises Damaged, or UserError where it does not fit the templates."""
-  path, items, reason = folder / str(step), None, None
+  path, items, reason, passing = folder / str(step), None, None, None
   try:
     custom = json.loads((path / '_CHECKPOINT_METADATA').read_text())['custom_metadata']
     record = custom['record']
     if _json_digest(record) != custom['sha256']:
       reason = 'its metadata do not match their digest'
   except (OSError, ValueError, KeyError, TypeError) as e:
-    reason = f'its metadata cannot be read: {_one_line(e)}'
-    _refuse_passing(path, e)
+    reason, passing = f'its metadata cannot be read: {_one_line(e)}', _passing(e)
+  _refuse_passing(path, passing)
   if any_process(reason):
     raise Damaged(reason or 'another process cannot read it')
   templates = make_templates(record)
@@ -319,8 +327,8 @@ def _load(folder, step, make_templates):
   except Exception as e:  # orbax raises whatever the damaged bytes lead it into, and hides the first cause
     while e.__cause__ or e.__context__:
       e = e.__cause__ or e.__context__
-    reason = f'orbax cannot read it ({type(e).__name__}: {_one_line(e)})'
-    _refuse_passing(path, e)
+    reason, passing = f'orbax cannot read it ({type(e).__name__}: {_one_line(e)})', _passing(e)
+  _refuse_passing(path, passing)
   if any_process(reason):
     raise Damaged(reason or 'another process found damage')
   reason = _difference(items, record['items'])
@@ -329,10 +337,18 @@ def _load(folder, step, make_templates):
   return Restored(step, items, record['metadata'])
 
 
-def _refuse_passing(path, error):
-  """UserError where a file could not be read for a reason that says nothing about what is in it."""
-  if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno in PASSING:
-    raise UserError(f'{path} cannot be read now ({_one_line(error)}): mend that, then run again; nothing was changed') from error
+def _passing(error):
+  """The error, if it keeps a file from being read and says nothing about what is in it; else None."""
+  code = re.search(r'os_error_code\W+(\d+)', str(error))  # tensorstore's disk errors are ValueErrors
+  number = error.errno if isinstance(error, OSError) else int(code[1]) if code else None
+  return error if isinstance(error, MemoryError) or number in PASSING else None
+
+
+def _refuse_passing(path, passing):
+  if any_process(passing):
+    reason = _one_line(passing) if passing else 'another process says why'
+    raise UserError(f'{path} cannot be read now ({reason}): mend that, or remove that step to go on from the one before, then run '
+                    'again; nothing was changed') from passing
 
 
 def _leaves(tree):

@@ -268,8 +268,10 @@ def _checked(name, data):
 def _checked_split(where, split, class_names):
   images, labels = np.asarray(split.images), np.asarray(split.labels)
   if images.dtype != np.uint8:
-    how = '(images * 255).round().astype(np.uint8)' if images.size and images.max() <= 1 else 'images.round().astype(np.uint8)'
-    raise UserError(f'{where}: images are {images.dtype}, expected uint8 in 0..255; save {how}, if that is what they mean')
+    hint = 'convert and save again'
+    if images.dtype.kind == 'f' and images.size and images.min() >= 0 and images.max() <= 1:
+      hint = 'save (images * 255).round().astype(np.uint8)'
+    raise UserError(f'{where}: images are {images.dtype}, expected uint8 in 0..255; {hint}')
   if images.ndim != 4:
     hint = '; grey images need a channel axis: images[..., None]' if images.ndim == 3 else ''
     raise UserError(f'{where}: images have shape {images.shape}, expected (N, height, width, channels){hint}')

@@ -23,10 +23,9 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from palm_jax import devices, onnx_file
-from palm_jax.checkpoint import load_encoder
+from palm_jax.checkpoint import digest, load_encoder
 from palm_jax.encoder import make_encoder
 from palm_jax.errors import UserError
-from palm_jax.evaluate.features import digest
 from palm_jax.files import replacing
 from palm_jax.generator.snapshots import read_arrays
 from palm_jax.main import exit_on_user_error, nearest

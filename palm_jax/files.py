@@ -1,13 +1,14 @@
 """Files that are whole or as they were before, and files that one process holds."""
 import contextlib
-import importlib
+import errno
+import fcntl
 import os
 import pathlib
 import time
 
 from absl import logging
 
-fcntl = importlib.import_module('fcntl') if os.name == 'posix' else None
+UNKNOWN = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # to a file system
 
 
 @contextlib.contextmanager
@@ -32,14 +33,20 @@ def replacing(path, mode='wb'):
 
 
 def sync(*paths):
-  """Brings files, and the names in folders, to the disk: a loss of power can keep a name without its content, or without both."""
-  for path in paths if os.name == 'posix' else ():
-    with contextlib.suppress(OSError):  # not known to every file system
-      handle = os.open(path, os.O_RDONLY)
-      try:
-        os.fsync(handle)
-      finally:
-        os.close(handle)
+  """Brings files, and the names in folders, to the disk: a loss of power can keep a name without its content, or lose both.
+
+  Raises:
+    OSError: what was written before did not get there.
+  """
+  for path in paths:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+      os.fsync(handle)
+    except OSError as e:
+      if e.errno not in UNKNOWN:
+        raise
+    finally:
+      os.close(handle)
 
 
 @contextlib.contextmanager
@@ -69,8 +76,9 @@ def locked(path, patience=0.):
 
 def _lock(path, file):
   try:
-    if fcntl:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))  # not what its last holder took away
-  except OSError as e:
-    return not isinstance(e, BlockingIOError)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+  except (BlockingIOError, FileNotFoundError):  # another has it, or took it away just now
+    return False
+  except OSError:
+    return True

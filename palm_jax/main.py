@@ -1,4 +1,5 @@
 """python -m palm_jax.main --config=configs/digits.py [--job=...] [--workdir=...] [--config.x.y=value ...]"""
+import ast
 import contextlib
 import difflib
 import errno
@@ -7,7 +8,6 @@ import importlib
 import json
 import logging as python_logging
 import pathlib
-import re
 import sys
 
 import numpy as np
@@ -64,8 +64,16 @@ def check_keys(argv, config, path):
       continue
     if key not in keys:
       raise UserError(f'--config.{key} is unknown: expected a key of {path}{nearest(key, keys)}')
-    if isinstance(keys[key], tuple) and re.fullmatch(r'[^\'"()]*[A-Za-z][^\'"()]*', value) and ',' in value:
-      raise UserError(f'--config.{key}={value} is no list: write --config.{key}="{tuple(value.split(","))}"')
+    if isinstance(keys[key], tuple) and ',' in value and not is_literal(value):
+      raise UserError(f'--config.{key}={value} is no list: write --config.{key}="{tuple(value.split(","))}", or "{(value,)}" for one')
+
+
+def is_literal(text):
+  try:
+    ast.literal_eval(text)
+  except (SyntaxError, ValueError):
+    return False
+  return True
 
 
 def nearest(name, names):
@@ -119,8 +127,8 @@ def claim_workdir(workdir, config):
       saved = flatten(json.loads(path.read_text()))
     except (OSError, ValueError) as e:
       raise UserError(f'{path} is damaged ({e}): restore it or choose another --workdir') from e
-    unread = (name for name in EVALUATIONS if not (workdir / 'results' / f'{name}.json').exists())
-    free = ('name', 'jobs', 'plan', 'features', 'report', 'scores', *unread)
+    unread = (name for name in (*EVALUATIONS, 'scores') if not (workdir / 'results' / f'{name}.json').exists())
+    free = ('name', 'jobs', 'plan', 'features', 'report', *unread)
     wanted, missing = flatten(now), '(absent)'
     if saved == wanted:
       return
@@ -129,7 +137,7 @@ def claim_workdir(workdir, config):
               if saved.get(k, missing) != wanted.get(k, missing) and section(k) not in free}
     if differ:
       judged = sorted(set(map(section, differ)))
-      again = ', or delete ' + ' and '.join(f'results/{name}.json' for name in judged) if set(judged) <= set(EVALUATIONS) else ''
+      again = ', or delete ' + ' and '.join(f'results/{name}.json' for name in judged) if set(judged) <= {*EVALUATIONS, 'scores'} else ''
       same_generator = not {'seed', 'data', 'generator'} & set(judged) and any_process((workdir / 'generator').exists())
       there = f' (--config.generator.path={workdir} plays in the generator of this one)' if same_generator else ''
       raise UserError(f'{workdir} was made with another config ({"; ".join(differ.values())}): '
@@ -158,7 +166,7 @@ def check_data(config, jobs, data, workdir):
   """Raises UserError on data that one of the jobs would refuse, before the first of them starts; logs what they are."""
   logging.info('data: %s', data.source)
   empty = np.flatnonzero(np.bincount(data.train.labels, minlength=len(data.class_names)) == 0)
-  if len(empty):
+  if len(empty) and 'generator' in jobs:
     raise UserError(f'{config.data.name}: no training image of class {empty[0]} ({len(empty)} of {len(data.class_names)} classes are '
                     'empty), which a world would draw all the same; number those that are there from 0: '
                     'np.unique(labels, return_inverse=True)[1]')
@@ -282,7 +290,7 @@ def run(config, job, workdir, download=False):
     run_job('report', config, workdir, data, mesh)
     return
   if data:
-    check_data(config, jobs, data, workdir)
+    check_data(config, [name for name in jobs if not complete(name)], data, workdir)
   claim_workdir(workdir, config)
   if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
     jax.config.update('jax_compilation_cache_dir', str(workdir / 'compilation_cache'))
@@ -294,7 +302,7 @@ def run(config, job, workdir, download=False):
     if config.data.name == COLLECTED and data is None and needs_data(name, config):
       data = load_collected(workdir, newest=config.environment.stack > 1)
     with only_one(workdir, name):
-      if not run_job(name, config, workdir, data, mesh):
+      if not complete(name) and not run_job(name, config, workdir, data, mesh):  # the one that was waited for may have ended it
         logging.info('%s: stopped and saved; the same command goes on', name)
         return
 
@@ -341,7 +349,8 @@ def exit_on_user_error(main):
         raise
       fail(f'{e.strerror}: {e.filename or "the file being written"}: free space there or choose another --workdir')
     except RuntimeError as e:  # JaxRuntimeError, which names no kind
-      if 'RESOURCE_EXHAUSTED' not in str(e):
+      import jax
+      if 'RESOURCE_EXHAUSTED' not in str(e) or jax.process_count() > 1:  # where only dying at once ends the others
         raise
       fail(f'a device has not enough memory ({" ".join(str(e).split())[:200]}): lower pretrain.batch_size, encoder.width or '
            'replay.capacity, raise generator.accumulate, or take more devices; --job=plan shows what takes how much')

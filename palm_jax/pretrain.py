@@ -107,10 +107,10 @@ def load_world_generator(config, workdir):
   Raises:
     UserError: none there, a damaged one, or one whose pictures the crop leaves nothing of.
   """
-  path = pathlib.Path(config.generator.path or workdir)
+  generator, path = load_generator(config.generator.path or workdir), pathlib.Path(config.generator.path or workdir)
   if (path / 'config.json').exists() and (path / 'generator').exists() and not (path / 'results' / 'generator.json').exists():
     logging.warning('the generator of %s is not complete: if it trains on, this run goes on in another world', path)
-  return as_world(config, load_generator(config.generator.path or workdir).with_dtype(DTYPES[config.pretrain.dtype]))
+  return as_world(config, generator.with_dtype(DTYPES[config.pretrain.dtype]))
 
 
 def as_world(config, generator):

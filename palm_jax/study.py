@@ -312,7 +312,7 @@ def run(config, workdir=None, download=False):
   from palm_jax import main  # which imports this module to run the job
   if 'study' not in config:
     raise UserError(f'the config {config.name!r} has no section study: give one of configs/studies/')
-  workdir, mesh = pathlib.Path(workdir or f'runs/{config.name}').absolute(), devices.make_mesh()
+  workdir, mesh = pathlib.Path(workdir or f'runs/{config.name}').expanduser().absolute(), devices.make_mesh()
   place = pathlib.Path(config.study.runs or workdir).expanduser().absolute()
   runs, readings = check_config(config, place, mesh.size)
   base = base_config(config, place)

@@ -204,7 +204,8 @@ def test_when_every_step_is_damaged_nothing_is_loaded(copy):
     Checkpoints(copy).restore(template())
 
 
-@pytest.mark.parametrize('error', [OSError(errno.EIO, 'Input/output error'), OSError(errno.EACCES, 'Permission denied'), MemoryError()])
+@pytest.mark.parametrize('error', [OSError(errno.EIO, 'Input/output error'), OSError(errno.EACCES, 'Permission denied'), MemoryError(),
+                                   ValueError("Error reading: [os_error_code='5'] [strerror='Input/output error']")])
 def test_what_cannot_be_read_now_is_not_damaged(copy, monkeypatch, error):
   def fail(*_, **__):
     raise RuntimeError('orbax') from error

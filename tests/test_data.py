@@ -206,7 +206,8 @@ def test_npz_in_its_three_forms(tmp_path):
 
 @pytest.mark.parametrize('change, match', [
   (dict(images=pictures(6, 4) / 255.), r'float64, expected uint8.*\(images \* 255\).round'),
-  (dict(images=pictures(6, 4) * 1.), r'float64, expected uint8.*save images.round\(\)'),
+  (dict(images=pictures(6, 4) * 1.), 'float64, expected uint8.*convert and save again'),
+  (dict(images=np.array(['a.png'] * 6)), 'U5, expected uint8.*convert and save again'),
   (dict(images=pictures(6, 4) // 128), 'all pixels are 0 or 1.*multiply by 255'),
   (dict(images=pictures(6, 4)[..., 0]), r'shape \(6, 4, 4\).*images\[..., None\]'),
   (dict(images=pictures(6, 8).transpose(0, 3, 1, 2)), r'1, 3 or 4 channels.*transpose\(0, 2, 3, 1\)'),

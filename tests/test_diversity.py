@@ -373,3 +373,11 @@ def test_defaults_work_whatever_the_other_job_is_set_to(features):
   config.quality.update(dict(features='inception', inception_path='absent.pth'))
   diversity.check_config(config, 8)
   assert config.quality.features == 'inception'
+
+
+def test_a_record_is_asked_for_before_the_pretraining():
+  config = job_config(explored='record')
+  diversity.check_config(config, 2)
+  config.pretrain.record = False
+  with pytest.raises(UserError, match='pretrain with --config.pretrain.record'):
+    diversity.check_config(config, 2)

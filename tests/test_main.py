@@ -1,4 +1,5 @@
 """Mistakes end in one line that says what to do, before anything is compiled, and leave nothing behind."""
+import contextlib
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+import palm_jax.files
 from palm_jax import main
 from palm_jax.checkpoint import Checkpoints, list_steps, write_json_atomic
 from palm_jax.errors import UserError
@@ -149,7 +151,7 @@ def test_bad_input_is_one_line_before_any_work(capfd, files, tmp_path, job, chan
   workdir, compiled = tmp_path / 'run', len(COMPILED)
   line = refuse(capfd, config_for(files, **changes), job, workdir)
   assert all(word in line for word in words), line
-  assert sum(COMPILED[compiled:]) < 1  # seconds: a generator that is loaded changes its arrays' type
+  assert sum(COMPILED[compiled:]) <= ('generator__path' in changes)  # seconds: one that is loaded changes its arrays' type
   assert contents(tmp_path).keys() <= {pathlib.Path('run'), pathlib.Path('run/config.json')}
   # The workdir is not bound to the mistake: the mended config gets as far as it can without a generator.
   assert 'holds no generator' in refuse(capfd, config_for(files), 'pretrain', workdir)
@@ -192,6 +194,18 @@ def test_a_job_is_run_by_one_command_at_a_time(capfd, files, tmp_path, monkeypat
     assert f'the job generator of {tmp_path} is being run by another command' in refuse(capfd, config, 'generator', tmp_path)
     assert (tmp_path / '.generator.lock').exists()
   assert not (tmp_path / '.generator.lock').exists()
+
+  monkeypatch.setattr(main, 'PATIENCE', 60)
+  with contextlib.ExitStack() as stack:  # it is waited for, ends, and has left nothing to do
+    stack.enter_context(locked(tmp_path / '.generator.lock'))
+    slept = []
+    def sleep(seconds):
+      slept.append(seconds)
+      write_json_atomic(tmp_path / 'results' / 'generator.json', {})
+      stack.close()
+    monkeypatch.setattr(palm_jax.files.time, 'sleep', sleep)
+    main.run(config, 'generator', str(tmp_path))
+  assert slept == [1.] and not (tmp_path / 'generator').exists()
 
 
 def test_checkpoints_of_another_config_or_damaged_ones(capfd, files, tmp_path):

@@ -257,6 +257,7 @@ def test_columns_of_table_1():
   (dict(sets=('/nowhere/lsun',)), '/nowhere/lsun: no such file'),
   (dict(head=dict(schedule='linear')), 'ood.head.schedule'),
   (dict(head=dict(augment='cutout')), "augment 'cutout'"),
+  (dict(supervised=1, finetune=dict(warmup=5)), 'ood.finetune.warmup=5.0 is no share of the run'),
   (dict(head=dict(batch_size=31)), 'ood.head.batch_size=31 is not a positive multiple of devices=2'),
   (dict(protocol='finetune', finetune=dict(batch_size=31)), 'ood.finetune.batch_size=31'),
   (dict(supervised=1, finetune=dict(epochs=0)), 'ood.finetune.epochs=0'),

@@ -265,7 +265,7 @@ class StackSample:
 
   def finish(self, path):
     """Writes all stacks to one .npz: images (N, H, W, 4) uint8, oldest frame first, and labels (N,), all 0."""
-    if path.exists() and not self._folder.exists():  # the run was complete before
+    if path.exists():  # it is whole, and its shards may be gone
       return
     paths = [self._path(i) for i in range(-(-self.count // STACKS_IN_SHARD))]
     write_stacks(path, self.count, (np.load(path)['images'] for path in paths))

@@ -12,9 +12,8 @@ from palm_jax import devices
 from palm_jax.atari import dqn, drq
 from palm_jax.atari.collect import check_play, draw_seed, play
 from palm_jax.atari.environment import FRAMES_A_STEP, SETTINGS, Environment
-from palm_jax.checkpoint import Preemption, write_json_atomic
+from palm_jax.checkpoint import Preemption, digest, write_json_atomic
 from palm_jax.errors import UserError
-from palm_jax.evaluate.features import digest
 from palm_jax.metrics import Progress
 
 
