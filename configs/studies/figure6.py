@@ -4,7 +4,7 @@
   python -m palm_jax.main --config=configs/studies/figure6.py:laptop --config.data.name=train.npz,test.npz
   python -m palm_jax.main --config=configs/studies/figure6.py:paper
 
-laptop: 6 arms x 3 sizes x 3 seeds x 6 minutes: about 5.5 hours. The number of updates is that of the base run at every size: with
+laptop: 6 arms x 3 sizes x 3 seeds x 10 minutes of one core: 9 core-hours. The number of updates is that of the base run at every size: with
 fewer samples each is seen more often (the paper does not say what it held). x is env steps, drawn pairs (Jahanian), or real
 images, of which there are no more than the data have. Gaussian neighbours have the truncation of their source, 0.9. The passive
 arms take what PALM lived through with weights and batches of their own; the same ones would be PALM again, bit for bit. At paper
