@@ -5,9 +5,15 @@ gradients of a convolution inside lax.scan or lax.cond fall back to a naive loop
 written in that layout to begin with. Everything can be differentiated any number of times in reverse.
 Other platforms keep XLA's own gradients.
 """
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from palm_jax.devices import platform, vary_alike
+
+CHUNK = 16  # pictures
 
 
 def conv(x, kernel, padding='SAME'):
@@ -28,26 +34,23 @@ def conv(x, kernel, padding='SAME'):
     padding = ((0, 0), (0, 0))
   if height == width == 1 and padding == ((0, 0), (0, 0)):
     return x @ kernel[0, 0]
-  if _platform() != 'cpu':
+  if platform() != 'cpu':
     return _plain(x, kernel, tuple(map(tuple, padding)))
-  # Inside shard_map a custom gradient must vary over the mesh as its argument does.
-  varying = lambda a: jax.typeof(a).manual_axis_type.varying
-  axes = varying(x) | varying(kernel)
-  x, kernel = (lax.pcast(a, tuple(axes - varying(a)), to='varying') for a in (x, kernel))
-  return _canonical(x, kernel, tuple(map(tuple, padding)))
+  return _canonical(*vary_alike(x, kernel), tuple(map(tuple, padding)))
 
 
 def strided_conv(x, kernel, stride, padding):
-  """Correlation with the same stride on both axes: (N, H, W, I) -> (N, H', W', O). Padding as in `conv`, without 'SAME'.
-
-  On CPU stride by stride pixels become channels, so that a smaller kernel of stride 1, with zeros for what is beyond the
-  given one, does the same.
-  """
+  """Correlation with the same stride on both axes: (N, H, W, I) -> (N, H', W', O). Padding as in `conv`, without 'SAME'."""
   padding = ((0, 0), (0, 0)) if padding == 'VALID' else tuple(map(tuple, padding))
-  if _platform() != 'cpu':
+  if platform() != 'cpu':
     return _strided(x, kernel, padding, stride)
   if kernel.shape[:2] == (1, 1) and padding == ((0, 0), (0, 0)):
     return x[:, ::stride, ::stride] @ kernel[0, 0]
+  return _strided_on_cpu(*vary_alike(x, kernel), padding, stride)
+
+
+def _by_blocks(x, kernel, padding, stride):
+  """The same: stride by stride pixels become channels, and the kernel a smaller one of stride 1, with zeros beyond the given one."""
   blocks = [-(-size // stride) for size in kernel.shape[:2]]  # of the kernel
   lengths = [((n + sum(pad) - size) // stride + b) * stride for n, pad, size, b in zip(
       x.shape[1:3], padding, kernel.shape[:2], blocks, strict=True)]  # of the pixels that are seen
@@ -68,18 +71,29 @@ def flax_conv(x, kernel, strides, padding, **_):
   return conv(x, kernel, padding) if strides[0] == 1 else strided_conv(x, kernel, strides[0], padding)
 
 
-def _platform():
-  """That of the mesh being traced for: ahead of time it is not the process's own."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return device.platform if device else jax.default_backend()
-
-
 def _strided(x, kernel, padding, stride):
   return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
 
 
 def _plain(x, kernel, padding):
   return _strided(x, kernel, padding, 1)
+
+
+def _in_chunks(gradients, x, kernel, g):
+  """gradients(x, kernel, g) = (to x or None, to the kernel), a few pictures at a time so that all stays in the cache.
+
+  The kernel's alone is 1.2 to 2.7 times faster (128 pictures of 8x8x128 to 32x32x32, one core), x's own is not.
+  """
+  chunk = math.gcd(len(x), CHUNK)
+  if chunk < CHUNK // 2 or chunk == len(x) or chunk * (x[0].size + g[0].size) < kernel.size:
+    return gradients(x, kernel, g)
+
+  def step(total, pair):
+    to_x, to_kernel = gradients(pair[0], kernel, pair[1])
+    return total + to_kernel, to_x
+
+  to_kernel, to_x = lax.scan(step, jnp.zeros_like(kernel), [a.reshape(-1, chunk, *a.shape[1:]) for a in (x, g)])
+  return None if to_x is None else to_x.reshape(x.shape), to_kernel
 
 
 _canonical = jax.custom_vjp(_plain, nondiff_argnums=(2,))
@@ -90,13 +104,31 @@ def _forward(x, kernel, padding):
 
 
 def _backward(padding, residuals, g):
+  def to_kernel(x, _, g):
+    # Channels take the place of the batch and the batch that of the channels.
+    found = _canonical(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), padding)  # (I, h, w, O)
+    return None, found.transpose(1, 2, 0, 3)
+
   x, kernel = residuals
-  size = kernel.shape[:2]
-  rest = tuple((k - 1 - before, k - 1 - after) for k, (before, after) in zip(size, padding, strict=True))
+  rest = tuple((k - 1 - before, k - 1 - after) for k, (before, after) in zip(kernel.shape[:2], padding, strict=True))
   to_x = _canonical(g, kernel[::-1, ::-1].swapaxes(2, 3), rest)
-  # Channels take the place of the batch and the batch that of the channels.
-  to_kernel = _canonical(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), padding)  # (I, h, w, O)
-  return to_x, to_kernel.transpose(1, 2, 0, 3)
+  return to_x, _in_chunks(to_kernel, x, kernel, g)[1]
 
 
 _canonical.defvjp(_forward, _backward)
+
+_strided_on_cpu = jax.custom_vjp(_strided, nondiff_argnums=(2, 3))
+
+
+def _strided_forward(x, kernel, padding, stride):
+  return _strided_on_cpu(x, kernel, padding, stride), (x, kernel)
+
+
+def _strided_backward(padding, stride, residuals, g):
+  def gradients(x, kernel, g):
+    return jax.vjp(lambda x, kernel: _by_blocks(x, kernel, padding, stride), x, kernel)[1](g)
+
+  return _in_chunks(gradients, *residuals, g)
+
+
+_strided_on_cpu.defvjp(_strided_forward, _strided_backward)

@@ -9,6 +9,7 @@ import threading
 import jax
 import numpy as np
 from absl import logging
+from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -30,6 +31,19 @@ def configure():
   flags = os.environ.get('XLA_FLAGS', '')
   if jax.__version__.startswith('0.10.') and flag not in flags:  # an unknown flag would abort the process
     os.environ['XLA_FLAGS'] = f'{flags} {flag}='.strip()
+
+
+def platform():
+  """'cpu', 'gpu' or 'tpu': that of the mesh being traced for, which ahead of time is not the process's own."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else jax.default_backend()
+
+
+def vary_alike(*arrays):
+  """The arrays, each varying over all mesh axes that any varies over: inside shard_map a custom gradient must vary as its argument."""
+  varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
+  axes = frozenset().union(*varying)
+  return tuple(lax.pcast(a, tuple(axes - own), to='varying') for a, own in zip(arrays, varying, strict=True))
 
 
 def initialize_distributed(coordinator_address=None, num_processes=None, process_id=None, wait_seconds=300):

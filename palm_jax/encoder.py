@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from palm_jax.convolution import flax_conv
 from palm_jax.errors import UserError
+from palm_jax.normalization import BatchNorm
 
 KAIMING = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')  # torchvision/models/resnet.py
 # Both sides by one, as in torch; 'SAME' would pad only bottom and right when the stride is 2.
@@ -83,8 +84,7 @@ class ResNet18(nn.Module):
   def __call__(self, images, train: bool):
     """images (B, H, W, C), uint8 or floats in [-1, 1] -> (B, 8 * width), at least float32."""
     conv = partial(nn.Conv, use_bias=False, kernel_init=KAIMING, dtype=self.dtype, conv_general_dilated=flax_conv)
-    norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5,
-                   axis_name=self.axis_name, dtype=self.dtype)
+    norm = partial(BatchNorm, use_running_average=not train, axis_name=self.axis_name, dtype=self.dtype)
     last_scale_init = nn.initializers.zeros if self.zero_init_residual else nn.initializers.ones
 
     x = preprocess(images, self.dtype)

@@ -1,0 +1,80 @@
+"""Batch normalisation (Ioffe and Szegedy, arXiv 1502.03167) that is fast on CPU, with flax's numbers and names."""
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from palm_jax.devices import platform, vary_alike
+
+
+class BatchNorm(nn.Module):
+  """As flax.linen.BatchNorm over all axes but the last; its parameters and statistics fit here and the other way round.
+
+  Attributes:
+    use_running_average: normalise by the running statistics, and leave them as they are.
+    momentum: what a step keeps of the running statistics.
+    axis_name: mesh axis over which batch statistics are averaged; None keeps them local.
+    dtype: compute type; None follows parameters and input. Statistics are at least float32.
+  """
+  use_running_average: bool
+  momentum: float = 0.9
+  epsilon: float = 1e-5
+  axis_name: str | None = None
+  dtype: Any = None
+  scale_init: Any = nn.initializers.ones
+
+  @nn.compact
+  def __call__(self, x):
+    """x (..., C) -> (..., C)."""
+    shape = x.shape[-1:]
+    scale, bias = self.param('scale', self.scale_init, shape), self.param('bias', nn.initializers.zeros, shape)
+    running_mean, running_var = (self.variable('batch_stats', name, draw, shape)
+                                 for name, draw in (('mean', jnp.zeros), ('var', jnp.ones)))
+    mean, var = running_mean.value, running_var.value
+    if not self.use_running_average:
+      wide = x.astype(jnp.promote_types(self.dtype or x.dtype, jnp.float32))
+      moments = jnp.stack([channel_sum(wide), channel_sum(wide ** 2)]) / (wide.size // wide.shape[-1])
+      if self.axis_name is not None and not self.is_initializing():
+        moments = lax.pmean(moments, self.axis_name)
+      mean, var = moments[0], jnp.maximum(moments[1] - moments[0] ** 2, 0)
+      if not self.is_initializing():
+        running_mean.value += (1 - self.momentum) * (mean - running_mean.value)
+        running_var.value += (1 - self.momentum) * (var - running_var.value)
+    y = _normalize(*vary_alike(x, mean, lax.rsqrt(var + self.epsilon) * scale, bias))
+    return y.astype(nn.dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype))
+
+
+@jax.custom_vjp
+def channel_sum(x):
+  """(..., C) -> (C,): the sum over all axes but the last.
+
+  On CPU a product with ones: 2 to 8 times faster than XLA's sum (128 pictures of 32x32x32 to 4x4x256, one core).
+  """
+  if platform() != 'cpu':
+    return x.sum(range(x.ndim - 1))
+  x = x.reshape(-1, x.shape[-1])
+  return (jnp.ones((1, len(x)), x.dtype) @ x)[0]
+
+
+channel_sum.defvjp(lambda x: (channel_sum(x), x), lambda x, g: (jnp.broadcast_to(g, x.shape),))
+
+
+@jax.custom_vjp
+def _normalize(x, mean, scale, bias):
+  """(x - mean) * scale + bias, whose gradient has two sums over x where the chain rule has three."""
+  return (x - mean) * scale + bias
+
+
+def _forward(x, mean, scale, bias):
+  return _normalize(x, mean, scale, bias), (x, mean, scale)
+
+
+def _backward(residuals, g):
+  x, mean, scale = residuals
+  to_bias = channel_sum(g)
+  return (g * scale).astype(x.dtype), -scale * to_bias, channel_sum(g * (x - mean)), to_bias
+
+
+_normalize.defvjp(_forward, _backward)
