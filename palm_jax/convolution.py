@@ -88,11 +88,12 @@ def _in_chunks(gradients, x, kernel, g):
   if chunk < CHUNK // 2 or chunk == len(x) or chunk * (x[0].size + g[0].size) < kernel.size:
     return gradients(x, kernel, g)
 
-  def step(total, pair):
-    to_x, to_kernel = gradients(pair[0], kernel, pair[1])
+  def step(total, start):
+    # Sliced here: of a reshaped x XLA would compute what x is the result of a second time.
+    to_x, to_kernel = gradients(lax.dynamic_slice_in_dim(x, start, chunk), kernel, lax.dynamic_slice_in_dim(g, start, chunk))
     return total + to_kernel, to_x
 
-  to_kernel, to_x = lax.scan(step, jnp.zeros_like(kernel), [a.reshape(-1, chunk, *a.shape[1:]) for a in (x, g)])
+  to_kernel, to_x = lax.scan(step, jnp.zeros_like(kernel), jnp.arange(0, len(x), chunk))
   return None if to_x is None else to_x.reshape(x.shape), to_kernel
 
 

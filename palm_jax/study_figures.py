@@ -197,15 +197,23 @@ def draw(results, path):
   panels = np.ravel(figure.subplots(lines, columns, squeeze=False))
   for panel in panels[len(measures):]:
     panel.set_axis_off()
+  looks = {arm: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])  # the same in all panels
+           for i, arm in enumerate(dict.fromkeys(row['arm'] for row in results['rows']))}
+  lined = {}  # an arm's mark in the legend
   for panel, measure in zip(panels, measures, strict=False):
     rows = [row for row in results['rows'] if row['measure'] == measure]
     on_axis = any(row['x'] != '' for row in rows)
-    (_map if on_axis and results['grid'] else _lines if on_axis else _points)(panel, rows)
+    if on_axis and not results['grid']:
+      lined.update(_lines(panel, rows, looks))
+    else:
+      (_map if on_axis else _points)(panel, rows)
     panel.set_title(measure)
     panel.set_xlabel(results['axis'] if on_axis else '')
+  if lined:
+    figure.legend(lined.values(), lined, loc='outside lower center', ncols=min(len(lined), 3 * columns), fontsize=8)
   seeds = sorted({row['n'] for row in results['rows']})
   figure.suptitle(f'{results["study"]}: mean of {" to ".join(map(str, seeds[:1] + seeds[1:][-1:]))} seed(s)'
-                  f'{"" if results["grid"] else ", bootstrap interval"}', fontsize=9)
+                  f'{"" if results["grid"] or seeds[-1] < 2 else ", bootstrap interval"}', fontsize=9)
   with replacing(path) as file:
     figure.savefig(file, format='png')
   return True
@@ -224,20 +232,22 @@ def _points(panel, rows):
   panel.grid(axis='x', alpha=0.3)
 
 
-def _lines(panel, rows):
+def _lines(panel, rows, looks):
+  """{arm: its line}; looks: {arm: (colour, marker)}."""
   numbers = [row['x'] for row in rows if isinstance(row['x'], (int, float))]
-  if numbers and min(numbers) > 0 and max(numbers) >= 20 * min(numbers):
+  if numbers and min(numbers) > 0 and max(numbers) >= 8 * min(numbers):
     panel.set_xscale('log')
-  for i, arm in enumerate(dict.fromkeys(row['arm'] for row in rows)):
+  lined = {}
+  for arm in dict.fromkeys(row['arm'] for row in rows):
     of_arm = [row for row in rows if row['arm'] == arm]
-    colour = COLOURS[i % len(COLOURS)]
+    colour, marker = looks[arm]
     if of_arm[0]['x'] == '':  # an arm without an axis, such as a reference
-      panel.axhline(of_arm[0]['mean'], color=colour, linestyle='--', label=arm)
+      lined[arm] = panel.axhline(of_arm[0]['mean'], color=colour, linestyle='--')
     else:
-      panel.errorbar([row['x'] for row in of_arm], [row['mean'] for row in of_arm], yerr=_whiskers(of_arm), capsize=3,
-                     color=colour, marker=MARKERS[i % len(MARKERS)], label=arm)
-  panel.legend(fontsize=8)
+      lined[arm] = panel.errorbar([row['x'] for row in of_arm], [row['mean'] for row in of_arm], yerr=_whiskers(of_arm),
+                                  capsize=3, color=colour, marker=marker)
   panel.grid(alpha=0.3)
+  return lined
 
 
 def _map(panel, rows):

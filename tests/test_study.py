@@ -108,6 +108,21 @@ def test_figure_shows_a_panel_a_measure(tmp_path, grid):
   assert coloured(left) > 0.0005 and coloured(right) > (0.1 if grid else 0.0005)  # a map fills its panel
 
 
+def test_figure_shows_an_arm_in_one_colour(tmp_path):
+  pytest.importorskip('matplotlib')
+  c = study.default_config()
+  c.measures = (('one', ''), ('other', ''))
+  arms = dict(one=('a', 'bb', 'ccc'), other=('ccc',))
+  values = {(name, arm, x): [x + len(arm)] for name in arms for arm in arms[name] for x in (1, 2)}
+  assert study_figures.draw(dict(study='s', axis='x', grid=False, **study_figures.summarise(c, lines_of(values))), tmp_path / 'f.png')
+  with Image.open(tmp_path / 'f.png') as image:
+    pixels = np.asarray(image.convert('RGB'))
+  panels = pixels[:int(0.85 * len(pixels))]  # without the legend
+  shown = lambda half: [(half == np.array([int(colour[i:i + 2], 16) for i in (1, 3, 5)])).all(-1).any()
+                        for colour in study_figures.COLOURS[:3]]
+  assert [shown(half) for half in np.array_split(panels, 2, axis=1)] == [[True] * 3, [False, False, True]]
+
+
 def test_numbers_are_looked_up(tmp_path):
   draw = lambda draw, value: dict(features='PALM encoder', method='lbfgs', fraction=0.1, draw=draw,
                                   accuracy={'clean': value, 'salt_pepper:0.1': value / 2})
