@@ -1,4 +1,6 @@
 """Batch normalisation (Ioffe and Szegedy, arXiv 1502.03167) that is fast on CPU, with flax's numbers and names."""
+import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -29,8 +31,9 @@ class BatchNorm(nn.Module):
   def __call__(self, x):
     """x (..., C) -> (..., C)."""
     shape = x.shape[-1:]
-    scale, bias = self.param('scale', self.scale_init, shape), self.param('bias', nn.initializers.zeros, shape)
-    running_mean, running_var = (self.variable('batch_stats', name, draw, shape)
+    scale = self.param('scale', self.scale_init, shape, jnp.float32)
+    bias = self.param('bias', nn.initializers.zeros, shape, jnp.float32)
+    running_mean, running_var = (self.variable('batch_stats', name, draw, shape, jnp.float32)
                                  for name, draw in (('mean', jnp.zeros), ('var', jnp.ones)))
     mean, var = running_mean.value, running_var.value
     if not self.use_running_average:
@@ -42,23 +45,30 @@ class BatchNorm(nn.Module):
       if not self.is_initializing():
         running_mean.value += (1 - self.momentum) * (mean - running_mean.value)
         running_var.value += (1 - self.momentum) * (var - running_var.value)
-    y = _normalize(*vary_alike(x, mean, lax.rsqrt(var + self.epsilon) * scale, bias))
+    wide = jnp.result_type(x, mean, scale, bias)
+    scales = (a.astype(wide) for a in (mean, lax.rsqrt(var + self.epsilon) * scale, bias))
+    y = _normalize(*vary_alike(x, *scales))
     return y.astype(nn.dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype))
 
 
-@jax.custom_vjp
 def channel_sum(x):
-  """(..., C) -> (C,): the sum over all axes but the last.
+  """(..., C) -> (C,): the sum over all axes but the last. Reverse mode only.
 
-  On CPU a product with ones: 2 to 8 times faster than XLA's sum (128 pictures of 32x32x32 to 4x4x256, one core).
+  On CPU a product with ones: 3 to 5 times faster than XLA's sum (128 pictures of 32x32x32 to 4x4x256, one core).
   """
+  return _sum(x, x.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _sum(x, shape):
   if platform() != 'cpu':
     return x.sum(range(x.ndim - 1))
-  x = x.reshape(-1, x.shape[-1])
-  return (jnp.ones((1, len(x)), x.dtype) @ x)[0]
+  rows = x.reshape(-1, math.prod(shape[-2:]) if x.ndim > 2 else shape[-1])  # of all columns: fewer terms, smaller error
+  sums = jnp.matmul(jnp.ones((1, len(rows)), x.dtype), rows, precision=lax.Precision.HIGHEST)
+  return sums.reshape(-1, shape[-1]).sum(0)
 
 
-channel_sum.defvjp(lambda x: (channel_sum(x), x), lambda x, g: (jnp.broadcast_to(g, x.shape),))
+_sum.defvjp(lambda x, shape: (_sum(x, shape), None), lambda shape, _, g: (jnp.broadcast_to(g, shape),))
 
 
 @jax.custom_vjp

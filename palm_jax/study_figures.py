@@ -197,7 +197,7 @@ def draw(results, path):
   panels = np.ravel(figure.subplots(lines, columns, squeeze=False))
   for panel in panels[len(measures):]:
     panel.set_axis_off()
-  looks = {arm: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])  # the same in all panels
+  looks = {arm: (COLOURS[i % len(COLOURS)], MARKERS[(i + i // len(COLOURS)) % len(MARKERS)])  # the same in all panels
            for i, arm in enumerate(dict.fromkeys(row['arm'] for row in results['rows']))}
   lined = {}  # an arm's mark in the legend
   for panel, measure in zip(panels, measures, strict=False):
@@ -215,7 +215,7 @@ def draw(results, path):
   figure.suptitle(f'{results["study"]}: mean of {" to ".join(map(str, seeds[:1] + seeds[1:][-1:]))} seed(s)'
                   f'{"" if results["grid"] or seeds[-1] < 2 else ", bootstrap interval"}', fontsize=9)
   with replacing(path) as file:
-    figure.savefig(file, format='png')
+    figure.savefig(file, format='png', bbox_inches='tight')
   return True
 
 

@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from palm_jax import convolution
+from palm_jax import convolution, cost
 
 
 def xla(x, kernel, stride, padding):
@@ -21,6 +21,9 @@ CASES = {
     'valid 2x1': (lambda x, k: convolution.conv(x, k, 'VALID'), (2, 1), 1, ((0, 0), (0, 0)), (5, 6)),
     'uneven padding': (lambda x, k: convolution.conv(x, k, ((0, 2), (1, 0))), (3, 2), 1, ((0, 2), (1, 0)), (5, 6)),
     '1x1': (lambda x, k: convolution.conv(x, k), (1, 1), 1, ((0, 0), (0, 0)), (5, 6)),
+    'pictures below the kernel': (lambda x, k: convolution.conv(x, k), (3, 3), 1, ((1, 1), (1, 1)), (2, 2)),
+    'one pixel, uneven': (lambda x, k: convolution.conv(x, k, ((3, 1), (0, 2))), (3, 2), 1, ((3, 1), (0, 2)), (1, 2)),
+    'a gradient below the kernel': (lambda x, k: convolution.conv(x, k, 'VALID'), (3, 3), 1, ((0, 0), (0, 0)), (4, 4)),
     **{name: (functools.partial(convolution.strided_conv, stride=stride, padding=padding), size, stride,
               ((0, 0), (0, 0)) if padding == 'VALID' else padding, shape) for name, size, stride, padding, shape in (
         ('stride 2, even', (3, 3), 2, ((1, 1), (1, 1)), (6, 8)), ('stride 2, odd', (3, 3), 2, ((1, 1), (1, 1)), (5, 7)),
@@ -29,12 +32,18 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize('name', CASES)
-def test_values_first_and_second_gradients_are_xlas(name):
+CHUNKED = ('same 3x3', 32), ('uneven padding', 24), ('stride 2, odd', 32), ('stride 4, 8x8', 48)
+
+
+@pytest.mark.parametrize(('name', 'batch'), [*((name, 3) for name in CASES), *CHUNKED])
+def test_values_first_and_second_gradients_are_xlas(name, batch):
   ours, size, stride, padding, shape = CASES[name]
   with jax.enable_x64(True):
     x, kernel, w = (jnp.asarray(np.random.default_rng(i).normal(size=s))
-                    for i, s in enumerate([(3, *shape, 4), (*size, 4, 5), (*size, 4, 5)]))
+                    for i, s in enumerate([(batch, *shape, 4), (*size, 4, 5), (*size, 4, 5)]))
+    if jax.default_backend() == 'cpu':
+      in_chunks = 'scan' in str(jax.make_jaxpr(jax.grad(lambda k: ours(x, k).sum()))(kernel))
+      assert in_chunks == ((name, batch) in CHUNKED)
     results = []
     for f in (ours, functools.partial(xla, stride=stride, padding=padding)):
       loss = lambda x, k, f=f: jnp.sum(jnp.tanh(f(x, k)) ** 2)
@@ -45,13 +54,31 @@ def test_values_first_and_second_gradients_are_xlas(name):
       np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_gradient_of_a_replicated_kernel_is_summed_over_devices():
+@pytest.mark.parametrize('conv', [convolution.conv, functools.partial(convolution.strided_conv, stride=2, padding=((1, 1), (1, 1)))])
+def test_gradient_of_a_replicated_kernel_is_summed_over_devices(conv):
   mesh = jax.sharding.Mesh(jax.devices()[:2], ('data',), axis_types=(AxisType.Auto,))
-  x, kernel = jax.random.normal(jax.random.key(0), (4, 5, 5, 2)), jax.random.normal(jax.random.key(1), (3, 3, 2, 3))
-  loss = lambda k, x: jnp.mean(jnp.tanh(convolution.conv(x, k)) ** 2)
+  x, kernel = jax.random.normal(jax.random.key(0), (64, 5, 5, 2)), jax.random.normal(jax.random.key(1), (3, 3, 2, 3))
+  loss = lambda k, x: jnp.mean(jnp.tanh(conv(x, k)) ** 2)
   sharded = jax.shard_map(jax.grad(lambda k, x: lax.pmean(loss(k, x), 'data')), mesh=mesh,
                           in_specs=(P(), P('data')), out_specs=P())
   np.testing.assert_allclose(sharded(kernel, x), jax.grad(loss)(kernel, x), rtol=1e-5, atol=1e-7)
+
+
+def test_bfloat16_kernel_gradient_is_summed_in_float32():
+  x, kernel = jax.random.normal(jax.random.key(0), (512, 6, 6, 2)), jax.random.normal(jax.random.key(1), (3, 3, 2, 3))
+  gradient = lambda dtype: jax.grad(lambda k: convolution.conv(x.astype(dtype), k).astype(jnp.float32).sum())(kernel.astype(dtype))
+  exact, found = np.float64(gradient(jnp.float32)), np.float64(gradient(jnp.bfloat16))
+  assert np.abs(found - exact).max() < 0.02 * np.abs(exact).max()
+
+
+def test_gradients_of_a_stride_cost_what_runs():
+  x, kernel = jnp.ones((4, 8, 8, 2)), jnp.ones((3, 3, 2, 5))
+  strided = functools.partial(convolution.strided_conv, stride=2, padding=((1, 1), (1, 1)))
+  count = lambda f, *a: cost.flops(jax.jit(f).trace(*a))
+  forward = count(strided, x, kernel)
+  both = count(lambda x, k: jax.vjp(strided, x, k)[1](jnp.ones((4, 4, 4, 5))), x, kernel)
+  if jax.default_backend() == 'cpu':  # a kernel of two blocks by two blocks of 2x2 pixels
+    assert both == forward + 2 * (2 * 4 * 4 * 4 * 16 * 2 * 5)
 
 
 @pytest.mark.skipif(jax.default_backend() != 'cpu', reason='a layout of XLA:CPU')

@@ -88,7 +88,7 @@ def test_resnet_agrees_with_numpy(small):
 
 def test_stride_two_pads_both_sides():
   block = encoder.ResidualBlock(1, 2, jax.tree_util.Partial(encoder.nn.Conv, use_bias=False),
-                                jax.tree_util.Partial(encoder.nn.BatchNorm, use_running_average=True),
+                                jax.tree_util.Partial(encoder.BatchNorm, use_running_average=True),
                                 encoder.nn.initializers.ones)
   ones = jnp.ones((1, 8, 8, 1))
   variables = block.init(jax.random.key(0), ones)
