@@ -119,6 +119,13 @@ def _index(instruction):
   return int(re.search(r'index=(\d+)', instruction.attributes)[1])
 
 
+def _uncopied(computation, name):
+  """The instruction whose value the one of this name copies, or itself."""
+  while computation[name].opcode == 'copy':
+    name = computation[name].operands[0]
+  return computation[name]
+
+
 def _alone(module, instruction):
   """The one instruction of a fusion that has no other."""
   body = module.computations[called(instruction)[0]] if instruction.opcode == 'fusion' else {}
@@ -137,12 +144,13 @@ def trip_count(module, computation, loop):
   init = module.computations[computation][loop.operands[0]]
   if test.opcode != 'compare' or 'direction=LT' not in test.attributes or (init.opcode, result.opcode) != ('tuple', 'tuple'):
     return None
-  counter = condition[test.operands[0]]
+  counter = _uncopied(condition, test.operands[0])
   if counter.opcode != 'get-tuple-element':
     return None
   index = _index(counter)
-  step = _alone(module, body[result.operands[index]])
-  added = [name for name in step.operands if body[name].opcode != 'get-tuple-element' or _index(body[name]) != index]
+  step = _alone(module, _uncopied(body, result.operands[index]))
+  sources = {name: _uncopied(body, name) for name in step.operands}
+  added = [name for name, source in sources.items() if source.opcode != 'get-tuple-element' or _index(source) != index]
   if step.opcode != 'add' or len(added) != 1:
     return None
   start = constant(module, computation, init.operands[index])
