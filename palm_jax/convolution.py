@@ -103,9 +103,10 @@ def _in_chunks(gradients, x, kernel, g):
 
 def _on_cpu(x, kernel, padding):
   """XLA:CPU would take pictures smaller than the kernel for the kernel, outside its fast layout: they are one matrix product."""
-  if math.prod(x.shape[1:3]) >= math.prod(kernel.shape[:2]):
-    return _plain(x, kernel, padding)
   size = x.shape[1:3]
+  within = all(0 <= p < k for k, pad in zip(kernel.shape[:2], padding, strict=True) for p in pad)
+  if math.prod(size) >= math.prod(kernel.shape[:2]) or not within:
+    return _plain(x, kernel, padding)
   reach = [n + sum(pad) - k + 1 for n, pad, k in zip(size, padding, kernel.shape[:2], strict=True)]  # of the result
   taps = jnp.pad(kernel, (*((r, n) for r, n in zip(reach, size, strict=True)), (0, 0), (0, 0)))
   starts = [[r + before - i for i in range(r)] for r, (before, _) in zip(reach, padding, strict=True)]

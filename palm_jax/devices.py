@@ -40,7 +40,7 @@ def platform():
 
 
 def vary_alike(*arrays):
-  """The arrays, each varying over all mesh axes that any varies over: inside shard_map a custom gradient must vary as its argument."""
+  """The arrays, each varying over all mesh axes that any varies over, as custom gradients inside shard_map need it."""
   varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
   axes = frozenset().union(*varying)
   return tuple(lax.pcast(a, tuple(axes - own), to='varying') for a, own in zip(arrays, varying, strict=True))

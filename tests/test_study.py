@@ -114,7 +114,8 @@ def test_figure_shows_an_arm_in_one_colour(tmp_path):
   c.measures = (('one', ''), ('other', ''))
   arms = dict(one=('a', 'bb', 'ccc'), other=('ccc',))
   values = {(name, arm, x): [x + len(arm)] for name in arms for arm in arms[name] for x in (1, 2)}
-  assert study_figures.draw(dict(study='s', axis='x', grid=False, **study_figures.summarise(c, lines_of(values))), tmp_path / 'f.png')
+  results = dict(study='s', axis='x', grid=False, **study_figures.summarise(c, lines_of(values)))
+  assert study_figures.draw(results, tmp_path / 'f.png')
   with Image.open(tmp_path / 'f.png') as image:
     pixels = np.asarray(image.convert('RGB'))
   panels = pixels[:int(0.85 * len(pixels))]  # without the legend
