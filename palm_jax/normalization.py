@@ -45,9 +45,9 @@ class BatchNorm(nn.Module):
       if not self.is_initializing():
         running_mean.value += (1 - self.momentum) * (mean - running_mean.value)
         running_var.value += (1 - self.momentum) * (var - running_var.value)
-    wide = jnp.result_type(x, mean, scale, bias)
-    scales = (a.astype(wide) for a in (mean, lax.rsqrt(var + self.epsilon) * scale, bias))
-    y = _normalize(*vary_alike(x, *scales))
+    dtype = jnp.result_type(x, mean, scale, bias)  # promoted out here, where the gradients are converted back
+    mean, scaling, offset = (a.astype(dtype) for a in (mean, lax.rsqrt(var + self.epsilon) * scale, bias))
+    y = _normalize(*vary_alike(x, mean, scaling, offset))
     return y.astype(nn.dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype))
 
 
