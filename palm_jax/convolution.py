@@ -33,7 +33,7 @@ def conv(x, kernel, padding='SAME'):
   elif padding == 'VALID':
     padding = ((0, 0), (0, 0))
   if height == width == 1 and padding == ((0, 0), (0, 0)):
-    return x @ kernel[0, 0]
+    return _of_pixels(x, kernel)
   if platform() != 'cpu':
     return _plain(x, kernel, tuple(map(tuple, padding)))
   return _canonical(*vary_alike(x, kernel), tuple(map(tuple, padding)))
@@ -45,8 +45,13 @@ def strided_conv(x, kernel, stride, padding):
   if platform() != 'cpu':
     return _strided(x, kernel, padding, stride)
   if kernel.shape[:2] == (1, 1) and padding == ((0, 0), (0, 0)):
-    return x[:, ::stride, ::stride] @ kernel[0, 0]
+    return _of_pixels(x[:, ::stride, ::stride], kernel)
   return _strided_on_cpu(*vary_alike(x, kernel), padding, stride)
+
+
+def _of_pixels(x, kernel):
+  """A kernel of 1x1, as a product of two matrices: with more axes XLA:CPU would transpose both for the kernel's gradient."""
+  return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
 
 
 def _as_blocks(x, kernel, padding, stride):

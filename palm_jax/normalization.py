@@ -1,5 +1,4 @@
 """Batch normalisation (Ioffe and Szegedy, arXiv 1502.03167) that is fast on CPU, with flax's numbers and names."""
-import functools
 import math
 from typing import Any
 
@@ -9,6 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from palm_jax.devices import platform, vary_alike
+
+CHUNK = 2 ** 19  # numbers of an array: with what is made of them they stay in the cache
+FOLD = 8  # addends of the one loop that XLA:CPU makes fast
 
 
 class BatchNorm(nn.Module):
@@ -38,7 +40,7 @@ class BatchNorm(nn.Module):
     mean, var = running_mean.value, running_var.value
     if not self.use_running_average:
       wide = x.astype(jnp.promote_types(self.dtype or x.dtype, jnp.float32))
-      moments = jnp.stack([channel_sum(wide), channel_sum(wide ** 2)]) / (wide.size // wide.shape[-1])
+      moments = _sums_of_powers(wide) / (wide.size // wide.shape[-1])
       if self.axis_name is not None and not self.is_initializing():
         moments = lax.pmean(moments, self.axis_name)
       mean, var = moments[0], jnp.maximum(moments[1] - moments[0] ** 2, 0)
@@ -51,24 +53,44 @@ class BatchNorm(nn.Module):
     return y.astype(nn.dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype))
 
 
-def channel_sum(x):
-  """(..., C) -> (C,): the sum over all axes but the last. Reverse mode only.
+def channel_sums(terms, *arrays):
+  """(len(terms), C): the sum over all axes but the last of each array (..., C) that `terms(*arrays)` makes, element by element.
 
-  On CPU a product with ones: 3 to 5 times faster than XLA's sum (128 pictures of 32x32x32 to 4x4x256, one core).
+  On CPU a few pictures at a time: no term is ever whole in memory, and what the arrays are made of is not computed once more
+  for each of them. What is left is a product with ones, as XLA's sums over leading axes are slow.
   """
-  return _sum(x, x.shape)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _sum(x, shape):
   if platform() != 'cpu':
-    return x.sum(range(x.ndim - 1))
-  rows = x.reshape(-1, math.prod(shape[-2:]) if x.ndim > 2 else shape[-1])  # of all columns: fewer terms, smaller error
+    return jnp.stack([x.sum(range(x.ndim - 1)) for x in terms(*arrays)])
+  n, size = len(arrays[0]), arrays[0].size
+  chunk = max((d for d in range(FOLD, n, FOLD) if n % d == 0 and d * size <= CHUNK * n), default=n)
+  fold = lambda x: x.reshape(FOLD, -1, *x.shape[1:]).sum(0) if len(x) % FOLD == 0 else x
+
+  def step(totals, start):
+    chunks = (lax.dynamic_slice_in_dim(x, start, chunk) for x in arrays)
+    return [total + fold(x) for total, x in zip(totals, terms(*chunks), strict=True)], None
+
+  if chunk == n:
+    totals = map(fold, terms(*arrays))
+  else:
+    first = jax.eval_shape(lambda *arrays: [fold(x[:chunk]) for x in terms(*arrays)], *arrays)
+    zeros = [vary_alike(jnp.zeros(x.shape, x.dtype), *arrays)[0] for x in first]
+    totals, _ = lax.scan(step, zeros, jnp.arange(0, n, chunk))
+  return jnp.stack([_sum(x) for x in totals])
+
+
+def _sum(x):
+  rows = x.reshape(-1, math.prod(x.shape[-2:]) if x.ndim > 2 else x.shape[-1])  # of all columns: fewer terms, smaller error
   sums = jnp.matmul(jnp.ones((1, len(rows)), x.dtype), rows, precision=lax.Precision.HIGHEST)
-  return sums.reshape(-1, shape[-1]).sum(0)
+  return sums.reshape(-1, x.shape[-1]).sum(0)
 
 
-_sum.defvjp(lambda x, shape: (_sum(x, shape), None), lambda shape, _, g: (jnp.broadcast_to(g, shape),))
+@jax.custom_vjp
+def _sums_of_powers(x):
+  """(..., C) -> (2, C): of x and of its square."""
+  return channel_sums(lambda x: (x, x ** 2), x)
+
+
+_sums_of_powers.defvjp(lambda x: (_sums_of_powers(x), x), lambda x, g: (g[0] + 2 * g[1] * x,))
 
 
 @jax.custom_vjp
@@ -83,8 +105,8 @@ def _forward(x, mean, scale, bias):
 
 def _backward(residuals, g):
   x, mean, scale = residuals
-  to_bias = channel_sum(g)
-  return (g * scale).astype(x.dtype), -scale * to_bias, channel_sum(g * (x - mean)), to_bias
+  to_bias, to_scale = channel_sums(lambda x, g: (g, g * (x - mean)), x, g)
+  return (g * scale).astype(x.dtype), -scale * to_bias, to_scale, to_bias
 
 
 _normalize.defvjp(_forward, _backward)

@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from palm_jax import cost
-from palm_jax.normalization import BatchNorm, channel_sum
+from palm_jax.normalization import BatchNorm, channel_sums
 
 
 def variables_of(channels, dtype):
@@ -100,6 +100,9 @@ def test_backward_keeps_no_more_than_flaxes(dtype):
   assert 0 < ours <= flaxes + 8 * 32  # a few vectors
 
 
-def test_channel_sum_is_accurate():
-  x = np.random.default_rng(0).normal(100, 1, (64, 16, 16, 8)).astype(np.float32)
-  np.testing.assert_allclose(channel_sum(x), x.astype(np.float64).sum((0, 1, 2)), rtol=1e-6)
+@pytest.mark.parametrize('shape', [(64, 16, 16, 8), (24, 64, 64, 8), (7, 3, 3, 8), (16, 8)])
+def test_channel_sums_are_accurate(shape):
+  x, y = np.random.default_rng(0).normal(100, 1, (2, *shape)).astype(np.float32)
+  found = jax.jit(lambda x, y: channel_sums(lambda x, y: (x, x * y), x, y))(x, y)
+  wide = np.stack([x.astype(np.float64), x.astype(np.float64) * y])
+  np.testing.assert_allclose(found, wide.sum(tuple(range(1, x.ndim))), rtol=1e-6)
