@@ -50,8 +50,10 @@ def strided_conv(x, kernel, stride, padding):
 
 
 def _of_pixels(x, kernel):
-  """A kernel of 1x1, as a product of two matrices: with more axes XLA:CPU would transpose both for the kernel's gradient."""
-  return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
+  """A kernel of 1x1, on CPU as a product of two matrices: with more axes XLA would transpose x for the kernel's gradient."""
+  if platform() != 'cpu':
+    return x @ kernel[0, 0]
+  return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def _as_blocks(x, kernel, padding, stride):

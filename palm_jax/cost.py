@@ -10,7 +10,7 @@ def flops(traced):
   """FLOPs of the matrix products and convolutions that one device runs, 2 a multiplication.
 
   Loops of known length count as often as they run, others once; of branches the dearest counts. Products with padding and
-  everything elementwise are left out; batch norm's sums count on CPU, where they are products with ones.
+  everything elementwise are left out; batch norm's sums count on CPU as far as they are products with ones.
 
   Args:
     traced: of jax.jit(f).trace(...).
