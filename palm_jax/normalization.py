@@ -60,15 +60,15 @@ def channel_sums(terms, *arrays):
   of is computed once, not for each term (0.85 of the time of SimSiam's update, configs/benchmark.py:small, two cores). What
   is left then is a product with ones, as XLA's own sums over leading axes are slow. Totals are at least float32.
   """
+  wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
   if platform() != 'cpu':
-    return jnp.stack([x.sum(range(x.ndim - 1)) for x in terms(*arrays)])
+    return jnp.stack([wide(x).sum(range(x.ndim - 1)) for x in terms(*arrays)])
   n, size = len(arrays[0]), arrays[0].size
   # Never all of them: XLA would take away a loop of one step, and with it the border to what the arrays are made of.
   chunk = max((d for d in range(FOLD, n, FOLD) if n % d == 0 and (d == FOLD or d * size <= CHUNK * n)), default=n)
 
   def fold(x):
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return x.reshape(FOLD, -1, *x.shape[1:]).sum(0) if len(x) % FOLD == 0 else x
+    return wide(x).reshape(FOLD, -1, *x.shape[1:]).sum(0) if len(x) % FOLD == 0 else wide(x)
 
   def step(totals, start):
     chunks = (lax.dynamic_slice_in_dim(x, start, chunk) for x in arrays)
@@ -111,7 +111,7 @@ def _forward(x, mean, scale, bias):
 
 def _backward(residuals, g):
   x, mean, scale = residuals
-  to_bias, to_scale = channel_sums(lambda x, g: (g, g * (x - mean)), x, g)
+  to_bias, to_scale = channel_sums(lambda x, g: (g, g * (x - mean)), x, g).astype(mean.dtype)
   return (g * scale).astype(x.dtype), -scale * to_bias, to_scale, to_bias
 
 

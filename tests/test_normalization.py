@@ -67,6 +67,12 @@ def test_bfloat16_input_has_float32_statistics(train):
   assert gradient.dtype == jnp.bfloat16
 
 
+def test_bfloat16_variables_have_bfloat16_gradients():
+  variables = variables_of(4, jnp.bfloat16)
+  gradients = jax.grad(lambda v: BatchNorm(True).apply(v, jnp.ones((16, 4), jnp.bfloat16)).astype(jnp.float32).var())(variables)
+  assert {g.dtype for g in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.bfloat16)}
+
+
 def test_devices_share_statistics_and_gradients():
   mesh = jax.sharding.Mesh(jax.devices()[:4], ('data',), axis_types=(AxisType.Auto,))
   with jax.enable_x64(True):
