@@ -49,7 +49,8 @@ class BatchNorm(nn.Module):
         running_var.value += (1 - self.momentum) * (var - running_var.value)
     dtype = jnp.result_type(x, mean, scale, bias)  # promoted out here, where the gradients are converted back
     mean, scaling, offset = (a.astype(dtype) for a in (mean, lax.rsqrt(var + self.epsilon) * scale, bias))
-    y = _normalize(*vary_alike(x, mean, scaling, offset))
+    normalize = _normalize_on_cpu if platform() == 'cpu' else _normalize
+    y = normalize(*vary_alike(x, mean, scaling, offset))
     return y.astype(nn.dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype))
 
 
@@ -99,14 +100,16 @@ _sums_of_powers.defvjp(lambda x, dtype: (_sums_of_powers(x, dtype), x),
                        lambda dtype, x, g: ((g[0] + 2 * g[1] * x).astype(x.dtype),))
 
 
-@jax.custom_vjp
 def _normalize(x, mean, scale, bias):
-  """(x - mean) * scale + bias, whose gradient has two sums over x where the chain rule has three."""
   return (x - mean) * scale + bias
 
 
+# Its gradient has two sums over x where the chain rule has three. libtpu counts 8% more traffic with it (cifar, v5e:2x4).
+_normalize_on_cpu = jax.custom_vjp(_normalize)
+
+
 def _forward(x, mean, scale, bias):
-  return _normalize(x, mean, scale, bias), (x, mean, scale)
+  return _normalize_on_cpu(x, mean, scale, bias), (x, mean, scale)
 
 
 def _backward(residuals, g):
@@ -115,4 +118,4 @@ def _backward(residuals, g):
   return (g * scale).astype(x.dtype), -scale * to_bias, to_scale, to_bias
 
 
-_normalize.defvjp(_forward, _backward)
+_normalize_on_cpu.defvjp(_forward, _backward)
