@@ -103,7 +103,9 @@ def test_backward_keeps_no_more_than_flaxes(dtype):
     return cost.residual_bytes(f, variables['params'], x)
 
   ours, flaxes = map(kept, both(True, dtype=dtype))
-  assert 0 < ours <= min(flaxes, x.nbytes) + 12 * 32 * 4  # x once, and a few vectors
+  assert 0 < ours <= flaxes + 12 * 32 * 4
+  if jax.default_backend() == 'cpu':
+    assert ours <= x.nbytes + 12 * 32 * 4  # x once, and a few vectors
 
 
 @pytest.mark.parametrize('shape, loops', [((64, 16, 16, 8), True), ((24, 64, 64, 8), True), ((16, 256, 256, 8), True),
