@@ -1,4 +1,5 @@
-"""Atari: a world made of one game's frames, and what its encoder is worth in the game (paper section 5.3, Atari-100k).
+"""Atari: a world made of one game's frames, and what its encoder is worth in the game (paper
+section 5.3, Atari-100k).
 
   python -m palm_jax.main --config=configs/atari.py:Assault                    the paper's sizes: accelerators
   python -m palm_jax.main --config=configs/atari.py:Assault,laptop             the whole chain on two CPU cores
@@ -7,10 +8,12 @@
   python -m palm_jax.main --config=configs/atari.py:Assault,rmsprop            dqn_zoo's learner plays for the frames
   python -m palm_jax.main --config=configs/atari.py:Assault,single             single frames are drawn, and stacked as they come
 
-collect (double DQN plays, stacks of frames are kept) -> generator -> pretrain -> finetune (DrQ from the pretrained trunk) ->
-scratch (the same from fresh convolutions, in <workdir>/scratch) -> scores. Needs `pip install -e '.[atari]'`: ale-py is GPL-2.0.
-Alone, without any pretraining: --job=finetune --config.finetune.trunk=scratch. Only `laptop` was run to its end yet.
+collect (double DQN plays, stacks of frames are kept) -> generator -> pretrain -> finetune (DrQ from
+the pretrained trunk) -> scratch (the same from fresh convolutions, in <workdir>/scratch) -> scores.
+Needs `pip install -e '.[atari]'`: ale-py is GPL-2.0. Alone, without any pretraining: --job=finetune
+--config.finetune.trunk=scratch. Only `laptop` was run to its end yet.
 """
+
 from ml_collections import ConfigDict
 
 from configs import generator
@@ -35,7 +38,9 @@ def get_config(variant='Assault'):
   c.encoder.name = 'nature'  # the fine-tuner's convolutions; its dense layer stays behind
   c.pretrain.env_steps = 6_000_000  # paper Table 2
   c.replay.capacity = 131_072  # 3.7 GB of stacks, as many bytes as CIFAR's; also of each checkpoint
-  for word in sorted(words, key='laptop'.__eq__):  # the smaller sizes last, whatever they are sizes of
+  for word in sorted(
+    words, key='laptop'.__eq__
+  ):  # the smaller sizes last, whatever they are sizes of
     if word == 'laptop':
       laptop(c)
     elif word == 'sgi':
@@ -47,22 +52,57 @@ def get_config(variant='Assault'):
     elif word == 'eps':
       c.finetune.agent = drq.epsilon_config()
     else:
-      raise UserError(f'configs/atari.py:{variant}: {word!r} is unknown: expected a game, then any of {", ".join(WORDS)}')
+      raise UserError(
+        f'configs/atari.py:{variant}: {word!r} is unknown: expected a game, then any of '
+        f'{", ".join(WORDS)}'
+      )
   return c
 
 
 def laptop(c):
-  """One CPU core, 45 minutes in all: to see every job work. A tenth of Atari-100k; its pictures are blurred."""
-  c.collect.update(dict(frames=80_000, max_bytes=120_000_000, num_envs=4, log_steps=2000, checkpoint_minutes=2.))
-  c.collect.agent.update(dict(min_history=2000, epsilon_decay=10_000, capacity=20_000, target_period=1000))
-  c.generator.update(dict(z_dim=64, w_dim=64, mapping_layers=2, channel_base=1536, channel_max=64, batch_size=8, mbstd_group=4,
-                          pl_weight=0., style_mixing=0., kimg=24., ema_kimg=2., conv_clamp=0., augment='none',
-                          r1_gamma=1.,  # 0.06, the heuristic of a batch of 32, diverged after 12 kimg
-                          snapshot_kimg=2., checkpoint_minutes=2.))
+  """One CPU core, 45 minutes in all: to see every job work. A tenth of Atari-100k; its pictures are
+  blurred."""
+  c.collect.update(
+    dict(frames=80_000, max_bytes=120_000_000, num_envs=4, log_steps=2000, checkpoint_minutes=2.0)
+  )
+  c.collect.agent.update(
+    dict(min_history=2000, epsilon_decay=10_000, capacity=20_000, target_period=1000)
+  )
+  c.generator.update(
+    dict(
+      z_dim=64,
+      w_dim=64,
+      mapping_layers=2,
+      channel_base=1536,
+      channel_max=64,
+      batch_size=8,
+      mbstd_group=4,
+      pl_weight=0.0,
+      style_mixing=0.0,
+      kimg=24.0,
+      ema_kimg=2.0,
+      conv_clamp=0.0,
+      augment='none',
+      r1_gamma=1.0,  # 0.06, the heuristic of a batch of 32, diverged after 12 kimg
+      snapshot_kimg=2.0,
+      checkpoint_minutes=2.0,
+    )
+  )
   c.replay.capacity = 16_384  # 462 MB of stacks
   c.simsiam.update(dict(proj_hidden=256, proj_dim=256, pred_hidden=64))
   c.sac.hidden = (256, 256)
-  c.pretrain.update(dict(env_steps=20_000, num_envs=16, rollout_length=4, batch_size=64, warmup_steps=1024,
-                         iterations_per_call=10, checkpoint_minutes=2.))
-  c.finetune.update(dict(agent_steps=10_000, eval_episodes=20, log_steps=500, checkpoint_minutes=2.))
+  c.pretrain.update(
+    dict(
+      env_steps=20_000,
+      num_envs=16,
+      rollout_length=4,
+      batch_size=64,
+      warmup_steps=1024,
+      iterations_per_call=10,
+      checkpoint_minutes=2.0,
+    )
+  )
+  c.finetune.update(
+    dict(agent_steps=10_000, eval_episodes=20, log_steps=500, checkpoint_minutes=2.0)
+  )
   c.finetune.agent.epsilon_decay = 500  # DrQ's twentieth of the steps

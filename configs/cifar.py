@@ -5,17 +5,31 @@
   python -m palm_jax.main --config=configs/cifar.py:small --config.data.name=train.npz,test.npz     two CPU cores
   python -m palm_jax.main --config=configs/cifar.py:small --job=pretrain                            the same, without any data
 
-alpha and beta: the paper contradicts itself, so both readings have a name: `paper_text` (0.5, 0.95: sections 4.1 and 6)
-and `paper_fig5` (0.95, 0.75: the best cell of Figure 5). Append one: configs/cifar.py:small,paper_fig5.
-`small` plays in the bundled generator; --config.generator.path= trains one (about 130 images/s on two CPU cores). Measured: 5.5
-minutes a pretraining, 15 all of the probe; 1.8 GB. Linear accuracy on JPEG copies of CIFAR-10: PALM encoder 40.7%, untrained
-34.5%, pixels 41.2% (one seed; three in the README's studies).
-The full size was not run yet. By arithmetic 50M steps are about 1e18 FLOP, an hour of one H200 at 35 to 40% of its bf16 peak;
-the replay takes 5.3 GB over all devices. To compare with: SimSiam with augmentation 90.5 / 66.0% on CIFAR-10 / 100 (solo-learn).
+alpha and beta: the paper contradicts itself, so both readings have a name: `paper_text` (0.5, 0.95:
+sections 4.1 and 6) and `paper_fig5` (0.95, 0.75: the best cell of Figure 5). Append one:
+configs/cifar.py:small,paper_fig5. `small` plays in the bundled generator; --config.generator.path=
+trains one (about 130 images/s on two CPU cores). Measured: 5.5 minutes a pretraining, 15 all of the
+probe; 1.8 GB. Linear accuracy on JPEG copies of CIFAR-10: PALM encoder 40.7%, untrained 34.5%,
+pixels 41.2% (one seed; three in the README's studies). The full size was not run yet. By arithmetic
+50M steps are about 1e18 FLOP, an hour of one H200 at 35 to 40% of its bf16 peak; the replay takes
+5.3 GB over all devices. To compare with: SimSiam with augmentation 90.5 / 66.0% on CIFAR-10 / 100
+(solo-learn).
 """
+
 from ml_collections import ConfigDict
 
-from palm_jax import encoder, environment, pairs, plan, pretrain, replay, report, reward, sac, simsiam
+from palm_jax import (
+  encoder,
+  environment,
+  pairs,
+  plan,
+  pretrain,
+  replay,
+  report,
+  reward,
+  sac,
+  simsiam,
+)
 from palm_jax.errors import UserError
 from palm_jax.evaluate import diversity, features, ood, probe, quality
 from palm_jax.generator import train
@@ -55,7 +69,9 @@ def get_config(variant=''):
     elif word == 'small':
       small(c)
     else:
-      raise UserError(f'configs/cifar.py:{word} is unknown: variants are cifar100, small, {", ".join(PRESETS)}')
+      raise UserError(
+        f'configs/cifar.py:{word} is unknown: variants are cifar100, small, {", ".join(PRESETS)}'
+      )
   if c.data.name == 'cifar100':
     c.generator.path = ''  # the bundled generator of `small` draws the classes of CIFAR-10
   return c
@@ -64,17 +80,45 @@ def get_config(variant=''):
 def small(c):
   """Two CPU cores: the same code, 32x32 pictures, a narrow generator and a narrow ResNet-18."""
   c.name += '_small'
-  c.generator.update(dict(path='cifar10-small', z_dim=64, w_dim=64, channel_base=1024, channel_max=128, batch_size=32,
-                          mbstd_group=8, kimg=600., ema_kimg=50., conv_clamp=0., iterations_per_call=16,
-                          augment='none',  # 50,000 pictures are enough for so short a training
-                          snapshot_kimg=20., checkpoint_minutes=5.))
-  c.environment.update(dict(alpha=0.95, beta=0.5))  # paper Figure 5: the best alpha, and a beta of the best range
+  c.generator.update(
+    dict(
+      path='cifar10-small',
+      z_dim=64,
+      w_dim=64,
+      channel_base=1024,
+      channel_max=128,
+      batch_size=32,
+      mbstd_group=8,
+      kimg=600.0,
+      ema_kimg=50.0,
+      conv_clamp=0.0,
+      iterations_per_call=16,
+      augment='none',  # 50,000 pictures are enough for so short a training
+      snapshot_kimg=20.0,
+      checkpoint_minutes=5.0,
+    )
+  )
+  c.environment.update(
+    dict(alpha=0.95, beta=0.5)
+  )  # paper Figure 5: the best alpha, and a beta of the best range
   c.replay.capacity = 65_536  # 200 MB of frames
   c.encoder.width = 16
-  c.simsiam.update(dict(proj_hidden=256, proj_dim=256, pred_hidden=64, lr=0.3))  # ten times the paper's: few updates
+  c.simsiam.update(
+    dict(proj_hidden=256, proj_dim=256, pred_hidden=64, lr=0.3)
+  )  # ten times the paper's: few updates
   c.sac.hidden = (256, 256)
-  c.pretrain.update(dict(env_steps=60_000, num_envs=32, rollout_length=4, batch_size=64, updates_per_iteration=2,
-                         warmup_steps=1024, iterations_per_call=10, checkpoint_minutes=5.))
+  c.pretrain.update(
+    dict(
+      env_steps=60_000,
+      num_envs=32,
+      rollout_length=4,
+      batch_size=64,
+      updates_per_iteration=2,
+      warmup_steps=1024,
+      iterations_per_call=10,
+      checkpoint_minutes=5.0,
+    )
+  )
   c.probe.methods = ('lbfgs', 'knn', 'finetune', 'supervised')
   for method in ('finetune', 'supervised'):
     c.probe[method].update(dict(epochs=3, warmup=0.2))

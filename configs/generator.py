@@ -1,4 +1,5 @@
-"""A generator alone, with the settings of stylegan2-ada-pytorch (train.py, cfg_specs) and a few of ours.
+"""A generator alone, with the settings of stylegan2-ada-pytorch (train.py, cfg_specs) and a few of
+ours.
 
   python -m palm_jax.main --config=configs/generator.py:cifar                                   CIFAR-10, conditional
   python -m palm_jax.main --config=configs/generator.py:auto64 --config.data.name=folder        any 64x64 pictures, one device
@@ -7,10 +8,12 @@
   python -m palm_jax.main --config=configs/generator.py:atari --config.data.name=frames.npz     stacks of 4 grey frames, 96x96
   python -m palm_jax.main --config=configs/generator.py:digits                                  two CPU cores
 
-Useful with each: --config.generator.dtype=bfloat16 (accelerators), --config.generator.accumulate=2 (half the memory),
---config.generator.mirror (flipped copies), --config.generator.init_from=<run or .pkl>, --job=benchmark (how fast).
-Other jobs run in the same workdir: --job=pretrain, --job=probe. The full sizes were not run yet.
+Useful with each: --config.generator.dtype=bfloat16 (accelerators), --config.generator.accumulate=2
+(half the memory), --config.generator.mirror (flipped copies), --config.generator.init_from=<run or
+.pkl>, --job=benchmark (how fast). Other jobs run in the same workdir: --job=pretrain, --job=probe.
+The full sizes were not run yet.
 """
+
 import re
 
 from configs import cifar, digits
@@ -45,38 +48,55 @@ def get_config(variant='cifar'):
 
 def by_resolution(resolution, num_devices):
   """--cfg=auto."""
-  batch_size = max(min(num_devices * min(4096 // resolution, 32), 64), num_devices)  # train.py, for memory
+  batch_size = max(
+    min(num_devices * min(4096 // resolution, 32), 64), num_devices
+  )  # train.py, for memory
   return dict(
-      general(), batch_size=batch_size,
-      mbstd_group=min(batch_size // num_devices, 4),  # train.py
-      channel_base=32768 if resolution >= 512 else 16384,  # train.py: fmaps 1 or 0.5
-      lr=0.002 if resolution >= 1024 else 0.0025,  # train.py
-      r1_gamma=0.0002 * resolution ** 2 / batch_size,  # train.py, a heuristic
-      ema_kimg=batch_size * 10 / 32)  # train.py
+    general(),
+    batch_size=batch_size,
+    mbstd_group=min(batch_size // num_devices, 4),  # train.py
+    channel_base=32768 if resolution >= 512 else 16384,  # train.py: fmaps 1 or 0.5
+    lr=0.002 if resolution >= 1024 else 0.0025,  # train.py
+    r1_gamma=0.0002 * resolution**2 / batch_size,  # train.py, a heuristic
+    ema_kimg=batch_size * 10 / 32,
+  )  # train.py
 
 
 def general():
   """What all but --cfg=cifar have in common."""
-  return dict(architecture='resnet',  # training/networks.py
-              pl_weight=2., style_mixing=0.9,  # training/loss.py
-              kimg=25_000.,  # train.py
-              iterations_per_call=16)  # ours: the least with R1 in every call
+  return dict(
+    architecture='resnet',  # training/networks.py
+    pl_weight=2.0,
+    style_mixing=0.9,  # training/loss.py
+    kimg=25_000.0,  # train.py
+    iterations_per_call=16,
+  )  # ours: the least with R1 in every call
 
 
 def paper256(c):
   """--cfg=paper256."""
   c.data.name = 'folder'
   c.plan.update(dict(image_size=256, num_classes=0))
-  c.generator.update(dict(
-      general(), batch_size=64, mbstd_group=8, lr=0.0025, r1_gamma=1., ema_kimg=20., mapping_layers=8,  # train.py
+  c.generator.update(
+    dict(
+      general(),
+      batch_size=64,
+      mbstd_group=8,
+      lr=0.0025,
+      r1_gamma=1.0,
+      ema_kimg=20.0,
+      mapping_layers=8,  # train.py
       channel_base=16384,  # train.py: fmaps 0.5
-      ema_rampup=0.))  # train.py: None
+      ema_rampup=0.0,
+    )
+  )  # train.py: None
 
 
 def atari(c):
-  """Four grey frames of 84x84 as four channels, padded to 96x96: 3x3 and five upsamplings. Sizes are ours."""
+  """Four grey frames of 84x84 as four channels, padded to 96x96: 3x3 and five upsamplings. Sizes
+  are ours."""
   c.data.name = 'frames.npz'
   c.plan.update(dict(image_size=96, image_channels=4, num_classes=0))
-  c.generator.update(dict(
-      by_resolution(96, 1), base_size=3,
-      channel_base=12288))  # 128 at 96, 256 at 48, then 512: --cfg=auto's widths at 128 and 64
+  c.generator.update(
+    dict(by_resolution(96, 1), base_size=3, channel_base=12288)
+  )  # 128 at 96, 256 at 48, then 512: --cfg=auto's widths at 128 and 64

@@ -1,18 +1,22 @@
-"""Compiles pretraining for a TPU slice that is not there, and prints what it would take on each chip.
+"""Compiles pretraining for a TPU slice that is not there, and prints what it would take on each
+chip.
 
   python -m launch.compile_for --topology=v5e:16x16 --config=configs/cifar.py --config.pretrain.dtype=bfloat16 --scale_from=8
 
-It is the program that palm_jax.main would run there: the donated scan over whole iterations, compiled by libtpu from shapes
-alone. No array is made and no generator is read (its pictures are those of config.plan); no TPU is needed, only
-`pip install 'palm_jax[tpu]'`. The compiler takes minutes, and more stack than usual for large slices (`ulimit -s unlimited`;
-with 8 MB it ended in a segmentation fault on v6e:16x16). Topologies are named as Google Cloud does: v5e:2x4, v5e:16x16,
+It is the program that palm_jax.main would run there: the donated scan over whole iterations,
+compiled by libtpu from shapes alone. No array is made and no generator is read (its pictures are
+those of config.plan); no TPU is needed, only `pip install 'palm_jax[tpu]'`. The compiler takes
+minutes, and more stack than usual for large slices (`ulimit -s unlimited`; with 8 MB it ended in a
+segmentation fault on v6e:16x16). Topologies are named as Google Cloud does: v5e:2x4, v5e:16x16,
 v6e:16x16, v5p:4x4x4.
 
---scale_from=8 takes the sizes of the config as those of 8 chips and multiplies num_envs, batch_size, warmup_steps, num_shards
-and capacity, so that every chip keeps its share whatever the slice; what to give palm_jax.main for that is printed. Without
-it the sizes stay, and the chips must divide them. Only the reward grows with the slice: each sample seeks its neighbours in
-the whole batch.
+--scale_from=8 takes the sizes of the config as those of 8 chips and multiplies num_envs,
+batch_size, warmup_steps, num_shards and capacity, so that every chip keeps its share whatever the
+slice; what to give palm_jax.main for that is printed. Without it the sizes stay, and the chips must
+divide them. Only the reward grows with the slice: each sample seeks its neighbours in the whole
+batch.
 """
+
 import importlib.metadata
 import importlib.util
 import math
@@ -35,15 +39,28 @@ from palm_jax.checkpoint import write_json_atomic
 from palm_jax.errors import UserError
 
 HOP_SECONDS = 1e-6  # jax-ml.github.io/scaling-book, chapter 3: about a microsecond a hop
-SCALED = ('pretrain.num_envs', 'pretrain.batch_size', 'pretrain.warmup_steps', 'replay.num_shards', 'replay.capacity')
+SCALED = (
+  'pretrain.num_envs',
+  'pretrain.batch_size',
+  'pretrain.warmup_steps',
+  'replay.num_shards',
+  'replay.capacity',
+)
 REMEDY = 'lower replay.capacity, pretrain.num_envs or pretrain.batch_size, set pretrain.dtype=bfloat16, or take more chips'
 # Else libtpu asks the machine for the TPUs that it has not, and lets only one process in.
-ENVIRONMENT = dict(TPU_SKIP_MDS_QUERY='1', TPU_ACCELERATOR_TYPE='v5litepod-8', TPU_WORKER_HOSTNAMES='localhost',
-                   TPU_WORKER_ID='0', ALLOW_MULTIPLE_LIBTPU_LOAD='1', TF_CPP_MIN_LOG_LEVEL='2')
+ENVIRONMENT = dict(
+  TPU_SKIP_MDS_QUERY='1',
+  TPU_ACCELERATOR_TYPE='v5litepod-8',
+  TPU_WORKER_HOSTNAMES='localhost',
+  TPU_WORKER_ID='0',
+  ALLOW_MULTIPLE_LIBTPU_LOAD='1',
+  TF_CPP_MIN_LOG_LEVEL='2',
+)
 
 
 class Chip(NamedTuple):
   """Peaks of one chip."""
+
   flops: float  # bf16 FLOP/s
   hbm: float  # bytes/s
   ici: float  # bytes/s sent over all links; half of what is documented as bidirectional
@@ -51,9 +68,9 @@ class Chip(NamedTuple):
 
 
 CHIPS = {  # docs.cloud.google.com/tpu/docs/v5e, v5p, v6e
-    'v5e': Chip(197e12, 819e9, 200e9, 16 * 2**30),
-    'v5p': Chip(459e12, 2765e9, 600e9, 95 * 2**30),
-    'v6e': Chip(918e12, 1600e9, 400e9, 32 * 2**30),
+  'v5e': Chip(197e12, 819e9, 200e9, 16 * 2**30),
+  'v5p': Chip(459e12, 2765e9, 600e9, 95 * 2**30),
+  'v6e': Chip(918e12, 1600e9, 400e9, 32 * 2**30),
 }
 
 
@@ -61,7 +78,10 @@ def parse_topology(topology):
   """'v5e:16x16' -> ('v5e', (16, 16)); UserError for a generation that is not in CHIPS."""
   generation, _, layout = topology.partition(':')
   if generation not in CHIPS or not re.fullmatch(r'\d+(x\d+)+', layout):
-    raise UserError(f'--topology={topology} is unknown: expected a generation ({", ".join(CHIPS)}) and a layout, such as v5e:2x4')
+    raise UserError(
+      f'--topology={topology} is unknown: expected a generation ({", ".join(CHIPS)}) and a '
+      'layout, such as v5e:2x4'
+    )
   return generation, tuple(map(int, layout.split('x')))
 
 
@@ -73,37 +93,51 @@ def make_mesh(topology):
   """
   parse_topology(topology)
   if importlib.util.find_spec('libtpu') is None:
-    raise UserError("libtpu is not installed, and it is the compiler for TPUs: pip install 'palm_jax[tpu]'")
+    raise UserError(
+      "libtpu is not installed, and it is the compiler for TPUs: pip install 'palm_jax[tpu]'"
+    )
   for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
   try:
     devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
   except jax.errors.JaxRuntimeError as e:
-    raise UserError(f'--topology={topology} is refused by libtpu ({str(e).splitlines()[0]}): if it is the layout, choose '
-                    'one that Google Cloud offers, such as v5e:2x4, v5e:16x16, v6e:16x16, v5p:4x4x4') from e
+    raise UserError(
+      f'--topology={topology} is refused by libtpu ({str(e).splitlines()[0]}): if it is the '
+      'layout, choose '
+      'one that Google Cloud offers, such as v5e:2x4, v5e:16x16, v6e:16x16, v5p:4x4x4'
+    ) from e
   return Mesh(devices, ('data',), axis_types=(AxisType.Auto,))
 
 
 def scale(config, chips, scale_from):
-  """Multiplies in place the sizes that belong to `scale_from` chips; UserError where one is no whole number for `chips`."""
+  """Multiplies in place the sizes that belong to `scale_from` chips; UserError where one is no
+  whole number for `chips`."""
   sizes = {}
   for name in SCALED:
     section, key = name.split('.')
     scaled = config[section][key] * chips
     if scaled % scale_from:
-      raise UserError(f'--scale_from={scale_from} leaves {name}={config[section][key]} no whole number for {chips} chips: '
-                      f'set it to a multiple of {scale_from}')
+      raise UserError(
+        f'--scale_from={scale_from} leaves {name}={config[section][key]} no whole number for '
+        f'{chips} chips: '
+        f'set it to a multiple of {scale_from}'
+      )
     sizes[name] = scaled // scale_from
   config.update_from_flattened_dict(sizes)
 
 
 def lower(config, generator, mesh):
-  """The call of pretrain.make_program, lowered for the mesh from shapes alone -> (Program, Lowered)."""
+  """The call of pretrain.make_program, lowered for the mesh from shapes alone -> (Program,
+  Lowered)."""
   program = pretrain.make_program(config, generator, mesh)
   place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-  world = jax.tree.map(lambda x: place(x, NamedSharding(mesh, P())),
-                       jax.eval_shape(lambda: pretrain.host_world(config, generator)))
-  state = jax.tree.map(place, jax.eval_shape(program.init, jax.random.key(0), world), program.state_shardings)
+  world = jax.tree.map(
+    lambda x: place(x, NamedSharding(mesh, P())),
+    jax.eval_shape(lambda: pretrain.host_world(config, generator)),
+  )
+  state = jax.tree.map(
+    place, jax.eval_shape(program.init, jax.random.key(0), world), program.state_shardings
+  )
   return program, program.call.lower(state, world)
 
 
@@ -115,8 +149,10 @@ def compile_program(lowered, topology, chip):
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise
     used = re.search(r'[Uu]sed [\d.]+\w+ of [\d.]+\w+ hbm', str(e))
-    raise UserError(f'the program does not fit a chip of {topology} with its {gigabytes(chip.memory)} '
-                    f'({used[0] if used else str(e).splitlines()[0]}): {REMEDY}') from e
+    raise UserError(
+      f'the program does not fit a chip of {topology} with its {gigabytes(chip.memory)} '
+      f'({used[0] if used else str(e).splitlines()[0]}): {REMEDY}'
+    ) from e
 
 
 def roofline(chip, layout, total, iterations):
@@ -128,21 +164,28 @@ def roofline(chip, layout, total, iterations):
     total: Counter of `analyse`.
     iterations: that the program runs.
 
-  Arithmetic and HBM traffic overlap fully, the network with neither: every collective sends over all links at once, and takes
-  half the way around the torus on top.
+  Arithmetic and HBM traffic overlap fully, the network with neither: every collective sends over
+  all links at once, and takes half the way around the torus on top.
   """
-  count, sent = (sum(n for key, n in total.items() if key[1:] == (what,)) for what in ('count', 'sent'))
-  seconds = dict(compute=total['passes'] / chip.flops, memory=total['bytes'] / chip.hbm,
-                 network=sent / chip.ici + count * HOP_SECONDS * sum(layout) / 2)
+  count, sent = (
+    sum(n for key, n in total.items() if key[1:] == (what,)) for what in ('count', 'sent')
+  )
+  seconds = dict(
+    compute=total['passes'] / chip.flops,
+    memory=total['bytes'] / chip.hbm,
+    network=sent / chip.ici + count * HOP_SECONDS * sum(layout) / 2,
+  )
   seconds['iteration'] = max(seconds['compute'], seconds['memory']) + seconds['network']
   return {name: s / iterations for name, s in seconds.items()}
 
 
 def study(config, topology, generator):
-  """Compiles pretraining for a slice and returns what `describe` prints, as a dict of plain numbers.
+  """Compiles pretraining for a slice and returns what `describe` prints, as a dict of plain
+  numbers.
 
   Raises:
-    UserError: sizes or a topology that cannot be, no libtpu, or a program that the compiler cannot fit into the chip.
+    UserError: sizes or a topology that cannot be, no libtpu, or a program that the compiler cannot
+      fit into the chip.
   """
   mesh = make_mesh(topology)
   generation, layout = parse_topology(topology)
@@ -155,26 +198,47 @@ def study(config, topology, generator):
   module = parse(compiled.as_text())
   total, unknown = analyse(module, mesh.size)
   once, _ = analyse(module, mesh.size, once=True)
-  cost, memory, iterations = compiled.cost_analysis(), compiled.memory_analysis(), config.pretrain.iterations_per_call
-  parts = dict(arguments=memory.argument_size_in_bytes,
-               results_beside_them=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-               temporaries=memory.temp_size_in_bytes, code=memory.generated_code_size_in_bytes)
+  cost, memory, iterations = (
+    compiled.cost_analysis(),
+    compiled.memory_analysis(),
+    config.pretrain.iterations_per_call,
+  )
+  parts = dict(
+    arguments=memory.argument_size_in_bytes,
+    results_beside_them=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    temporaries=memory.temp_size_in_bytes,
+    code=memory.generated_code_size_in_bytes,
+  )
   seconds = roofline(chip, layout, total, iterations)
   num_iterations = math.ceil(config.pretrain.env_steps / program.env_steps_per_iteration)
   kinds = sorted({key[0] for key in total if isinstance(key, tuple)})
   return dict(
-      topology=topology, chips=mesh.size, device_kind=mesh.devices.flat[0].device_kind, config=config.name,
-      dtype=config.pretrain.dtype, sizes={name: config[name.split('.')[0]][name.split('.')[1]] for name in SCALED},
-      env_steps=config.pretrain.env_steps, env_steps_per_iteration=program.env_steps_per_iteration,
-      iterations_per_call=iterations,
-      lower_seconds=lowered_at - started, compile_seconds=compiled_at - lowered_at,
-      memory=dict(parts, total=sum(parts.values()), chip=chip.memory),
-      flops=total['flops'] / iterations, hbm_bytes=total['bytes'] / iterations,
-      cycles=total['cycles'] / iterations, loops_of_unknown_length=unknown,
-      collectives={kind: {what: total[kind, what] / iterations for what in ('count', 'sent')} for kind in kinds},
-      counted_once=dict(flops=once['flops'], xla_flops=cost['flops'], xla_bytes=cost['bytes accessed']),
-      seconds=seconds, hours=num_iterations * seconds['iteration'] / 3600,
-      versions={name: importlib.metadata.version(name) for name in ('jax', 'libtpu')})
+    topology=topology,
+    chips=mesh.size,
+    device_kind=mesh.devices.flat[0].device_kind,
+    config=config.name,
+    dtype=config.pretrain.dtype,
+    sizes={name: config[name.split('.')[0]][name.split('.')[1]] for name in SCALED},
+    env_steps=config.pretrain.env_steps,
+    env_steps_per_iteration=program.env_steps_per_iteration,
+    iterations_per_call=iterations,
+    lower_seconds=lowered_at - started,
+    compile_seconds=compiled_at - lowered_at,
+    memory=dict(parts, total=sum(parts.values()), chip=chip.memory),
+    flops=total['flops'] / iterations,
+    hbm_bytes=total['bytes'] / iterations,
+    cycles=total['cycles'] / iterations,
+    loops_of_unknown_length=unknown,
+    collectives={
+      kind: {what: total[kind, what] / iterations for what in ('count', 'sent')} for kind in kinds
+    },
+    counted_once=dict(
+      flops=once['flops'], xla_flops=cost['flops'], xla_bytes=cost['bytes accessed']
+    ),
+    seconds=seconds,
+    hours=num_iterations * seconds['iteration'] / 3600,
+    versions={name: importlib.metadata.version(name) for name in ('jax', 'libtpu')},
+  )
 
 
 def gigabytes(n):
@@ -186,38 +250,53 @@ def describe(s):
   memory, seconds, chip = s['memory'], s['seconds'], CHIPS[parse_topology(s['topology'])[0]]
   percent = lambda part: f'{100 * part / memory["total"]:.0f}%'
   lines = [
-      f'{s["topology"]}: {s["chips"]} chips ({s["device_kind"]}), config {s["config"]}, {s["dtype"]}; '
-      f'lowered in {s["lower_seconds"]:.0f} s, compiled in {s["compile_seconds"]:.0f} s',
-      'sizes           ' + ' '.join(f'--config.{name}={value}' for name, value in s['sizes'].items()),
-      '', 'On each chip:',
-      f'memory          {gigabytes(memory["total"])} of {gigabytes(memory["chip"])}: '
-      + ', '.join(f'{name.replace("_", " ")} {gigabytes(n)} ({percent(n)})' for name, n in memory.items()
-                  if name not in ('total', 'chip')),
-      f'arithmetic      {s["flops"] / 1e9:.1f} GFLOP an iteration, in products and convolutions',
-      f'                (each loop\'s body counted once: {s["counted_once"]["flops"] / 1e9:.1f}, and '
-      f'{s["counted_once"]["xla_flops"] / 1e9:.1f} by XLA, which counts so and adds what is elementwise)',
-      f'HBM traffic     {s["hbm_bytes"] / 1e9:.2f} GB an iteration',
+    f'{s["topology"]}: {s["chips"]} chips ({s["device_kind"]}), config {s["config"]}, '
+    f'{s["dtype"]}; '
+    f'lowered in {s["lower_seconds"]:.0f} s, compiled in {s["compile_seconds"]:.0f} s',
+    'sizes           ' + ' '.join(f'--config.{name}={value}' for name, value in s['sizes'].items()),
+    '',
+    'On each chip:',
+    f'memory          {gigabytes(memory["total"])} of {gigabytes(memory["chip"])}: '
+    + ', '.join(
+      f'{name.replace("_", " ")} {gigabytes(n)} ({percent(n)})'
+      for name, n in memory.items()
+      if name not in ('total', 'chip')
+    ),
+    f'arithmetic      {s["flops"] / 1e9:.1f} GFLOP an iteration, in products and convolutions',
+    f"                (each loop's body counted once: {s['counted_once']['flops'] / 1e9:.1f}, and "
+    f'{s["counted_once"]["xla_flops"] / 1e9:.1f} by XLA, which counts so and adds what is '
+    'elementwise)',
+    f'HBM traffic     {s["hbm_bytes"] / 1e9:.2f} GB an iteration',
   ]
   for kind, c in s['collectives'].items():
     lines.append(f'{kind:15s} {c["sent"] / 1e6:.2f} MB sent an iteration, in {c["count"]:.4g}')
   if s['loops_of_unknown_length']:
-    lines.append(f'counted once, because their length is unknown: {", ".join(s["loops_of_unknown_length"])}')
+    lines.append(
+      f'counted once, because their length is unknown: {", ".join(s["loops_of_unknown_length"])}'
+    )
   lines += [
-      '', f'An iteration of {s["env_steps_per_iteration"]} env steps, at the peaks of the chip:',
-      f'time            {1e3 * seconds["iteration"]:.2f} ms = max(compute {1e3 * seconds["compute"]:.2f}, '
-      f'HBM {1e3 * seconds["memory"]:.2f}) + network {1e3 * seconds["network"]:.2f}',
-      f'{s["env_steps"] / 1e6:.4g}M steps  {s["hours"]:.3g} hours: a floor, not a forecast; the compiler itself reckons with '
-      f'{s["cycles"] / 1e6:.1f}M cycles an iteration without the network',
-      f'assumed         {chip.flops / 1e12:.0f} TFLOP/s bf16, HBM {chip.hbm / 1e9:.0f} GB/s, {chip.ici / 1e9:.0f} GB/s sent over '
-      'all links (docs.cloud.google.com/tpu/docs),',
-      f'                {1e6 * HOP_SECONDS:.0f} us a hop; every chip one mesh position, no host in between',
+    '',
+    f'An iteration of {s["env_steps_per_iteration"]} env steps, at the peaks of the chip:',
+    f'time            {1e3 * seconds["iteration"]:.2f} ms = max(compute '
+    f'{1e3 * seconds["compute"]:.2f}, '
+    f'HBM {1e3 * seconds["memory"]:.2f}) + network {1e3 * seconds["network"]:.2f}',
+    f'{s["env_steps"] / 1e6:.4g}M steps  {s["hours"]:.3g} hours: a floor, not a forecast; the '
+    'compiler itself reckons with '
+    f'{s["cycles"] / 1e6:.1f}M cycles an iteration without the network',
+    f'assumed         {chip.flops / 1e12:.0f} TFLOP/s bf16, HBM {chip.hbm / 1e9:.0f} GB/s, '
+    f'{chip.ici / 1e9:.0f} GB/s sent over '
+    'all links (docs.cloud.google.com/tpu/docs),',
+    f'                {1e6 * HOP_SECONDS:.0f} us a hop; every chip one mesh position, no host in '
+    'between',
   ]
   return '\n'.join(lines)
 
 
 def parse_flags(argv):
   flags.DEFINE_string('topology', None, 'TPU slice, such as v5e:16x16.')
-  flags.DEFINE_integer('scale_from', None, 'Chips that the sizes of the config are for; they grow with the slice.', 1)
+  flags.DEFINE_integer(
+    'scale_from', None, 'Chips that the sizes of the config are for; they grow with the slice.', 1
+  )
   flags.DEFINE_string('json', None, 'File to write the numbers to.')
   return palm_main.parse_flags(argv)
 
@@ -231,7 +310,9 @@ def main(argv):
   jax.config.update('jax_platforms', 'cpu')
   if f.scale_from:
     scale(f.config, math.prod(parse_topology(f.topology)[1]), f.scale_from)
-  result = study(f.config, f.topology, pretrain.as_world(f.config, plan.untrained_generator(f.config)))
+  result = study(
+    f.config, f.topology, pretrain.as_world(f.config, plan.untrained_generator(f.config))
+  )
   if f.json:
     write_json_atomic(pathlib.Path(f.json), result)
   print(describe(result))
@@ -242,9 +323,14 @@ def check_memory(result):
   """Raises UserError when the program takes more than the chip has."""
   memory = result['memory']
   if memory['total'] > memory['chip']:
-    raise UserError(f'the program takes {gigabytes(memory["total"])} of each chip and a chip of {result["topology"]} has '
-                    f'{gigabytes(memory["chip"])}: {REMEDY}')
+    raise UserError(
+      f'the program takes {gigabytes(memory["total"])} of each chip and a chip of '
+      f'{result["topology"]} has '
+      f'{gigabytes(memory["chip"])}: {REMEDY}'
+    )
 
 
 if __name__ == '__main__':
-  app.run(palm_main.exit_on_user_error(main), flags_parser=palm_main.exit_on_user_error(parse_flags))
+  app.run(
+    palm_main.exit_on_user_error(main), flags_parser=palm_main.exit_on_user_error(parse_flags)
+  )

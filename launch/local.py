@@ -1,10 +1,13 @@
-"""A pod on one machine: several processes of palm_jax.main, each with its own CPU devices, joined into one run.
+"""A pod on one machine: several processes of palm_jax.main, each with its own CPU devices, joined
+into one run.
 
   python launch/local.py --processes=2 --devices=4 -- --config=configs/digits.py --workdir=runs/pod
 
-What stands behind `--` goes to every process. SIGTERM (all save and leave) and Ctrl-C are passed on; when a process
-fails, the others are ended. The exit code is the worst of those that ended by themselves.
+What stands behind `--` goes to every process. SIGTERM (all save and leave) and Ctrl-C are passed
+on; when a process fails, the others are ended. The exit code is the worst of those that ended by
+themselves.
 """
+
 import argparse
 import ctypes
 import os
@@ -19,10 +22,14 @@ GRACE_SECONDS = 10  # after one has failed, for the others to say why they fail 
 
 
 def parse(argv):
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--processes', type=_positive, default=2)
   parser.add_argument('--devices', type=_positive, default=4, help='CPU devices of each process')
-  parser.add_argument('arguments', nargs='*', metavar='-- --config=... [...]', help='arguments of palm_jax.main')
+  parser.add_argument(
+    'arguments', nargs='*', metavar='-- --config=... [...]', help='arguments of palm_jax.main'
+  )
   return parser.parse_args(argv)
 
 
@@ -37,16 +44,36 @@ def start(processes, devices, arguments):
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     address = f'127.0.0.1:{free.getsockname()[1]}'
-  environment = dict(os.environ, JAX_PLATFORMS='cpu', JAX_NUM_CPU_DEVICES=str(devices), PYTHONUNBUFFERED='1',
-                     JAX_COORDINATOR_BIND_ADDRESS=address,  # JAX would listen on every network
-                     # XLA:CPU deadlocks when programs in flight have more devices than its pool has threads.
-                     NPROC=str(max(2 * devices, os.cpu_count())))
-  command = [sys.executable, '-m', 'palm_jax.main', *arguments,
-             f'--coordinator_address={address}', f'--num_processes={processes}']
+  environment = dict(
+    os.environ,
+    JAX_PLATFORMS='cpu',
+    JAX_NUM_CPU_DEVICES=str(devices),
+    PYTHONUNBUFFERED='1',
+    JAX_COORDINATOR_BIND_ADDRESS=address,  # JAX would listen on every network
+    # XLA:CPU deadlocks when programs in flight have more devices than its pool has threads.
+    NPROC=str(max(2 * devices, os.cpu_count())),
+  )
+  command = [
+    sys.executable,
+    '-m',
+    'palm_jax.main',
+    *arguments,
+    f'--coordinator_address={address}',
+    f'--num_processes={processes}',
+  ]
   # A group of their own: the terminal would send Ctrl-C to them, and so would this program.
-  return [subprocess.Popen([*command, f'--process_id={i}'], env=environment, stdin=subprocess.DEVNULL,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_die_with_parent)
-          for i in range(processes)]
+  return [
+    subprocess.Popen(
+      [*command, f'--process_id={i}'],
+      env=environment,
+      stdin=subprocess.DEVNULL,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      start_new_session=True,
+      preexec_fn=_die_with_parent,
+    )
+    for i in range(processes)
+  ]
 
 
 def _die_with_parent():
@@ -63,7 +90,8 @@ def copy_output(index, stream):
 
 
 def wait(children):
-  """Waits for all and ends them when one fails -> the worst exit code, as a shell gives it (137: killed)."""
+  """Waits for all and ends them when one fails -> the worst exit code, as a shell gives it (137:
+  killed)."""
   deadline = None
   while True:
     codes = [child.poll() for child in children]
@@ -90,8 +118,14 @@ def main(argv):
   children = start(args.processes, args.devices, args.arguments)
   try:
     for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, lambda number, _: [child.send_signal(number) for child in children if child.poll() is None])
-    copiers = [threading.Thread(target=copy_output, args=(i, child.stdout)) for i, child in enumerate(children)]
+      signal.signal(
+        number,
+        lambda number, _: [child.send_signal(number) for child in children if child.poll() is None],
+      )
+    copiers = [
+      threading.Thread(target=copy_output, args=(i, child.stdout))
+      for i, child in enumerate(children)
+    ]
     for copier in copiers:
       copier.start()
     code = wait(children)

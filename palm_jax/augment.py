@@ -1,4 +1,5 @@
 """Image augmentations on the device, with torchvision's laws and one random draw a sample."""
+
 import difflib
 import math
 
@@ -12,7 +13,8 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, PIL's convert('L')
 
 
 def sample_crop(key, height, width, scale, ratio=ASPECT):
-  """Window of torchvision's RandomResizedCrop.get_params: ten tries, then the largest central window of legal aspect.
+  """Window of torchvision's RandomResizedCrop.get_params: ten tries, then the largest central
+  window of legal aspect.
 
   Args:
     key: one typed key.
@@ -24,7 +26,9 @@ def sample_crop(key, height, width, scale, ratio=ASPECT):
   """
   area_key, aspect_key, top_key, left_key = jax.random.split(key, 4)
   area = height * width * jax.random.uniform(area_key, (10,), minval=scale[0], maxval=scale[1])
-  log_aspect = jax.random.uniform(aspect_key, (10,), minval=math.log(ratio[0]), maxval=math.log(ratio[1]))
+  log_aspect = jax.random.uniform(
+    aspect_key, (10,), minval=math.log(ratio[0]), maxval=math.log(ratio[1])
+  )
   aspect = jnp.exp(log_aspect)
   widths = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
   heights = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
@@ -35,17 +39,23 @@ def sample_crop(key, height, width, scale, ratio=ASPECT):
   first, found = jnp.argmax(fits), jnp.any(fits)
   crop_width = jnp.where(found, widths[first], fallback_width)
   crop_height = jnp.where(found, heights[first], fallback_height)
-  top = jnp.where(found, jax.random.randint(top_key, (), 0, height - crop_height + 1), (height - crop_height) // 2)
-  left = jnp.where(found, jax.random.randint(left_key, (), 0, width - crop_width + 1), (width - crop_width) // 2)
+  top = jnp.where(
+    found, jax.random.randint(top_key, (), 0, height - crop_height + 1), (height - crop_height) // 2
+  )
+  left = jnp.where(
+    found, jax.random.randint(left_key, (), 0, width - crop_width + 1), (width - crop_width) // 2
+  )
   return top, left, crop_height, crop_width
 
 
 def resized_crop(image, top, left, height, width):
-  """The window, resized bilinearly to the image's own size. image (H, W, C) float; the window may be traced.
+  """The window, resized bilinearly to the image's own size. image (H, W, C) float; the window may
+  be traced.
 
-  The window never exceeds the image, so it is only ever enlarged and antialiasing has nothing to do. Pixels outside
-  the window have no share, as when torchvision cuts before it resizes.
+  The window never exceeds the image, so it is only ever enlarged and antialiasing has nothing to
+  do. Pixels outside the window have no share, as when torchvision cuts before it resizes.
   """
+
   def weights(size, start, length):  # (size out, size in)
     centre = (jnp.arange(size, dtype=image.dtype) + 0.5) * (length / size) - 0.5
     position = start + jnp.clip(centre, 0, length - 1)
@@ -70,16 +80,22 @@ def center_crop(image, size):
   """The central size x size window. image (..., H, W, C)."""
   height, width = image.shape[-3:-1]
   if size > min(height, width):
-    raise UserError(f'center_crop to {size}: the images have {height}x{width}; take a size that fits')
+    raise UserError(
+      f'center_crop to {size}: the images have {height}x{width}; take a size that fits'
+    )
   top, left = round((height - size) / 2), round((width - size) / 2)  # torchvision center_crop
-  return image[..., top:top + size, left:left + size, :]
+  return image[..., top : top + size, left : left + size, :]
 
 
-# Colour operations, on images (H, W, C) with values in [0, 1]; torchvision/transforms/functional.py.
+# Colour operations, on images (H, W, C) with values in [0, 1];
+# torchvision/transforms/functional.py.
+
 
 def to_gray(image):
   """Luma in every channel; (H, W, 3) -> the same."""
-  return jnp.broadcast_to((image * jnp.asarray(LUMA, image.dtype)).sum(axis=-1, keepdims=True), image.shape)
+  return jnp.broadcast_to(
+    (image * jnp.asarray(LUMA, image.dtype)).sum(axis=-1, keepdims=True), image.shape
+  )
 
 
 def adjust_brightness(image, factor):
@@ -87,7 +103,8 @@ def adjust_brightness(image, factor):
 
 
 def adjust_contrast(image, factor):
-  """Blends with the image's mean grey level; where there are not three channels, with the mean of all values."""
+  """Blends with the image's mean grey level; where there are not three channels, with the mean of
+  all values."""
   mean = jnp.mean(to_gray(image) if image.shape[-1] == 3 else image)
   return jnp.clip(factor * image + (1 - factor) * mean, 0, 1)
 
@@ -101,8 +118,11 @@ def adjust_hue(image, turn):
   red, green, blue = image[..., 0], image[..., 1], image[..., 2]
   value, chroma = image.max(axis=-1), image.max(axis=-1) - image.min(axis=-1)
   safe = jnp.where(chroma > 0, chroma, 1)
-  hue = jnp.where(value == red, (green - blue) / safe,
-                  jnp.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe))  # sixths of a circle
+  hue = jnp.where(
+    value == red,
+    (green - blue) / safe,
+    jnp.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+  )  # sixths of a circle
 
   def channel(offset):
     k = (offset + hue + 6 * turn) % 6
@@ -112,7 +132,8 @@ def adjust_hue(image, turn):
 
 
 def color_jitter(key, image, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1):
-  """torchvision's ColorJitter: the four adjustments in random order, factors U(1 - x, 1 + x), hue U(-hue, hue) turns.
+  """torchvision's ColorJitter: the four adjustments in random order, factors U(1 - x, 1 + x), hue
+  U(-hue, hue) turns.
 
   Images without three channels have no colour: only brightness and contrast change.
   """
@@ -127,7 +148,9 @@ def color_jitter(key, image, brightness=0.4, contrast=0.4, saturation=0.4, hue=0
 
   operations = [operation(*strength, key) for strength, key in zip(strengths, keys, strict=False)]
   order = jax.random.permutation(order_key, len(operations))
-  return jax.lax.scan(lambda image, index: (jax.lax.switch(index, operations, image), None), image, order)[0]
+  return jax.lax.scan(
+    lambda image, index: (jax.lax.switch(index, operations, image), None), image, order
+  )[0]
 
 
 def _simsiam_one(key, image):
@@ -154,14 +177,18 @@ def _shift_flip_one(key, image):
 
 def _augment(one, keys, images):
   if images.dtype != jnp.uint8:
-    raise UserError(f'images to augment of type {images.dtype}: expected uint8 in 0..255; augment before scaling')
+    raise UserError(
+      f'images to augment of type {images.dtype}: expected uint8 in 0..255; augment before scaling'
+    )
   return 2 * jax.vmap(one)(keys, images.astype(jnp.float32) / 255) - 1
 
 
 def simsiam_augment(keys, images):
-  """SimSiam's CIFAR augmentations: crop (area 0.2 to 1), flip, colour jitter, grey; no blur at 32 pixels.
+  """SimSiam's CIFAR augmentations: crop (area 0.2 to 1), flip, colour jitter, grey; no blur at 32
+  pixels.
 
-  Source: SimSiam appendix D, PatrickHua/SimSiam augmentations/simsiam_aug.py. Two views are two calls with two keys.
+  Source: SimSiam appendix D, PatrickHua/SimSiam augmentations/simsiam_aug.py. Two views are two
+  calls with two keys.
 
   Args:
     keys: (N,) typed keys, one a sample.
@@ -175,7 +202,8 @@ def simsiam_augment(keys, images):
 
 
 def crop_flip(keys, images):
-  """Crop (area 0.08 to 1) and flip, for linear probes (PatrickHua/SimSiam augmentations/eval_aug.py).
+  """Crop (area 0.08 to 1) and flip, for linear probes (PatrickHua/SimSiam
+  augmentations/eval_aug.py).
 
   Shapes and errors as in `simsiam_augment`.
   """
@@ -183,7 +211,8 @@ def crop_flip(keys, images):
 
 
 def shift_flip(keys, images):
-  """Shift by up to an eighth of the side, black around, and flip: supervised training's (kuangliu/pytorch-cifar main.py).
+  """Shift by up to an eighth of the side, black around, and flip: supervised training's
+  (kuangliu/pytorch-cifar main.py).
 
   Shapes and errors as in `simsiam_augment`.
   """
@@ -191,16 +220,23 @@ def shift_flip(keys, images):
 
 
 def make_augment(name):
-  """The function (keys (N,), images (N, H, W, C) uint8) -> images of a name: 'none', 'simsiam', 'crop_flip', 'shift_flip'.
+  """The function (keys (N,), images (N, H, W, C) uint8) -> images of a name: 'none', 'simsiam',
+  'crop_flip', 'shift_flip'.
 
   'none' hands the uint8 images on as they are; encoders scale them.
 
   Raises:
     UserError: for another name.
   """
-  augmentations = {'none': lambda keys, images: images, 'simsiam': simsiam_augment, 'crop_flip': crop_flip,
-                   'shift_flip': shift_flip}
+  augmentations = {
+    'none': lambda keys, images: images,
+    'simsiam': simsiam_augment,
+    'crop_flip': crop_flip,
+    'shift_flip': shift_flip,
+  }
   if name not in augmentations:
     nearest = difflib.get_close_matches(str(name), augmentations, n=1, cutoff=0)[0]
-    raise UserError(f'augment {name!r}: expected one of {", ".join(augmentations)}; did you mean {nearest!r}?')
+    raise UserError(
+      f'augment {name!r}: expected one of {", ".join(augmentations)}; did you mean {nearest!r}?'
+    )
   return augmentations[name]

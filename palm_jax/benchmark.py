@@ -1,4 +1,6 @@
-"""How fast the work of a config goes on these devices, how near to what cannot be avoided, and where the time is spent."""
+"""How fast the work of a config goes on these devices, how near to what cannot be avoided, and
+where the time is spent."""
+
 import dataclasses
 import math
 import pathlib
@@ -13,15 +15,23 @@ from palm_jax.checkpoint import write_json_atomic
 from palm_jax.errors import UserError
 from palm_jax.generator import benchmark as generator_benchmark
 
-ROWS = dict(generator='generator', acting='acting encoder', simsiam='SimSiam, both passes', reward='reward', sac='SAC',
-            replay='replay')
+ROWS = dict(
+  generator='generator',
+  acting='acting encoder',
+  simsiam='SimSiam, both passes',
+  reward='reward',
+  sac='SAC',
+  replay='replay',
+)
 
 
 def benchmark(config, workdir, data, mesh):
-  """The job: measures what the config trains and writes <workdir>/results/benchmark.json, whose content it returns.
+  """The job: measures what the config trains and writes <workdir>/results/benchmark.json, whose
+  content it returns.
 
   Args:
-    config: the whole config; of its jobs, 'generator' (where it trains one) and 'pretrain' are measured.
+    config: the whole config; of its jobs, 'generator' (where it trains one) and 'pretrain' are
+      measured.
     workdir: pathlib.Path.
     data: data.Data, or None where no generator is trained.
     mesh: one-dimensional, axis 'data'.
@@ -36,7 +46,9 @@ def benchmark(config, workdir, data, mesh):
     generator = pretrain.as_world(config, draw_weights(plan.make_generator(config, workdir)))
     result['pretrain'] = pretraining(config, generator, mesh)
   if not result.keys() & {'generator', 'pretrain'}:
-    raise UserError(f'config.jobs={tuple(config.jobs)} has nothing to measure: put generator or pretrain into it')
+    raise UserError(
+      f'config.jobs={tuple(config.jobs)} has nothing to measure: put generator or pretrain into it'
+    )
   if jax.process_index() == 0:
     write_json_atomic(pathlib.Path(workdir) / 'results' / 'benchmark.json', result)
   return result
@@ -49,15 +61,19 @@ def trains_generator(config):
 def draw_weights(generator):
   """The same generator with random weights; speed does not ask for trained ones."""
   network = generator.network
-  init = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, network.z_dim)), jnp.zeros(1, jnp.int32))
+  init = jax.jit(network.init)(
+    jax.random.key(0), jnp.zeros((1, network.z_dim)), jnp.zeros(1, jnp.int32)
+  )
   return dataclasses.replace(generator, variables=jax.device_get(init))
 
 
 def pretraining(config, generator, mesh):
-  """Speed of pretraining against the work that no arrangement avoids (`workload.UNAVOIDABLE`), each compiled alone.
+  """Speed of pretraining against the work that no arrangement avoids (`workload.UNAVOIDABLE`), each
+  compiled alone.
 
-  The whole call, as pretraining makes it, with a full ring and learning in every iteration, and the parts take turns, so that
-  other load on the machine hits all alike. Each figure is the median of timing.REPEATS, after a turn that is not counted.
+  The whole call, as pretraining makes it, with a full ring and learning in every iteration, and the
+  parts take turns, so that other load on the machine hits all alike. Each figure is the median of
+  timing.REPEATS, after a turn that is not counted.
 
   Args:
     config: the whole config.
@@ -65,9 +81,10 @@ def pretraining(config, generator, mesh):
     mesh: one-dimensional, axis 'data'.
 
   Returns:
-    seconds_per_iteration, env_steps_per_second, updates_per_second; efficiency, the unavoidable parts' seconds divided by
-    the iteration's; part_seconds; flops an iteration and device, whole and by part; matmul_flops_per_second, measured, and
-    the share of it; bytes of the compiled call on a device; compile_seconds; settings.
+    seconds_per_iteration, env_steps_per_second, updates_per_second; efficiency, the unavoidable
+    parts' seconds divided by the iteration's; part_seconds; flops an iteration and device, whole
+    and by part; matmul_flops_per_second, measured, and the share of it; bytes of the compiled call
+    on a device; compile_seconds; settings.
 
   Raises:
     UserError: settings that cannot work.
@@ -77,7 +94,9 @@ def pretraining(config, generator, mesh):
   world, key = pretrain.make_world(config, generator, mesh), jax.random.key(config.seed)
   state = fill(program, program.init(key, world))
   make_sample = lambda key: workload.make_sample(config, generator, program, key)
-  sample = jax.jit(make_sample, out_shardings=workload.sample_shardings(mesh, jax.eval_shape(make_sample, key)))(key)
+  sample = jax.jit(
+    make_sample, out_shardings=workload.sample_shardings(mesh, jax.eval_shape(make_sample, key))
+  )(key)
   parts = workload.make_parts(config, generator, program, mesh)
 
   traced = program.call.trace(state, world)
@@ -98,48 +117,79 @@ def pretraining(config, generator, mesh):
       times[name].append(took)
       if part.carries:
         state = state.replace(**{part.carries: result[0]})
-    logging.info('benchmark: turn %d of %d, %.3g s an iteration', turn, timing.REPEATS, times['whole'][-1])
+    logging.info(
+      'benchmark: turn %d of %d, %.3g s an iteration', turn, timing.REPEATS, times['whole'][-1]
+    )
   found = {name: statistics.median(values[1:]) for name, values in times.items()}
   whole, unavoidable = found.pop('whole'), sum(found[name] for name in workload.UNAVOIDABLE)
   peak, memory = timing.matmul_flops(pretrain.DTYPES[p.dtype]), compiled.memory_analysis()
   result = dict(
-      seconds_per_iteration=whole, env_steps_per_second=program.env_steps_per_iteration / whole,
-      updates_per_second=p.updates_per_iteration / whole, efficiency=unavoidable / whole, part_seconds=found, flops=flops,
-      matmul_flops_per_second=peak, share_of_matmul=flops['whole'] / whole / peak,
-      bytes=dict(arguments=memory.argument_size_in_bytes, temporaries=memory.temp_size_in_bytes,
-                 results_beside_them=memory.output_size_in_bytes - memory.alias_size_in_bytes),
-      hours=math.ceil(p.env_steps / program.env_steps_per_iteration) * whole / 3600,
-      compile_seconds=compile_seconds, repeats=timing.REPEATS,
-      settings=workload.settings(config))
+    seconds_per_iteration=whole,
+    env_steps_per_second=program.env_steps_per_iteration / whole,
+    updates_per_second=p.updates_per_iteration / whole,
+    efficiency=unavoidable / whole,
+    part_seconds=found,
+    flops=flops,
+    matmul_flops_per_second=peak,
+    share_of_matmul=flops['whole'] / whole / peak,
+    bytes=dict(
+      arguments=memory.argument_size_in_bytes,
+      temporaries=memory.temp_size_in_bytes,
+      results_beside_them=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    ),
+    hours=math.ceil(p.env_steps / program.env_steps_per_iteration) * whole / 3600,
+    compile_seconds=compile_seconds,
+    repeats=timing.REPEATS,
+    settings=workload.settings(config),
+  )
   logging.info('%s', table(result, devices.describe(mesh)))
   return result
 
 
 def fill(program, state):
   """The state with a full ring of noise, past its warm-up."""
+
   def filled(state):
     ring = state.ring
     frames = jax.random.bits(jax.random.key(1), ring.frames.shape, jnp.uint8)
-    return state.replace(iteration=state.iteration + program.warmup_iterations,
-                         ring=ring.replace(frames=frames, total=ring.total + ring.frames.shape[0]))
+    return state.replace(
+      iteration=state.iteration + program.warmup_iterations,
+      ring=ring.replace(frames=frames, total=ring.total + ring.frames.shape[0]),
+    )
+
   return jax.jit(filled, out_shardings=program.state_shardings, donate_argnums=0)(state)
 
 
 def table(result, about):
   """The measures in lines of text."""
-  p, whole, parts = result['settings']['pretrain'], result['seconds_per_iteration'], result['part_seconds']
-  memory = ', '.join(f'{name.replace("_", " ")} {n / 2**20:,.1f} MiB' for name, n in result['bytes'].items())
+  p, whole, parts = (
+    result['settings']['pretrain'],
+    result['seconds_per_iteration'],
+    result['part_seconds'],
+  )
+  memory = ', '.join(
+    f'{name.replace("_", " ")} {n / 2**20:,.1f} MiB' for name, n in result['bytes'].items()
+  )
   lines = [
-      f'pretraining on {about["devices"]}, jax {about["versions"]["jax"]}, {p["dtype"]}:',
-      f'  {result["env_steps_per_second"]:,.1f} env steps/s, {result["updates_per_second"]:,.2f} updates/s, {whole:.4g} s an '
-      f'iteration, {p["env_steps"]:,} env steps in {result["hours"]:.3g} h',
-      f'  {"alone":22}{"ms/iteration":>14}{"of the whole":>14}{"GFLOP":>10}']
-  lines += [f'  {ROWS[name]:22}{1000 * parts[name]:14,.2f}{parts[name] / whole:14.1%}{result["flops"][name] / 1e9:10,.2f}'
-            for name in ROWS]
+    f'pretraining on {about["devices"]}, jax {about["versions"]["jax"]}, {p["dtype"]}:',
+    f'  {result["env_steps_per_second"]:,.1f} env steps/s, {result["updates_per_second"]:,.2f} '
+    f'updates/s, {whole:.4g} s an '
+    f'iteration, {p["env_steps"]:,} env steps in {result["hours"]:.3g} h',
+    f'  {"alone":22}{"ms/iteration":>14}{"of the whole":>14}{"GFLOP":>10}',
+  ]
   lines += [
-      f'  efficiency {result["efficiency"]:.3f} = (generator + acting + SimSiam) / whole',
-      f'  {result["flops"]["whole"] / 1e9:,.2f} GFLOP an iteration and device: {result["share_of_matmul"]:.1%} of '
-      f'{result["matmul_flops_per_second"] / 1e12:.3g} TFLOP/s, measured in a {p["dtype"]} matrix product',
-      f'  memory of a device: {memory}',
-      f'  median of {result["repeats"]} turns, the first left out; compiled in {result["compile_seconds"]:.0f} s']
+    '  '
+    f'{ROWS[name]:22}{1000 * parts[name]:14,.2f}{parts[name] / whole:14.1%}{result["flops"][name] / 1e9:10,.2f}'
+    for name in ROWS
+  ]
+  lines += [
+    f'  efficiency {result["efficiency"]:.3f} = (generator + acting + SimSiam) / whole',
+    f'  {result["flops"]["whole"] / 1e9:,.2f} GFLOP an iteration and device: '
+    f'{result["share_of_matmul"]:.1%} of '
+    f'{result["matmul_flops_per_second"] / 1e12:.3g} TFLOP/s, measured in a {p["dtype"]} matrix '
+    'product',
+    f'  memory of a device: {memory}',
+    f'  median of {result["repeats"]} turns, the first left out; compiled in '
+    f'{result["compile_seconds"]:.0f} s',
+  ]
   return '\n'.join(lines)

@@ -1,8 +1,11 @@
-"""Checkpoints with digests (orbax loads flipped bytes silently), stopping on SIGTERM, and JSON that is whole or absent.
+"""Checkpoints with digests (orbax loads flipped bytes silently), stopping on SIGTERM, and JSON that
+is whole or absent.
 
-A step is `<folder>/<step>/`, with one folder for each item. Orbax writes it under a temporary name and renames it, so a
-step that can be seen is complete. The digests lie in the step's own metadata: SHA-256 of each block of each array.
+A step is `<folder>/<step>/`, with one folder for each item. Orbax writes it under a temporary name
+and renames it, so a step that can be seen is complete. The digests lie in the step's own metadata:
+SHA-256 of each block of each array.
 """
+
 import concurrent.futures
 import errno
 import hashlib
@@ -29,14 +32,24 @@ from palm_jax.files import replacing, sync
 
 
 class Restored(NamedTuple):
-  """What a checkpoint gave: its step, {name: tree of arrays}, and the metadata that was saved with it."""
+  """What a checkpoint gave: its step, {name: tree of arrays}, and the metadata that was saved with
+  it."""
+
   step: int
   items: dict[str, Any]
   metadata: dict[str, Any]
 
 
 # What keeps a file from being read, and says nothing about what is in it.
-PASSING = (errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT, errno.ESTALE)
+PASSING = (
+  errno.EIO,
+  errno.EACCES,
+  errno.EPERM,
+  errno.EMFILE,
+  errno.ENFILE,
+  errno.ETIMEDOUT,
+  errno.ESTALE,
+)
 
 
 class Damaged(Exception):
@@ -44,11 +57,13 @@ class Damaged(Exception):
 
 
 class Checkpoints:
-  """The checkpoints of one run. All processes call each method together; no other process writes to the folder.
+  """The checkpoints of one run. All processes call each method together; no other process writes to
+  the folder.
 
   Args:
     folder: path of the steps; made if absent. What a killed run left half-written in it is removed.
-    keep: how many of the newest steps stay; one more is there while a save is under way or not yet waited for.
+    keep: how many of the newest steps stay; one more is there while a save is under way or not yet
+      waited for.
 
   Raises:
     UserError: the folder cannot be made.
@@ -69,7 +84,9 @@ class Checkpoints:
       error = e
     if any_process(error):
       reason = error.strerror if error else 'another process says why'
-      raise UserError(f'{self.folder} cannot hold checkpoints ({reason}): choose another --workdir') from error
+      raise UserError(
+        f'{self.folder} cannot hold checkpoints ({reason}): choose another --workdir'
+      ) from error
 
   def __enter__(self):
     return self
@@ -86,7 +103,8 @@ class Checkpoints:
     return max(self.steps(), default=None)
 
   def save(self, step, items, metadata):
-    """Starts to save; returns when all arrays are copied and hashed, so the caller may donate them at once.
+    """Starts to save; returns when all arrays are copied and hashed, so the caller may donate them
+    at once.
 
     Args:
       step: int, beyond every step that is there.
@@ -94,27 +112,37 @@ class Checkpoints:
       metadata: anything that JSON holds.
 
     Raises:
-      UserError: this save, or the one before, found no room or no permission (earlier steps are untouched);
-        or a newer step is there.
+      UserError: this save, or the one before, found no room or no permission (earlier steps are
+        untouched); or a newer step is there.
     """
     self.wait()
     good = [s for s in self.steps() if s not in self._damaged]
     if good and step <= good[-1]:
-      raise UserError(f'{self.folder} already holds step {good[-1]}, so step {step} cannot be saved there: '
-                      'resume from it or choose another --workdir')
+      raise UserError(
+        f'{self.folder} already holds step {good[-1]}, so step {step} cannot be saved there: '
+        'resume from it or choose another --workdir'
+      )
     while self._damaged:  # set aside, so that neither the count nor the next resume meets them
       name = str(self._damaged.pop())
       if jax.process_index() == 0:
         shutil.rmtree(self.folder / f'{name}.damaged', ignore_errors=True)
         os.rename(self.folder / name, self.folder / f'{name}.damaged')
     _barrier('damaged')
-    record = {'metadata': metadata, 'items': {name: _describe(tree) for name, tree in items.items()}}
+    record = {
+      'metadata': metadata,
+      'items': {name: _describe(tree) for name, tree in items.items()},
+    }
     context = ocp.Context()
-    context.async_options.create_directories_asynchronously = False  # a refused mkdir would delay the exit by 5 minutes
+    context.async_options.create_directories_asynchronously = (
+      False  # a refused mkdir would delay the exit by 5 minutes
+    )
     try:
       with context:
-        response = ocp.save_checkpointables_async(self.folder / str(step), items,
-                                                  custom_metadata={'record': record, 'sha256': _json_digest(record)})
+        response = ocp.save_checkpointables_async(
+          self.folder / str(step),
+          items,
+          custom_metadata={'record': record, 'sha256': _json_digest(record)},
+        )
     except (OSError, ValueError) as e:
       self._refuse(step, e)
     self._pending = step, response
@@ -123,7 +151,8 @@ class Checkpoints:
     """Waits for the save under way, then removes the steps beyond `keep`.
 
     Raises:
-      UserError: no room or no permission; earlier steps are untouched and nothing of this one stays.
+      UserError: no room or no permission; earlier steps are untouched and nothing of this one
+        stays.
     """
     if self._pending is None:
       return
@@ -135,13 +164,15 @@ class Checkpoints:
     error, folder = None, self.folder / str(step)
     if jax.process_index() == 0:
       try:
-        sync(*folder.rglob('*'), folder, self.folder)  # orbax leaves that to the system, and older steps go now
+        sync(
+          *folder.rglob('*'), folder, self.folder
+        )  # orbax leaves that to the system, and older steps go now
       except OSError as e:
         error = e
     if any_process(error):
       self._refuse(step, error or OSError('the first process says why'))
     if jax.process_index() == 0:
-      for old in self.steps()[:-self._keep]:
+      for old in self.steps()[: -self._keep]:
         # Renamed first: a run killed in the middle of removing leaves no half of a step behind.
         gone = self.folder / f'{old}.deleted'
         os.rename(self.folder / str(old), gone)
@@ -150,25 +181,31 @@ class Checkpoints:
   close = wait
 
   def _refuse(self, step, error):
-    if not (isinstance(error, OSError) or 'os_error_code' in str(error)):  # tensorstore's disk errors are ValueErrors
+    if not (
+      isinstance(error, OSError) or 'os_error_code' in str(error)
+    ):  # tensorstore's disk errors are ValueErrors
       raise error
     for path in self.folder.glob(f'{step}.orbax-checkpoint-tmp*'):
       shutil.rmtree(path, ignore_errors=True)
-    raise UserError(f'checkpoint step {step} could not be written to {self.folder} ({_one_line(error)}): '
-                    'free space or mend permissions there, then run again; earlier steps are untouched') from error
+    raise UserError(
+      f'checkpoint step {step} could not be written to {self.folder} ({_one_line(error)}): '
+      'free space or mend permissions there, then run again; earlier steps are untouched'
+    ) from error
 
   def restore(self, templates):
-    """The newest step that is whole; damaged newer ones are named in the log and set aside at the next save.
+    """The newest step that is whole; damaged newer ones are named in the log and set aside at the
+    next save.
 
     Args:
-      templates: {name: tree of jax.ShapeDtypeStruct with shardings} of the items wanted, on any number of devices.
+      templates: {name: tree of jax.ShapeDtypeStruct with shardings} of the items wanted, on any
+        number of devices.
 
     Returns:
       Restored, or None where there is no step.
 
     Raises:
-      UserError: every step is damaged, the newest whole one belongs to another config, or one cannot be read for a reason that
-        may pass.
+      UserError: every step is damaged, the newest whole one belongs to another config, or one
+        cannot be read for a reason that may pass.
     """
     self.wait()
     self._damaged = []
@@ -182,36 +219,46 @@ class Checkpoints:
 def list_steps(folder):
   """The complete steps in a folder of checkpoints, oldest first."""
   folder = pathlib.Path(folder)
-  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal()) if folder.is_dir() else []
+  return (
+    sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal()) if folder.is_dir() else []
+  )
 
 
 def load_item(folder, name, step=None, template=None):
-  """Reads one item of a step and leaves the others on the disk; writes nothing, so it may look at a running job.
+  """Reads one item of a step and leaves the others on the disk; writes nothing, so it may look at a
+  running job.
 
   Args:
     folder: path of the steps.
     name: the item.
     step: None for the newest that is whole.
-    template: tree of jax.ShapeDtypeStruct with shardings; None gives numpy arrays, for an item of nested dicts only.
+    template: tree of jax.ShapeDtypeStruct with shardings; None gives numpy arrays, for an item of
+      nested dicts only.
 
   Returns:
     (step, tree).
 
   Raises:
-    UserError: no such step or item, damage (for step=None: of every step), or another shape than the template's.
+    UserError: no such step or item, damage (for step=None: of every step), or another shape than
+      the template's.
   """
   _quieten_orbax()
   folder = pathlib.Path(folder).absolute()
 
   def templates(record):
     if name not in record['items']:
-      raise UserError(f'{folder} has no item {name!r}, only {", ".join(record["items"])}: name one of them')
+      raise UserError(
+        f'{folder} has no item {name!r}, only {", ".join(record["items"])}: name one of them'
+      )
     return {name: template or _nested_template(record['items'][name])}
 
   steps = list_steps(folder)
   if step not in (None, *steps) or not steps:
-    raise UserError(f'{folder} has no checkpoint{"" if step is None else f" step {step}"}, only {steps or "none"}: '
-                    'run the job that makes it, or name a step that is there')
+    raise UserError(
+      f'{folder} has no checkpoint{"" if step is None else f" step {step}"}, only '
+      f'{steps or "none"}: '
+      'run the job that makes it, or name a step that is there'
+    )
   restored = _newest(folder, steps if step is None else [step], templates, [])
   return restored.step, restored.items[name] if template else jax.device_get(restored.items[name])
 
@@ -229,8 +276,10 @@ def load_encoder(workdir, step=None):
   try:
     config = json.loads((workdir / 'config.json').read_text())
   except (OSError, ValueError) as e:
-    raise UserError(f'{workdir / "config.json"} cannot be read ({_one_line(e)}): '
-                    'give the --workdir of a pretraining run') from e
+    raise UserError(
+      f'{workdir / "config.json"} cannot be read ({_one_line(e)}): '
+      'give the --workdir of a pretraining run'
+    ) from e
   step, variables = load_item(workdir / 'pretrain' / 'checkpoints', 'encoder', step)
   return config, variables, step
 
@@ -240,18 +289,22 @@ def digest(variables, settings):
   sha256 = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
   for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
     leaf = np.asarray(leaf)
-    sha256.update(f'{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}'.encode() + leaf.tobytes())
+    sha256.update(
+      f'{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}'.encode() + leaf.tobytes()
+    )
   return sha256.hexdigest()
 
 
 def write_json_atomic(path, obj):
-  """Writes JSON (numpy and JAX numbers and arrays too) so that `path` holds all of it or what was there before."""
+  """Writes JSON (numpy and JAX numbers and arrays too) so that `path` holds all of it or what was
+  there before."""
   with replacing(path, 'w') as f:
     json.dump(obj, f, indent=2, default=lambda x: x.tolist())
 
 
 class Preemption:
-  """Within it SIGTERM only sets a flag: the loop asks `requested` once an iteration, saves, and leaves with code 0."""
+  """Within it SIGTERM only sets a flag: the loop asks `requested` once an iteration, saves, and
+  leaves with code 0."""
 
   def __enter__(self):
     self._flag = False
@@ -274,13 +327,15 @@ class Preemption:
 
 
 def any_process(flag):
-  """Whether `flag` is true in any process: for decisions by a signal or a clock, which processes must take alike."""
+  """Whether `flag` is true in any process: for decisions by a signal or a clock, which processes
+  must take alike."""
   flag = np.asarray(bool(flag))
   return bool(flag if jax.process_count() == 1 else multihost_utils.process_allgather(flag).any())
 
 
 def _newest(folder, steps, make_templates, damaged):
-  """The newest of `steps` that is whole, or None where there is none; those damaged are appended to `damaged`."""
+  """The newest of `steps` that is whole, or None where there is none; those damaged are appended to
+  `damaged`."""
   for step in reversed(steps):
     try:
       restored = _load(folder, step, make_templates)
@@ -290,8 +345,10 @@ def _newest(folder, steps, make_templates, damaged):
       continue
     return restored
   if steps:
-    raise UserError(f'checkpoint step {", ".join(map(str, steps))} in {folder} is damaged: restore a copy, '
-                    'name another step, or remove the folder to start anew')
+    raise UserError(
+      f'checkpoint step {", ".join(map(str, steps))} in {folder} is damaged: restore a copy, '
+      'name another step, or remove the folder to start anew'
+    )
   return None
 
 
@@ -309,14 +366,23 @@ def _load(folder, step, make_templates):
   if any_process(reason):
     raise Damaged(reason or 'another process cannot read it')
   templates = make_templates(record)
-  saved = {f'{name}/{leaf}': f'{about["dtype"]}{tuple(about["shape"])}'
-           for name in templates for leaf, about in record['items'].get(name, {}).items()}
+  saved = {
+    f'{name}/{leaf}': f'{about["dtype"]}{tuple(about["shape"])}'
+    for name in templates
+    for leaf, about in record['items'].get(name, {}).items()
+  }
   if misfit := _first_misfit(saved, _signatures(templates)):
-    raise UserError(f'{path} is a checkpoint of another config: {misfit}: '
-                    'choose another --workdir, or go back to its config')
+    raise UserError(
+      f'{path} is a checkpoint of another config: {misfit}: '
+      'choose another --workdir, or go back to its config'
+    )
   context, this = ocp.Context(), jax.process_index()
-  # Each process alone: one that finds damage leaves orbax early, and the others would wait 5 minutes for it.
-  context.multiprocessing_options.primary_host, context.multiprocessing_options.active_processes = this, {this}
+  # Each process alone: one that finds damage leaves orbax early, and the others would wait 5
+  # minutes for it.
+  context.multiprocessing_options.primary_host, context.multiprocessing_options.active_processes = (
+    this,
+    {this},
+  )
   try:
     with context:
       items = ocp.load_checkpointables(path, templates)
@@ -324,7 +390,9 @@ def _load(folder, step, make_templates):
     reason = _first_misfit(_signatures(items), _signatures(templates))
   except jax.errors.JaxRuntimeError:  # out of memory says nothing about the files
     raise
-  except Exception as e:  # orbax raises whatever the damaged bytes lead it into, and hides the first cause
+  except (
+    Exception
+  ) as e:  # orbax raises whatever the damaged bytes lead it into, and hides the first cause
     while e.__cause__ or e.__context__:
       e = e.__cause__ or e.__context__
     reason, passing = f'orbax cannot read it ({type(e).__name__}: {_one_line(e)})', _passing(e)
@@ -338,8 +406,11 @@ def _load(folder, step, make_templates):
 
 
 def _passing(error):
-  """The error, if it keeps a file from being read and says nothing about what is in it; else None."""
-  code = re.search(r'os_error_code\W+(\d+)', str(error))  # tensorstore's disk errors are ValueErrors
+  """The error, if it keeps a file from being read and says nothing about what is in it; else
+  None."""
+  code = re.search(
+    r'os_error_code\W+(\d+)', str(error)
+  )  # tensorstore's disk errors are ValueErrors
   number = error.errno if isinstance(error, OSError) else int(code[1]) if code else None
   return error if isinstance(error, MemoryError) or number in PASSING else None
 
@@ -347,14 +418,19 @@ def _passing(error):
 def _refuse_passing(path, passing):
   if any_process(passing):
     reason = _one_line(passing) if passing else 'another process says why'
-    raise UserError(f'{path} cannot be read now ({reason}): mend that, or remove that step to go on from the one before, then run '
-                    'again; nothing was changed') from passing
+    raise UserError(
+      f'{path} cannot be read now ({reason}): mend that, or remove that step to go on from the '
+      'one before, then run '
+      'again; nothing was changed'
+    ) from passing
 
 
 def _leaves(tree):
   """{path: leaf}, the path like 'params/conv/kernel'."""
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf
-          for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+  }
 
 
 def _signatures(tree):
@@ -371,14 +447,17 @@ def _first_misfit(there, expected):
 
 
 def _nested_template(saved):
-  """Nested dicts of replicated ShapeDtypeStructs for a saved item: exact on any number of devices."""
+  """Nested dicts of replicated ShapeDtypeStructs for a saved item: exact on any number of
+  devices."""
   everywhere, tree = NamedSharding(jax.sharding.Mesh(jax.devices(), 'data'), P()), {}
   for path, leaf in saved.items():
     *parents, last = path.split('/')
     node = tree
     for parent in parents:
       node = node.setdefault(parent, {})
-    node[last] = jax.ShapeDtypeStruct(leaf['shape'], jax.numpy.dtype(leaf['dtype']), sharding=everywhere)
+    node[last] = jax.ShapeDtypeStruct(
+      leaf['shape'], jax.numpy.dtype(leaf['dtype']), sharding=everywhere
+    )
   return tree
 
 
@@ -386,7 +465,9 @@ def _plain(leaf):
   """Typed keys as their integers, Python numbers as arrays."""
   if not isinstance(leaf, jax.Array):
     return np.asarray(leaf)
-  return jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+  return (
+    jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+  )
 
 
 def _box(index, shape):
@@ -398,7 +479,9 @@ def _boxes(leaf):
   """The distinct blocks in which an array lies on all devices of all processes."""
   if not isinstance(leaf, jax.Array):
     return [tuple((0, n) for n in leaf.shape)]
-  return sorted({_box(index, leaf.shape) for index in leaf.sharding.devices_indices_map(leaf.shape).values()})
+  return sorted(
+    {_box(index, leaf.shape) for index in leaf.sharding.devices_indices_map(leaf.shape).values()}
+  )
 
 
 def _block(leaf, box):
@@ -413,18 +496,23 @@ def _block(leaf, box):
 
 
 def _digests(blocks):
-  """[(array, box)] -> (N, 32) uint8 SHA-256, the same in all processes; zeros for blocks that no process has whole."""
+  """[(array, box)] -> (N, 32) uint8 SHA-256, the same in all processes; zeros for blocks that no
+  process has whole."""
+
   def digest(block):
     data = _block(*block)
     if data is None:
       return np.zeros(32, np.uint8)
     data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
     return np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
+
   # hashlib leaves the interpreter's lock: 1 GB takes about half a second of one core.
   with concurrent.futures.ThreadPoolExecutor() as pool:
     digests = np.stack([*pool.map(digest, blocks), np.zeros(32, np.uint8)])[:-1]
   if jax.process_count() > 1:
-    digests = multihost_utils.process_allgather(digests).max(0)  # who has a block has its digest, the others zeros
+    digests = multihost_utils.process_allgather(digests).max(
+      0
+    )  # who has a block has its digest, the others zeros
   return digests
 
 
@@ -433,9 +521,17 @@ def _describe(tree):
   leaves = _leaves(tree)
   plain = {path: _plain(leaf) for path, leaf in leaves.items()}
   blocks = [(path, box) for path, leaf in plain.items() for box in _boxes(leaf)]
-  record = {path: {'shape': list(np.shape(leaf)), 'dtype': str(getattr(leaf, 'dtype', plain[path].dtype)), 'blocks': []}
-            for path, leaf in leaves.items()}
-  for (path, box), digest in zip(blocks, _digests([(plain[path], box) for path, box in blocks]), strict=True):
+  record = {
+    path: {
+      'shape': list(np.shape(leaf)),
+      'dtype': str(getattr(leaf, 'dtype', plain[path].dtype)),
+      'blocks': [],
+    }
+    for path, leaf in leaves.items()
+  }
+  for (path, box), digest in zip(
+    blocks, _digests([(plain[path], box) for path, box in blocks]), strict=True
+  ):
     record[path]['blocks'].append([box, digest.tobytes().hex()])
   return record
 
@@ -452,8 +548,11 @@ def _difference(items, saved):
   digests = [d.tobytes().hex() for d in _digests(blocks)]
   unknown = sum(d == '00' * 32 for d in digests)
   if unknown:
-    logging.warning('%d of %d blocks were saved by another layout of processes and could not be checked',
-                    unknown, len(digests))
+    logging.warning(
+      '%d of %d blocks were saved by another layout of processes and could not be checked',
+      unknown,
+      len(digests),
+    )
   for name, digest, want in zip(names, digests, expected, strict=True):
     if digest not in (want, '00' * 32):
       return f'{name} holds other values than were saved'
@@ -479,8 +578,13 @@ def _quieten_orbax():
 
 
 def _without_orbax_chatter(record):
-  """Orbax logs every stage of a save, and a disk error or damage once a thread with its stack, before it raises it."""
+  """Orbax logs every stage of a save, and a disk error or damage once a thread with its stack,
+  before it raises it."""
   message = record.getMessage()
-  if '_SignalingThread' in message or 'exception was never retrieved' in message and 'orbax' in message:
+  if (
+    '_SignalingThread' in message
+    or 'exception was never retrieved' in message
+    and 'orbax' in message
+  ):
     return False
   return f'{os.sep}orbax{os.sep}' not in record.pathname or record.levelno >= python_logging.WARNING

@@ -1,16 +1,21 @@
-"""Contrastive losses over the global batch: NT-Xent of SimCLR, and SupCon, whose positives are all samples of a label."""
+"""Contrastive losses over the global batch: NT-Xent of SimCLR, and SupCon, whose positives are all
+samples of a label."""
+
 import jax
 import jax.numpy as jnp
 
 
 def supcon(z1, z2, labels, temperature=0.1, axis_name=None):
-  """Positives are all other views of the same label: mean over them outside the logarithm (arXiv 2004.11362, equation 2).
+  """Positives are all other views of the same label: mean over them outside the logarithm (arXiv
+  2004.11362, equation 2).
 
-  Not scaled by temperature / base temperature, as HobbitLong/SupContrast does: with its defaults both are equal.
+  Not scaled by temperature / base temperature, as HobbitLong/SupContrast does: with its defaults
+  both are equal.
 
   Args:
     z1, z2: (B, D) projections of the two views, of this device.
-    labels: (B,) integers; None makes each pair a label of its own, which is SimCLR's NT-Xent (arXiv 2002.05709, equation 1).
+    labels: (B,) integers; None makes each pair a label of its own, which is SimCLR's NT-Xent (arXiv
+      2002.05709, equation 1).
     temperature: SupContrast has 0.1 for CIFAR, SimCLR 0.5 (appendix B.9).
     axis_name: mesh axis over which the batch is split; None where it is whole.
   Returns:
@@ -27,11 +32,18 @@ def supcon(z1, z2, labels, temperature=0.1, axis_name=None):
   here = jnp.concatenate([own, own + count])
   themselves = here[:, None] == jnp.arange(2 * count)
   log_shares = jax.nn.log_softmax(jnp.where(themselves, -jnp.inf, logits), axis=-1)
-  positive = (jnp.tile(own if labels is None else labels, 2)[:, None] == jnp.tile(kinds, 2)) & ~themselves
-  return -jnp.mean(jnp.sum(jnp.where(positive, log_shares, 0), axis=-1) / jnp.sum(positive, axis=-1))
+  positive = (
+    jnp.tile(own if labels is None else labels, 2)[:, None] == jnp.tile(kinds, 2)
+  ) & ~themselves
+  return -jnp.mean(
+    jnp.sum(jnp.where(positive, log_shares, 0), axis=-1) / jnp.sum(positive, axis=-1)
+  )
 
 
 def normalize(x):
-  """Rows of unit length, in at least float32; a row of zeros stays zero and has a finite gradient."""
+  """Rows of unit length, in at least float32; a row of zeros stays zero and has a finite
+  gradient."""
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-16))  # eps 1e-8 as in torch
+  return x * jax.lax.rsqrt(
+    jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-16)
+  )  # eps 1e-8 as in torch

@@ -1,10 +1,11 @@
 """2-D convolutions, NHWC and HWIO, whose gradients stay fast inside a compiled loop on CPU.
 
-XLA:CPU brings convolutions into the layout of its fast kernel in the outermost computation only (jaxlib 0.10.2): the
-gradients of a convolution inside lax.scan or lax.cond fall back to a naive loop, 30 to 100 times slower. Here they are
-written in that layout to begin with. Everything can be differentiated any number of times in reverse.
-Other platforms keep XLA's own gradients.
+XLA:CPU brings convolutions into the layout of its fast kernel in the outermost computation only
+(jaxlib 0.10.2): the gradients of a convolution inside lax.scan or lax.cond fall back to a naive
+loop, 30 to 100 times slower. Here they are written in that layout to begin with. Everything can be
+differentiated any number of times in reverse. Other platforms keep XLA's own gradients.
 """
+
 import math
 
 import jax
@@ -40,7 +41,8 @@ def conv(x, kernel, padding='SAME'):
 
 
 def strided_conv(x, kernel, stride, padding):
-  """Correlation with the same stride on both axes: (N, H, W, I) -> (N, H', W', O). Padding as in `conv`, without 'SAME'."""
+  """Correlation with the same stride on both axes: (N, H, W, I) -> (N, H', W', O). Padding as in
+  `conv`, without 'SAME'."""
   padding = ((0, 0), (0, 0)) if padding == 'VALID' else tuple(map(tuple, padding))
   if platform() != 'cpu':
     return _strided(x, kernel, padding, stride)
@@ -50,7 +52,8 @@ def strided_conv(x, kernel, stride, padding):
 
 
 def _of_pixels(x, kernel):
-  """A kernel of 1x1, on CPU as a product of two matrices: with more axes XLA would transpose x for the kernel's gradient."""
+  """A kernel of 1x1, on CPU as a product of two matrices: with more axes XLA would transpose x for
+  the kernel's gradient."""
   if platform() != 'cpu':
     return x @ kernel[0, 0]
   return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
@@ -59,14 +62,28 @@ def _of_pixels(x, kernel):
 def _as_blocks(x, kernel, padding, stride):
   """(x, kernel) whose convolution of stride 1 without padding is the strided one.
 
-  Stride by stride pixels become channels, and the kernel a smaller one, with zeros beyond the given one.
+  Stride by stride pixels become channels, and the kernel a smaller one, with zeros beyond the given
+  one.
   """
   blocks = [-(-size // stride) for size in kernel.shape[:2]]  # of the kernel
-  lengths = [((n + sum(pad) - size) // stride + b) * stride for n, pad, size, b in zip(
-      x.shape[1:3], padding, kernel.shape[:2], blocks, strict=True)]  # of the pixels that are seen
-  x = jnp.pad(x, ((0, 0), *((before, stride + after) for before, after in padding), (0, 0)))[:, :lengths[0], :lengths[1]]
-  kernel = jnp.pad(kernel, (*((0, b * stride - size) for b, size in zip(blocks, kernel.shape[:2], strict=True)), (0, 0), (0, 0)))
-  return _as_channels(x, stride), _as_channels(kernel.transpose(3, 0, 1, 2), stride).transpose(1, 2, 3, 0)
+  lengths = [
+    ((n + sum(pad) - size) // stride + b) * stride
+    for n, pad, size, b in zip(x.shape[1:3], padding, kernel.shape[:2], blocks, strict=True)
+  ]  # of the pixels that are seen
+  x = jnp.pad(x, ((0, 0), *((before, stride + after) for before, after in padding), (0, 0)))[
+    :, : lengths[0], : lengths[1]
+  ]
+  kernel = jnp.pad(
+    kernel,
+    (
+      *((0, b * stride - size) for b, size in zip(blocks, kernel.shape[:2], strict=True)),
+      (0, 0),
+      (0, 0),
+    ),
+  )
+  return _as_channels(x, stride), _as_channels(kernel.transpose(3, 0, 1, 2), stride).transpose(
+    1, 2, 3, 0
+  )
 
 
 def _as_channels(x, size):
@@ -78,11 +95,15 @@ def _as_channels(x, size):
 
 def flax_conv(x, kernel, strides, padding, **_):
   """For nn.Conv(conv_general_dilated=flax_conv), with the same stride on both axes."""
-  return conv(x, kernel, padding) if strides[0] == 1 else strided_conv(x, kernel, strides[0], padding)
+  return (
+    conv(x, kernel, padding) if strides[0] == 1 else strided_conv(x, kernel, strides[0], padding)
+  )
 
 
 def _strided(x, kernel, padding, stride):
-  return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+  return lax.conv_general_dilated(
+    x, kernel, (stride, stride), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+  )
 
 
 def _plain(x, kernel, padding):
@@ -90,9 +111,11 @@ def _plain(x, kernel, padding):
 
 
 def _in_chunks(gradients, x, kernel, g):
-  """gradients(x, kernel, g) = (to x or None, to the kernel), a few pictures at a time so that all stays in the cache.
+  """gradients(x, kernel, g) = (to x or None, to the kernel), a few pictures at a time so that all
+  stays in the cache.
 
-  The kernel's alone is 1.2 to 2.7 times faster (128 pictures of 8x8x128 to 32x32x32, one core), x's own is not.
+  The kernel's alone is 1.2 to 2.7 times faster (128 pictures of 8x8x128 to 32x32x32, one core), x's
+  own is not.
   """
   chunk = math.gcd(len(x), CHUNK)
   if chunk < CHUNK // 2 or chunk == len(x) or (x.size + g.size) * chunk // len(x) < kernel.size:
@@ -100,7 +123,9 @@ def _in_chunks(gradients, x, kernel, g):
 
   def step(total, start):
     # Sliced here: of a reshaped x XLA would compute what x is the result of a second time.
-    to_x, to_kernel = gradients(lax.dynamic_slice_in_dim(x, start, chunk), kernel, lax.dynamic_slice_in_dim(g, start, chunk))
+    to_x, to_kernel = gradients(
+      lax.dynamic_slice_in_dim(x, start, chunk), kernel, lax.dynamic_slice_in_dim(g, start, chunk)
+    )
     return total + to_kernel, to_x
 
   total = jnp.zeros_like(kernel, jnp.promote_types(kernel.dtype, jnp.float32))
@@ -109,16 +134,25 @@ def _in_chunks(gradients, x, kernel, g):
 
 
 def _on_cpu(x, kernel, padding):
-  """XLA:CPU would take pictures smaller than the kernel for the kernel, outside its fast layout: they are one matrix product."""
+  """XLA:CPU would take pictures smaller than the kernel for the kernel, outside its fast layout:
+  they are one matrix product."""
   size = x.shape[1:3]
   within = all(0 <= p < k for k, pad in zip(kernel.shape[:2], padding, strict=True) for p in pad)
   if math.prod(size) >= math.prod(kernel.shape[:2]) or not within:
     return _plain(x, kernel, padding)
-  reach = [n + sum(pad) - k + 1 for n, pad, k in zip(size, padding, kernel.shape[:2], strict=True)]  # of the result
+  reach = [
+    n + sum(pad) - k + 1 for n, pad, k in zip(size, padding, kernel.shape[:2], strict=True)
+  ]  # of the result
   taps = jnp.pad(kernel, (*((r, n) for r, n in zip(reach, size, strict=True)), (0, 0), (0, 0)))
-  starts = [[r + before - i for i in range(r)] for r, (before, _) in zip(reach, padding, strict=True)]
-  matrix = jnp.stack([taps[i:i + size[0], j:j + size[1]] for i in starts[0] for j in starts[1]], -2)  # (H, W, I, H'W', O)
-  return (x.reshape(len(x), -1) @ matrix.reshape(x[0].size, -1)).reshape(-1, *reach, kernel.shape[-1])
+  starts = [
+    [r + before - i for i in range(r)] for r, (before, _) in zip(reach, padding, strict=True)
+  ]
+  matrix = jnp.stack(
+    [taps[i : i + size[0], j : j + size[1]] for i in starts[0] for j in starts[1]], -2
+  )  # (H, W, I, H'W', O)
+  return (x.reshape(len(x), -1) @ matrix.reshape(x[0].size, -1)).reshape(
+    -1, *reach, kernel.shape[-1]
+  )
 
 
 _canonical = jax.custom_vjp(_on_cpu, nondiff_argnums=(2,))
@@ -135,7 +169,10 @@ def _backward(padding, residuals, g):
     return None, found.transpose(1, 2, 0, 3)
 
   x, kernel = residuals
-  rest = tuple((k - 1 - before, k - 1 - after) for k, (before, after) in zip(kernel.shape[:2], padding, strict=True))
+  rest = tuple(
+    (k - 1 - before, k - 1 - after)
+    for k, (before, after) in zip(kernel.shape[:2], padding, strict=True)
+  )
   to_x = _canonical(g, kernel[::-1, ::-1].swapaxes(2, 3), rest)
   return to_x, _in_chunks(to_kernel, x, kernel, g)[1]
 

@@ -1,4 +1,5 @@
 """Devices: what must be set before the backend starts, the mesh, and checks of sizes against it."""
+
 import importlib.metadata
 import importlib.util
 import os
@@ -16,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from palm_jax.errors import UserError
 
-# A process that is silent for so long is taken for dead, and all others end. JAX's 100 s would spend more of a pod's time.
+# A process that is silent for so long is taken for dead, and all others end. JAX's 100 s would
+# spend more of a pod's time.
 HEARTBEAT_SECONDS = 30
 # How long an ending process waits for the others: the end of a job is at most a few pictures apart.
 SHUTDOWN_SECONDS = 60
@@ -25,33 +27,43 @@ SHUTDOWN_SECONDS = 60
 def configure():
   """Sets compiler flags; call before anything touches a device.
 
-  XLA:CPU's YNN fusions make convolution gradients 1.5 to 2.2 times slower (jaxlib 0.10.2), so they are turned off.
+  XLA:CPU's YNN fusions make convolution gradients 1.5 to 2.2 times slower (jaxlib 0.10.2), so they
+  are turned off.
   """
   flag = '--xla_cpu_experimental_ynn_fusion_type'
   flags = os.environ.get('XLA_FLAGS', '')
-  if jax.__version__.startswith('0.10.') and flag not in flags:  # an unknown flag would abort the process
+  if (
+    jax.__version__.startswith('0.10.') and flag not in flags
+  ):  # an unknown flag would abort the process
     os.environ['XLA_FLAGS'] = f'{flags} {flag}='.strip()
 
 
 def platform():
-  """'cpu', 'gpu' or 'tpu': that of the mesh being traced for, which ahead of time is not the process's own."""
+  """'cpu', 'gpu' or 'tpu': that of the mesh being traced for, which ahead of time is not the
+  process's own."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device else jax.default_backend()
 
 
 def vary_alike(*arrays):
-  """The arrays, each varying over all mesh axes that any varies over, as custom gradients inside shard_map need it."""
+  """The arrays, each varying over all mesh axes that any varies over, as custom gradients inside
+  shard_map need it."""
   varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
   axes = frozenset().union(*varying)
-  return tuple(lax.pcast(a, tuple(axes - own), to='varying') for a, own in zip(arrays, varying, strict=True))
+  return tuple(
+    lax.pcast(a, tuple(axes - own), to='varying') for a, own in zip(arrays, varying, strict=True)
+  )
 
 
-def initialize_distributed(coordinator_address=None, num_processes=None, process_id=None, wait_seconds=300):
+def initialize_distributed(
+  coordinator_address=None, num_processes=None, process_id=None, wait_seconds=300
+):
   """Joins the processes of a run; call after `configure` and before anything touches a device.
 
-  On TPU pods and in SLURM steps of several tasks JAX finds the others by itself. Elsewhere the three arguments say it, or
-  the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. On one machine without any of them, and
-  with one process, nothing happens. Processes other than the first log only warnings from then on.
+  On TPU pods and in SLURM steps of several tasks JAX finds the others by itself. Elsewhere the
+  three arguments say it, or the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+  JAX_PROCESS_ID. On one machine without any of them, and with one process, nothing happens.
+  Processes other than the first log only warnings from then on.
 
   Args:
     coordinator_address: 'host:port', where process 0 listens and all others reach it.
@@ -60,13 +72,21 @@ def initialize_distributed(coordinator_address=None, num_processes=None, process
     wait_seconds: how long the processes wait for each other.
 
   Raises:
-    UserError: some of the three and not all, values that cannot be, or processes that did not come in time.
+    UserError: some of the three and not all, values that cannot be, or processes that did not come
+      in time.
   """
   explicit = _explicit(coordinator_address, num_processes, process_id)
-  step, tasks = os.environ.get('SLURM_STEP_NODELIST'), os.environ.get('SLURM_STEP_NUM_TASKS') or os.environ.get('SLURM_NTASKS')
+  step, tasks = (
+    os.environ.get('SLURM_STEP_NODELIST'),
+    os.environ.get('SLURM_STEP_NUM_TASKS') or os.environ.get('SLURM_NTASKS'),
+  )
   if explicit:
-    # Otherwise JAX would take what is missing, the share of a machine's GPUs, from a SLURM step around it.
-    where, settings = explicit['coordinator_address'], dict(explicit, cluster_detection_method='deactivate')
+    # Otherwise JAX would take what is missing, the share of a machine's GPUs, from a SLURM step
+    # around it.
+    where, settings = (
+      explicit['coordinator_address'],
+      dict(explicit, cluster_detection_method='deactivate'),
+    )
   elif step and int(tasks or 1) > 1:
     where, settings = f'the first node of {step}', dict(cluster_detection_method='slurm')
   elif importlib.util.find_spec('libtpu') and 'tpu' in (jax.config.jax_platforms or 'tpu'):
@@ -78,7 +98,8 @@ def initialize_distributed(coordinator_address=None, num_processes=None, process
   if not _connect(where, settings, wait_seconds):
     return
   sys.excepthook = _end_at_once
-  # Devices meet here, where no process is far ahead: on CPU a first meeting waits 30 s, and compilations take longer.
+  # Devices meet here, where no process is far ahead: on CPU a first meeting waits 30 s, and
+  # compilations take longer.
   multihost_utils.process_allgather(np.zeros(1))
   wait_for_all()
   if jax.process_index():
@@ -86,18 +107,22 @@ def initialize_distributed(coordinator_address=None, num_processes=None, process
 
 
 def wait_for_all():
-  """Returns when every device of the run has done all that it was given; to be called by all processes before they end.
+  """Returns when every device of the run has done all that it was given; to be called by all
+  processes before they end.
 
-  What multihost_utils gathers is there when the first device has it. A process that ended then would leave the others'
-  devices waiting for its own.
+  What multihost_utils gathers is there when the first device has it. A process that ended then
+  would leave the others' devices waiting for its own.
   """
   if jax.process_count() > 1:
-    total = jax.shard_map(lambda: jax.lax.psum(1, 'data'), mesh=make_mesh(), in_specs=(), out_specs=P())
+    total = jax.shard_map(
+      lambda: jax.lax.psum(1, 'data'), mesh=make_mesh(), in_specs=(), out_specs=P()
+    )
     jax.block_until_ready(jax.jit(total)())
 
 
 def _end_at_once(*error):
-  """For an error of this process alone: Python's own way out waits for the others, who wait for this one's devices."""
+  """For an error of this process alone: Python's own way out waits for the others, who wait for
+  this one's devices."""
   sys.__excepthook__(*error)
   sys.stdout.flush()
   sys.stderr.flush()
@@ -106,27 +131,39 @@ def _end_at_once(*error):
 
 def _explicit(coordinator_address, num_processes, process_id):
   """The three settings by name, from the arguments or the environment; {} where there are none."""
-  named = dict(coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id)
+  named = dict(
+    coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id
+  )
   for name, value in named.items():
     named[name] = os.environ.get(f'JAX_{name.upper()}') if value is None else value
   missing = [f'--{name}' for name, value in named.items() if value in (None, '')]
   if len(missing) == 3:
     return {}
-  given = ' '.join(f'--{name}={value}' for name, value in named.items() if f'--{name}' not in missing)
+  given = ' '.join(
+    f'--{name}={value}' for name, value in named.items() if f'--{name}' not in missing
+  )
   if missing:
-    raise UserError(f'{given} without {" and ".join(missing)}: give all three (or JAX_COORDINATOR_ADDRESS, '
-                    'JAX_NUM_PROCESSES, JAX_PROCESS_ID), or none on one machine')
+    raise UserError(
+      f'{given} without {" and ".join(missing)}: give all three (or JAX_COORDINATOR_ADDRESS, '
+      'JAX_NUM_PROCESSES, JAX_PROCESS_ID), or none on one machine'
+    )
   host, _, port = named['coordinator_address'].rpartition(':')
   if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-    raise UserError(f'--coordinator_address={named["coordinator_address"]} is not HOST:PORT: '
-                    'name the machine of process 0 and a port that is free on it, such as 10.0.0.1:8476')
+    raise UserError(
+      f'--coordinator_address={named["coordinator_address"]} is not HOST:PORT: '
+      'name the machine of process 0 and a port that is free on it, such as 10.0.0.1:8476'
+    )
   for name in ('num_processes', 'process_id'):
     if not str(named[name]).isdecimal():
-      raise UserError(f'--{name}={named[name]} is not a number of at least 0: count the processes from 0')
+      raise UserError(
+        f'--{name}={named[name]} is not a number of at least 0: count the processes from 0'
+      )
     named[name] = int(named[name])
   if not named['process_id'] < named['num_processes']:
-    raise UserError(f'--process_id={named["process_id"]} is not below --num_processes={named["num_processes"]}: '
-                    'count the processes from 0')
+    raise UserError(
+      f'--process_id={named["process_id"]} is not below --num_processes={named["num_processes"]}: '
+      'count the processes from 0'
+    )
   if named['process_id'] == 0 and named['num_processes'] > 1:
     _check_free(int(port))
   return named
@@ -135,37 +172,53 @@ def _explicit(coordinator_address, num_processes, process_id):
 def _check_free(port):
   """Raises UserError where another program listens: jaxlib ends the process without a word then."""
   with socket.socket() as probe:
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a run that just ended is no other program
+    probe.setsockopt(
+      socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+    )  # a run that just ended is no other program
     try:
       probe.bind(('', port))
     except OSError as e:
-      raise UserError(f'port {port} of --coordinator_address cannot be listened on ({e.strerror}): choose another') from e
+      raise UserError(
+        f'port {port} of --coordinator_address cannot be listened on ({e.strerror}): choose another'
+      ) from e
 
 
 def _connect(where, settings, wait_seconds):
-  """jax.distributed.initialize with a bounded wait that ends in a UserError. False: nothing to join on this machine."""
-  # SIGTERM is palm_jax.checkpoint.Preemption's; JAX's own handler would swallow it where that is not at work.
+  """jax.distributed.initialize with a bounded wait that ends in a UserError. False: nothing to join
+  on this machine."""
+  # SIGTERM is palm_jax.checkpoint.Preemption's; JAX's own handler would swallow it where that is
+  # not at work.
   jax.config.update('jax_enable_preemption_service', False)
   failure = []
 
   def initialize():
     try:
       # Longer than our own wait, because jaxlib aborts the whole process when its time is over.
-      jax.distributed.initialize(**settings, initialization_timeout=wait_seconds + 60,
-                                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
+      jax.distributed.initialize(
+        **settings,
+        initialization_timeout=wait_seconds + 60,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+      )
     except Exception as e:
       failure.append(e)
+
   thread = threading.Thread(target=initialize, daemon=True)
   thread.start()
   thread.join(wait_seconds)
   if thread.is_alive():
-    raise UserError(f'the processes of the run did not find each other at {where} within {wait_seconds} s: see that all '
-                    'were started, with the same address, and that it can be reached from every machine')
+    raise UserError(
+      f'the processes of the run did not find each other at {where} within {wait_seconds} s: see '
+      'that all '
+      'were started, with the same address, and that it can be reached from every machine'
+    )
   if failure and not settings and isinstance(failure[0], ValueError):
     return False  # libtpu is installed, but this is no TPU machine
   if failure:
     reason = ' '.join(str(failure[0]).split())
-    raise UserError(f'the processes of the run could not be joined at {where}: {reason}') from failure[0]
+    raise UserError(
+      f'the processes of the run could not be joined at {where}: {reason}'
+    ) from failure[0]
   return True
 
 
@@ -177,7 +230,9 @@ def make_mesh(num_devices=None):
 
 def shardings(mesh, specs):
   """NamedShardings for a tree of PartitionSpecs."""
-  return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
+  return jax.tree.map(
+    lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
+  )
 
 
 def replicate(mesh, tree):
@@ -189,29 +244,39 @@ def replicate(mesh, tree):
       return jax.device_put(x, everywhere)
     # device_put would gather a host's array from all processes to compare it.
     return jax.make_array_from_callback(x.shape, everywhere, lambda index: x[index])
+
   return jax.tree.map(put, tree)
 
 
 def shard(mesh, array, spec):
   """Puts a host's array, the same in all processes, on the mesh in shares."""
-  return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
+  return jax.make_array_from_callback(
+    array.shape, NamedSharding(mesh, spec), lambda index: array[index]
+  )
 
 
 def memory_bytes(mesh):
   """Memory of one device: what its allocator may take; of CPU devices a share of the machine's."""
   device = mesh.local_devices[0]
   found = device.memory_stats() or {}
-  return found.get('bytes_limit') or os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // len(mesh.local_devices)
+  return found.get('bytes_limit') or os.sysconf('SC_PAGE_SIZE') * os.sysconf(
+    'SC_PHYS_PAGES'
+  ) // len(mesh.local_devices)
 
 
 def check_divisible(name, value, divisor, divisor_name):
   """Raises UserError unless value is a positive multiple of divisor."""
   if value < 1 or value % divisor:
-    raise UserError(f'{name}={value} is not a positive multiple of {divisor_name}={divisor}: '
-                    f'set {name} to {max(1, round(value / divisor)) * divisor}, for example')
+    raise UserError(
+      f'{name}={value} is not a positive multiple of {divisor_name}={divisor}: '
+      f'set {name} to {max(1, round(value / divisor)) * divisor}, for example'
+    )
 
 
 def describe(mesh):
   """What a result was computed on, for its file."""
-  return dict(devices=f'{mesh.size} x {mesh.devices.flat[0].device_kind}', processes=jax.process_count(),
-              versions={name: importlib.metadata.version(name) for name in ('jax', 'flax', 'optax')})
+  return dict(
+    devices=f'{mesh.size} x {mesh.devices.flat[0].device_kind}',
+    processes=jax.process_count(),
+    versions={name: importlib.metadata.version(name) for name in ('jax', 'flax', 'optax')},
+  )

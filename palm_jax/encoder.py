@@ -1,4 +1,5 @@
 """Image encoders: ResNet-18 with the CIFAR stem, and the Nature CNN for Atari frames."""
+
 import difflib
 from functools import partial
 from typing import Any
@@ -17,12 +18,15 @@ PADDING = ((1, 1), (1, 1))
 
 
 def default_config():
-  return ConfigDict(dict(
-    name='resnet18',  # PALM 4.2; 'nature' for Atari
-    width=64,  # ResNet-18: 64, 128, 256, 512 channels in the four stages
-    zero_init_residual=False,  # facebookresearch/simsiam has True; on CIFAR most leave it out (solo-learn#16)
-    features=512,  # Mnih et al. 2015: the Nature CNN's dense layer
-  ))
+  return ConfigDict(
+    dict(
+      name='resnet18',  # PALM 4.2; 'nature' for Atari
+      width=64,  # ResNet-18: 64, 128, 256, 512 channels in the four stages
+      # facebookresearch/simsiam has True; on CIFAR most leave it out (solo-learn#16)
+      zero_init_residual=False,
+      features=512,  # Mnih et al. 2015: the Nature CNN's dense layer
+    )
+  )
 
 
 def preprocess(images, dtype=None):
@@ -35,15 +39,20 @@ def preprocess(images, dtype=None):
     UserError: for another integer type.
   """
   if images.dtype == jnp.uint8:
-    # Computed in float32, then rounded once; networks with float64 parameters promote it themselves.
+    # Computed in float32, then rounded once; networks with float64 parameters promote it
+    # themselves.
     return (images.astype(jnp.float32) / 127.5 - 1).astype(dtype or jnp.float32)
   if not jnp.issubdtype(images.dtype, jnp.floating):
-    raise UserError(f'images of type {images.dtype}: expected uint8 in 0..255 or floats in [-1, 1]; convert them first')
+    raise UserError(
+      f'images of type {images.dtype}: expected uint8 in 0..255 or floats in [-1, 1]; convert '
+      'them first'
+    )
   return images.astype(dtype or images.dtype)
 
 
 class ResidualBlock(nn.Module):
   """Two 3x3 convolutions and a shortcut (He et al. 2015, figure 2)."""
+
   features: int
   stride: int
   conv: Any
@@ -63,18 +72,22 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-  """ResNet-18 for small images: 3x3 stem without stride or pooling, global average pooling at the end.
+  """ResNet-18 for small images: 3x3 stem without stride or pooling, global average pooling at the
+  end.
 
-  Source: PatrickHua/SimSiam models/backbones/cifar_resnet_1.py and OpenOOD networks/resnet18_32x32.py.
-  11,168,832 parameters at width 64 and three channels. Running variances are flax's (divided by n),
-  torch's are divided by n - 1; the difference is 1/n with n = batch * height * width.
+  Source: PatrickHua/SimSiam models/backbones/cifar_resnet_1.py and OpenOOD
+  networks/resnet18_32x32.py. 11,168,832 parameters at width 64 and three channels. Running
+  variances are flax's (divided by n), torch's are divided by n - 1; the difference is 1/n with n =
+  batch * height * width.
 
   Attributes:
     width: channels of the first stage.
-    axis_name: mesh axis over which batch statistics are averaged in training; None keeps them local.
+    axis_name: mesh axis over which batch statistics are averaged in training; None keeps them
+      local.
     dtype: compute type; None follows parameters and input. Batch statistics are at least float32.
     zero_init_residual: start every block as the identity.
   """
+
   width: int = 64
   axis_name: str | None = None
   dtype: Any = None
@@ -83,8 +96,12 @@ class ResNet18(nn.Module):
   @nn.compact
   def __call__(self, images, train: bool):
     """images (B, H, W, C), uint8 or floats in [-1, 1] -> (B, 8 * width), at least float32."""
-    conv = partial(nn.Conv, use_bias=False, kernel_init=KAIMING, dtype=self.dtype, conv_general_dilated=flax_conv)
-    norm = partial(BatchNorm, use_running_average=not train, axis_name=self.axis_name, dtype=self.dtype)
+    conv = partial(
+      nn.Conv, use_bias=False, kernel_init=KAIMING, dtype=self.dtype, conv_general_dilated=flax_conv
+    )
+    norm = partial(
+      BatchNorm, use_running_average=not train, axis_name=self.axis_name, dtype=self.dtype
+    )
     last_scale_init = nn.initializers.zeros if self.zero_init_residual else nn.initializers.ones
 
     x = preprocess(images, self.dtype)
@@ -93,8 +110,14 @@ class ResNet18(nn.Module):
     for stage in range(4):
       for block in range(2):
         stride = 2 if stage > 0 and block == 0 else 1
-        x = ResidualBlock(self.width * 2**stage, stride, conv, norm, last_scale_init,
-                          name=f'stage{stage + 1}_block{block + 1}')(x)
+        x = ResidualBlock(
+          self.width * 2**stage,
+          stride,
+          conv,
+          norm,
+          last_scale_init,
+          name=f'stage{stage + 1}_block{block + 1}',
+        )(x)
     return jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -107,6 +130,7 @@ class NatureCNN(nn.Module):
     features: width of the dense layer, the size of the representation.
     dtype: compute type; None follows parameters and input.
   """
+
   features: int = 512
   dtype: Any = None
 
@@ -118,8 +142,11 @@ class NatureCNN(nn.Module):
       UserError: for images smaller than 36x36, of which the convolutions leave nothing.
     """
     if min(images.shape[1:3]) < 36:
-      raise UserError(f'images of {images.shape[1]}x{images.shape[2]}: the encoder nature expected at least 36x36; '
-                      'take resnet18 for smaller ones')
+      raise UserError(
+        f'images of {images.shape[1]}x{images.shape[2]}: the encoder nature expected at least '
+        '36x36; '
+        'take resnet18 for smaller ones'
+      )
     conv = partial(nn.Conv, padding='VALID', dtype=self.dtype, conv_general_dilated=flax_conv)
     x = preprocess(images, self.dtype)
     x = nn.relu(conv(32, (8, 8), 4, name='conv1')(x))
@@ -144,5 +171,7 @@ def make_encoder(config, axis_name=None, dtype=None):
   }
   if config.name not in encoders:
     nearest = difflib.get_close_matches(str(config.name), encoders, n=1, cutoff=0)[0]
-    raise UserError(f'encoder {config.name!r}: expected one of {", ".join(encoders)}; did you mean {nearest!r}?')
+    raise UserError(
+      f'encoder {config.name!r}: expected one of {", ".join(encoders)}; did you mean {nearest!r}?'
+    )
   return encoders[config.name]()

@@ -1,8 +1,10 @@
 """The latent manifold as a world: T_com, T_ema, episodes, rendering (PALM section 4.1).
 
-Everything is pure and batched over E environments. All randomness is a function of (key, environment id), so the
-trajectory of an environment does not depend on how environments are spread over devices.
+Everything is pure and batched over E environments. All randomness is a function of (key,
+environment id), so the trajectory of an environment does not depend on how environments are spread
+over devices.
 """
+
 from typing import Any
 
 import flax.struct
@@ -15,16 +17,21 @@ DYNAMICS = 'ema', 'momentum', 'ou'
 
 def default_config():
   """The world of the paper's text; configs/cifar.py has the other reading."""
-  return ConfigDict(dict(
+  return ConfigDict(
+    dict(
       alpha=0.5,  # paper section 6 ("default"); Figure 5 finds 0.95 best
-      beta=0.95,  # paper section 4.1 ("in most of our experiments"); Figure 5 finds 0.5 to 0.75 best
-      episode_length=64,  # ours: the paper does not say; at beta 0.95 the latent forgets half of itself in 14 steps
-      truncation_psi=1.,  # the untruncated generator
+      # paper section 4.1 ("in most of our experiments"); Figure 5 finds 0.5 to 0.75 best
+      beta=0.95,
+      # ours: the paper does not say; at beta 0.95 the latent forgets half of itself in 14 steps
+      episode_length=64,
+      truncation_psi=1.0,  # the untruncated generator
       crop=0,  # pixels taken from each side of the generator's images: generator.pad
       stack=1,  # pictures that the agent sees at once, as channels: 4 for Atari's frames one by one
       dynamics='ema',  # the paper's T_ema; others in DYNAMICS are ours
-      latent_space='z',  # the paper's; 'w': whitened coordinates of StyleGAN2's W (generator/views.py)
-  ))
+      # the paper's; 'w': whitened coordinates of StyleGAN2's W (generator/views.py)
+      latent_space='z',
+    )
+  )
 
 
 @flax.struct.dataclass
@@ -36,6 +43,7 @@ class Dynamics:
     beta: persistence of the latent, in [0, 1] (T_ema).
     kind: one of DYNAMICS, not traced.
   """
+
   alpha: jax.Array
   beta: jax.Array
   kind: str = flax.struct.field(pytree_node=False, default='ema')
@@ -47,10 +55,12 @@ class EnvState:
 
   Attributes:
     z: (E, z_dim) latent.
-    label: (E,) int32 class of the episode; 0 for an unconditional generator. Never shown to agent or encoder.
+    label: (E,) int32 class of the episode; 0 for an unconditional generator. Never shown to agent
+      or encoder.
     step: (E,) int32 steps since the episode began.
     velocity: (E, z_dim) with the dynamics 'momentum', else ().
   """
+
   z: jax.Array
   label: jax.Array
   step: jax.Array
@@ -78,10 +88,14 @@ def first_latent_and_label(keys, z_dim, num_classes, dtype):
   Returns:
     z (E, z_dim) and label (E,) int32.
   """
+
   def draw(key):
     key_z, key_label = jax.random.split(key)
-    return (jax.random.normal(key_z, (z_dim,), dtype),
-            jax.random.randint(key_label, (), 0, max(num_classes, 1), jnp.int32))
+    return (
+      jax.random.normal(key_z, (z_dim,), dtype),
+      jax.random.randint(key_label, (), 0, max(num_classes, 1), jnp.int32),
+    )
+
   return jax.vmap(draw)(keys)
 
 
@@ -91,7 +105,8 @@ def reset(key, env_ids, first_step, z_dim, num_classes, dtype=jnp.float32, kind=
   Args:
     key: a key.
     env_ids: (E,) int32 global ids.
-    first_step: (E,) int32 step to begin at, in [0, episode length): different ones keep episode ends apart.
+    first_step: (E,) int32 step to begin at, in [0, episode length): different ones keep episode
+      ends apart.
     z_dim, num_classes: of the generator.
     dtype: of the latent.
     kind: of the dynamics.
@@ -105,16 +120,21 @@ def reset(key, env_ids, first_step, z_dim, num_classes, dtype=jnp.float32, kind=
 
 
 def compose(action, eps, alpha):
-  """T_com: z' = alpha a + (1 - alpha) eps; action in [-1, 1], eps a fresh latent; all (E, z_dim)."""
+  """T_com: z' = alpha a + (1 - alpha) eps; action in [-1, 1], eps a fresh latent; all (E,
+  z_dim)."""
   return alpha * action + (1 - alpha) * eps
 
 
 def persist(z, z_new, beta, kind='ema', velocity=()):
-  """T_ema: z <- beta z + (1 - beta) z', or another of DYNAMICS; all (E, z_dim). With beta 0 each of them goes to z'.
+  """T_ema: z <- beta z + (1 - beta) z', or another of DYNAMICS; all (E, z_dim). With beta 0 each of
+  them goes to z'.
 
-  'ema': a low-pass filter of first order, the paper's; the variance of independent z' shrinks by (1 - beta) / (1 + beta).
-  'ou': z <- beta z + sqrt(1 - beta^2) z', an Ornstein-Uhlenbeck process: unit normal z' keep z unit normal.
-  'momentum': v <- beta v + (1 - beta) (z' - z), z <- z + v: of second order, so paths are smooth and overshoot.
+  'ema': a low-pass filter of first order, the paper's; the variance of independent z' shrinks by (1
+  - beta) / (1 + beta).
+  'ou': z <- beta z + sqrt(1 - beta^2) z', an Ornstein-Uhlenbeck process: unit normal z' keep z unit
+  normal.
+  'momentum': v <- beta v + (1 - beta) (z' - z), z <- z + v: of second order, so paths are smooth
+  and overshoot.
 
   Returns:
     z and velocity, which is () but for 'momentum'.
@@ -122,11 +142,12 @@ def persist(z, z_new, beta, kind='ema', velocity=()):
   if kind == 'momentum':
     velocity = beta * velocity + (1 - beta) * (z_new - z)
     return z + velocity, velocity
-  return beta * z + (jnp.sqrt(1 - beta ** 2) if kind == 'ou' else 1 - beta) * z_new, velocity
+  return beta * z + (jnp.sqrt(1 - beta**2) if kind == 'ou' else 1 - beta) * z_new, velocity
 
 
 def step(state, action, key, env_ids, dynamics, episode_length, num_classes):
-  """One step of every environment. After `episode_length` frames the episode is cut and a new one, with a new label, begins.
+  """One step of every environment. After `episode_length` frames the episode is cut and a new one,
+  with a new label, begins.
 
   There is no termination: an episode ends by truncation only, so values are always bootstrapped.
 
@@ -143,22 +164,27 @@ def step(state, action, key, env_ids, dynamics, episode_length, num_classes):
     EnvState of the next frame.
   """
   dtype = state.z.dtype
+
   def draw(key):
     key_eps, key_new = jax.random.split(key)
     return jax.random.normal(key_eps, state.z.shape[1:], dtype), key_new
+
   eps, new_keys = jax.vmap(draw)(env_keys(key, env_ids))
   z_new = compose(action.astype(dtype), eps, dynamics.alpha)
   z, velocity = persist(state.z, z_new, dynamics.beta, dynamics.kind, state.velocity)
   new_z, new_label = first_latent_and_label(new_keys, state.z.shape[1], num_classes, dtype)
   ended = state.step + 1 >= episode_length  # (E,)
-  return EnvState(z=jnp.where(ended[:, None], new_z, z).astype(dtype),
-                  label=jnp.where(ended, new_label, state.label),
-                  step=jnp.where(ended, 0, state.step + 1),
-                  velocity=jax.tree.map(lambda v: jnp.where(ended[:, None], 0, v).astype(dtype), velocity))
+  return EnvState(
+    z=jnp.where(ended[:, None], new_z, z).astype(dtype),
+    label=jnp.where(ended, new_label, state.label),
+    step=jnp.where(ended, 0, state.step + 1),
+    velocity=jax.tree.map(lambda v: jnp.where(ended[:, None], 0, v).astype(dtype), velocity),
+  )
 
 
 def see(seen, pictures, step):
-  """What the agent sees: the last pictures of its episode as channels, oldest first, zeros before the episode's first.
+  """What the agent sees: the last pictures of its episode as channels, oldest first, zeros before
+  the episode's first.
 
   Args:
     seen: (E, H, W, K * C) uint8, what it saw before.
@@ -168,15 +194,17 @@ def see(seen, pictures, step):
   Returns:
     (E, H, W, K * C) uint8.
   """
-  before = jnp.where((step == 0)[:, None, None, None], 0, seen[..., pictures.shape[-1]:])
+  before = jnp.where((step == 0)[:, None, None, None], 0, seen[..., pictures.shape[-1] :])
   return jnp.concatenate([before, pictures], -1)
 
 
 def to_uint8(images):
-  """Images of nominal range [-1, 1] to uint8 as the original StyleGAN2 tools do: clip(x * 127.5 + 128, 0, 255), truncated."""
+  """Images of nominal range [-1, 1] to uint8 as the original StyleGAN2 tools do: clip(x * 127.5 +
+  128, 0, 255), truncated."""
   return jnp.clip(images * 127.5 + 128, 0, 255).astype(jnp.uint8)
 
 
 def staggered_steps(env_ids, num_envs, episode_length):
-  """First step of each environment, spread evenly over an episode so that ends do not coincide. (E,) int32."""
+  """First step of each environment, spread evenly over an episode so that ends do not coincide.
+  (E,) int32."""
   return (env_ids * episode_length // num_envs).astype(jnp.int32)

@@ -2,10 +2,13 @@
 
 
 class UserError(Exception):
-  """Bad input. The message names the value, what was expected and what to do, in one line whatever the value is."""
+  """Bad input. The message names the value, what was expected and what to do, in one line whatever
+  the value is."""
 
   def __str__(self):
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in super().__str__())
+    return ''.join(
+      c if c.isprintable() else c.encode('unicode_escape').decode() for c in super().__str__()
+    )
 
 
 class NonFiniteError(UserError):

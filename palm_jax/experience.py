@@ -1,9 +1,11 @@
-"""What an agent lived through, in order and on disk: the latents, labels and steps of which its frames are drawn.
+"""What an agent lived through, in order and on disk: the latents, labels and steps of which its
+frames are drawn.
 
-Frames are drawn again from them, bit for bit where the pictures of a batch do not depend on its size. One file a call of
-pretraining and process; a run that goes on after being killed writes the files after its last checkpoint again, with the
-same content.
+Frames are drawn again from them, bit for bit where the pictures of a batch do not depend on its
+size. One file a call of pretraining and process; a run that goes on after being killed writes the
+files after its last checkpoint again, with the same content.
 """
+
 import pathlib
 import re
 from typing import NamedTuple
@@ -26,6 +28,7 @@ class Experience(NamedTuple):
     label: (R, E) int32.
     step: (R, E) int32 steps since the episode began; 0 in its first row.
   """
+
   z: np.ndarray
   label: np.ndarray
   step: np.ndarray
@@ -42,16 +45,21 @@ def write(folder, first_row, experience):
   Raises:
     OSError: the file cannot be written; there is then none.
   """
-  shards = {field: sorted(x.addressable_shards, key=lambda s: s.index[1].start or 0)
-            for field, x in experience._asdict().items()}
+  shards = {
+    field: sorted(x.addressable_shards, key=lambda s: s.index[1].start or 0)
+    for field, x in experience._asdict().items()
+  }
   first_env = shards['step'][0].index[1].start or 0
-  local = {field: np.concatenate([np.asarray(s.data) for s in parts], 1) for field, parts in shards.items()}
+  local = {
+    field: np.concatenate([np.asarray(s.data) for s in parts], 1) for field, parts in shards.items()
+  }
   with replacing(folder / f'{first_row:010d}_{first_env:06d}.npz') as file:
     np.savez(file, **local)
 
 
 def forget(folder, rows):
-  """Removes all but the first rows, of which the same or another number of processes will write the rest anew."""
+  """Removes all but the first rows, of which the same or another number of processes will write the
+  rest anew."""
   if jax.process_index() == 0:
     for path in folder.glob('*.npz'):
       if (match := NAME.fullmatch(path.name)) and int(match[1]) >= rows:
@@ -71,20 +79,31 @@ def read(folder):
     if match:
       calls.setdefault(int(match[1]), []).append((int(match[2]), path))
   if not calls:
-    raise UserError(f'{folder} holds no experience: give <workdir>/pretrain/experience of a run with '
-                    '--config.pretrain.record')
+    raise UserError(
+      f'{folder} holds no experience: give <workdir>/pretrain/experience of a run with '
+      '--config.pretrain.record'
+    )
   expected, environments = 0, None
   for first_row, files in calls.items():
     if first_row != expected:
-      raise UserError(f'{folder}: rows {expected} to {first_row - 1} are missing; restore their files or record again')
+      raise UserError(
+        f'{folder}: rows {expected} to {first_row - 1} are missing; restore their files or record '
+        'again'
+      )
     parts, width = [], 0
     for first_env, path in files:
       parts.append(_load(path))
       if first_env != width or parts[-1].step.shape[0] != parts[0].step.shape[0]:
-        raise UserError(f'{path} does not follow the file before it; restore the files of row {first_row} or record again')
+        raise UserError(
+          f'{path} does not follow the file before it; restore the files of row {first_row} or '
+          'record again'
+        )
       width += parts[-1].step.shape[1]
     if environments not in (None, width):
-      raise UserError(f'{folder}: {width} environments in row {first_row}, {environments} before; files are missing')
+      raise UserError(
+        f'{folder}: {width} environments in row {first_row}, {environments} before; files are '
+        'missing'
+      )
     environments = width
     yield Experience(*(np.concatenate(arrays, 1) for arrays in zip(*parts, strict=True)))
     expected += parts[0].step.shape[0]
@@ -106,6 +125,12 @@ def frames(experience, render):
 
   Args:
     experience: Experience.
-    render: (z (E, z_dim), label (E,)) -> (E, H, W, C) uint8, such as jit of the generator's pictures by environment.to_uint8.
+    render: (z (E, z_dim), label (E,)) -> (E, H, W, C) uint8, such as jit of the generator's
+      pictures by environment.to_uint8.
   """
-  return np.stack([jax.device_get(render(z, label)) for z, label in zip(experience.z, experience.label, strict=True)])
+  return np.stack(
+    [
+      jax.device_get(render(z, label))
+      for z, label in zip(experience.z, experience.label, strict=True)
+    ]
+  )

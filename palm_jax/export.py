@@ -1,13 +1,15 @@
-"""python -m palm_jax.export --workdir=runs/cifar --format=safetensors|torchvision|onnx [--out=FILE] [--step=N]
+"""python -m palm_jax.export --workdir=runs/cifar --format=safetensors|torchvision|onnx [--out=FILE]
+[--step=N]
 
 Writes the encoder of a pretraining run as one file for other programs:
   safetensors   our own names; `load` gives back the encoder's settings and its variables, bit for bit
   torchvision   .safetensors with the names of torchvision's ResNet-18 (encoder nature: those of a torch.nn.Sequential)
   onnx          a graph from `images` (N, H, W, C) uint8, scaled inside, to `features` (N, F) float32
 
-Each file's metadata say from which checkpoint it is, how images are scaled, the encoder's sha256 as results have it, and, under
-'usage', the Python that runs it.
+Each file's metadata say from which checkpoint it is, how images are scaled, the encoder's sha256 as
+results have it, and, under 'usage', the Python that runs it.
 """
+
 import functools
 import importlib.metadata
 import json
@@ -31,13 +33,28 @@ from palm_jax.generator.snapshots import read_arrays
 from palm_jax.main import exit_on_user_error, nearest
 
 # Format: the file's name where --out gives none.
-FORMATS = {'safetensors': 'encoder.safetensors', 'torchvision': 'encoder.torchvision.safetensors', 'onnx': 'encoder.onnx'}
+FORMATS = {
+  'safetensors': 'encoder.safetensors',
+  'torchvision': 'encoder.torchvision.safetensors',
+  'onnx': 'encoder.onnx',
+}
 ENCODER_KEY = 'palm_jax_encoder'  # of the metadata: the encoder's settings as JSON
 
-# Our modules and leaves -> torchvision/models/resnet.py and torch.nn; names that are not here are the same.
-MODULES = {'stem_conv': 'conv1', 'stem_norm': 'bn1', 'norm1': 'bn1', 'norm2': 'bn2', 'shortcut_conv': 'downsample.0',
-           'shortcut_norm': 'downsample.1',
-           **{f'stage{stage}_block{block}': f'layer{stage}.{block - 1}' for stage in range(1, 5) for block in (1, 2)}}
+# Our modules and leaves -> torchvision/models/resnet.py and torch.nn; names that are not here are
+# the same.
+MODULES = {
+  'stem_conv': 'conv1',
+  'stem_norm': 'bn1',
+  'norm1': 'bn1',
+  'norm2': 'bn2',
+  'shortcut_conv': 'downsample.0',
+  'shortcut_norm': 'downsample.1',
+  **{
+    f'stage{stage}_block{block}': f'layer{stage}.{block - 1}'
+    for stage in range(1, 5)
+    for block in (1, 2)
+  },
+}
 LEAVES = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}
 
 # ---- 'usage' of the metadata; `path` and `images`, (N, H, W, C) uint8 numpy, are the reader's
@@ -57,7 +74,8 @@ from torchvision.models import resnet18
 
 model = resnet18()
 """
-# torchvision's width_per_group is for bottleneck blocks only: with BasicBlock the planes are fixed in the constructor.
+# torchvision's width_per_group is for bottleneck blocks only: with BasicBlock the planes are fixed
+# in the constructor.
 NARROW_RESNET_USAGE = """\
 import torch
 from safetensors.torch import load_file
@@ -113,26 +131,38 @@ def export(workdir, format='safetensors', out=None, step=None):
     (pathlib.Path of the file, step).
 
   Raises:
-    UserError: an unknown format, no such workdir or checkpoint, a file that cannot be written, or no onnx package.
+    UserError: an unknown format, no such workdir or checkpoint, a file that cannot be written, or
+      no onnx package.
   """
   if format not in FORMATS:
-    raise UserError(f'--format={format} is unknown: expected one of {", ".join(FORMATS)}{nearest(format, FORMATS)}')
+    raise UserError(
+      f'--format={format} is unknown: expected one of '
+      f'{", ".join(FORMATS)}{nearest(format, FORMATS)}'
+    )
   if out is not None:
     suffix = pathlib.Path(FORMATS[format]).suffix
     if not pathlib.Path(out).absolute().parent.is_dir():
       raise UserError(f'--out={out}: its folder is not there; make it, or name a file in another')
     if pathlib.Path(out).is_dir() or pathlib.Path(out).suffix != suffix:
-      raise UserError(f'--out={out}: the format {format} is written as one file, expected a name that ends with {suffix}')
+      raise UserError(
+        f'--out={out}: the format {format} is written as one file, expected a name that ends with '
+        f'{suffix}'
+      )
   if format == 'onnx':
     onnx_file.import_onnx()
   config, variables, step = load_encoder(workdir, step)
   if not isinstance(config, dict) or not isinstance(config.get('encoder'), dict):
-    raise UserError(f'{workdir}/config.json has no settings of an encoder: give the --workdir of a pretraining run')
+    raise UserError(
+      f'{workdir}/config.json has no settings of an encoder: give the --workdir of a pretraining '
+      'run'
+    )
   out = pathlib.Path(out or pathlib.Path(workdir) / FORMATS[format])
   try:
     save(out, format, config['encoder'], variables, step)
   except OSError as e:
-    raise UserError(f'{out} cannot be written ({e.strerror}): free space or mend that, or choose another --out') from e
+    raise UserError(
+      f'{out} cannot be written ({e.strerror}): free space or mend that, or choose another --out'
+    ) from e
   return out, step
 
 
@@ -147,47 +177,68 @@ def save(path, format, settings, variables, step):
     step: of the checkpoint, for the metadata.
 
   Raises:
-    UserError: settings and variables that do not belong together, or no onnx package. OSError: it cannot be written.
+    UserError: settings and variables that do not belong together, or no onnx package. OSError: it
+      cannot be written.
   """
   (size, _, channels), features = _sizes(settings, variables)
   if settings['name'] == 'nature':
-    accepted, dimensions = f'H and W {size} to {size + 7}', dict(flat=variables['params']['dense']['kernel'].shape[0])
+    accepted, dimensions = (
+      f'H and W {size} to {size + 7}',
+      dict(flat=variables['params']['dense']['kernel'].shape[0]),
+    )
     torch_usage = NATURE_USAGE
   else:
     accepted, dimensions = 'any H and W', dict(width=settings['width'])
-    torch_usage = (RESNET_USAGE if settings['width'] == 64 else NARROW_RESNET_USAGE) + CIFAR_STEM_USAGE
+    torch_usage = (
+      RESNET_USAGE if settings['width'] == 64 else NARROW_RESNET_USAGE
+    ) + CIFAR_STEM_USAGE
   torch_usage = torch_usage.format(channels=channels, features=features, **dimensions) + TORCH_USAGE
   metadata = {
-    ENCODER_KEY: json.dumps(settings), 'format': format, 'checkpoint_step': str(step),
+    ENCODER_KEY: json.dumps(settings),
+    'format': format,
+    'checkpoint_step': str(step),
     'preprocessing': f'images (N, H, W, {channels}) uint8, {accepted}; uint8 / 127.5 - 1 in float32',
-    'features': f'(N, {features}), batch normalisation in eval mode', 'sha256': digest(variables, settings),
+    'features': f'(N, {features}), batch normalisation in eval mode',
+    'sha256': digest(variables, settings),
     'palm_jax_version': _version(),
     'usage': {'safetensors': FLAX_USAGE, 'torchvision': torch_usage, 'onnx': ONNX_USAGE}[format],
   }
   if format == 'onnx':
-    content = onnx_file.build(settings['name'], torch_state(variables), channels, features, metadata)
+    content = onnx_file.build(
+      settings['name'], torch_state(variables), channels, features, metadata
+    )
   else:
     tensors = torch_state(variables) if format == 'torchvision' else _flat(variables)
-    content = safetensors.numpy.save({name: np.array(x, order='C') for name, x in tensors.items()}, metadata)
+    content = safetensors.numpy.save(
+      {name: np.array(x, order='C') for name, x in tensors.items()}, metadata
+    )
   with replacing(path) as file:
     file.write(content)
 
 
 def load(path):
-  """The encoder in a file of the format safetensors, for `encoder.make_encoder(ConfigDict(settings))`.
+  """The encoder in a file of the format safetensors, for
+  `encoder.make_encoder(ConfigDict(settings))`.
 
   Returns:
-    (settings dict, {'params', 'batch_stats'} of numpy arrays, bit-equal to those exported, metadata {str: str}).
+    (settings dict, {'params', 'batch_stats'} of numpy arrays, bit-equal to those exported, metadata
+    {str: str}).
 
   Raises:
     UserError: no such file, one of another kind, or damage.
   """
   arrays, metadata = read_arrays(path)
   if metadata.get('format') != 'safetensors' or ENCODER_KEY not in metadata:
-    raise UserError(f'{path} is no encoder under the names of palm_jax: give a file that palm_jax.export wrote with '
-                    '--format=safetensors')
+    raise UserError(
+      f'{path} is no encoder under the names of palm_jax: give a file that palm_jax.export wrote '
+      'with '
+      '--format=safetensors'
+    )
   try:
-    settings, variables = json.loads(metadata[ENCODER_KEY]), traverse_util.unflatten_dict(arrays, sep='/')
+    settings, variables = (
+      json.loads(metadata[ENCODER_KEY]),
+      traverse_util.unflatten_dict(arrays, sep='/'),
+    )
     if digest(variables, settings) != metadata.get('sha256'):
       raise ValueError('it holds other numbers or settings than were saved')
   except (LookupError, TypeError, ValueError) as e:
@@ -198,8 +249,8 @@ def load(path):
 def torch_state(variables):
   """The variables under torch's names and in its layouts: {name: array}, convolutions OIHW.
 
-  Running variances stay divided by n; torch's eval mode takes them as they are. The rows of the dense layer of nature
-  are put into the order of a flattened (C, H, W).
+  Running variances stay divided by n; torch's eval mode takes them as they are. The rows of the
+  dense layer of nature are put into the order of a flattened (C, H, W).
   """
   state = {}
   for (_, *modules, leaf), x in traverse_util.flatten_dict(variables).items():
@@ -212,7 +263,9 @@ def torch_state(variables):
       x = x.reshape(side, side, channels, -1).transpose(3, 2, 0, 1).reshape(x.shape[::-1])
     state[f'{module}.{LEAVES.get(leaf, leaf)}'] = x
     if leaf == 'mean':
-      state[f'{module}.num_batches_tracked'] = np.zeros((), np.int64)  # torch averages with a fixed momentum instead
+      state[f'{module}.num_batches_tracked'] = np.zeros(
+        (), np.int64
+      )  # torch averages with a fixed momentum instead
   return state
 
 
@@ -232,15 +285,23 @@ def _sizes(settings, variables):
     else:
       shape = (8, 8, params['stem_conv']['kernel'].shape[2])
     images = jax.ShapeDtypeStruct((1, *shape), np.uint8)
-    h, template = jax.eval_shape(functools.partial(encoder.init_with_output, train=False), jax.random.key(0), images)
+    h, template = jax.eval_shape(
+      functools.partial(encoder.init_with_output, train=False), jax.random.key(0), images
+    )
     expected, found = shapes(template), shapes(variables)
   except (AttributeError, LookupError, TypeError, ValueError) as e:
-    raise UserError(f'the settings of the encoder, {settings}, do not belong to its variables ({type(e).__name__}): '
-                    'give the config and the checkpoint of one run') from e
+    raise UserError(
+      f'the settings of the encoder, {settings}, do not belong to its variables '
+      f'({type(e).__name__}): '
+      'give the config and the checkpoint of one run'
+    ) from e
   for name in sorted(expected.keys() | found.keys()):
     if found.get(name) != expected.get(name):
-      raise UserError(f'{name} is {found.get(name, "absent")}, expected {expected.get(name, "absent")} for an encoder of '
-                      f'{settings}: give the config and the checkpoint of one run')
+      raise UserError(
+        f'{name} is {found.get(name, "absent")}, expected {expected.get(name, "absent")} for an '
+        'encoder of '
+        f'{settings}: give the config and the checkpoint of one run'
+      )
   return shape, h.shape[-1]
 
 
@@ -256,10 +317,13 @@ def _version():
 
 
 def parse_flags(argv):
-  """Defines the flags and reads them; returns what absl leaves of argv. Raises UserError, in one line."""
+  """Defines the flags and reads them; returns what absl leaves of argv. Raises UserError, in one
+  line."""
   flags.DEFINE_string('workdir', None, 'Of the pretraining run whose encoder is wanted.')
   flags.DEFINE_string('format', 'safetensors', f'One of {", ".join(FORMATS)}.')
-  flags.DEFINE_string('out', None, f'File to write; default: in the workdir, {", ".join(FORMATS.values())}.')
+  flags.DEFINE_string(
+    'out', None, f'File to write; default: in the workdir, {", ".join(FORMATS.values())}.'
+  )
   flags.DEFINE_integer('step', None, 'Of the checkpoint; default: the newest.')
   try:
     return flags.FLAGS(argv)
@@ -275,7 +339,10 @@ def main(argv):
   devices.configure()
   python_logging.getLogger('jax').setLevel(python_logging.WARNING)
   out, step = export(flags.FLAGS.workdir, flags.FLAGS.format, flags.FLAGS.out, flags.FLAGS.step)
-  print(f'{out}: the encoder of {flags.FLAGS.workdir} at checkpoint step {step}, format {flags.FLAGS.format}')
+  print(
+    f'{out}: the encoder of {flags.FLAGS.workdir} at checkpoint step {step}, format '
+    f'{flags.FLAGS.format}'
+  )
 
 
 if __name__ == '__main__':

@@ -1,4 +1,5 @@
 """Files that are whole or as they were before, and files that one process holds."""
+
 import contextlib
 import errno
 import fcntl
@@ -13,7 +14,8 @@ UNKNOWN = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # to a file system
 
 @contextlib.contextmanager
 def replacing(path, mode='wb'):
-  """An open file whose content stands at `path` when the block has ended well; else nothing has changed there.
+  """An open file whose content stands at `path` when the block has ended well; else nothing has
+  changed there.
 
   Raises:
     OSError: it cannot be written.
@@ -33,7 +35,8 @@ def replacing(path, mode='wb'):
 
 
 def sync(*paths):
-  """Brings files, and the names in folders, to the disk: a loss of power can keep a name without its content, or lose both.
+  """Brings files, and the names in folders, to the disk: a loss of power can keep a name without
+  its content, or lose both.
 
   Raises:
     OSError: what was written before did not get there.
@@ -50,10 +53,12 @@ def sync(*paths):
 
 
 @contextlib.contextmanager
-def locked(path, patience=0.):
-  """Yields whether this process alone holds the file at `path`, which is there only while the block lasts.
+def locked(path, patience=0.0):
+  """Yields whether this process alone holds the file at `path`, which is there only while the block
+  lasts.
 
-  The hold ends with the process, however that ends. Where the system or the file system has no locks, it is always given.
+  The hold ends with the process, however that ends. Where the system or the file system has no
+  locks, it is always given.
 
   Args:
     path: of the file.
@@ -71,7 +76,7 @@ def locked(path, patience=0.):
             path.unlink(missing_ok=True)
         return
     logging.log_every_n_seconds(logging.INFO, '%s is held by another command: waiting', 30, path)
-    time.sleep(min(1., patience))
+    time.sleep(min(1.0, patience))
 
 
 def _lock(path, file):

@@ -1,4 +1,6 @@
-"""Where a run's numbers go: JSON lines always, TensorBoard beside them, and a line of progress in the log."""
+"""Where a run's numbers go: JSON lines always, TensorBoard beside them, and a line of progress in
+the log."""
+
 import collections
 import json
 import math
@@ -12,12 +14,13 @@ from palm_jax.files import replacing
 
 
 class MetricWriter:
-  """Writes `<folder>/metrics.jsonl` and TensorBoard's event files. One process (the first) should hold it.
+  """Writes `<folder>/metrics.jsonl` and TensorBoard's event files. One process (the first) should
+  hold it.
 
   Args:
     folder: path; made if absent.
-    step: the step that the run goes on from. Lines beyond it were written after its checkpoint and are dropped;
-      TensorBoard is told to hide its own.
+    step: the step that the run goes on from. Lines beyond it were written after its checkpoint and
+      are dropped; TensorBoard is told to hide its own.
     tensorboard: also write event files, by tensorboardX.
   """
 
@@ -29,7 +32,10 @@ class MetricWriter:
     self._lines = path.open('a')
     self._events = None
     if tensorboard:
-      from tensorboardX import SummaryWriter  # here: half a second that a run without it need not spend
+      from tensorboardX import (
+        SummaryWriter,
+      )  # here: half a second that a run without it need not spend
+
       self._events = SummaryWriter(str(folder), purge_step=step + 1)
 
   def __enter__(self):
@@ -39,7 +45,8 @@ class MetricWriter:
     self.close()
 
   def write(self, step, scalars):
-    """One line {'step': step, name: float, ...}, on the disk's way at once. NaN and infinity become null."""
+    """One line {'step': step, name: float, ...}, on the disk's way at once. NaN and infinity become
+    null."""
     scalars = {name: float(value) for name, value in scalars.items()}
     finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
     self._lines.write(json.dumps({'step': int(step), **finite}) + '\n')
@@ -74,7 +81,8 @@ def read_jsonl(path):
 
 
 def _drop_lines_after(path, step):
-  """Rewrites the file without lines beyond `step` or cut short; all of it or what was there before."""
+  """Rewrites the file without lines beyond `step` or cut short; all of it or what was there
+  before."""
   if not path.exists():
     return
   with replacing(path, 'w') as f:
@@ -82,7 +90,8 @@ def _drop_lines_after(path, step):
 
 
 class Progress:
-  """A line in the log every few seconds: `pretrain  12,800/64,000 env steps  20.0%  1,934/s  left 0:26  reward 1.23`.
+  """A line in the log every few seconds: `pretrain  12,800/64,000 env steps  20.0%  1,934/s  left
+  0:26  reward 1.23`.
 
   Args:
     name: the job.
@@ -91,7 +100,7 @@ class Progress:
     every_seconds: the least time between two lines.
   """
 
-  def __init__(self, name, total, unit, every_seconds=5.):
+  def __init__(self, name, total, unit, every_seconds=5.0):
     self._name, self._total, self._unit, self._every = name, total, unit, every_seconds
     self._printed = -math.inf
     # The first update only starts the clock: the call before it compiled.
@@ -117,8 +126,11 @@ class Progress:
       rate = (step - before) / max(now - then, 1e-9)
       pace = f'  {_figure(rate)}/s  left {_clock((self._total - step) / rate)}'
     numbers = ' '.join(f'{name} {_figure(value)}' for name, value in scalars.items())
-    logging.info('%s', f'{self._name}  {step:,}/{self._total:,} {self._unit}  {step / self._total:.1%}{pace}'
-                       f'{"  " if numbers else ""}{numbers}')
+    logging.info(
+      '%s',
+      f'{self._name}  {step:,}/{self._total:,} {self._unit}  {step / self._total:.1%}{pace}'
+      f'{"  " if numbers else ""}{numbers}',
+    )
     return True
 
 

@@ -1,4 +1,6 @@
-"""Batch normalisation (Ioffe and Szegedy, arXiv 1502.03167) that is fast on CPU, with flax's numbers and names."""
+"""Batch normalisation (Ioffe and Szegedy, arXiv 1502.03167) that is fast on CPU, with flax's
+numbers and names."""
+
 import functools
 import math
 from typing import Any
@@ -10,12 +12,13 @@ from jax import lax
 
 from palm_jax.devices import platform, vary_alike
 
-CHUNK = 2 ** 19  # numbers of an array: with what is made of them they stay in the cache
+CHUNK = 2**19  # numbers of an array: with what is made of them they stay in the cache
 FOLD = 8  # pictures: XLA:CPU is fast at sums over few leading entries only
 
 
 class BatchNorm(nn.Module):
-  """As flax.linen.BatchNorm over all axes but the last; its parameters and statistics fit here and the other way round.
+  """As flax.linen.BatchNorm over all axes but the last; its parameters and statistics fit here and
+  the other way round.
 
   Attributes:
     use_running_average: normalise by the running statistics, and leave them as they are.
@@ -23,6 +26,7 @@ class BatchNorm(nn.Module):
     axis_name: mesh axis over which batch statistics are averaged; None keeps them local.
     dtype: compute type; None follows parameters and input. Statistics are at least float32.
   """
+
   use_running_average: bool
   momentum: float = 0.9
   epsilon: float = 1e-5
@@ -36,37 +40,51 @@ class BatchNorm(nn.Module):
     shape = x.shape[-1:]
     scale = self.param('scale', self.scale_init, shape, jnp.float32)
     bias = self.param('bias', nn.initializers.zeros, shape, jnp.float32)
-    running_mean, running_var = (self.variable('batch_stats', name, draw, shape, jnp.float32)
-                                 for name, draw in (('mean', jnp.zeros), ('var', jnp.ones)))
+    running_mean, running_var = (
+      self.variable('batch_stats', name, draw, shape, jnp.float32)
+      for name, draw in (('mean', jnp.zeros), ('var', jnp.ones))
+    )
     mean, var = running_mean.value, running_var.value
     if not self.use_running_average:
-      moments = _sums_of_powers(x, jnp.promote_types(self.dtype or x.dtype, jnp.float32)) / (x.size // x.shape[-1])
+      moments = _sums_of_powers(x, jnp.promote_types(self.dtype or x.dtype, jnp.float32)) / (
+        x.size // x.shape[-1]
+      )
       if self.axis_name is not None and not self.is_initializing():
         moments = lax.pmean(moments, self.axis_name)
       mean, var = moments[0], jnp.maximum(moments[1] - moments[0] ** 2, 0)
       if not self.is_initializing():
         running_mean.value += (1 - self.momentum) * (mean - running_mean.value)
         running_var.value += (1 - self.momentum) * (var - running_var.value)
-    dtype = jnp.result_type(x, mean, scale, bias)  # promoted out here, where the gradients are converted back
-    mean, scaling, offset = (a.astype(dtype) for a in (mean, lax.rsqrt(var + self.epsilon) * scale, bias))
+    dtype = jnp.result_type(
+      x, mean, scale, bias
+    )  # promoted out here, where the gradients are converted back
+    mean, scaling, offset = (
+      a.astype(dtype) for a in (mean, lax.rsqrt(var + self.epsilon) * scale, bias)
+    )
     normalize = _normalize_on_cpu if platform() == 'cpu' else _normalize
     y = normalize(*vary_alike(x, mean, scaling, offset))
     return y.astype(nn.dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype))
 
 
 def channel_sums(terms, *arrays):
-  """(len(terms), C): the sum over all axes but the last of each array (N, ..., C) that `terms(*arrays)` makes, element by element.
+  """(len(terms), C): the sum over all axes but the last of each array (N, ..., C) that
+  `terms(*arrays)` makes, element by element.
 
-  On CPU a few pictures at a time where N is a multiple of 8: no term is ever whole in memory, and what the arrays are made
-  of is computed once, not for each term (0.85 of the time of SimSiam's update, configs/benchmark.py:small, two cores). What
-  is left then is a product with ones, as XLA's own sums over leading axes are slow. Totals are at least float32.
+  On CPU a few pictures at a time where N is a multiple of 8: no term is ever whole in memory, and
+  what the arrays are made of is computed once, not for each term (0.85 of the time of SimSiam's
+  update, configs/benchmark.py:small, two cores). What is left then is a product with ones, as XLA's
+  own sums over leading axes are slow. Totals are at least float32.
   """
   wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
   if platform() != 'cpu':
     return jnp.stack([wide(x).sum(range(x.ndim - 1)) for x in terms(*arrays)])
   n, size = len(arrays[0]), arrays[0].size
-  # Never all of them: XLA would take away a loop of one step, and with it the border to what the arrays are made of.
-  chunk = max((d for d in range(FOLD, n, FOLD) if n % d == 0 and (d == FOLD or d * size <= CHUNK * n)), default=n)
+  # Never all of them: XLA would take away a loop of one step, and with it the border to what the
+  # arrays are made of.
+  chunk = max(
+    (d for d in range(FOLD, n, FOLD) if n % d == 0 and (d == FOLD or d * size <= CHUNK * n)),
+    default=n,
+  )
 
   def fold(x):
     return wide(x).reshape(FOLD, -1, *x.shape[1:]).sum(0) if len(x) % FOLD == 0 else wide(x)
@@ -85,26 +103,32 @@ def channel_sums(terms, *arrays):
 
 
 def _sum(x):
-  rows = x.reshape(-1, math.prod(x.shape[-2:]) if x.ndim > 2 else x.shape[-1])  # of all columns: fewer terms, smaller error
+  rows = x.reshape(
+    -1, math.prod(x.shape[-2:]) if x.ndim > 2 else x.shape[-1]
+  )  # of all columns: fewer terms, smaller error
   sums = jnp.matmul(jnp.ones((1, len(rows)), x.dtype), rows, precision=lax.Precision.HIGHEST)
   return sums.reshape(-1, x.shape[-1]).sum(0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _sums_of_powers(x, dtype):
-  """(N, ..., C) -> (2, C) in `dtype`: of x and of its square. The gradient keeps x alone, and none of the loop's steps."""
+  """(N, ..., C) -> (2, C) in `dtype`: of x and of its square. The gradient keeps x alone, and none
+  of the loop's steps."""
   return channel_sums(lambda x: (x.astype(dtype), x.astype(dtype) ** 2), x)
 
 
-_sums_of_powers.defvjp(lambda x, dtype: (_sums_of_powers(x, dtype), x),
-                       lambda dtype, x, g: ((g[0] + 2 * g[1] * x).astype(x.dtype),))
+_sums_of_powers.defvjp(
+  lambda x, dtype: (_sums_of_powers(x, dtype), x),
+  lambda dtype, x, g: ((g[0] + 2 * g[1] * x).astype(x.dtype),),
+)
 
 
 def _normalize(x, mean, scale, bias):
   return (x - mean) * scale + bias
 
 
-# Its gradient has two sums over x where the chain rule has three. libtpu counts 8% more traffic with it (cifar, v5e:2x4).
+# Its gradient has two sums over x where the chain rule has three. libtpu counts 8% more traffic
+# with it (cifar, v5e:2x4).
 _normalize_on_cpu = jax.custom_vjp(_normalize)
 
 

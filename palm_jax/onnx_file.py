@@ -1,9 +1,13 @@
 """An encoder as an ONNX graph, written node by node: no tracer, and torch is not needed."""
+
 import numpy as np
 
 from palm_jax.errors import UserError
 
-OPSET, IR_VERSION = 17, 8  # ONNX 1.12, which runtimes since 2022 read; onnx's own default would be its newest
+OPSET, IR_VERSION = (
+  17,
+  8,
+)  # ONNX 1.12, which runtimes since 2022 read; onnx's own default would be its newest
 
 
 def import_onnx():
@@ -11,15 +15,19 @@ def import_onnx():
   try:
     import onnx
   except ImportError as e:
-    raise UserError(f'the format onnx needs the package onnx ({e}): python -m pip install onnx') from e
+    raise UserError(
+      f'the format onnx needs the package onnx ({e}): python -m pip install onnx'
+    ) from e
   return onnx
 
 
 def build(name, state, channels, features, metadata):
-  """The bytes of a checked ONNX model: `images` (N, H, W, channels) uint8 -> `features` (N, features) float32.
+  """The bytes of a checked ONNX model: `images` (N, H, W, channels) uint8 -> `features` (N,
+  features) float32.
 
-  N, H and W are symbolic. Weights have torch's names. Batch normalisation stays a node: the file then holds the numbers of
-  the checkpoint, and runtimes fold it into the convolution when they load it.
+  N, H and W are symbolic. Weights have torch's names. Batch normalisation stays a node: the file
+  then holds the numbers of the checkpoint, and runtimes fold it into the convolution when they load
+  it.
 
   Args:
     name: 'resnet18' or 'nature'.
@@ -41,11 +49,15 @@ def build(name, state, channels, features, metadata):
 
   def conv(x, module, kernel, stride=1, pad=0):
     inputs = [f'{module}.{leaf}' for leaf in ('weight', 'bias') if f'{module}.{leaf}' in weights]
-    return node('Conv', module, x, *inputs, kernel_shape=[kernel] * 2, strides=[stride] * 2, pads=[pad] * 4)
+    return node(
+      'Conv', module, x, *inputs, kernel_shape=[kernel] * 2, strides=[stride] * 2, pads=[pad] * 4
+    )
 
   def norm(x, module):
     leaves = ('weight', 'bias', 'running_mean', 'running_var')
-    return node('BatchNormalization', module, x, *(f'{module}.{leaf}' for leaf in leaves), epsilon=1e-5)
+    return node(
+      'BatchNormalization', module, x, *(f'{module}.{leaf}' for leaf in leaves), epsilon=1e-5
+    )
 
   def relu(x):
     return node('Relu', f'{x}.relu', x)
@@ -71,12 +83,22 @@ def build(name, state, channels, features, metadata):
     node('Flatten', 'features', node('GlobalAveragePool', 'pool', x))
 
   graph = helper.make_graph(
-    nodes, 'encoder',
+    nodes,
+    'encoder',
     [helper.make_tensor_value_info('images', types.UINT8, ['N', 'H', 'W', channels])],
     [helper.make_tensor_value_info('features', types.FLOAT, ['N', features])],
-    [onnx.numpy_helper.from_array(np.array(x, np.float32, order='C'), key) for key, x in weights.items()])
-  model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', OPSET)], ir_version=IR_VERSION,
-                            producer_name='palm_jax', producer_version=metadata['palm_jax_version'])
+    [
+      onnx.numpy_helper.from_array(np.array(x, np.float32, order='C'), key)
+      for key, x in weights.items()
+    ],
+  )
+  model = helper.make_model(
+    graph,
+    opset_imports=[helper.make_opsetid('', OPSET)],
+    ir_version=IR_VERSION,
+    producer_name='palm_jax',
+    producer_version=metadata['palm_jax_version'],
+  )
   helper.set_model_props(model, metadata)
   onnx.checker.check_model(model, full_check=True)
   return model.SerializeToString()

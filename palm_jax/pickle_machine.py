@@ -1,9 +1,12 @@
-"""The small part of Python's pickle machine that weights need, written anew: nothing is imported or called.
+"""The small part of Python's pickle machine that weights need, written anew: nothing is imported or
+called.
 
-A pickle is a program for a stack machine. This one knows the instructions and the globals of PyTorch's files of weights
-and of stylegan2-ada-pytorch's snapshots, and nothing else; each global is a name with a meaning of ours. What the program
-makes is charged to a budget before it is made, and tensors are views of the file's bytes.
+A pickle is a program for a stack machine. This one knows the instructions and the globals of
+PyTorch's files of weights and of stylegan2-ada-pytorch's snapshots, and nothing else; each global
+is a name with a meaning of ours. What the program makes is charged to a budget before it is made,
+and tensors are views of the file's bytes.
 """
+
 import dataclasses
 import re
 import struct
@@ -11,16 +14,29 @@ import struct
 import ml_dtypes
 import numpy as np
 
-MAGIC, PROTOCOL = 0x1950a86a20f9469cfc6c, 1001  # torch/serialization.py, of files that are not zip archives
+MAGIC, PROTOCOL = (
+  0x1950A86A20F9469CFC6C,
+  1001,
+)  # torch/serialization.py, of files that are not zip archives
 STORAGES = {
-  'BFloat16Storage': ml_dtypes.bfloat16, 'BoolStorage': np.bool_, 'ByteStorage': np.uint8, 'CharStorage': np.int8,
-  'DoubleStorage': np.float64, 'FloatStorage': np.float32, 'HalfStorage': np.float16, 'IntStorage': np.int32,
-  'LongStorage': np.int64, 'ShortStorage': np.int16}
+  'BFloat16Storage': ml_dtypes.bfloat16,
+  'BoolStorage': np.bool_,
+  'ByteStorage': np.uint8,
+  'CharStorage': np.int8,
+  'DoubleStorage': np.float64,
+  'FloatStorage': np.float32,
+  'HalfStorage': np.float16,
+  'IntStorage': np.int32,
+  'LongStorage': np.int64,
+  'ShortStorage': np.int16,
+}
 SCALARS = 'f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'b1'
-# Bytes. More than an instruction takes for its object, its place on the stack and in the memo; than a call takes for a
-# view of a tensor; than an item of a set or an attribute.
+# Bytes. More than an instruction takes for its object, its place on the stack and in the memo; than
+# a call takes for a view of a tensor; than an item of a set or an attribute.
 INSTRUCTION, CALL, SET_ITEM = 256, 512, 128
-STORAGE_PICKLE = 1 << 16  # bytes for the few instructions around a storage that lies in a file of its own
+STORAGE_PICKLE = (
+  1 << 16
+)  # bytes for the few instructions around a storage that lies in a file of its own
 
 
 class Refusal(Exception):
@@ -33,7 +49,8 @@ def check(condition, message):
 
 
 def short(value):
-  """A value out of the file for a message: one line, not too long. Containers may be larger than they look."""
+  """A value out of the file for a message: one line, not too long. Containers may be larger than
+  they look."""
   if isinstance(value, str):
     return repr(value[:80])
   return repr(value)[:80] if isinstance(value, int | float | None) else f'a {type(value).__name__}'
@@ -47,12 +64,15 @@ class Budget:
 
   def charge(self, size):
     self.left -= size
-    check(self.left >= 0, 'asks for more memory than a file of its size needs; it is damaged or hostile')
+    check(
+      self.left >= 0, 'asks for more memory than a file of its size needs; it is damaged or hostile'
+    )
 
 
 @dataclasses.dataclass(eq=False)
 class Module:
   """A module as the file describes it: the name of its class and its attributes."""
+
   class_name: str
   state: dict = dataclasses.field(repr=False)
 
@@ -66,6 +86,7 @@ class _Global:
 @dataclasses.dataclass(eq=False)
 class Storage:
   """Numbers of one type; data is None while their place is not known."""
+
   dtype: type
   numel: int
   data: memoryview | None
@@ -81,16 +102,25 @@ def _is_size(x):
 
 
 def _persistent(meta):
-  """Modules and functions that carry their source (torch_utils/persistence.py); the source stays a string."""
-  check(type(meta) is dict and type(meta.get('class_name')) is str and type(meta.get('state')) is dict,
-        'a persistent object in it is damaged')
+  """Modules and functions that carry their source (torch_utils/persistence.py); the source stays a
+  string."""
+  check(
+    type(meta) is dict and type(meta.get('class_name')) is str and type(meta.get('state')) is dict,
+    'a persistent object in it is damaged',
+  )
   return Module(meta['class_name'], meta['state'])
 
 
 def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None):
-  check(type(storage) is Storage and _is_size(offset) and type(size) is type(stride) is tuple
-        and len(size) == len(stride) <= 32 and all(map(_is_size, size)) and all(_is_size(s) and s > 0 for s in stride),
-        'a tensor in it has an impossible offset, size or stride')
+  check(
+    type(storage) is Storage
+    and _is_size(offset)
+    and type(size) is type(stride) is tuple
+    and len(size) == len(stride) <= 32
+    and all(map(_is_size, size))
+    and all(_is_size(s) and s > 0 for s in stride),
+    'a tensor in it has an impossible offset, size or stride',
+  )
   if storage.data is None:
     return np.empty(0)
   dtype, reach = np.dtype(storage.dtype), 1
@@ -101,7 +131,9 @@ def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, meta
     check(n == 1 or step >= reach, 'a tensor in it overlaps itself')
     reach += (n - 1) * step
   check(offset + reach <= storage.numel, 'a tensor in it goes beyond its storage')
-  return np.ndarray(size, dtype, storage.data, offset * dtype.itemsize, [s * dtype.itemsize for s in stride])
+  return np.ndarray(
+    size, dtype, storage.data, offset * dtype.itemsize, [s * dtype.itemsize for s in stride]
+  )
 
 
 def _parameter(tensor, requires_grad, hooks):
@@ -111,25 +143,33 @@ def _parameter(tensor, requires_grad, hooks):
 
 def _load_from_bytes(data):
   check(isinstance(data, bytes | memoryview), 'a storage in it is not made of bytes')
-  storage = read_legacy(memoryview(data), Budget(STORAGE_PICKLE), calls={})  # none: storages in storages never end
+  storage = read_legacy(
+    memoryview(data), Budget(STORAGE_PICKLE), calls={}
+  )  # none: storages in storages never end
   check(type(storage) is Storage, 'a storage in it is something else')
   return storage
 
 
 def _dtype(name, align=False, copy=True):
-  check(type(name) is str and name in SCALARS, f'numpy type {short(name)} in it is not one of {", ".join(SCALARS)}')
+  check(
+    type(name) is str and name in SCALARS,
+    f'numpy type {short(name)} in it is not one of {", ".join(SCALARS)}',
+  )
   return _Dtype(name)
 
 
 def _scalar(dtype, data):
   check(type(dtype) is _Dtype and isinstance(data, bytes | memoryview), 'a number in it is damaged')
-  value, = np.frombuffer(data, f'<{dtype.name}')
+  (value,) = np.frombuffer(data, f'<{dtype.name}')
   return value.item()
 
 
 def _encode(text, encoding):
   """How protocol 2 writes bytes."""
-  check(type(text) is str and type(encoding) is str and encoding == 'latin1', 'an encoding in it is not latin1')
+  check(
+    type(text) is str and type(encoding) is str and encoding == 'latin1',
+    'an encoding in it is not latin1',
+  )
   return text.encode('latin1')
 
 
@@ -170,7 +210,9 @@ _CALLS = {
   ('torch.storage', '_load_from_bytes'): _load_from_bytes,
   ('torch_utils.persistence', '_reconstruct_persistent_obj'): _persistent,
 }
-_CALLS |= {('torch.jit._pickle', f'build_{kind}list'): _list for kind in ('int', 'double', 'bool', 'tensor')}
+_CALLS |= {
+  ('torch.jit._pickle', f'build_{kind}list'): _list for kind in ('int', 'double', 'bool', 'tensor')
+}
 _DICTS = {('dnnlib.util', 'EasyDict')}  # made by NEWOBJ
 _TYPES = {('torch', name) for name in STORAGES}
 _KNOWN = _CALLS.keys() | _DICTS | _TYPES
@@ -203,9 +245,12 @@ class Machine:
       _INSTRUCTIONS[code](self)
 
   def take(self, size):
-    check(0 <= size <= len(self.view) - self.at, 'is cut short or damaged: it goes on beyond its end; fetch it again')
+    check(
+      0 <= size <= len(self.view) - self.at,
+      'is cut short or damaged: it goes on beyond its end; fetch it again',
+    )
     self.at += size
-    return self.view[self.at - size:self.at]
+    return self.view[self.at - size : self.at]
 
   def unpack(self, form):
     return struct.unpack(f'<{form}', self.take(struct.calcsize(f'<{form}')))[0]
@@ -213,11 +258,13 @@ class Machine:
   def text(self, size):
     data = self.take(size)
     top = np.frombuffer(data, np.uint8).max(initial=0)
-    self.budget.charge(size * (1 if top < 0xc4 else 2 if top < 0xf0 else 4))  # Python's widths of a string
+    self.budget.charge(
+      size * (1 if top < 0xC4 else 2 if top < 0xF0 else 4)
+    )  # Python's widths of a string
     return str(data, 'utf-8')
 
   def line(self):
-    line, end, _ = bytes(self.view[self.at:self.at + 256]).partition(b'\n')
+    line, end, _ = bytes(self.view[self.at : self.at + 256]).partition(b'\n')
     check(end, 'a name in it has no end')
     self.at += len(line) + 1
     return str(line, 'utf-8')
@@ -235,7 +282,9 @@ class Machine:
     return items
 
   def top(self, kind):
-    check(self.stack and type(self.stack[-1]) is kind, f'fills something that is not a {kind.__name__}')
+    check(
+      self.stack and type(self.stack[-1]) is kind, f'fills something that is not a {kind.__name__}'
+    )
     return self.stack[-1]
 
   # Instructions.
@@ -245,7 +294,10 @@ class Machine:
     check(2 <= version <= 5, f'is a pickle of protocol {version}; expected 2 to 5')
 
   def frame(self):
-    check(self.unpack('Q') <= len(self.view) - self.at, 'is cut short or damaged: a frame goes on beyond its end')
+    check(
+      self.unpack('Q') <= len(self.view) - self.at,
+      'is cut short or damaged: a frame goes on beyond its end',
+    )
 
   def mark(self):
     self.below.append(self.stack)
@@ -282,9 +334,12 @@ class Machine:
     target = self.top(dict)
     check(len(items) % 2 == 0, 'has a key without a value')
     for key, value in zip(items[::2], items[1::2], strict=True):
-      # Only plain keys: the hash of a deep tuple of tuples may take for ever, and large integers can be made to collide.
-      check(type(key) is str or type(key) is int and 0 <= key < 1 << 32,
-            f'a key in it is {short(key)}; expected a name or a number')
+      # Only plain keys: the hash of a deep tuple of tuples may take for ever, and large integers
+      # can be made to collide.
+      check(
+        type(key) is str or type(key) is int and 0 <= key < 1 << 32,
+        f'a key in it is {short(key)}; expected a name or a number',
+      )
       check(key not in target, f'key {short(key)} is set twice')
       target[key] = value
 
@@ -293,14 +348,23 @@ class Machine:
     self.set_items([key, value])
 
   def find_global(self, module, name):
-    check(type(module) is type(name) is str and len(module) + len(name) <= 512, 'a global in it has no name')
-    check((module, name) != ('dnnlib.tflib.network', 'Network'),
-          "is a snapshot of the TensorFlow releases of StyleGAN2 (dnnlib.tflib); convert it with stylegan2-ada-pytorch's "
-          'legacy.py: python legacy.py --source=<this file> --dest=converted.pkl')
+    check(
+      type(module) is type(name) is str and len(module) + len(name) <= 512,
+      'a global in it has no name',
+    )
+    check(
+      (module, name) != ('dnnlib.tflib.network', 'Network'),
+      'is a snapshot of the TensorFlow releases of StyleGAN2 (dnnlib.tflib); convert it with '
+      "stylegan2-ada-pytorch's "
+      'legacy.py: python legacy.py --source=<this file> --dest=converted.pkl',
+    )
     inert = self.torchscript and re.fullmatch(r'__torch__(\.\w+)*', module) and name.isidentifier()
-    check((module, name) in _KNOWN or inert,
-          f'refused: it asks for {short(f"{module}.{name}")}, which weights do not need; expected a state_dict or a '
-          'snapshot of stylegan2-ada-pytorch')
+    check(
+      (module, name) in _KNOWN or inert,
+      f'refused: it asks for {short(f"{module}.{name}")}, which weights do not need; expected a '
+      'state_dict or a '
+      'snapshot of stylegan2-ada-pytorch',
+    )
     self.push(_Global(module, name))
 
   def find_global_on_stack(self):
@@ -309,19 +373,34 @@ class Machine:
 
   def reduce(self):
     args, function = self.pop(), self.pop()
-    check(type(function) is _Global and type(args) is tuple and (function.module, function.name) in self.calls,
-          'refused: it calls what is not a known function')
-    self.budget.charge(CALL + sum(SET_ITEM * len(x) if type(x) is list else len(x) for x in args if type(x) in (list, str)))
+    check(
+      type(function) is _Global
+      and type(args) is tuple
+      and (function.module, function.name) in self.calls,
+      'refused: it calls what is not a known function',
+    )
+    self.budget.charge(
+      CALL
+      + sum(
+        SET_ITEM * len(x) if type(x) is list else len(x) for x in args if type(x) in (list, str)
+      )
+    )
     try:
       self.push(self.calls[function.module, function.name](*args))
     except TypeError:
-      raise Refusal(f'{function.module}.{function.name} in it has other arguments than torch gives') from None
+      raise Refusal(
+        f'{function.module}.{function.name} in it has other arguments than torch gives'
+      ) from None
 
   def new_object(self):
     args, kind = self.pop(), self.pop()
-    check(type(kind) is _Global and type(args) is tuple and not args
-          and (kind.module, kind.name) not in _CALLS.keys() | _TYPES,
-          'refused: it makes an object of a class that is not known')
+    check(
+      type(kind) is _Global
+      and type(args) is tuple
+      and not args
+      and (kind.module, kind.name) not in _CALLS.keys() | _TYPES,
+      'refused: it makes an object of a class that is not known',
+    )
     is_dict = (kind.module, kind.name) in _DICTS
     self.push({} if is_dict else Module(f'{kind.module}.{kind.name}', {}))
 
@@ -330,24 +409,42 @@ class Machine:
     check(self.stack, 'takes a value where there is none')
     target = self.stack[-1]
     if type(target) is _Dtype:
-      check(type(state) is tuple and len(state) > 1 and type(state[1]) is str and state[1] in ('<', '|', '='),
-            'holds big-endian numbers; expected little-endian')
+      check(
+        type(state) is tuple
+        and len(state) > 1
+        and type(state[1]) is str
+        and state[1] in ('<', '|', '='),
+        'holds big-endian numbers; expected little-endian',
+      )
     elif self.torchscript and type(target) is Module and not target.state:
       check(type(state) is dict, 'an object in it has no attributes')
       self.budget.charge(SET_ITEM * len(state))  # one state can be given to many objects
       check(all(type(name) is str for name in state), 'an object in it has no attributes')
       target.state = state
     else:  # a state dict carries its modules' versions
-      check(type(target) is dict and type(state) is dict and state.keys() <= {'_metadata'},
-            'refused: it gives attributes to what has none')
+      check(
+        type(target) is dict and type(state) is dict and state.keys() <= {'_metadata'},
+        'refused: it gives attributes to what has none',
+      )
 
   def persistent(self):
     pid = self.pop()
-    check(self.find_storage is not None and type(pid) is tuple and len(pid) in (5, 6), 'refers to an unknown storage')
+    check(
+      self.find_storage is not None and type(pid) is tuple and len(pid) in (5, 6),
+      'refers to an unknown storage',
+    )
     tag, kind, key, device, numel, *view = pid
-    check(type(tag) is str and tag == 'storage' and type(kind) is _Global and (kind.module, kind.name) in _TYPES
-          and type(key) is str and type(device) is str and _is_size(numel) and all(part is None for part in view),
-          'refers to an unknown storage')
+    check(
+      type(tag) is str
+      and tag == 'storage'
+      and type(kind) is _Global
+      and (kind.module, kind.name) in _TYPES
+      and type(key) is str
+      and type(device) is str
+      and _is_size(numel)
+      and all(part is None for part in view),
+      'refers to an unknown storage',
+    )
     self.budget.charge(CALL)
     self.push(self.find_storage(key, STORAGES[kind.name], numel))
 
@@ -400,7 +497,8 @@ _INSTRUCTIONS = {code[0]: instruction for code, instruction in _INSTRUCTIONS.ite
 
 
 def read_legacy(view, budget, calls=_CALLS):
-  """A file of torch.save before 1.6, and of each storage in a plain pickle: five pickles, then the storages' bytes."""
+  """A file of torch.save before 1.6, and of each storage in a plain pickle: five pickles, then the
+  storages' bytes."""
   at = 0
 
   def unpickle(at, find_storage=None):
@@ -411,26 +509,44 @@ def read_legacy(view, budget, calls=_CALLS):
   protocol, at = unpickle(at)
   system, at = unpickle(at)
   check((magic, protocol) == (MAGIC, PROTOCOL), 'is not a torch file of a known version')
-  check(type(system) is dict and system.get('little_endian') is True, 'holds big-endian numbers; expected little-endian')
+  check(
+    type(system) is dict and system.get('little_endian') is True,
+    'holds big-endian numbers; expected little-endian',
+  )
 
-  # The tensors come before their bytes: the first pass learns the storages' names, the second makes the tensors.
+  # The tensors come before their bytes: the first pass learns the storages' names, the second makes
+  # the tensors.
   storages, begin = {}, at
-  _, at = unpickle(begin, lambda key, dtype, numel: storages.setdefault(key, Storage(dtype, numel, None)))
+  _, at = unpickle(
+    begin, lambda key, dtype, numel: storages.setdefault(key, Storage(dtype, numel, None))
+  )
   keys, at = unpickle(at)
-  check(type(keys) is list and len(keys) == len(storages) and all(type(k) is str for k in keys)
-        and set(keys) == storages.keys(), 'lists other storages than its tensors use')
+  check(
+    type(keys) is list
+    and len(keys) == len(storages)
+    and all(type(k) is str for k in keys)
+    and set(keys) == storages.keys(),
+    'lists other storages than its tensors use',
+  )
   for key in keys:
     storage = storages[key]
-    check(struct.unpack_from('<q', view, at)[0] == storage.numel, f'storage {short(key)} has two different sizes')
+    check(
+      struct.unpack_from('<q', view, at)[0] == storage.numel,
+      f'storage {short(key)} has two different sizes',
+    )
     size = storage.numel * np.dtype(storage.dtype).itemsize
     at += 8
     check(size <= len(view) - at, f'storage {short(key)} goes beyond the end of the file')
-    storage.data = view[at:at + size]
+    storage.data = view[at : at + size]
     at += size
   check(at == len(view), f'{len(view) - at} bytes follow its end')
 
   def find(key, dtype, numel):
     storage = storages[key]
-    check((storage.dtype, storage.numel) == (dtype, numel), f'storage {short(key)} has two different types')
+    check(
+      (storage.dtype, storage.numel) == (dtype, numel),
+      f'storage {short(key)} has two different types',
+    )
     return storage
+
   return unpickle(begin, find)[0]

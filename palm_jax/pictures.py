@@ -1,4 +1,5 @@
-"""Grids, strips of episodes and films as files, by NumPy and Pillow. A file is whole or as it was before."""
+"""Grids, strips of episodes and films as files, by NumPy and Pillow. A file is whole or as it was
+before."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -14,8 +15,10 @@ def grid(images, scale=None, labels=None):
   """Images in rows and columns, small ones enlarged by whole pixels.
 
   Args:
-    images: (R, C, H, W, channels) uint8. Other channels than 1 or 3 are shown as so many grey frames side by side.
-    scale: whole number of pixels for one; None enlarges to cells of at least 64 pixels, within 1600 pixels of width.
+    images: (R, C, H, W, channels) uint8. Other channels than 1 or 3 are shown as so many grey
+      frames side by side.
+    scale: whole number of pixels for one; None enlarges to cells of at least 64 pixels, within 1600
+      pixels of width.
     labels: R names, written at the left of the rows.
 
   Returns:
@@ -26,8 +29,10 @@ def grid(images, scale=None, labels=None):
   """
   images = np.asarray(images)
   if images.ndim != 5 or images.dtype != np.uint8 or 0 in images.shape:
-    raise UserError(f'a grid of {images.dtype}{images.shape} cannot be drawn: '
-                    'expected uint8 (rows, columns, height, width, channels)')
+    raise UserError(
+      f'a grid of {images.dtype}{images.shape} cannot be drawn: '
+      'expected uint8 (rows, columns, height, width, channels)'
+    )
   if images.shape[-1] not in (1, 3):
     images = images.swapaxes(-1, -2).reshape(*images.shape[:3], -1, 1)
   rows, columns, height, width, channels = images.shape
@@ -39,7 +44,9 @@ def grid(images, scale=None, labels=None):
     return picture
   if len(labels) != rows:
     raise UserError(f'{len(labels)} labels for a grid of {rows} rows: give one for each row')
-  return np.concatenate([_label_column([str(label) for label in labels], height * scale, channels), picture], axis=1)
+  return np.concatenate(
+    [_label_column([str(label) for label in labels], height * scale, channels), picture], axis=1
+  )
 
 
 def save_png(path, image):
@@ -57,8 +64,16 @@ def save_webp(path, frames, fps=8):
   """
   if len(frames) == 0:
     raise UserError(f'{path}: a film needs at least one frame')
-  _save(path, [_to_pillow(frame).convert('RGB') for frame in frames], format='WEBP', save_all=True,
-        duration=round(1000 / fps), loop=0, lossless=True, method=0)
+  _save(
+    path,
+    [_to_pillow(frame).convert('RGB') for frame in frames],
+    format='WEBP',
+    save_all=True,
+    duration=round(1000 / fps),
+    loop=0,
+    lossless=True,
+    method=0,
+  )
 
 
 def _to_pillow(image):

@@ -1,4 +1,6 @@
-"""What a pretraining would take, counted before anything of it is compiled: memory, arithmetic, time."""
+"""What a pretraining would take, counted before anything of it is compiled: memory, arithmetic,
+time."""
+
 import json
 import math
 import pathlib
@@ -15,19 +17,23 @@ from palm_jax.errors import UserError
 from palm_jax.generator import LoadedGenerator, load_generator
 from palm_jax.generator.train import make_networks
 
-USUAL_SHARE = .4  # of a large matrix product's speed that well-filled convolutional networks reach
+USUAL_SHARE = 0.4  # of a large matrix product's speed that well-filled convolutional networks reach
 
 
 def default_config():
   """What to plan for. Zeros stand for this machine."""
-  return ConfigDict(dict(
+  return ConfigDict(
+    dict(
       devices=0,  # their number
-      memory_gb=0.,  # of each, 10^9 bytes
-      tflops=0.,  # that each sustains; 0: as --job=benchmark found in this workdir, else USUAL_SHARE of a measured product
+      memory_gb=0.0,  # of each, 10^9 bytes
+      # that each sustains; 0: as --job=benchmark found in this workdir, else USUAL_SHARE of a
+      # measured product
+      tflops=0.0,
       image_size=32,  # of the pictures, where no generator is there yet to tell
       image_channels=3,
       num_classes=10,  # 0: unconditional
-  ))
+    )
+  )
 
 
 def plan(config, workdir, mesh):
@@ -39,7 +45,8 @@ def plan(config, workdir, mesh):
     mesh: of the devices that are here.
 
   Raises:
-    UserError: settings that cannot work, or a pretraining that does not fit the memory, after it is printed.
+    UserError: settings that cannot work, or a pretraining that does not fit the memory, after it is
+      printed.
   """
   c = config.plan
   for name, value in c.items():
@@ -50,7 +57,12 @@ def plan(config, workdir, mesh):
   result = estimate(config, pretrain.as_world(config, make_generator(config, workdir)), num_devices)
   rate, source = sustained_rate(config, workdir)
   seconds = result['flops_per_iteration'] / rate
-  result |= dict(memory=memory, flops_per_second=rate, rate_source=source, hours=result['iterations'] * seconds / 3600)
+  result |= dict(
+    memory=memory,
+    flops_per_second=rate,
+    rate_source=source,
+    hours=result['iterations'] * seconds / 3600,
+  )
   if jax.process_index() == 0:
     print(table(result), flush=True)
   check_memory(config, result)
@@ -58,17 +70,24 @@ def plan(config, workdir, mesh):
 
 
 def make_generator(config, workdir):
-  """The generator of the config or of this workdir, as it was trained; where none is there yet, `untrained_generator`."""
+  """The generator of the config or of this workdir, as it was trained; where none is there yet,
+  `untrained_generator`."""
   if config.generator.path or (pathlib.Path(workdir) / 'generator' / 'network.json').exists():
-    return load_generator(config.generator.path or workdir).with_dtype(pretrain.DTYPES[config.pretrain.dtype])
+    return load_generator(config.generator.path or workdir).with_dtype(
+      pretrain.DTYPES[config.pretrain.dtype]
+    )
   return untrained_generator(config)
 
 
 def untrained_generator(config):
   """A generator of the config's sizes whose arrays take no memory."""
   c = config.plan
-  network, _ = make_networks(config.generator, (c.image_size, c.image_size, c.image_channels), c.num_classes)
-  variables = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, network.z_dim)), jnp.zeros(1, jnp.int32))
+  network, _ = make_networks(
+    config.generator, (c.image_size, c.image_size, c.image_channels), c.num_classes
+  )
+  variables = jax.eval_shape(
+    network.init, jax.random.key(0), jnp.zeros((1, network.z_dim)), jnp.zeros(1, jnp.int32)
+  )
   variables = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), variables)
   return LoadedGenerator(network, variables).with_dtype(pretrain.DTYPES[config.pretrain.dtype])
 
@@ -82,42 +101,73 @@ def estimate(config, generator, num_devices):
     num_devices: int.
 
   Returns:
-    parameters {part: count}; bytes {part: on each device}; flops {part: an iteration, on each device} and their sum
-    flops_per_iteration, in matrix products and convolutions; num_devices, env_steps, iterations, env_steps_per_iteration,
-    ring_frames, picture (H, W, C) and settings.
+    parameters {part: count}; bytes {part: on each device}; flops {part: an iteration, on each
+    device} and their sum flops_per_iteration, in matrix products and convolutions; num_devices,
+    env_steps, iterations, env_steps_per_iteration, ring_frames, picture (H, W, C) and settings.
 
   Raises:
     UserError: settings that cannot work.
   """
   mesh = AbstractMesh((num_devices,), ('data',), axis_types=(AxisType.Auto,))
   program = pretrain.make_program(config, generator, mesh)
-  world, state, sample = jax.eval_shape(lambda key: (
-      world := pretrain.host_world(config, generator), program.init(key, world),
-      workload.make_sample(config, generator, program, key)), jax.random.key(0))
+  world, state, sample = jax.eval_shape(
+    lambda key: (
+      world := pretrain.host_world(config, generator),
+      program.init(key, world),
+      workload.make_sample(config, generator, program, key),
+    ),
+    jax.random.key(0),
+  )
   parts = workload.make_parts(config, generator, program, mesh)
-  flops = {name: cost.flops(part.call.trace(*part.arguments(state, world, sample))) for name, part in parts.items()}
+  flops = {
+    name: cost.flops(part.call.trace(*part.arguments(state, world, sample)))
+    for name, part in parts.items()
+  }
   count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
   agent = {name: count(getattr(state.agent, name)) for name in ('actor', 'critic')}
-  sharded = {name: cost.nbytes(tree) / num_devices for name, tree in dict(
-      frames=state.ring.frames, actions=state.ring.actions, environments=(state.env, state.frames)).items()}
+  sharded = {
+    name: cost.nbytes(tree) / num_devices
+    for name, tree in dict(
+      frames=state.ring.frames, actions=state.ring.actions, environments=(state.env, state.frames)
+    ).items()
+  }
   iterations = program.num_calls * config.pretrain.iterations_per_call
   return dict(
-      num_devices=num_devices, env_steps=iterations * program.env_steps_per_iteration, iterations=iterations,
-      env_steps_per_iteration=program.env_steps_per_iteration, ring_frames=config.replay.capacity,
-      picture=pretrain.seen_shape(config, generator),
-      parameters=dict(generator=count(world.variables), **{name: count(x) for name, x in state.ssl['params'].items()}, **agent),
-      bytes=dict(sharded, networks=cost.nbytes((world, state.ssl, state.agent)),
-                 activations=activation_bytes(config, generator, state.ssl, num_devices)),
-      flops=flops, flops_per_iteration=sum(flops.values()),
-      settings=workload.settings(config))
+    num_devices=num_devices,
+    env_steps=iterations * program.env_steps_per_iteration,
+    iterations=iterations,
+    env_steps_per_iteration=program.env_steps_per_iteration,
+    ring_frames=config.replay.capacity,
+    picture=pretrain.seen_shape(config, generator),
+    parameters=dict(
+      generator=count(world.variables),
+      **{name: count(x) for name, x in state.ssl['params'].items()},
+      **agent,
+    ),
+    bytes=dict(
+      sharded,
+      networks=cost.nbytes((world, state.ssl, state.agent)),
+      activations=activation_bytes(config, generator, state.ssl, num_devices),
+    ),
+    flops=flops,
+    flops_per_iteration=sum(flops.values()),
+    settings=workload.settings(config),
+  )
 
 
 def activation_bytes(config, generator, ssl, num_devices):
-  """What SimSiam's backward pass, the largest of all, needs kept by the forward pass over one device's batch."""
+  """What SimSiam's backward pass, the largest of all, needs kept by the forward pass over one
+  device's batch."""
   dtype = pretrain.DTYPES[config.pretrain.dtype]
-  modules = simsiam.make_modules(make_encoder(config.encoder, None, dtype), config.simsiam, None, dtype)
-  frames = jax.ShapeDtypeStruct((config.pretrain.batch_size // num_devices, *pretrain.seen_shape(config, generator)), jnp.uint8)
-  loss = lambda params, *views: simsiam.forward(modules, params, batch_stats, *views, symmetric=config.simsiam.symmetric)[0]
+  modules = simsiam.make_modules(
+    make_encoder(config.encoder, None, dtype), config.simsiam, None, dtype
+  )
+  frames = jax.ShapeDtypeStruct(
+    (config.pretrain.batch_size // num_devices, *pretrain.seen_shape(config, generator)), jnp.uint8
+  )
+  loss = lambda params, *views: simsiam.forward(
+    modules, params, batch_stats, *views, symmetric=config.simsiam.symmetric
+  )[0]
   batch_stats = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), ssl['batch_stats'])
   return cost.residual_bytes(loss, ssl['params'], frames, frames)
 
@@ -131,7 +181,10 @@ def sustained_rate(config, workdir):
     found = found['pretrain']
     return found['flops']['whole'] / found['seconds_per_iteration'], str(measured)
   rate = timing.matmul_flops(pretrain.DTYPES[config.pretrain.dtype])
-  return USUAL_SHARE * rate, f'{USUAL_SHARE:.0%} of {rate / 1e12:.3g} TFLOP/s, measured in a product here: a guess'
+  return (
+    USUAL_SHARE * rate,
+    f'{USUAL_SHARE:.0%} of {rate / 1e12:.3g} TFLOP/s, measured in a product here: a guess',
+  )
 
 
 def check_memory(config, result):
@@ -142,12 +195,19 @@ def check_memory(config, result):
   stored = result['bytes']['frames'] + result['bytes']['actions']
   block = config.pretrain.num_envs * config.pretrain.rollout_length
   fits = int((memory - need + stored) / stored * ring.capacity) // block * block
-  remedy = (f'set replay.capacity to {fits} or less' if fits > 3 * config.pretrain.num_envs else
-            'lower pretrain.batch_size or encoder.width')
+  remedy = (
+    f'set replay.capacity to {fits} or less'
+    if fits > 3 * config.pretrain.num_envs
+    else 'lower pretrain.batch_size or encoder.width'
+  )
   more = ', replay.actions to int8' if ring.actions != 'int8' else ''
-  raise UserError(f'replay.capacity={ring.capacity} with pretrain.batch_size={config.pretrain.batch_size} takes about '
-                  f'{need / 2**30:.1f} GiB on each of {result["num_devices"]} device(s), which have {memory / 2**30:.1f} GiB: '
-                  f'{remedy}{more}, or take more devices')
+  raise UserError(
+    f'replay.capacity={ring.capacity} with pretrain.batch_size={config.pretrain.batch_size} takes '
+    'about '
+    f'{need / 2**30:.1f} GiB on each of {result["num_devices"]} device(s), which have '
+    f'{memory / 2**30:.1f} GiB: '
+    f'{remedy}{more}, or take more devices'
+  )
 
 
 def table(r):
@@ -155,12 +215,21 @@ def table(r):
   size = lambda n: f'{n / 2**30:.2f} GiB' if n >= 2**30 else f'{n / 2**20:.1f} MiB'
   listed = lambda numbers, form: ', '.join(f'{name} {form(n)}' for name, n in numbers.items())
   per_step = r['flops_per_iteration'] * r['num_devices'] / r['env_steps_per_iteration']
-  return '\n'.join([
-      f'plan for {r["num_devices"]} device(s), {r["settings"]["pretrain"]["dtype"]}: {r["env_steps"]:,} env steps in '
+  return '\n'.join(
+    [
+      f'plan for {r["num_devices"]} device(s), {r["settings"]["pretrain"]["dtype"]}: '
+      f'{r["env_steps"]:,} env steps in '
       f'{r["iterations"]:,} iterations, pictures of {"x".join(map(str, r["picture"]))}',
       f'  parameters        {listed(r["parameters"], "{:,}".format)}',
-      f'  memory a device   {size(sum(r["bytes"].values()))} of {size(r["memory"])}: {listed(r["bytes"], size)}',
-      f'  replay            {r["ring_frames"]:,} frames, {min(r["ring_frames"] / r["env_steps"], 1):.1%} of the run',
-      f'  GFLOP an iteration and device: {listed(r["flops"], lambda n: f"{n / 1e9:,.2f}")}; {per_step / 1e9:,.2f} an env step',
-      f'  time              {r["hours"]:.3g} h at {r["flops_per_second"] / 1e12:.3g} TFLOP/s a device ({r["rate_source"]})',
-      '  activations are what reverse mode keeps before the compiler fuses or recomputes; generators render one step at a time'])
+      f'  memory a device   {size(sum(r["bytes"].values()))} of {size(r["memory"])}: '
+      f'{listed(r["bytes"], size)}',
+      f'  replay            {r["ring_frames"]:,} frames, '
+      f'{min(r["ring_frames"] / r["env_steps"], 1):.1%} of the run',
+      f'  GFLOP an iteration and device: {listed(r["flops"], lambda n: f"{n / 1e9:,.2f}")}; '
+      f'{per_step / 1e9:,.2f} an env step',
+      f'  time              {r["hours"]:.3g} h at {r["flops_per_second"] / 1e12:.3g} TFLOP/s a '
+      f'device ({r["rate_source"]})',
+      '  activations are what reverse mode keeps before the compiler fuses or recomputes; '
+      'generators render one step at a time',
+    ]
+  )

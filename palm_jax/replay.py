@@ -1,9 +1,12 @@
-"""A ring of uint8 frames on the device, each of what was seen once; the successor of row t is row t + 1.
+"""A ring of uint8 frames on the device, each of what was seen once; the successor of row t is row t
++ 1.
 
-One ring a device: environments are sharded, rows are added and sampled locally, and images never cross devices.
-Episodes have one fixed length, so a frame's step in its episode is arithmetic on its row number and is not stored.
-A frame is one flat row: TPUs lay out the last two dimensions in tiles, and (W, C) of a picture fills a quarter of them.
+One ring a device: environments are sharded, rows are added and sampled locally, and images never
+cross devices. Episodes have one fixed length, so a frame's step in its episode is arithmetic on its
+row number and is not stored. A frame is one flat row: TPUs lay out the last two dimensions in
+tiles, and (W, C) of a picture fills a quarter of them.
 """
+
 import math
 
 import flax.struct
@@ -11,34 +14,46 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-ACTION_DTYPES = {'float32': None, 'bfloat16': jnp.bfloat16, 'int8': jnp.int8}  # None: that of the computation
+ACTION_DTYPES = {
+  'float32': None,
+  'bfloat16': jnp.bfloat16,
+  'int8': jnp.int8,
+}  # None: that of the computation
 
 
 def default_config():
-  return ConfigDict(dict(
-      capacity=1_048_576,  # frames over all devices, 3.2 GB of CIFAR and 2.1 GB of its actions; URLB keeps 1M
-      actions='float32',  # of their storage; int8: a quarter of it, and the actions taken are rounded so too
+  return ConfigDict(
+    dict(
+      # frames over all devices, 3.2 GB of CIFAR and 2.1 GB of its actions; URLB keeps 1M
+      capacity=1_048_576,
+      # of their storage; int8: a quarter of it, and the actions taken are rounded so too
+      actions='float32',
       num_shards=8,  # sampling groups: any number of devices that divides it gives the same run
-  ))
+    )
+  )
 
 
 @flax.struct.dataclass
 class Replay:
   """Attributes:
-    frames: (T, E, H * W * C) uint8, sharded over E.
-    actions: (T, E, z_dim), the action taken on seeing the frame of the same row, as `pack` makes it.
-    total: () int32, rows ever added; row n lies at n % T.
+  frames: (T, E, H * W * C) uint8, sharded over E.
+  actions: (T, E, z_dim), the action taken on seeing the frame of the same row, as `pack` makes it.
+  total: () int32, rows ever added; row n lies at n % T.
   """
+
   frames: jax.Array
   actions: jax.Array
   total: jax.Array
 
 
 def create(rows, num_envs, image_shape, action_dim, dtype=jnp.float32):
-  """An empty ring of `rows` rows for `num_envs` environments; dtype is that of the packed actions."""
-  return Replay(frames=jnp.zeros((rows, num_envs, math.prod(image_shape)), jnp.uint8),
-                actions=jnp.zeros((rows, num_envs, action_dim), dtype),
-                total=jnp.zeros((), jnp.int32))
+  """An empty ring of `rows` rows for `num_envs` environments; dtype is that of the packed
+  actions."""
+  return Replay(
+    frames=jnp.zeros((rows, num_envs, math.prod(image_shape)), jnp.uint8),
+    actions=jnp.zeros((rows, num_envs, action_dim), dtype),
+    total=jnp.zeros((), jnp.int32),
+  )
 
 
 def pack(actions, dtype):
@@ -64,18 +79,23 @@ def add(replay, frames, actions):
   """
   row = replay.total % replay.frames.shape[0]
   update = lambda ring, block: jax.lax.dynamic_update_slice_in_dim(ring, block, row, axis=0)
-  return Replay(frames=update(replay.frames, frames.reshape(*frames.shape[:2], -1)), actions=update(replay.actions, actions),
-                total=replay.total + frames.shape[0])
+  return Replay(
+    frames=update(replay.frames, frames.reshape(*frames.shape[:2], -1)),
+    actions=update(replay.actions, actions),
+    total=replay.total + frames.shape[0],
+  )
 
 
 def sample(replay, keys, batch_size, first_step, episode_length, image_shape):
   """Draws transitions (s, a, s') uniformly; none crosses the end of an episode.
 
-  The environments held here are cut into V equal groups, each sampled with its own key: with V fixed by the config
-  and keys made from global group ids, the batch does not depend on the number of devices.
+  The environments held here are cut into V equal groups, each sampled with its own key: with V
+  fixed by the config and keys made from global group ids, the batch does not depend on the number
+  of devices.
 
   Args:
-    replay: Replay; at least one valid pair must be present for each environment (total >= 3 is enough).
+    replay: Replay; at least one valid pair must be present for each environment (total >= 3 is
+      enough).
     keys: (V,) keys, one a group.
     batch_size: transitions to draw from each group.
     first_step: (E,) int32 step in the episode of each environment's row 0.
@@ -83,10 +103,13 @@ def sample(replay, keys, batch_size, first_step, episode_length, image_shape):
     image_shape: (H, W, C).
 
   Returns:
-    frames (V * batch_size, H, W, C) uint8, packed actions (V * batch_size, z_dim), next_frames as frames.
+    frames (V * batch_size, H, W, C) uint8, packed actions (V * batch_size, z_dim), next_frames as
+    frames.
   """
   num_rows, num_envs = replay.frames.shape[:2]
-  env, row = draw_rows(replay.total, num_rows, keys, batch_size, first_step, episode_length, num_envs)
+  env, row = draw_rows(
+    replay.total, num_rows, keys, batch_size, first_step, episode_length, num_envs
+  )
   here, there = row % num_rows, (row + 1) % num_rows
   pictures = lambda row: replay.frames[row, env].reshape(-1, *image_shape)
   return pictures(here), replay.actions[here, env], pictures(there)
@@ -108,13 +131,16 @@ def draw_rows(total, num_rows, keys, batch_size, first_step, episode_length, num
     key_env, key_row = jax.random.split(key)
     env = jax.random.randint(key_env, (batch_size,), 0, group)
     return env, jax.random.split(key_row, batch_size)
+
   env, row_keys = jax.vmap(draw)(keys)  # (V, B)
   env = (env + group * jnp.arange(keys.shape[0])[:, None]).reshape(-1)
 
   oldest = jnp.maximum(total - num_rows, 0)
   span = total - 1 - oldest  # rows that have a successor
   phase = (oldest + first_step[env]) % episode_length  # step in the episode of the oldest row
-  valid = span - (phase + span) // episode_length  # rows of the span that are not the last of their episode
+  valid = (
+    span - (phase + span) // episode_length
+  )  # rows of the span that are not the last of their episode
   nth = jax.vmap(lambda k, n: jax.random.randint(k, (), 0, n))(row_keys.reshape(-1), valid)
   # Counting from the start of the oldest row's episode, `phase` valid rows lie before it.
   episodes, inside = jnp.divmod(nth + phase, episode_length - 1)

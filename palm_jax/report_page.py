@@ -1,8 +1,10 @@
-"""A page in one file: tables whose numbers say where they come from, charts and pictures. Pure functions of text and numbers.
+"""A page in one file: tables whose numbers say where they come from, charts and pictures. Pure
+functions of text and numbers.
 
-The page asks nobody for anything: no script, no font, no picture from elsewhere, and its own policy forbids them. Every text
-that is not markup of this module passes `esc`.
+The page asks nobody for anything: no script, no font, no picture from elsewhere, and its own policy
+forbids them. Every text that is not markup of this module passes `esc`.
 """
+
 import html
 import math
 from typing import NamedTuple
@@ -12,9 +14,10 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 18, 10, 24  # margins within them
 MAP = 420  # side of a map
 NUM_RUN_STYLES, NUM_CLASS_COLOURS = 6, 10
 
-# Runs: Okabe and Ito's colours; classes: Paul Tol's muted scheme and an orange. Both are told apart by colour-blind readers;
-# the dark page has lighter kinds of those that would sink into it.
-CSS = '''
+# Runs: Okabe and Ito's colours; classes: Paul Tol's muted scheme and an orange. Both are told apart
+# by colour-blind readers; the dark page has lighter kinds of those that would sink into it.
+CSS = (
+  """
 :root{color-scheme:light dark;--bg:#f7f6f3;--card:#fff;--ink:#1f2429;--soft:#5b646e;--line:#e2dfd8;--accent:#1f5f8f;--bar:#c9dcea;
 --note:#fff3d6;--r0:#0072b2;--r1:#d55e00;--r2:#00805f;--r3:#b3568b;--r4:#7a6a00;--r5:#3b3b98;
 --k0:#cc6677;--k1:#332288;--k2:#c2a93b;--k3:#117733;--k4:#5fb3dd;--k5:#882255;--k6:#44aa99;--k7:#80802a;--k8:#aa4499;--k9:#ee7733}
@@ -100,14 +103,20 @@ footer{margin-top:44px;padding-bottom:36px}
 @media(max-width:560px){main,header,footer{padding:0 12px}h1{font-size:1.5rem}th,td{padding:5px 8px}.facts{column-gap:10px}
 details .facts{grid-template-columns:1fr}details .facts dt{margin-top:5px}th:first-child.long{min-width:9em}}
 @media print{.scroll{overflow:visible}}
-''' + ''.join(f'.r{i}{{stroke:var(--r{i})}}' for i in range(NUM_RUN_STYLES)) + ''.join(
-    f'.k{i}{{stroke:var(--k{i})}}' for i in range(NUM_CLASS_COLOURS)) + (
-    '.k-{stroke:var(--line)}.r1{stroke-dasharray:7 3}.r2{stroke-dasharray:2 3.5}.r3{stroke-dasharray:9 3 2 3}'
-    '.r4{stroke-dasharray:4 2}.r5{stroke-dasharray:1 2.5}')
+"""
+  + ''.join(f'.r{i}{{stroke:var(--r{i})}}' for i in range(NUM_RUN_STYLES))
+  + ''.join(f'.k{i}{{stroke:var(--k{i})}}' for i in range(NUM_CLASS_COLOURS))
+  + (
+    '.k-{stroke:var(--line)}.r1{stroke-dasharray:7 3}.r2{stroke-dasharray:2 '
+    '3.5}.r3{stroke-dasharray:9 3 2 3}'
+    '.r4{stroke-dasharray:4 2}.r5{stroke-dasharray:1 2.5}'
+  )
+)
 
 
 class Cell(NamedTuple):
   """A number of a file, as it is shown."""
+
   text: str
   run: str = ''  # name of the workdir
   file: str = ''  # in the workdir
@@ -136,13 +145,19 @@ def document(title, head, sections, foot):
     foot: HTML.
   """
   nav = ''.join(f'<a href="#{name}">{esc(heading)}</a>' for name, heading, _ in sections)
-  body = ''.join(f'<section id="{name}"><h2>{esc(heading)}</h2>{content}</section>' for name, heading, content in sections)
+  body = ''.join(
+    f'<section id="{name}"><h2>{esc(heading)}</h2>{content}</section>'
+    for name, heading, content in sections
+  )
   return (
-      '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-      '<meta name="viewport" content="width=device-width,initial-scale=1">'
-      '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">'
-      f'<title>{esc(title)}</title><style>{CSS}</style></head><body><header><h1>{esc(title)}</h1>{head}'
-      f'<nav aria-label="Sections">{nav}</nav></header><main>{body}</main><footer class="soft">{foot}</footer></body></html>\n')
+    '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width,initial-scale=1">'
+    '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+    "style-src 'unsafe-inline'\">"
+    f'<title>{esc(title)}</title><style>{CSS}</style></head><body><header><h1>{esc(title)}</h1>{head}'
+    f'<nav aria-label="Sections">{nav}</nav></header><main>{body}</main><footer '
+    f'class="soft">{foot}</footer></body></html>\n'
+  )
 
 
 def mark(cell, tag, classes=''):
@@ -151,9 +166,14 @@ def mark(cell, tag, classes=''):
   if not isinstance(cell, Cell):
     return f'<{tag}{classes}>{esc(cell)}</{tag}>'
   spread = f' data-spread="{esc(cell.spread)}"' if cell.spread else ''
-  bar = '' if cell.share is None else f'<i style="width:{100 * min(max(cell.share, 0), 1):.1f}%"></i>'
-  return (f'<{tag}{classes} data-run="{esc(cell.run)}" data-file="{esc(cell.file)}" data-at="{esc(cell.at)}"{spread} '
-          f'title="{esc(f"{cell.file} {cell.at} = {cell.exact}")}">{esc(cell.text)}{bar}</{tag}>')
+  bar = (
+    '' if cell.share is None else f'<i style="width:{100 * min(max(cell.share, 0), 1):.1f}%"></i>'
+  )
+  return (
+    f'<{tag}{classes} data-run="{esc(cell.run)}" data-file="{esc(cell.file)}" '
+    f'data-at="{esc(cell.at)}"{spread} '
+    f'title="{esc(f"{cell.file} {cell.at} = {cell.exact}")}">{esc(cell.text)}{bar}</{tag}>'
+  )
 
 
 def table(caption, header, rows, source, notes='', texts=1):
@@ -167,6 +187,7 @@ def table(caption, header, rows, source, notes='', texts=1):
     notes: HTML beneath: the protocol.
     texts: how many columns at the left hold words.
   """
+
   def side(i, cell):
     return ' '.join(['l'] * (i < texts) + ['long'] * (len(getattr(cell, 'text', cell)) > 34))
 
@@ -182,10 +203,13 @@ def table(caption, header, rows, source, notes='', texts=1):
     return f'<tr{kind}><th scope="row" class="l{long}">{esc(first)}</th>{cells}</tr>'
 
   # The caption stands outside of the box that scrolls, or it would be cut at its edge.
-  return (f'<figure><div class="box"><h3>{esc(caption)}</h3><div class="scroll" tabindex="0" role="region" '
-          f'aria-label="{esc(caption)}"><table aria-label="{esc(caption)}"><thead><tr>'
-          f'{"".join(head(i, text) for i, text in enumerate(header))}</tr></thead><tbody>{"".join(map(line, rows))}</tbody>'
-          f'</table></div></div><figcaption class="from">{esc(source)}</figcaption>{notes}</figure>')
+  return (
+    f'<figure><div class="box"><h3>{esc(caption)}</h3><div class="scroll" tabindex="0" '
+    'role="region" '
+    f'aria-label="{esc(caption)}"><table aria-label="{esc(caption)}"><thead><tr>'
+    f'{"".join(head(i, text) for i, text in enumerate(header))}</tr></thead><tbody>{"".join(map(line, rows))}</tbody>'
+    f'</table></div></div><figcaption class="from">{esc(source)}</figcaption>{notes}</figure>'
+  )
 
 
 def fold(summary, content, classes='fold'):
@@ -194,7 +218,11 @@ def fold(summary, content, classes='fold'):
 
 def facts(pairs):
   """Names and values beneath each other."""
-  return '<dl class="facts">' + ''.join(f'<dt>{esc(k)}</dt><dd>{esc(v)}</dd>' for k, v in pairs) + '</dl>'
+  return (
+    '<dl class="facts">'
+    + ''.join(f'<dt>{esc(k)}</dt><dd>{esc(v)}</dd>' for k, v in pairs)
+    + '</dl>'
+  )
 
 
 def card(title, parts):
@@ -221,23 +249,31 @@ def short(x):
 
 
 def ticks(low, high, most=5):
-  """Round numbers within [low, high], `most` at most, at steps of 1, 2, 2.5 or 5 times a power of ten."""
-  power = 10. ** math.floor(math.log10((high - low) / most))
-  step = next(factor * power for factor in (1, 2, 2.5, 5, 10, 20) if math.floor(high / factor / power + 1e-9) - math.ceil(
-      low / factor / power - 1e-9) < most)
+  """Round numbers within [low, high], `most` at most, at steps of 1, 2, 2.5 or 5 times a power of
+  ten."""
+  power = 10.0 ** math.floor(math.log10((high - low) / most))
+  step = next(
+    factor * power
+    for factor in (1, 2, 2.5, 5, 10, 20)
+    if math.floor(high / factor / power + 1e-9) - math.ceil(low / factor / power - 1e-9) < most
+  )
   return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def log_ticks(low, high):
-  """Powers of ten within, thinned to five; with 2 and 5 times them where there are fewer than three."""
+  """Powers of ten within, thinned to five; with 2 and 5 times them where there are fewer than
+  three."""
   powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-  within = lambda factors: [f * 10. ** p for p in powers for f in factors if low * .999 <= f * 10. ** p <= high * 1.001]
+  within = lambda factors: [
+    f * 10.0**p for p in powers for f in factors if low * 0.999 <= f * 10.0**p <= high * 1.001
+  ]
   found = within([1])
-  return found[::-(-len(found) // 5)] if len(found) > 2 else within([1, 2, 5])
+  return found[:: -(-len(found) // 5)] if len(found) > 2 else within([1, 2, 5])
 
 
 def thinned(xs, ys, most=300):
-  """At most `most` points of a curve: smallest and largest of each of equally many neighbours, so that peaks stay."""
+  """At most `most` points of a curve: smallest and largest of each of equally many neighbours, so
+  that peaks stay."""
   if len(xs) <= most:
     return xs, ys
   kept, size = {0, len(xs) - 1}, math.ceil(len(xs) / (most // 2 - 1))
@@ -249,14 +285,17 @@ def thinned(xs, ys, most=300):
 
 
 def chart(title, series, unit):
-  """Curves of several runs over each other; '' without a number. Logarithmic where positive over a factor of 50 or more.
+  """Curves of several runs over each other; '' without a number. Logarithmic where positive over a
+  factor of 50 or more.
 
   Args:
     title: text.
     series: [(run's number, its name, xs, ys)]; None in ys is a gap.
     unit: of x.
   """
-  series = [(i, name, *thinned(xs, ys)) for i, name, xs, ys in series if any(y is not None for y in ys)]
+  series = [
+    (i, name, *thinned(xs, ys)) for i, name, xs, ys in series if any(y is not None for y in ys)
+  ]
   if not series:
     return ''
   all_x = [x for _, _, xs, _ in series for x in xs]
@@ -264,14 +303,20 @@ def chart(title, series, unit):
   log = min(all_y) > 0 and max(all_y) / min(all_y) >= 50
   scale = math.log10 if log else float
   low, high = scale(min(all_y)), scale(max(all_y))
-  pad = .06 * (high - low) or .1 * abs(high) or 1.
+  pad = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
   low, high, x_low, x_high = low - pad, high + pad, min(0, min(all_x)), max(all_x) or 1
   px = lambda x: LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
   py = lambda y: HEIGHT - BOTTOM - (scale(y) - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
-  marks = log_ticks(10 ** low, 10 ** high) if log else ticks(low, high)
-  parts = [f'<path class="g" d="M{LEFT} {py(y):.1f}H{WIDTH - RIGHT}"/>'
-           f'<text x="{LEFT - 6}" y="{py(y) + 3.5:.1f}" text-anchor="end">{short(y)}</text>' for y in marks]
-  parts += [f'<text x="{px(x):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{short(x)}</text>' for x in ticks(x_low, x_high, 6)]
+  marks = log_ticks(10**low, 10**high) if log else ticks(low, high)
+  parts = [
+    f'<path class="g" d="M{LEFT} {py(y):.1f}H{WIDTH - RIGHT}"/>'
+    f'<text x="{LEFT - 6}" y="{py(y) + 3.5:.1f}" text-anchor="end">{short(y)}</text>'
+    for y in marks
+  ]
+  parts += [
+    f'<text x="{px(x):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{short(x)}</text>'
+    for x in ticks(x_low, x_high, 6)
+  ]
   for i, name, xs, ys in series:
     path, pen = '', 'M'
     for x, y in zip(xs, ys, strict=True):
@@ -281,23 +326,37 @@ def chart(title, series, unit):
         path, pen = f'{path}{pen}{px(x):.1f} {py(y):.1f}', 'L'
     if len(xs) == 1:
       path += 'h0'
-    parts.append(f'<path class="c r{i % NUM_RUN_STYLES}" d="{path}"><title>{esc(name)}</title></path>')
+    parts.append(
+      f'<path class="c r{i % NUM_RUN_STYLES}" d="{path}"><title>{esc(name)}</title></path>'
+    )
   lasts = [next(y for y in reversed(ys) if y is not None) for _, _, _, ys in series]
-  spoken = '; '.join(f'{name} ends at {y:.4g}' for (_, name, _, _), y in zip(series, lasts, strict=True))
+  spoken = '; '.join(
+    f'{name} ends at {y:.4g}' for (_, name, _, _), y in zip(series, lasts, strict=True)
+  )
   label = f'{title} against {unit}{", logarithmic" if log else ""}: {spoken}'
   last = f'{lasts[0]:.4g}' if len(lasts) == 1 else ''
-  return (f'<figure class="chart"><figcaption>{esc(title)}{" (log)" if log else ""}<span>{last}</span></figcaption>'
-          f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{esc(label)}">{"".join(parts)}</svg></figure>')
+  return (
+    '<figure '
+    f'class="chart"><figcaption>{esc(title)}{" (log)" if log else ""}<span>{last}</span></figcaption>'
+    f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+    f'aria-label="{esc(label)}">{"".join(parts)}</svg></figure>'
+  )
 
 
 def legend(names):
   """Which line is which run's: [(run's number, its name)]."""
-  line = lambda i: f'<svg viewBox="0 0 26 10" aria-hidden="true"><path class="c r{i % NUM_RUN_STYLES}" d="M1 5H25"/></svg>'
-  return '<ul class="legend">' + ''.join(f'<li>{line(i)}{esc(name)}</li>' for i, name in names) + '</ul>'
+  line = lambda i: (
+    f'<svg viewBox="0 0 26 10" aria-hidden="true"><path class="c r{i % NUM_RUN_STYLES}" d="M1 '
+    '5H25"/></svg>'
+  )
+  return (
+    '<ul class="legend">' + ''.join(f'<li>{line(i)}{esc(name)}</li>' for i, name in names) + '</ul>'
+  )
 
 
 def scatter(title, points, labels, names, axes):
-  """A map: a dot a row, coloured by class and named at its class's median where there is room. Beyond ten classes: grey.
+  """A map: a dot a row, coloured by class and named at its class's median where there is room.
+  Beyond ten classes: grey.
 
   Args:
     title: text.
@@ -306,9 +365,11 @@ def scatter(title, points, labels, names, axes):
     names: of the classes.
     axes: texts below and at the left.
   """
+
   def place(column):
     low, high = min(column), max(column)
-    return [30 + (float(v) - low) / ((high - low) or 1.) * (MAP - 60) for v in column]
+    return [30 + (float(v) - low) / ((high - low) or 1.0) * (MAP - 60) for v in column]
+
   xs, ys = map(place, zip(*points, strict=True))
   groups = {}
   for x, y, label in zip(xs, ys, labels, strict=True):
@@ -321,22 +382,34 @@ def scatter(title, points, labels, names, axes):
     if label < NUM_CLASS_COLOURS:
       x, y = (sorted(column)[len(column) // 2] for column in zip(*groups[label], strict=True))
       width = 4 * len(names[label]) + 6  # about half of it
-      if all(abs(x - other_x) > width + other or abs(y - other_y) > 15 for other_x, other_y, other in taken):
+      if all(
+        abs(x - other_x) > width + other or abs(y - other_y) > 15
+        for other_x, other_y, other in taken
+      ):
         taken.append((x, y, width))
         words.append(f'<text class="k" x="{x:.1f}" y="{y - 7:.1f}">{esc(names[label])}</text>')
-  captions = (f'<text x="{MAP / 2}" y="{MAP - 4}" text-anchor="middle">{esc(axes[0])}</text>'
-              f'<text transform="translate(11 {MAP / 2}) rotate(-90)" text-anchor="middle">{esc(axes[1])}</text>')
-  svg = (f'<svg viewBox="0 0 {MAP} {MAP}" role="img" aria-label="{esc(title)}">'
-         f'{"".join(dots)}{"".join(words)}{captions}</svg>')
+  captions = (
+    f'<text x="{MAP / 2}" y="{MAP - 4}" text-anchor="middle">{esc(axes[0])}</text>'
+    f'<text transform="translate(11 {MAP / 2}) rotate(-90)" '
+    f'text-anchor="middle">{esc(axes[1])}</text>'
+  )
+  svg = (
+    f'<svg viewBox="0 0 {MAP} {MAP}" role="img" aria-label="{esc(title)}">'
+    f'{"".join(dots)}{"".join(words)}{captions}</svg>'
+  )
   shown = [label for label in sorted(groups) if label < NUM_CLASS_COLOURS]
-  dot = lambda i: f'<svg viewBox="0 0 14 10" aria-hidden="true"><path class="p k{i}" d="M7 5h0" style="stroke-width:9"/></svg>'
+  dot = lambda i: (
+    f'<svg viewBox="0 0 14 10" aria-hidden="true"><path class="p k{i}" d="M7 5h0" '
+    'style="stroke-width:9"/></svg>'
+  )
   key = ''.join(f'<li>{dot(label)}{esc(names[label])}</li>' for label in shown)
   key += '<li>grey: the other classes</li>' if len(groups) > len(shown) else ''
   return f'<figure class="card"><h3>{esc(title)}</h3>{svg}<ul class="legend">{key}</ul></figure>'
 
 
 def picture(uri, alt, caption, classes='', moves=False):
-  """A picture within the page: `uri` is a data: address, `caption` HTML; one that moves can be folded away."""
+  """A picture within the page: `uri` is a data: address, `caption` HTML; one that moves can be
+  folded away."""
   image = f'<img src="{esc(uri)}" alt="{esc(alt)}" class="{classes}">'
   if moves:
     return f'<figure><details open><summary>{caption}</summary>{image}</details></figure>'

@@ -1,4 +1,6 @@
-"""Exploration reward: k-nearest-neighbour entropy of the representation (APT, Liu and Abbeel, arXiv 2103.04551)."""
+"""Exploration reward: k-nearest-neighbour entropy of the representation (APT, Liu and Abbeel, arXiv
+2103.04551)."""
+
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -7,25 +9,38 @@ from palm_jax.errors import UserError
 
 LOG_FLOOR = 1e-6  # log d has no bound on identical frames
 TRANSFORMS = {
-    'log1p': jnp.log1p,  # URLB utils.PBE
-    'log': lambda d: jnp.log(jnp.maximum(d, LOG_FLOOR)),  # PALM 4.2
+  'log1p': jnp.log1p,  # URLB utils.PBE
+  'log': lambda d: jnp.log(jnp.maximum(d, LOG_FLOOR)),  # PALM 4.2
 }
 
 
 def default_config():
-  return ConfigDict(dict(
+  return ConfigDict(
+    dict(
       k=12,  # URLB icm_apt.yaml; PALM does not say
-      average=True,  # URLB icm_apt.yaml: mean over the k distances; False: the k-th alone, as PALM 4.2 writes it
+      # URLB icm_apt.yaml: mean over the k distances; False: the k-th alone, as PALM 4.2 writes it
+      average=True,
       transform='log1p',  # URLB utils.PBE; 'log' in PALM 4.2
       include_self=False,  # URLB counts the sample itself as the first of its k neighbours
-      clip=0.,  # URLB icm_apt.yaml; 1e-4 in its aps.yaml
-      on='next',  # PALM 4.2: r(s, a, s'), and s' is what the action changed; 'current': URLB icm_apt.py
-  ))
+      clip=0.0,  # URLB icm_apt.yaml; 1e-4 in its aps.yaml
+      # PALM 4.2: r(s, a, s'), and s' is what the action changed; 'current': URLB icm_apt.py
+      on='next',
+    )
+  )
 
 
-def entropy_reward(h, candidates=None, k=12, average=True, transform='log1p', include_self=False, clip=0.,
-                   self_index=None):
-  """Distance to the nearest neighbours: the particle estimate of what each sample adds to the entropy.
+def entropy_reward(
+  h,
+  candidates=None,
+  k=12,
+  average=True,
+  transform='log1p',
+  include_self=False,
+  clip=0.0,
+  self_index=None,
+):
+  """Distance to the nearest neighbours: the particle estimate of what each sample adds to the
+  entropy.
 
   Equal to URLB utils.PBE without its running mean when `include_self`; to PALM 4.2 with
   `average=False, transform='log'`.
@@ -44,24 +59,32 @@ def entropy_reward(h, candidates=None, k=12, average=True, transform='log1p', in
     (B,) rewards, float32 or wider.
 
   Raises:
-    UserError: k that the candidates cannot give, an unknown transform, or only one of candidates and self_index.
+    UserError: k that the candidates cannot give, an unknown transform, or only one of candidates
+      and self_index.
   """
   if (candidates is None) != (self_index is None):
-    raise UserError('entropy_reward got only one of candidates and self_index: give both, or neither for h itself')
+    raise UserError(
+      'entropy_reward got only one of candidates and self_index: give both, or neither for h itself'
+    )
   if candidates is None:
     candidates, self_index = h, jnp.arange(len(h))
   available = len(candidates) - (not include_self)
   if not 1 <= k <= available:
-    raise UserError(f'reward.k={k} is impossible among {len(candidates)} samples: choose 1 to {available}, '
-                    'or a larger batch')
+    raise UserError(
+      f'reward.k={k} is impossible among {len(candidates)} samples: choose 1 to {available}, '
+      'or a larger batch'
+    )
   if transform not in TRANSFORMS:
-    raise UserError(f'reward.transform={transform!r} is unknown: choose one of {", ".join(TRANSFORMS)}')
+    raise UserError(
+      f'reward.transform={transform!r} is unknown: choose one of {", ".join(TRANSFORMS)}'
+    )
 
   dtype = jnp.promote_types(h.dtype, jnp.float32)
   h, candidates = jax.lax.stop_gradient((h.astype(dtype), candidates.astype(dtype)))
-  # ||a||^2 + ||b||^2 - 2 ab cancels: features far from the origin lose near-duplicates unless centred, and even then
-  # the result is only good for choosing. Twice as many are chosen and the nearest of those kept: in groups of frames
-  # closer than that error (24 of them within 0.02 of each other) choosing k at once is wrong by up to 0.7%.
+  # ||a||^2 + ||b||^2 - 2 ab cancels: features far from the origin lose near-duplicates unless
+  # centred, and even then the result is only good for choosing. Twice as many are chosen and the
+  # nearest of those kept: in groups of frames closer than that error (24 of them within 0.02 of
+  # each other) choosing k at once is wrong by up to 0.7%.
   center = jnp.mean(candidates, axis=0)
   a, b = h - center, candidates - center
   gram = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
@@ -81,7 +104,8 @@ def options(config):
 
 
 def global_entropy_reward(h, axis_name=None, **options):
-  """`entropy_reward` with neighbours from all devices' batches, so the number of devices does not change it.
+  """`entropy_reward` with neighbours from all devices' batches, so the number of devices does not
+  change it.
 
   Args:
     h: (B, F) features of this device.

@@ -1,4 +1,6 @@
-"""Soft actor-critic (Haarnoja et al., arXiv 1812.05905) on detached features, with ProtoRL's networks and defaults."""
+"""Soft actor-critic (Haarnoja et al., arXiv 1812.05905) on detached features, with ProtoRL's
+networks and defaults."""
+
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,27 +14,35 @@ from ml_collections import ConfigDict
 
 
 def default_config():
-  return ConfigDict(dict(
+  return ConfigDict(
+    dict(
       lr_actor=1e-4,  # ProtoRL config.yaml
       lr_critic=1e-4,  # ProtoRL config.yaml
       lr_alpha=3e-4,  # brax: alpha's own; with 512 actions it has far to go
       hidden=(1024, 1024),  # ProtoRL config.yaml
       trunk=50,  # ProtoRL config.yaml feature_dim; 0: none
-      log_std_min=-5.,  # cleanrl; ProtoRL's -10 starts 512 actions at an entropy of -1318, far below the target
-      log_std_max=2.,  # ProtoRL config.yaml log_std_bounds
+      # cleanrl; ProtoRL's -10 starts 512 actions at an entropy of -1318, far below the target
+      log_std_min=-5.0,
+      log_std_max=2.0,  # ProtoRL config.yaml log_std_bounds
       gamma=0.99,  # ProtoRL config.yaml
       tau=0.01,  # ProtoRL config.yaml
-      init_alpha=0.1,  # ProtoRL config.yaml; at 1 the entropy bonus of 512 actions buries the reward
-      target_entropy_scale=1.,  # ProtoRL: -|A|; 0.5 in jaxrl and brax
-  ))
+      # ProtoRL config.yaml; at 1 the entropy bonus of 512 actions buries the reward
+      init_alpha=0.1,
+      target_entropy_scale=1.0,  # ProtoRL: -|A|; 0.5 in jaxrl and brax
+    )
+  )
 
 
 def _dense(features, dtype):
-  return nn.Dense(features, kernel_init=nn.initializers.orthogonal(), dtype=dtype)  # ProtoRL utils.weight_init: gain 1
+  return nn.Dense(
+    features, kernel_init=nn.initializers.orthogonal(), dtype=dtype
+  )  # ProtoRL utils.weight_init: gain 1
 
 
 class Trunk(nn.Module):
-  """Linear, LayerNorm, tanh (URLB agent/ddpg.py; ProtoRL has no tanh); nothing when `features` is 0."""
+  """Linear, LayerNorm, tanh (URLB agent/ddpg.py; ProtoRL has no tanh); nothing when `features` is
+  0."""
+
   features: int
   dtype: Any = None
 
@@ -46,6 +56,7 @@ class Trunk(nn.Module):
 
 class MLP(nn.Module):
   """ReLU layers of sizes `hidden`, then a linear one; the output is at least float32."""
+
   hidden: Sequence[int]
   features: int
   dtype: Any = None
@@ -59,7 +70,8 @@ class MLP(nn.Module):
 
 
 class Actor(nn.Module):
-  """(B, F) features -> mean, log_std of the Gaussian before tanh, (B, A) each (ProtoRL proto.py Actor).
+  """(B, F) features -> mean, log_std of the Gaussian before tanh, (B, A) each (ProtoRL proto.py
+  Actor).
 
   Attributes:
     action_dim: A.
@@ -69,28 +81,33 @@ class Actor(nn.Module):
     log_std_max: upper bound.
     dtype: compute type; None follows parameters and input.
   """
+
   action_dim: int
   hidden: Sequence[int] = (1024, 1024)
   trunk: int = 50
-  log_std_min: float = -10.
-  log_std_max: float = 2.
+  log_std_min: float = -10.0
+  log_std_max: float = 2.0
   dtype: Any = None
 
   @nn.compact
   def __call__(self, h):
     x = Trunk(self.trunk, self.dtype)(h)
     mean, raw = jnp.split(MLP(self.hidden, 2 * self.action_dim, self.dtype)(x), 2, axis=-1)
-    return mean, self.log_std_min + 0.5 * (self.log_std_max - self.log_std_min) * (jnp.tanh(raw) + 1)
+    return mean, self.log_std_min + 0.5 * (self.log_std_max - self.log_std_min) * (
+      jnp.tanh(raw) + 1
+    )
 
 
 class Critic(nn.Module):
-  """(B, F) features, (B, A) actions -> (2, B) values; the two share a trunk (ProtoRL proto.py Critic).
+  """(B, F) features, (B, A) actions -> (2, B) values; the two share a trunk (ProtoRL proto.py
+  Critic).
 
   Attributes:
     hidden: sizes of the hidden layers of each.
     trunk: size of the trunk's output, 0 for none.
     dtype: compute type; None follows parameters and input.
   """
+
   hidden: Sequence[int] = (1024, 1024)
   trunk: int = 50
   dtype: Any = None
@@ -98,7 +115,9 @@ class Critic(nn.Module):
   @nn.compact
   def __call__(self, h, action):
     x = jnp.concatenate([Trunk(self.trunk, self.dtype)(h), action], axis=-1)
-    return jnp.stack([MLP(self.hidden, 1, self.dtype, name=name)(x)[..., 0] for name in ('q1', 'q2')])
+    return jnp.stack(
+      [MLP(self.hidden, 1, self.dtype, name=name)(x)[..., 0] for name in ('q1', 'q2')]
+    )
 
 
 def sample(mean, log_std, noise):
@@ -107,14 +126,17 @@ def sample(mean, log_std, noise):
   Args:
     mean: (..., A) of the Gaussian before tanh.
     log_std: (..., A).
-    noise: (..., A) standard normal; zeros give the mode before tanh, which is the deterministic action.
+    noise: (..., A) standard normal; zeros give the mode before tanh, which is the deterministic
+      action.
 
   Returns:
     action (..., A) in [-1, 1], and its exact log-density (...), finite where tanh saturates.
   """
   x = mean + jnp.exp(log_std) * noise
   log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
-  log_slope = 2 * (math.log(2) - x - jax.nn.softplus(-2 * x))  # log(1 - tanh(x)^2), as in TFP's Tanh bijector
+  log_slope = 2 * (
+    math.log(2) - x - jax.nn.softplus(-2 * x)
+  )  # log(1 - tanh(x)^2), as in TFP's Tanh bijector
   return jnp.tanh(x), jnp.sum(log_normal - log_slope, axis=-1)
 
 
@@ -129,6 +151,7 @@ class SAC:
     log_alpha: () log of the temperature.
     actor_opt: Adam's state; likewise critic_opt, alpha_opt.
   """
+
   actor: Any
   critic: Any
   target_critic: Any
@@ -146,8 +169,10 @@ class Batch(NamedTuple):
     action: (B, A) in [-1, 1].
     reward: (B,).
     next_h: (B, F) detached features of s'.
-    discount: (B,) weight of the value of s': gamma where an episode is only cut off, 0 after a true end.
+    discount: (B,) weight of the value of s': gamma where an episode is only cut off, 0 after a true
+      end.
   """
+
   h: jax.Array
   action: jax.Array
   reward: jax.Array
@@ -170,13 +195,23 @@ def init(key, feature_dim, action_dim, config):
   actor = _actor(config, action_dim).init(actor_key, h)
   critic = _critic(config).init(critic_key, h, action)
   log_alpha = jnp.asarray(math.log(config.init_alpha), jnp.float32)
-  adam = lambda params: optax.adam(0.).init(params)  # its state does not depend on the learning rate
-  return SAC(actor=actor, critic=critic, target_critic=jax.tree.map(jnp.copy, critic), log_alpha=log_alpha,
-             actor_opt=adam(actor), critic_opt=adam(critic), alpha_opt=adam(log_alpha))
+  adam = lambda params: optax.adam(0.0).init(
+    params
+  )  # its state does not depend on the learning rate
+  return SAC(
+    actor=actor,
+    critic=critic,
+    target_critic=jax.tree.map(jnp.copy, critic),
+    log_alpha=log_alpha,
+    actor_opt=adam(actor),
+    critic_opt=adam(critic),
+    alpha_opt=adam(log_alpha),
+  )
 
 
 def act(state, h, noise, config):
-  """Actions (B, A) in [-1, 1] for features (B, F) and standard normal noise (B, A); zero noise is deterministic."""
+  """Actions (B, A) in [-1, 1] for features (B, F) and standard normal noise (B, A); zero noise is
+  deterministic."""
   return sample(*_actor(config, noise.shape[-1]).apply(state.actor, h), noise)[0]
 
 
@@ -191,26 +226,31 @@ def update(state, batch, noise, config, axis_name=None):
   Args:
     state: SAC.
     batch: Batch of this device.
-    noise: (2, B, A) standard normal: for the actions at s' in the critic's target, and at s in the actor's loss.
+    noise: (2, B, A) standard normal: for the actions at s' in the critic's target, and at s in the
+      actor's loss.
     config: attributes of `default_config()`; gamma is not read, the batch brings its discount.
-    axis_name: mesh axis over which the batch is sharded. Losses are averaged over it before they are differentiated,
-      which is right under shard_map's check_vma=True only.
+    axis_name: mesh axis over which the batch is sharded. Losses are averaged over it before they
+      are differentiated, which is right under shard_map's check_vma=True only.
 
   Returns:
-    SAC, and a dict of scalars: critic_loss, actor_loss, alpha_loss, alpha, entropy_per_dim (nats), alpha_logp,
-    q, target_q, reward, critic_grad_norm, actor_grad_norm; all averaged over the devices.
+    SAC, and a dict of scalars: critic_loss, actor_loss, alpha_loss, alpha, entropy_per_dim (nats),
+    alpha_logp, q, target_q, reward, critic_grad_norm, actor_grad_norm; all averaged over the
+    devices.
   """
   actor, critic = _actor(config, noise.shape[-1]), _critic(config)
   average = lambda x: jnp.mean(x) if axis_name is None else jax.lax.pmean(jnp.mean(x), axis_name)
   alpha = jnp.exp(state.log_alpha)
 
   next_action, next_log_prob = sample(*actor.apply(state.actor, batch.next_h), noise[0])
-  next_value = jnp.min(critic.apply(state.target_critic, batch.next_h, next_action), axis=0) - alpha * next_log_prob
+  next_value = (
+    jnp.min(critic.apply(state.target_critic, batch.next_h, next_action), axis=0)
+    - alpha * next_log_prob
+  )
   target_q = batch.reward + batch.discount * next_value  # (B,)
 
   def critic_loss_fn(params):
     q = critic.apply(params, batch.h, batch.action)  # (2, B)
-    return 2 * average((q - target_q)**2), average(q)  # the sum of the two values' errors
+    return 2 * average((q - target_q) ** 2), average(q)  # the sum of the two values' errors
 
   (critic_loss, q), critic_grads = jax.value_and_grad(critic_loss_fn, has_aux=True)(state.critic)
   critic_params, critic_opt = _adam(config.lr_critic, critic_grads, state.critic_opt, state.critic)
@@ -224,14 +264,31 @@ def update(state, batch, noise, config, axis_name=None):
   actor_params, actor_opt = _adam(config.lr_actor, actor_grads, state.actor_opt, state.actor)
 
   target_entropy = -config.target_entropy_scale * noise.shape[-1]
-  alpha_loss, alpha_grad = jax.value_and_grad(lambda x: jnp.exp(x) * (-log_prob - target_entropy))(state.log_alpha)
+  alpha_loss, alpha_grad = jax.value_and_grad(lambda x: jnp.exp(x) * (-log_prob - target_entropy))(
+    state.log_alpha
+  )
   log_alpha, alpha_opt = _adam(config.lr_alpha, alpha_grad, state.alpha_opt, state.log_alpha)
 
-  metrics = dict(critic_loss=critic_loss, actor_loss=actor_loss, alpha_loss=alpha_loss, alpha=alpha,
-                 entropy_per_dim=-log_prob / noise.shape[-1], alpha_logp=alpha * log_prob,
-                 q=q, target_q=average(target_q), reward=average(batch.reward),
-                 critic_grad_norm=optax.tree.norm(critic_grads), actor_grad_norm=optax.tree.norm(actor_grads))
-  new_state = SAC(actor=actor_params, critic=critic_params,
-                  target_critic=optax.incremental_update(critic_params, state.target_critic, config.tau),
-                  log_alpha=log_alpha, actor_opt=actor_opt, critic_opt=critic_opt, alpha_opt=alpha_opt)
+  metrics = dict(
+    critic_loss=critic_loss,
+    actor_loss=actor_loss,
+    alpha_loss=alpha_loss,
+    alpha=alpha,
+    entropy_per_dim=-log_prob / noise.shape[-1],
+    alpha_logp=alpha * log_prob,
+    q=q,
+    target_q=average(target_q),
+    reward=average(batch.reward),
+    critic_grad_norm=optax.tree.norm(critic_grads),
+    actor_grad_norm=optax.tree.norm(actor_grads),
+  )
+  new_state = SAC(
+    actor=actor_params,
+    critic=critic_params,
+    target_critic=optax.incremental_update(critic_params, state.target_critic, config.tau),
+    log_alpha=log_alpha,
+    actor_opt=actor_opt,
+    critic_opt=critic_opt,
+    alpha_opt=alpha_opt,
+  )
   return new_state, metrics

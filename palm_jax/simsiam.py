@@ -1,4 +1,6 @@
-"""SimSiam (Chen and He, arXiv 2011.10566): heads, loss, optimiser, and the monitors that see a collapse."""
+"""SimSiam (Chen and He, arXiv 2011.10566): heads, loss, optimiser, and the monitors that see a
+collapse."""
+
 import math
 from typing import Any, NamedTuple
 
@@ -18,22 +20,27 @@ LINEAR = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 
 def default_config():
-  return ConfigDict(dict(
-    proj_layers=2,  # SimSiam appendix D on CIFAR; PatrickHua/SimSiam and lightly; solo-learn has 3
-    proj_hidden=2048,  # PatrickHua/SimSiam
-    proj_dim=2048,  # SimSiam 4
-    pred_hidden=512,  # SimSiam 4
-    output_bn_affine=False,  # facebookresearch/simsiam simsiam/builder.py
-    symmetric=True,  # SimSiam equation 2; PALM 4.2 writes one direction only
-    objective='simsiam',  # or 'simclr', 'supcon' (contrastive.py), on the projections and without the predictor
-    temperature=0.5,  # of the contrastive objectives: SimCLR appendix B.9 on CIFAR; SupCon has 0.1
-    augment='none',  # PALM 4.2: consecutive frames are the views; 'simsiam' for "PALM + data aug"
-    lr=0.03,  # for 256 samples, scaled with the batch; PatrickHua/SimSiam
-    momentum=0.9,  # SimSiam appendix D
-    weight_decay=5e-4,  # SimSiam appendix D, on every parameter
-    warmup_updates=0,  # SimSiam 4
-    fix_predictor_lr=True,  # facebookresearch/simsiam README --fix-pred-lr
-  ))
+  return ConfigDict(
+    dict(
+      # SimSiam appendix D on CIFAR; PatrickHua/SimSiam and lightly; solo-learn has 3
+      proj_layers=2,
+      proj_hidden=2048,  # PatrickHua/SimSiam
+      proj_dim=2048,  # SimSiam 4
+      pred_hidden=512,  # SimSiam 4
+      output_bn_affine=False,  # facebookresearch/simsiam simsiam/builder.py
+      symmetric=True,  # SimSiam equation 2; PALM 4.2 writes one direction only
+      # or 'simclr', 'supcon' (contrastive.py), on the projections and without the predictor
+      objective='simsiam',
+      # of the contrastive objectives: SimCLR appendix B.9 on CIFAR; SupCon has 0.1
+      temperature=0.5,
+      augment='none',  # PALM 4.2: consecutive frames are the views; 'simsiam' for "PALM + data aug"
+      lr=0.03,  # for 256 samples, scaled with the batch; PatrickHua/SimSiam
+      momentum=0.9,  # SimSiam appendix D
+      weight_decay=5e-4,  # SimSiam appendix D, on every parameter
+      warmup_updates=0,  # SimSiam 4
+      fix_predictor_lr=True,  # facebookresearch/simsiam README --fix-pred-lr
+    )
+  )
 
 
 class Projector(nn.Module):
@@ -41,9 +48,11 @@ class Projector(nn.Module):
 
   Attributes:
     output_affine: learn scale and offset in the last BatchNorm.
-    axis_name: mesh axis over which batch statistics are averaged in training; None keeps them local.
+    axis_name: mesh axis over which batch statistics are averaged in training; None keeps them
+      local.
     dtype: compute type; None follows parameters and input. Batch statistics are at least float32.
   """
+
   layers: int = 2
   hidden: int = 2048
   dim: int = 2048
@@ -57,11 +66,24 @@ class Projector(nn.Module):
     x = h
     for layer in range(1, self.layers + 1):
       last = layer == self.layers
-      x = nn.Dense(self.dim if last else self.hidden, use_bias=False, kernel_init=LINEAR, dtype=self.dtype,
-                   name=f'linear{layer}')(x)
+      x = nn.Dense(
+        self.dim if last else self.hidden,
+        use_bias=False,
+        kernel_init=LINEAR,
+        dtype=self.dtype,
+        name=f'linear{layer}',
+      )(x)
       affine = self.output_affine or not last
-      x = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name, dtype=self.dtype,
-                       use_scale=affine, use_bias=affine, name=f'norm{layer}')(x)
+      x = nn.BatchNorm(
+        not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        axis_name=self.axis_name,
+        dtype=self.dtype,
+        use_scale=affine,
+        use_bias=affine,
+        name=f'norm{layer}',
+      )(x)
       if not last:
         x = nn.relu(x)
     return x
@@ -69,6 +91,7 @@ class Projector(nn.Module):
 
 class Predictor(nn.Module):
   """Linear without bias, BatchNorm, ReLU, Linear with bias. Attributes as in `Projector`."""
+
   hidden: int = 512
   dim: int = 2048
   axis_name: str | None = None
@@ -77,13 +100,23 @@ class Predictor(nn.Module):
   @nn.compact
   def __call__(self, z, train: bool):
     """z (B, dim) -> p (B, dim)."""
-    x = nn.Dense(self.hidden, use_bias=False, kernel_init=LINEAR, dtype=self.dtype, name='linear1')(z)
-    x = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name, dtype=self.dtype, name='norm1')(x)
+    x = nn.Dense(self.hidden, use_bias=False, kernel_init=LINEAR, dtype=self.dtype, name='linear1')(
+      z
+    )
+    x = nn.BatchNorm(
+      not train,
+      momentum=0.9,
+      epsilon=1e-5,
+      axis_name=self.axis_name,
+      dtype=self.dtype,
+      name='norm1',
+    )(x)
     return nn.Dense(self.dim, kernel_init=LINEAR, dtype=self.dtype, name='linear2')(nn.relu(x))
 
 
 class Modules(NamedTuple):
   """The three networks; parameters and batch statistics are dictionaries with the same names."""
+
   encoder: nn.Module
   projector: nn.Module
   predictor: nn.Module
@@ -91,6 +124,7 @@ class Modules(NamedTuple):
 
 class Aux(NamedTuple):
   """What one forward pass leaves beside the loss; nothing in it carries a gradient."""
+
   h: jax.Array  # (B, F) representation of s
   h_next: jax.Array  # (B, F) representation of s_next
   z: jax.Array  # (B, proj_dim) projection of s
@@ -99,28 +133,41 @@ class Aux(NamedTuple):
 
 
 def make_modules(encoder, config, axis_name=None, dtype=None):
-  """Projector and predictor of `config` around an encoder, which must have been made with the same `axis_name`.
+  """Projector and predictor of `config` around an encoder, which must have been made with the same
+  `axis_name`.
 
   Raises:
     UserError: for a number of projector layers other than 2 or 3.
   """
   if config.proj_layers not in (2, 3):
-    raise UserError(f'proj_layers={config.proj_layers}: expected 2 (CIFAR) or 3 (ImageNet); set one of them')
+    raise UserError(
+      f'proj_layers={config.proj_layers}: expected 2 (CIFAR) or 3 (ImageNet); set one of them'
+    )
   return Modules(
     encoder,
-    Projector(config.proj_layers, config.proj_hidden, config.proj_dim, config.output_bn_affine, axis_name, dtype),
+    Projector(
+      config.proj_layers,
+      config.proj_hidden,
+      config.proj_dim,
+      config.output_bn_affine,
+      axis_name,
+      dtype,
+    ),
     Predictor(config.pred_hidden, config.proj_dim, axis_name, dtype),
   )
 
 
 def init(modules, key, images):
-  """(params, batch_stats) of all three networks for images (B, H, W, C); both have the names of `Modules`."""
+  """(params, batch_stats) of all three networks for images (B, H, W, C); both have the names of
+  `Modules`."""
+
   def init_all(key, x):
     params, batch_stats = {}, {}
     for name, module, k in zip(Modules._fields, modules, jax.random.split(key, 3), strict=True):
       x, variables = module.init_with_output(k, x, train=False)
       params[name], batch_stats[name] = variables['params'], variables.get('batch_stats', {})
     return params, batch_stats
+
   return jax.jit(init_all)(key, images)
 
 
@@ -131,10 +178,12 @@ def _cosine(a, b):
 def loss(p1, z1, p2, z2, symmetric=True):
   """Negative cosine between prediction and detached projection of the other view, in [-1, 1].
 
-  SimSiam equation 2, 1/2 D(p1, sg z2) + 1/2 D(p2, sg z1); not symmetric: D(p1, sg z2) alone (PALM 4.2).
+  SimSiam equation 2, 1/2 D(p1, sg z2) + 1/2 D(p2, sg z1); not symmetric: D(p1, sg z2) alone (PALM
+  4.2).
 
   Args:
-    p1, z1, p2, z2: (B, D) predictions and projections of the two views; not symmetric ignores z1 and p2.
+    p1, z1, p2, z2: (B, D) predictions and projections of the two views; not symmetric ignores z1
+      and p2.
   Returns:
     a scalar, the mean over these B rows, in at least float32.
   """
@@ -144,14 +193,26 @@ def loss(p1, z1, p2, z2, symmetric=True):
   return (forward_loss - _cosine(p2, jax.lax.stop_gradient(z1))) / 2
 
 
-def forward(modules, params, batch_stats, s, s_next, train=True, symmetric=True, axis_name=None, objective='simsiam',
-            temperature=0.5, labels=None):
+def forward(
+  modules,
+  params,
+  batch_stats,
+  s,
+  s_next,
+  train=True,
+  symmetric=True,
+  axis_name=None,
+  objective='simsiam',
+  temperature=0.5,
+  labels=None,
+):
   """SimSiam, or another objective on the same networks, over a batch of pairs.
 
-  The views go through the networks one after the other, each with the statistics of its own batch; running
-  statistics see s first, then s_next (facebookresearch/simsiam simsiam/builder.py). Not symmetric leaves the
-  predictor out for s_next. Differentiate the returned loss as it is: it is already the mean over `axis_name`, and
-  so its gradient needs no further collective under `check_vma=True`.
+  The views go through the networks one after the other, each with the statistics of its own batch;
+  running statistics see s first, then s_next (facebookresearch/simsiam simsiam/builder.py). Not
+  symmetric leaves the predictor out for s_next. Differentiate the returned loss as it is: it is
+  already the mean over `axis_name`, and so its gradient needs no further collective under
+  `check_vma=True`.
 
   Args:
     modules: a `Modules`.
@@ -163,9 +224,9 @@ def forward(modules, params, batch_stats, s, s_next, train=True, symmetric=True,
     temperature: of the last two.
     labels: (B,) integers, for 'supcon'.
   Returns:
-    (loss, Aux). Metrics: `loss`; `z_std`, the standard deviation of the l2-normalised z of s over the batch, mean over
-    dimensions; `z_std_ratio`, the same times sqrt(proj_dim), healthy 1, collapsed 0; `h_cosine`, mean cosine
-    between the representations of a pair.
+    (loss, Aux). Metrics: `loss`; `z_std`, the standard deviation of the l2-normalised z of s over
+    the batch, mean over dimensions; `z_std_ratio`, the same times sqrt(proj_dim), healthy 1,
+    collapsed 0; `h_cosine`, mean cosine between the representations of a pair.
   """
   stats = dict(batch_stats)
 
@@ -189,7 +250,9 @@ def forward(modules, params, batch_stats, s, s_next, train=True, symmetric=True,
   if objective == 'simsiam':
     value = mean(loss(p, z, p_next, z_next, symmetric))
   else:
-    value = mean(supcon(z, z_next, labels if objective == 'supcon' else None, temperature, axis_name))
+    value = mean(
+      supcon(z, z_next, labels if objective == 'supcon' else None, temperature, axis_name)
+    )
 
   h, h_next, z, detached_loss = jax.lax.stop_gradient((h, h_next, z, value))
   unit = normalize(z)
@@ -205,23 +268,27 @@ def forward(modules, params, batch_stats, s, s_next, train=True, symmetric=True,
 
 
 def effective_rank(x):
-  """How many directions features spread over; sees the dimensional collapse that `z_std` is blind to.
+  """How many directions features spread over; sees the dimensional collapse that `z_std` is blind
+  to.
 
-  exp(entropy of the singular values divided by their sum) of the l2-normalised, centred rows (Roy and Vetterli 2007;
-  used for SimSiam by Li, Efros and Pathak, arXiv 2209.15007). On the host and in float64: singular values are
-  roots of the covariance's eigenvalues, and float32 noise under the root would count as hundreds of directions.
+  exp(entropy of the singular values divided by their sum) of the l2-normalised, centred rows (Roy
+  and Vetterli 2007; used for SimSiam by Li, Efros and Pathak, arXiv 2209.15007). On the host and in
+  float64: singular values are roots of the covariance's eigenvalues, and float32 noise under the
+  root would count as hundreds of directions.
 
   Args:
     x: (N, D) features; N must well exceed the rank to be seen, 4096 is usual. Seconds at D = 2048.
   Returns:
-    (effective rank in [1, min(N - 1, D)], share of the variance on the first direction); (1., 1.) for equal rows.
+    (effective rank in [1, min(N - 1, D)], share of the variance on the first direction); (1., 1.)
+    for equal rows.
   """
   x = np.asarray(x, np.float64)
   x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-8)
   x = x - x.mean(axis=0)
   gram = x.T @ x if x.shape[0] >= x.shape[1] else x @ x.T
   eigenvalues = np.maximum(np.linalg.eigvalsh(gram), 0)
-  # Rows of unit length have eigenvalues that sum to N before centring: below this is float32 rounding of the features.
+  # Rows of unit length have eigenvalues that sum to N before centring: below this is float32
+  # rounding of the features.
   eigenvalues[eigenvalues < 1e-13 * len(x)] = 0
   if not eigenvalues.any():
     return 1.0, 1.0
@@ -231,14 +298,18 @@ def effective_rank(x):
 
 
 def learning_rate(config, total_updates, batch_size):
-  """Schedule of encoder and projector: linear warm-up, then cosine to 0 at `total_updates`; peak lr * batch / 256.
+  """Schedule of encoder and projector: linear warm-up, then cosine to 0 at `total_updates`; peak lr
+  * batch / 256.
 
   Raises:
     UserError: where the warm-up leaves no update.
   """
   if not 0 <= config.warmup_updates < total_updates:
-    raise UserError(f'warmup_updates={config.warmup_updates} of {total_updates} updates: expected at least 0 and fewer '
-                    'than there are updates; shorten the warm-up or train longer')
+    raise UserError(
+      f'warmup_updates={config.warmup_updates} of {total_updates} updates: expected at least 0 '
+      'and fewer '
+      'than there are updates; shorten the warm-up or train longer'
+    )
   peak = config.lr * batch_size / 256
   if not config.warmup_updates:
     return optax.cosine_decay_schedule(peak, total_updates)
@@ -246,7 +317,8 @@ def learning_rate(config, total_updates, batch_size):
 
 
 def make_optimizer(config, total_updates, batch_size):
-  """torch's SGD (weight decay into the gradient, before momentum), with the predictor's learning rate held constant.
+  """torch's SGD (weight decay into the gradient, before momentum), with the predictor's learning
+  rate held constant.
 
   Source: facebookresearch/simsiam main_simsiam.py. The state is one momentum tree and one counter.
 
@@ -262,15 +334,20 @@ def make_optimizer(config, total_updates, batch_size):
   def scale_by_learning_rates(updates, state, params=None):
     del params
     decayed = schedule(state.count)
-    rates = {name: peak if config.fix_predictor_lr and name == 'predictor' else decayed for name in updates}
+    rates = {
+      name: peak if config.fix_predictor_lr and name == 'predictor' else decayed for name in updates
+    }
     # One type for each leaf, or a float32 schedule under x64 would change the parameters'.
-    updates = {name: jax.tree.map(lambda u, rate=rates[name]: -jnp.asarray(rate, u.dtype) * u, updates[name])
-               for name in updates}
+    updates = {
+      name: jax.tree.map(lambda u, rate=rates[name]: -jnp.asarray(rate, u.dtype) * u, updates[name])
+      for name in updates
+    }
     return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
 
   return optax.chain(
     optax.add_decayed_weights(config.weight_decay),
     optax.trace(config.momentum),
-    optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros([], jnp.int32)),
-                                 scale_by_learning_rates),
+    optax.GradientTransformation(
+      lambda params: optax.ScaleByScheduleState(jnp.zeros([], jnp.int32)), scale_by_learning_rates
+    ),
   )

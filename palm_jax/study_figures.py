@@ -1,4 +1,6 @@
-"""What a study's numbers say: intervals, comparisons, the table, the long form, and the figure, which needs matplotlib."""
+"""What a study's numbers say: intervals, comparisons, the table, the long form, and the figure,
+which needs matplotlib."""
+
 import csv
 import io
 
@@ -12,7 +14,16 @@ from palm_jax.tables import aligned, protocol_line
 
 RESAMPLES = 10_000  # of a bootstrap interval
 COLUMNS = ('study', 'arm', 'x', 'seed', 'measure', 'value', 'run')
-COLOURS = ('#0072B2', '#E69F00', '#009E73', '#D55E00', '#CC79A7', '#56B4E9', '#000000', '#999999')  # Okabe and Ito
+COLOURS = (
+  '#0072B2',
+  '#E69F00',
+  '#009E73',
+  '#D55E00',
+  '#CC79A7',
+  '#56B4E9',
+  '#000000',
+  '#999999',
+)  # Okabe and Ito
 MARKERS = 'os^Dv<>P'
 
 
@@ -35,8 +46,8 @@ def contests(claim, values):
   """What the claim 'a > b' compares.
 
   Args:
-    claim: 'arm > arm'; an arm may be 'arm @ x'. Without it, arms are compared at each x that both have, and one of a single
-      x with the other at all of its.
+    claim: 'arm > arm'; an arm may be 'arm @ x'. Without it, arms are compared at each x that both
+      have, and one of a single x with the other at all of its.
     values: {(arm, x): of any kind}.
 
   Returns:
@@ -47,32 +58,45 @@ def contests(claim, values):
   """
   names = claim.split(' > ')
   if len(names) != 2:
-    raise UserError(f'study.orderings: {claim!r} is no claim: expected "arm > arm" or "arm @ x > arm @ x"')
+    raise UserError(
+      f'study.orderings: {claim!r} is no claim: expected "arm > arm" or "arm @ x > arm @ x"'
+    )
   (a, b) = sides = [_places(name.strip(), values) for name in names]
   if min(map(len, sides)) == 1:
     found = [(x, y) for x in a for y in b]
   else:
     found = [(x, x) for x in a if x in b]
-  return [(x if len(a) > 1 else y if len(b) > 1 else x if x == y else '', a[x], b[y]) for x, y in found]
+  return [
+    (x if len(a) > 1 else y if len(b) > 1 else x if x == y else '', a[x], b[y]) for x, y in found
+  ]
 
 
 def _places(term, values):
   """{x: values} of the arm, or of the one place 'arm @ x'."""
   name, one, x = term.partition(' @ ')
-  found = {place: numbers for (arm, place), numbers in values.items() if arm == name and (not one or same(place, x))}
+  found = {
+    place: numbers
+    for (arm, place), numbers in values.items()
+    if arm == name and (not one or same(place, x))
+  }
   if not found:
-    raise UserError(f'study: {term!r} is no arm with the first measure: expected one of '
-                    f'{", ".join(dict.fromkeys(arm for arm, _ in values))}, with @ and an x that it has where one is meant')
+    raise UserError(
+      f'study: {term!r} is no arm with the first measure: expected one of '
+      f'{", ".join(dict.fromkeys(arm for arm, _ in values))}, with @ and an x that it has where '
+      'one is meant'
+    )
   return found
 
 
 def reference_of(reference, values):
-  """{x: values} of the arm, or 'arm @ x', that others are compared with; '' is the first. UserError where it is none."""
+  """{x: values} of the arm, or 'arm @ x', that others are compared with; '' is the first. UserError
+  where it is none."""
   return _places(reference or next(iter(values))[0], values)
 
 
 def interval(values, resamples=RESAMPLES, seed=0):
-  """95% percentile bootstrap interval of the mean of values (n,): (low, high) in float64, or None of fewer than two."""
+  """95% percentile bootstrap interval of the mean of values (n,): (low, high) in float64, or None
+  of fewer than two."""
   values = np.asarray(values, np.float64)
   if len(values) < 2:
     return None
@@ -81,10 +105,13 @@ def interval(values, resamples=RESAMPLES, seed=0):
 
 
 def student(values):
-  """95% interval of the mean of values (n,) by Student's t, n - 1 degrees of freedom: (low, high), or None of fewer than two."""
+  """95% interval of the mean of values (n,) by Student's t, n - 1 degrees of freedom: (low, high),
+  or None of fewer than two."""
   if len(values) < 2:
     return None
-  half = float(special.stdtrit(len(values) - 1, 0.975)) * np.std(values, ddof=1) / np.sqrt(len(values))
+  half = (
+    float(special.stdtrit(len(values) - 1, 0.975)) * np.std(values, ddof=1) / np.sqrt(len(values))
+  )
   return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
@@ -92,7 +119,8 @@ def difference(a, b):
   """a - b of {seed: value}, paired by seed.
 
   Returns:
-    dict: `n` seeds that both have, mean `difference`, bootstrap interval `low` and `high`, Student's `t_low` and `t_high`.
+    dict: `n` seeds that both have, mean `difference`, bootstrap interval `low` and `high`,
+      Student's `t_low` and `t_high`.
   """
   paired = [a[seed] - b[seed] for seed in a if seed in b]
   low, high = interval(paired) or (None, None)
@@ -102,9 +130,11 @@ def difference(a, b):
 
 
 def verdict(found):
-  """'holds' or 'does not hold' where Student's interval of a `difference` leaves out 0, else 'undecided'.
+  """'holds' or 'does not hold' where Student's interval of a `difference` leaves out 0, else
+  'undecided'.
 
-  Not the bootstrap's: that of three seeds is their range, so it would decide whenever three signs agree.
+  Not the bootstrap's: that of three seeds is their range, so it would decide whenever three signs
+  agree.
   """
   if found['t_low'] is None or found['t_low'] <= 0 <= found['t_high']:
     return 'undecided'
@@ -119,7 +149,8 @@ def summarise(c, lines):
     lines: [dict] of COLUMNS, long form.
 
   Returns:
-    {'rows': [dict] for each measure, arm and x, with `minus_reference` of `difference`; 'orderings': [dict]}, all of it JSON.
+    {'rows': [dict] for each measure, arm and x, with `minus_reference` of `difference`;
+    'orderings': [dict]}, all of it JSON.
   """
   measures = {}
   for line in lines:
@@ -133,10 +164,22 @@ def summarise(c, lines):
       references = {}
     for (arm, x), numbers in values.items():
       low, high = interval(list(numbers.values())) or (None, None)
-      reference = references.get(x, next(iter(references.values())) if len(references) == 1 else None)
+      reference = references.get(
+        x, next(iter(references.values())) if len(references) == 1 else None
+      )
       compared = reference is not None and reference is not numbers
-      rows.append(dict(measure=measure, arm=arm, x=x, n=len(numbers), mean=float(np.mean(list(numbers.values()))), low=low,
-                       high=high, minus_reference=difference(numbers, reference) if compared else None))
+      rows.append(
+        dict(
+          measure=measure,
+          arm=arm,
+          x=x,
+          n=len(numbers),
+          mean=float(np.mean(list(numbers.values()))),
+          low=low,
+          high=high,
+          minus_reference=difference(numbers, reference) if compared else None,
+        )
+      )
   first = c.measures[0][0]
   for claim in c.orderings:
     for x, a, b in contests(claim, measures[first]):
@@ -146,7 +189,8 @@ def summarise(c, lines):
 
 
 def table(results):
-  """The results of `study.run` as text: a block for each measure, the orderings, and the protocol in one line."""
+  """The results of `study.run` as text: a block for each measure, the orderings, and the protocol
+  in one line."""
   number = lambda value: '-' if value is None else f'{value:.4g}'
   ends = lambda low, high: '-' if low is None else f'[{number(low)}, {number(high)}]'
   span = lambda found: ends(found['low'], found['high'])
@@ -156,11 +200,24 @@ def table(results):
     for row in results['rows']:
       if row['measure'] == measure:
         minus = row['minus_reference'] or dict(difference=None, low=None, high=None)
-        cells.append([row['arm'], str(row['x']), str(row['n']), number(row['mean']), span(row), number(minus['difference']),
-                      span(minus)])
+        cells.append(
+          [
+            row['arm'],
+            str(row['x']),
+            str(row['n']),
+            number(row['mean']),
+            span(row),
+            number(minus['difference']),
+            span(minus),
+          ]
+        )
     lines += [*aligned(cells), '']
-  lines += [f'{found["ordering"]}{at(found["x"])}: {number(found["difference"])}, t {ends(found["t_low"], found["t_high"])}, '
-            f'{found["verdict"]} ({found["measure"]}, {found["n"]} seeds)' for found in results['orderings']]
+  lines += [
+    f'{found["ordering"]}{at(found["x"])}: {number(found["difference"])}, t '
+    f'{ends(found["t_low"], found["t_high"])}, '
+    f'{found["verdict"]} ({found["measure"]}, {found["n"]} seeds)'
+    for found in results['orderings']
+  ]
   return '\n'.join([*lines, protocol_line(results['protocol'])])
 
 
@@ -187,18 +244,27 @@ def draw(results, path):
   try:
     from matplotlib.figure import Figure
   except ImportError:
-    logging.warning("%s is not drawn, because matplotlib is not installed: pip install 'palm_jax[figures]' or matplotlib, and "
-                    'give the same command again; results/study.csv has the numbers', path)
+    logging.warning(
+      "%s is not drawn, because matplotlib is not installed: pip install 'palm_jax[figures]' or "
+      'matplotlib, and '
+      'give the same command again; results/study.csv has the numbers',
+      path,
+    )
     return False
   measures = list(dict.fromkeys(row['measure'] for row in results['rows']))
   columns = min(3, len(measures))
   lines = -(-len(measures) // columns)
   figure = Figure(figsize=(5.2 * columns, 4 * lines), dpi=150, layout='constrained')
   panels = np.ravel(figure.subplots(lines, columns, squeeze=False))
-  for panel in panels[len(measures):]:
+  for panel in panels[len(measures) :]:
     panel.set_axis_off()
-  looks = {arm: (COLOURS[i % len(COLOURS)], MARKERS[(i + i // len(COLOURS)) % len(MARKERS)])  # the same in all panels
-           for i, arm in enumerate(dict.fromkeys(row['arm'] for row in results['rows']))}
+  looks = {
+    arm: (
+      COLOURS[i % len(COLOURS)],
+      MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],
+    )  # the same in all panels
+    for i, arm in enumerate(dict.fromkeys(row['arm'] for row in results['rows']))
+  }
   lined = {}  # an arm's mark in the legend
   for panel, measure in zip(panels, measures, strict=False):
     rows = [row for row in results['rows'] if row['measure'] == measure]
@@ -210,10 +276,19 @@ def draw(results, path):
     panel.set_title(measure)
     panel.set_xlabel(results['axis'] if on_axis else '')
   if lined:
-    figure.legend(lined.values(), lined, loc='outside lower center', ncols=min(len(lined), 3 * columns), fontsize=8)
+    figure.legend(
+      lined.values(),
+      lined,
+      loc='outside lower center',
+      ncols=min(len(lined), 3 * columns),
+      fontsize=8,
+    )
   seeds = sorted({row['n'] for row in results['rows']})
-  figure.suptitle(f'{results["study"]}: mean of {" to ".join(map(str, seeds[:1] + seeds[1:][-1:]))} seed(s)'
-                  f'{"" if results["grid"] or seeds[-1] < 2 else ", bootstrap interval"}', fontsize=9)
+  figure.suptitle(
+    f'{results["study"]}: mean of {" to ".join(map(str, seeds[:1] + seeds[1:][-1:]))} seed(s)'
+    f'{"" if results["grid"] or seeds[-1] < 2 else ", bootstrap interval"}',
+    fontsize=9,
+  )
   with replacing(path) as file:
     figure.savefig(file, format='png', bbox_inches='tight')
   return True
@@ -221,13 +296,25 @@ def draw(results, path):
 
 def _whiskers(rows):
   """(2, n) lengths below and above the means; 0 where there is no interval."""
-  ends = [(row['mean'] - row['low'], row['high'] - row['mean']) if row['low'] is not None else (0, 0) for row in rows]
-  return np.maximum(np.transpose(ends), 0)  # the mean of few and uneven values may lie outside by rounding
+  ends = [
+    (row['mean'] - row['low'], row['high'] - row['mean']) if row['low'] is not None else (0, 0)
+    for row in rows
+  ]
+  return np.maximum(
+    np.transpose(ends), 0
+  )  # the mean of few and uneven values may lie outside by rounding
 
 
 def _points(panel, rows):
   places = np.arange(len(rows))[::-1]
-  panel.errorbar([row['mean'] for row in rows], places, xerr=_whiskers(rows), fmt='o', capsize=3, color=COLOURS[0])
+  panel.errorbar(
+    [row['mean'] for row in rows],
+    places,
+    xerr=_whiskers(rows),
+    fmt='o',
+    capsize=3,
+    color=COLOURS[0],
+  )
   panel.set_yticks(places, [row['arm'] for row in rows])
   panel.grid(axis='x', alpha=0.3)
 
@@ -244,14 +331,22 @@ def _lines(panel, rows, looks):
     if of_arm[0]['x'] == '':  # an arm without an axis, such as a reference
       lined[arm] = panel.axhline(of_arm[0]['mean'], color=colour, linestyle='--')
     else:
-      lined[arm] = panel.errorbar([row['x'] for row in of_arm], [row['mean'] for row in of_arm], yerr=_whiskers(of_arm),
-                                  capsize=3, color=colour, marker=marker)
+      lined[arm] = panel.errorbar(
+        [row['x'] for row in of_arm],
+        [row['mean'] for row in of_arm],
+        yerr=_whiskers(of_arm),
+        capsize=3,
+        color=colour,
+        marker=marker,
+      )
   panel.grid(alpha=0.3)
   return lined
 
 
 def _map(panel, rows):
-  arms, places = (list(dict.fromkeys(row[key] for row in rows if row['x'] != '')) for key in ('arm', 'x'))
+  arms, places = (
+    list(dict.fromkeys(row[key] for row in rows if row['x'] != '')) for key in ('arm', 'x')
+  )
   means = np.full((len(arms), len(places)), np.nan)
   for row in rows:
     if row['x'] != '':
@@ -260,6 +355,8 @@ def _map(panel, rows):
   middle = (np.nanmin(means) + np.nanmax(means)) / 2
   for (i, j), mean in np.ndenumerate(means):
     if np.isfinite(mean):
-      panel.text(j, i, f'{mean:.3g}', ha='center', va='center', color='white' if mean < middle else 'black')
+      panel.text(
+        j, i, f'{mean:.3g}', ha='center', va='center', color='white' if mean < middle else 'black'
+      )
   panel.set_yticks(range(len(arms)), arms)
   panel.set_xticks(range(len(places)), [str(place) for place in places])

@@ -1,4 +1,5 @@
 """Wall-clock measures of compiled functions."""
+
 import statistics
 import time
 
@@ -25,9 +26,10 @@ def median_seconds(call, state, *arguments):
 
 
 def matmul_flops(dtype):
-  """FLOP/s of one device in the product of two large square matrices: what its arithmetic can reach in practice."""
+  """FLOP/s of one device in the product of two large square matrices: what its arithmetic can reach
+  in practice."""
   size = 1024 if jax.default_backend() == 'cpu' else 8192
   x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
   product = jax.jit(jnp.matmul).lower(x, x).compile()
   jax.block_until_ready(product(x, x))
-  return 2 * size ** 3 / min(seconds(lambda: product(x, x))[0] for _ in range(2 * REPEATS))
+  return 2 * size**3 / min(seconds(lambda: product(x, x))[0] for _ in range(2 * REPEATS))

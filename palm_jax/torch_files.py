@@ -1,8 +1,10 @@
 """PyTorch's files, read by numpy alone: nothing that a file names is imported, called or compiled.
 
-Arrays are read-only views of the file's bytes, and everything else is counted before it is made, so a file costs at most
-three times its size (or 32 MB beyond it, where that is more), whatever it claims.
+Arrays are read-only views of the file's bytes, and everything else is counted before it is made, so
+a file costs at most three times its size (or 32 MB beyond it, where that is more), whatever it
+claims.
 """
+
 import pathlib
 import re
 import stat
@@ -12,11 +14,25 @@ import zlib
 import numpy as np
 
 from palm_jax.errors import UserError
-from palm_jax.pickle_machine import MAGIC, Budget, Machine, Module, Refusal, Storage, check, read_legacy, short
+from palm_jax.pickle_machine import (
+  MAGIC,
+  Budget,
+  Machine,
+  Module,
+  Refusal,
+  Storage,
+  check,
+  read_legacy,
+  short,
+)
 
 LEAST_BUDGET = 32 << 20  # bytes; small files are mostly instructions
 ZIP_ENTRY = 1024  # bytes charged for the name of one
-MAX_DEPTH, MAX_NAMES, MAX_NAME = 64, 100_000, 200  # modules in modules; attributes and modules; letters of a dotted name
+MAX_DEPTH, MAX_NAMES, MAX_NAME = (
+  64,
+  100_000,
+  200,
+)  # modules in modules; attributes and modules; letters of a dotted name
 
 
 class SnapshotError(UserError):
@@ -27,8 +43,9 @@ def read(path):
   """The object in a PyTorch file: a pickle with tensors, or a file of torch.save or torch.jit.save.
 
   Returns:
-    Nested dicts, lists, tuples, sets, scalars, strings, bytes (as memoryviews), `Module`s and numpy arrays, which are
-    read-only views of the file's bytes and may be unaligned. It may contain itself.
+    Nested dicts, lists, tuples, sets, scalars, strings, bytes (as memoryviews), `Module`s and numpy
+    arrays, which are read-only views of the file's bytes and may be unaligned. It may contain
+    itself.
 
   Raises:
     SnapshotError: no such file, damage, or contents that no such file needs; in one line.
@@ -37,8 +54,11 @@ def read(path):
   try:
     data = path.read_bytes()
   except (OSError, MemoryError) as e:
-    raise SnapshotError(f'{path} cannot be read ({getattr(e, "strerror", "it is larger than the memory")}): mend that, or '
-                        'give another file') from e
+    raise SnapshotError(
+      f'{path} cannot be read ({getattr(e, "strerror", "it is larger than the memory")}): mend '
+      'that, or '
+      'give another file'
+    ) from e
   try:
     _check_kind(data)
     budget, view = Budget(max(2 * len(data), LEAST_BUDGET)), memoryview(data)
@@ -52,8 +72,16 @@ def read(path):
     return result
   except Refusal as e:
     raise SnapshotError(f'{path}: {e}') from None
-  except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
-          struct.error) as e:
+  except (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    struct.error,
+  ) as e:
     raise SnapshotError(f'{path}: damaged ({type(e).__name__}); fetch or save it again') from e
 
 
@@ -75,7 +103,8 @@ def check_file(path):
 
 
 def state_dict(module):
-  """The tensors of a module under torch's names and in its order: parameters, then buffers, then the modules inside.
+  """The tensors of a module under torch's names and in its order: parameters, then buffers, then
+  the modules inside.
 
   Args:
     module: `Module`, or a state dict {name: array}, which is given back.
@@ -93,10 +122,14 @@ def state_dict(module):
       tensors |= {prefix + key: value for key, value in _own_tensors(part)}
     return tensors
   if type(module) is not dict:
-    raise SnapshotError(f'weights: found a {type(module).__name__}, expected a module or a state dict')
+    raise SnapshotError(
+      f'weights: found a {type(module).__name__}, expected a module or a state dict'
+    )
   for name, value in module.items():
     if type(name) is not str or not isinstance(value, np.ndarray):
-      raise SnapshotError(f'weights: {short(name)} is a {type(value).__name__}, expected the tensors of a state dict')
+      raise SnapshotError(
+        f'weights: {short(name)} is a {type(value).__name__}, expected the tensors of a state dict'
+      )
   return module
 
 
@@ -111,10 +144,20 @@ def modules(module):
   def visit(name, module, depth):
     nonlocal attributes
     found.append((name, module))
-    attributes += sum(len(_members(module, kind)) for kind in ('_parameters', '_buffers', '_modules'))
-    if attributes > MAX_NAMES or depth > MAX_DEPTH or len(found) > MAX_NAMES or len(name) > MAX_NAME or not name.isprintable():
-      raise SnapshotError('weights: the modules are nested too deeply or oddly named, or one contains itself; '
-                          'expected a network')
+    attributes += sum(
+      len(_members(module, kind)) for kind in ('_parameters', '_buffers', '_modules')
+    )
+    if (
+      attributes > MAX_NAMES
+      or depth > MAX_DEPTH
+      or len(found) > MAX_NAMES
+      or len(name) > MAX_NAME
+      or not name.isprintable()
+    ):
+      raise SnapshotError(
+        'weights: the modules are nested too deeply or oddly named, or one contains itself; '
+        'expected a network'
+      )
     for key, value in _members(module, '_modules'):
       if isinstance(value, Module):
         visit(f'{name}.{key}' if name else key, value, depth + 1)
@@ -125,81 +168,110 @@ def modules(module):
 
 def _check_kind(data):
   start = data[:256].lstrip().lower()
-  check(not start.startswith((b'<!doctype', b'<html', b'<?xml')),
-        'is a web page, not a file of weights: the download failed; open the address in a browser')
-  check(not start.startswith(b'version https://git-lfs'), 'is a pointer of Git LFS, not the file: run `git lfs pull`')
-  check(data.startswith((b'\x80', b'PK')), 'is not a PyTorch file; expected a pickle or a file of torch.save')
+  check(
+    not start.startswith((b'<!doctype', b'<html', b'<?xml')),
+    'is a web page, not a file of weights: the download failed; open the address in a browser',
+  )
+  check(
+    not start.startswith(b'version https://git-lfs'),
+    'is a pointer of Git LFS, not the file: run `git lfs pull`',
+  )
+  check(
+    data.startswith((b'\x80', b'PK')),
+    'is not a PyTorch file; expected a pickle or a file of torch.save',
+  )
 
 
 def _read_zip(data, budget):
-  """A file of torch.save since 1.6, or of torch.jit.save: <name>/data.pkl and <name>/data/<key>, not compressed."""
+  """A file of torch.save since 1.6, or of torch.jit.save: <name>/data.pkl and <name>/data/<key>,
+  not compressed."""
   entries = _zip_entries(data, budget)
   names = [name for name in entries if re.fullmatch('[^/]+/data[.]pkl', name)]
   check(len(names) == 1, 'is a zip archive without <name>/data.pkl; expected a file of torch.save')
   root = names[0].removesuffix('data.pkl')
-  check(bytes(entries.get(f'{root}byteorder', b'little')) == b'little', 'holds big-endian numbers; expected little-endian')
+  check(
+    bytes(entries.get(f'{root}byteorder', b'little')) == b'little',
+    'holds big-endian numbers; expected little-endian',
+  )
   storages = {}
 
   def find_storage(key, dtype, numel):
     storage = storages.setdefault(key, Storage(dtype, numel, entries.get(f'{root}data/{key}')))
     size = numel * np.dtype(dtype).itemsize
-    check(storage.data is not None and storage.dtype == dtype and len(storage.data) == size,
-          f'storage {short(key)} is missing, compressed or of another size')
+    check(
+      storage.data is not None and storage.dtype == dtype and len(storage.data) == size,
+      f'storage {short(key)} is missing, compressed or of another size',
+    )
     return storage
 
-  machine = Machine(entries[names[0]], 0, budget, find_storage, torchscript=f'{root}constants.pkl' in entries)
+  machine = Machine(
+    entries[names[0]], 0, budget, find_storage, torchscript=f'{root}constants.pkl' in entries
+  )
   return machine.run()
 
 
 def _zip_entries(data, budget):
-  """{name: memoryview} of a zip archive that is not compressed (PKWARE's APPNOTE.TXT, 4.3 and 4.5.3)."""
+  """{name: memoryview} of a zip archive that is not compressed (PKWARE's APPNOTE.TXT, 4.3 and
+  4.5.3)."""
   view, end = memoryview(data), data.rfind(b'PK\5\6', max(0, len(data) - 65557))
   check(end >= 0, 'is a zip archive without its end: fetch it again')
   count, _, at = struct.unpack_from('<HLL', data, end + 10)
-  if data[max(0, end - 20):end][:4] == b'PK\6\7':
-    where, = struct.unpack_from('<Q', data, end - 12)
-    check(data[where:where + 4] == b'PK\6\6', 'is a damaged zip archive: fetch it again')
+  if data[max(0, end - 20) : end][:4] == b'PK\6\7':
+    (where,) = struct.unpack_from('<Q', data, end - 12)
+    check(data[where : where + 4] == b'PK\6\6', 'is a damaged zip archive: fetch it again')
     count, _, at = struct.unpack_from('<3Q', data, where + 32)
   entries, room = {}, len(data)
   for _ in range(count):
     budget.charge(ZIP_ENTRY)
-    check(data[at:at + 4] == b'PK\1\2', 'is a damaged zip archive: fetch it again')
+    check(data[at : at + 4] == b'PK\1\2', 'is a damaged zip archive: fetch it again')
     flags, method, _, _, crc, *sizes = struct.unpack_from('<8x4H3L', data, at)
     name_size, extra_size, comment_size, local = struct.unpack_from('<28x3H8xL', data, at)
     budget.charge(4 * name_size)
-    name = str(view[at + 46:at + 46 + name_size], 'utf-8')
+    name = str(view[at + 46 : at + 46 + name_size], 'utf-8')
     begin = at + 46 + name_size
-    size, packed, local = _zip64(view[begin:begin + extra_size], [sizes[1], sizes[0], local])
+    size, packed, local = _zip64(view[begin : begin + extra_size], [sizes[1], sizes[0], local])
     at = begin + extra_size + comment_size
     if method != 0 or flags & 1 or size != packed:
-      check(not name.endswith('/data.pkl'), 'is a compressed zip archive; expected one that is stored, as torch.save does')
+      check(
+        not name.endswith('/data.pkl'),
+        'is a compressed zip archive; expected one that is stored, as torch.save does',
+      )
       continue  # TorchScript compresses its code, which is not read
-    check(data[local:local + 4] == b'PK\3\4', 'is a damaged zip archive: fetch it again')
+    check(data[local : local + 4] == b'PK\3\4', 'is a damaged zip archive: fetch it again')
     start = local + 30 + sum(struct.unpack_from('<26x2H', data, local))
     room -= size
-    check(room >= 0 and start + size <= len(data), f'{short(name)} in it goes beyond the end of the file')
+    check(
+      room >= 0 and start + size <= len(data),
+      f'{short(name)} in it goes beyond the end of the file',
+    )
     check(name not in entries, f'{short(name)} is in it twice')
-    entries[name] = view[start:start + size]
-    check(zlib.crc32(entries[name]) == crc, f'{short(name)} in it is damaged (CRC-32): fetch it again')
+    entries[name] = view[start : start + size]
+    check(
+      zlib.crc32(entries[name]) == crc, f'{short(name)} in it is damaged (CRC-32): fetch it again'
+    )
   return entries
 
 
 def _zip64(extra, numbers):
-  """Size, packed size and offset of an entry: those that do not fit into 32 bits stand in its extra field."""
+  """Size, packed size and offset of an entry: those that do not fit into 32 bits stand in its extra
+  field."""
   at = 0
   while at + 4 <= len(extra):
     kind, size = struct.unpack_from('<2H', extra, at)
     if kind == 1:
       wide = iter(struct.unpack_from(f'<{size // 8}Q', extra, at + 4))
-      return [next(wide, -1) if n == 0xffffffff else n for n in numbers]
+      return [next(wide, -1) if n == 0xFFFFFFFF else n for n in numbers]
     at += 4 + size
   return numbers
 
 
 def _members(module, kind):
-  """[(name, value)] of a module's `kind`: '_parameters', '_buffers' or '_modules'; of TorchScript, all its attributes."""
+  """[(name, value)] of a module's `kind`: '_parameters', '_buffers' or '_modules'; of TorchScript,
+  all its attributes."""
   members = module.state.get(kind, module.state if '_modules' not in module.state else {})
-  if type(members) is not dict or not all(type(name) is str and len(name) <= MAX_NAME for name in members):
+  if type(members) is not dict or not all(
+    type(name) is str and len(name) <= MAX_NAME for name in members
+  ):
     raise SnapshotError(f'weights: {kind} of a {short(module.class_name)} is not a dict of names')
   return members.items()
 
@@ -208,5 +280,9 @@ def _own_tensors(module):
   hidden = module.state.get('_non_persistent_buffers_set')
   hidden = hidden if type(hidden) is set else set()
   kinds = ('_parameters', '_buffers') if '_modules' in module.state else ('TorchScript',)
-  return [(name, value) for kind in kinds for name, value in _members(module, kind)
-          if isinstance(value, np.ndarray) and name not in hidden]
+  return [
+    (name, value)
+    for kind in kinds
+    for name, value in _members(module, kind)
+    if isinstance(value, np.ndarray) and name not in hidden
+  ]

@@ -1,4 +1,6 @@
-"""Catch as an Atari environment: a ball falls through 11 rows of 7 columns, and must be met by the paddle below."""
+"""Catch as an Atari environment: a ball falls through 11 rows of 7 columns, and must be met by the
+paddle below."""
+
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +19,8 @@ class Step(NamedTuple):
 
 
 class Catch:
-  """The members of palm_jax.atari.environment.Environment; a game is `balls` balls, each missed one a lost life.
+  """The members of palm_jax.atari.environment.Environment; a game is `balls` balls, each missed one
+  a lost life.
 
   Args:
     game: not read.
@@ -28,11 +31,18 @@ class Catch:
     prize: reward of a ball that is caught, and price of one that is missed.
     max_steps: a game is cut off after so many steps; one number, or one an environment.
   """
+
   num_actions = 3
 
   def __init__(self, game, num_envs, seed, size=84, balls=1, max_steps=27_000, prize=1):
     self._generators = [np.random.default_rng([seed, e]) for e in range(num_envs)]
-    self._size, self._balls, self._max_steps, self._prize, self._n = size, balls, max_steps, prize, num_envs
+    self._size, self._balls, self._max_steps, self._prize, self._n = (
+      size,
+      balls,
+      max_steps,
+      prize,
+      num_envs,
+    )
 
   def __enter__(self):
     return self
@@ -55,7 +65,12 @@ class Catch:
     reward, life_lost = np.zeros(self._n, np.float32), np.zeros(self._n, bool)
     for e in range(self._n):
       if first[e]:
-        self._paddle[e], self._left[e], self._steps[e], self.score[e] = COLUMNS // 2, self._balls, 0, 0
+        self._paddle[e], self._left[e], self._steps[e], self.score[e] = (
+          COLUMNS // 2,
+          self._balls,
+          0,
+          0,
+        )
         self._ball[e] = 0, self._generators[e].integers(COLUMNS)
         self._stacks[e] = 0
       else:
@@ -73,11 +88,13 @@ class Catch:
     game_over = ~first & (self._left == 0)
     truncated = ~first & ~game_over & (self._steps == self._max_steps)
     self._over = game_over | truncated
-    return Step(self._stacks.copy(), reward, life_lost, game_over, truncated, first, self.score.copy())
+    return Step(
+      self._stacks.copy(), reward, life_lost, game_over, truncated, first, self.score.copy()
+    )
 
   def _picture(self, e):
     picture = np.zeros((self._size, self._size), np.uint8)
     h, w = self._size // ROWS, self._size // COLUMNS
     for row, column in (self._ball[e], (ROWS - 1, self._paddle[e])):
-      picture[row * h:(row + 1) * h, column * w:(column + 1) * w] = 255
+      picture[row * h : (row + 1) * h, column * w : (column + 1) * w] = 255
     return picture

@@ -1,10 +1,16 @@
 """Eight CPU devices for every test; must be set before jax is imported."""
+
 import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # The tests compile far more than they compute: no machine-code optimisation halves their time.
-os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count=8',
-                                    '--xla_backend_optimization_level=0'])
+os.environ['XLA_FLAGS'] = ' '.join(
+  [
+    os.environ.get('XLA_FLAGS', ''),
+    '--xla_force_host_platform_device_count=8',
+    '--xla_backend_optimization_level=0',
+  ]
+)
 # Collectives of several programs in flight deadlock when the pool has fewer threads than devices.
 os.environ['NPROC'] = '16'
 
@@ -12,7 +18,9 @@ import pathlib
 
 import pytest
 
-SHARED = pathlib.Path(os.environ.get('PALM_SHARED', pathlib.Path(__file__).parents[1] / '..' / 'shared')).resolve()
+SHARED = pathlib.Path(
+  os.environ.get('PALM_SHARED', pathlib.Path(__file__).parents[1] / '..' / 'shared')
+).resolve()
 
 
 @pytest.fixture(scope='session')

@@ -1,8 +1,10 @@
-"""Writes files in PyTorch's formats without PyTorch: snapshots of stylegan2-ada-pytorch and files of torch.save.
+"""Writes files in PyTorch's formats without PyTorch: snapshots of stylegan2-ada-pytorch and files
+of torch.save.
 
-What a file names (torch._utils._rebuild_tensor_v2 and so on) stands in for the real thing while it is pickled: pickle only
-looks the names up.
+What a file names (torch._utils._rebuild_tensor_v2 and so on) stands in for the real thing while it
+is pickled: pickle only looks the names up.
 """
+
 import collections
 import io
 import pickle
@@ -14,9 +16,16 @@ from unittest import mock
 
 import numpy as np
 
-MAGIC = 0x1950a86a20f9469cfc6c
-STORAGES = {'float16': 'HalfStorage', 'float32': 'FloatStorage', 'float64': 'DoubleStorage', 'int64': 'LongStorage',
-            'uint8': 'ByteStorage', 'bool': 'BoolStorage', 'bfloat16': 'BFloat16Storage'}
+MAGIC = 0x1950A86A20F9469CFC6C
+STORAGES = {
+  'float16': 'HalfStorage',
+  'float32': 'FloatStorage',
+  'float64': 'DoubleStorage',
+  'int64': 'LongStorage',
+  'uint8': 'ByteStorage',
+  'bool': 'BoolStorage',
+  'bfloat16': 'BFloat16Storage',
+}
 
 
 def _stand_in(module, name, kind=None):
@@ -34,7 +43,9 @@ PERSISTENT = _stand_in('torch_utils.persistence', '_reconstruct_persistent_obj')
 PARAMETER = _stand_in('torch._utils', '_rebuild_parameter')
 TENSOR = _stand_in('torch._utils', '_rebuild_tensor_v2')
 LOAD = _stand_in('torch.storage', '_load_from_bytes')
-TYPES = {name: _stand_in('torch', storage, type(storage, (), {})) for name, storage in STORAGES.items()}
+TYPES = {
+  name: _stand_in('torch', storage, type(storage, (), {})) for name, storage in STORAGES.items()
+}
 NAMES = [EasyDict, PERSISTENT, PARAMETER, TENSOR, LOAD, *TYPES.values()]
 
 
@@ -66,7 +77,10 @@ class Tensor:
       array = np.ascontiguousarray(array.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
     else:
       array = np.array(array, order='C')
-    self.shape, self.strides = array.shape, tuple(max(s // array.itemsize, 1) for s in array.strides)
+    self.shape, self.strides = (
+      array.shape,
+      tuple(max(s // array.itemsize, 1) for s in array.strides),
+    )
     flat = array.transpose(0, 2, 3, 1) if channels_last and array.ndim == 4 else array
     self.storage, self.parameter = Storage(np.ascontiguousarray(flat).reshape(-1)), parameter
 
@@ -81,17 +95,34 @@ class Tensor:
 class Persistent:
   """A module with its source inside."""
 
-  def __init__(self, class_name, parameters=(), buffers=(), modules=(), args=(), kwargs=(), **attributes):
+  def __init__(
+    self, class_name, parameters=(), buffers=(), modules=(), args=(), kwargs=(), **attributes
+  ):
     self.class_name = class_name
     self.state = dict(
-      training=False, _parameters=collections.OrderedDict(parameters), _buffers=collections.OrderedDict(buffers),
-      _non_persistent_buffers_set=set(), _forward_hooks=collections.OrderedDict(), _is_full_backward_hook=None,
-      _modules=collections.OrderedDict(modules), **attributes, _init_args=tuple(args), _init_kwargs=dict(kwargs))
+      training=False,
+      _parameters=collections.OrderedDict(parameters),
+      _buffers=collections.OrderedDict(buffers),
+      _non_persistent_buffers_set=set(),
+      _forward_hooks=collections.OrderedDict(),
+      _is_full_backward_hook=None,
+      _modules=collections.OrderedDict(modules),
+      **attributes,
+      _init_args=tuple(args),
+      _init_kwargs=dict(kwargs),
+    )
     self.source = 'raise SystemExit("run")\n'
 
   def __reduce__(self):
-    return PERSISTENT, (dict(type='class', version=6, module_src=self.source, class_name=self.class_name,
-                             state=self.state),)
+    return PERSISTENT, (
+      dict(
+        type='class',
+        version=6,
+        module_src=self.source,
+        class_name=self.class_name,
+        state=self.state,
+      ),
+    )
 
 
 class _Pickler(pickle.Pickler):
@@ -116,7 +147,11 @@ def pickled(obj, protocol=3):
 def legacy(obj, protocol=2):
   """A file of torch.save before 1.6."""
   out = io.BytesIO()
-  for part in (MAGIC, 1001, dict(protocol_version=1001, little_endian=True, type_sizes=dict(short=2, int=4, long=4))):
+  for part in (
+    MAGIC,
+    1001,
+    dict(protocol_version=1001, little_endian=True, type_sizes=dict(short=2, int=4, long=4)),
+  ):
     pickle.dump(part, out, protocol)
   with looked_up():
     pickler = _Pickler(out, protocol, (None,))
@@ -156,7 +191,7 @@ class Builder:
     tensors: {name: float32 array} of everything built.
   """
 
-  def __init__(self, seed, conv_clamp=None, fp16=False, lr_multiplier=.01):
+  def __init__(self, seed, conv_clamp=None, fp16=False, lr_multiplier=0.01):
     self.rng, self.tensors = np.random.default_rng(seed), {}
     self.conv_clamp, self.fp16, self.lr_multiplier = conv_clamp, fp16, lr_multiplier
 
@@ -168,24 +203,44 @@ class Builder:
         self.tensors[f'{name}.{key}'] = x
         wrapped[key] = Tensor(x, channels_last=self.fp16, parameter=parameter)
       return wrapped
-    return Persistent(class_name, wrap(parameters, True), wrap(buffers, False), modules or {}, **attributes)
 
-  def draw(self, *shape, scale=1., mean=0.):
+    return Persistent(
+      class_name, wrap(parameters, True), wrap(buffers, False), modules or {}, **attributes
+    )
+
+  def draw(self, *shape, scale=1.0, mean=0.0):
     return mean + scale * self.rng.normal(size=shape)
 
-  def dense(self, name, inputs, outputs, activation='linear', multiplier=1., bias=0.):
+  def dense(self, name, inputs, outputs, activation='linear', multiplier=1.0, bias=0.0):
     return self.module(
-      'FullyConnectedLayer', name, dict(weight=self.draw(outputs, inputs, scale=1 / multiplier),
-                                        bias=self.draw(outputs, mean=bias, scale=.3 / multiplier)),
-      activation=activation, weight_gain=multiplier / np.sqrt(inputs), bias_gain=multiplier)
+      'FullyConnectedLayer',
+      name,
+      dict(
+        weight=self.draw(outputs, inputs, scale=1 / multiplier),
+        bias=self.draw(outputs, mean=bias, scale=0.3 / multiplier),
+      ),
+      activation=activation,
+      weight_gain=multiplier / np.sqrt(inputs),
+      bias_gain=multiplier,
+    )
 
   def conv(self, name, inputs, outputs, size, activation='lrelu', down=1, bias=True, clamp=True):
     return self.module(
-      'Conv2dLayer', name, dict(weight=self.draw(outputs, inputs, size, size),
-                                **(dict(bias=self.draw(outputs, scale=.3)) if bias else {})),
-      dict(resample_filter=FILTER), activation=activation, up=1, down=down, padding=size // 2,
-      conv_clamp=self.conv_clamp if clamp else None, weight_gain=1 / np.sqrt(inputs * size ** 2),
-      act_gain=np.sqrt(2) if activation == 'lrelu' else 1)
+      'Conv2dLayer',
+      name,
+      dict(
+        weight=self.draw(outputs, inputs, size, size),
+        **(dict(bias=self.draw(outputs, scale=0.3)) if bias else {}),
+      ),
+      dict(resample_filter=FILTER),
+      activation=activation,
+      up=1,
+      down=down,
+      padding=size // 2,
+      conv_clamp=self.conv_clamp if clamp else None,
+      weight_gain=1 / np.sqrt(inputs * size**2),
+      act_gain=np.sqrt(2) if activation == 'lrelu' else 1,
+    )
 
   def mapping(self, name, z_dim, c_dim, w_dim, layers, embed, hidden, num_ws):
     modules = {}
@@ -193,20 +248,47 @@ class Builder:
       modules['embed'] = self.dense(f'{name}.embed', c_dim, embed)
     widths = [z_dim + (embed if c_dim else 0), *[hidden] * (layers - 1), w_dim]
     for i in range(layers):
-      modules[f'fc{i}'] = self.dense(f'{name}.fc{i}', widths[i], widths[i + 1], 'lrelu', self.lr_multiplier)
-    return self.module('MappingNetwork', name, {}, {} if num_ws is None else dict(w_avg=self.draw(w_dim)), modules,
-                       z_dim=z_dim, c_dim=c_dim, w_dim=w_dim, num_ws=num_ws, num_layers=layers, w_avg_beta=.995)
+      modules[f'fc{i}'] = self.dense(
+        f'{name}.fc{i}', widths[i], widths[i + 1], 'lrelu', self.lr_multiplier
+      )
+    return self.module(
+      'MappingNetwork',
+      name,
+      {},
+      {} if num_ws is None else dict(w_avg=self.draw(w_dim)),
+      modules,
+      z_dim=z_dim,
+      c_dim=c_dim,
+      w_dim=w_dim,
+      num_ws=num_ws,
+      num_layers=layers,
+      w_avg_beta=0.995,
+    )
 
   def style_layer(self, name, inputs, outputs, w_dim, resolution, up):
-    affine = self.dense(f'{name}.affine', w_dim, inputs, bias=1.)
+    affine = self.dense(f'{name}.affine', w_dim, inputs, bias=1.0)
     return self.module(
-      'SynthesisLayer', name, dict(weight=self.draw(outputs, inputs, 3, 3), noise_strength=self.draw(scale=.3),
-                                   bias=self.draw(outputs, scale=.3)),
-      dict(resample_filter=FILTER, noise_const=self.draw(resolution, resolution)), dict(affine=affine),
-      resolution=resolution, up=up, use_noise=True, activation='lrelu', conv_clamp=self.conv_clamp, padding=1,
-      act_gain=np.sqrt(2))
+      'SynthesisLayer',
+      name,
+      dict(
+        weight=self.draw(outputs, inputs, 3, 3),
+        noise_strength=self.draw(scale=0.3),
+        bias=self.draw(outputs, scale=0.3),
+      ),
+      dict(resample_filter=FILTER, noise_const=self.draw(resolution, resolution)),
+      dict(affine=affine),
+      resolution=resolution,
+      up=up,
+      use_noise=True,
+      activation='lrelu',
+      conv_clamp=self.conv_clamp,
+      padding=1,
+      act_gain=np.sqrt(2),
+    )
 
-  def generator(self, z_dim, w_dim, c_dim, channels, image_channels, layers=8, embed=None, hidden=None):
+  def generator(
+    self, z_dim, w_dim, c_dim, channels, image_channels, layers=8, embed=None, hidden=None
+  ):
     """channels: at 4, 8, ..."""
     resolution, num_ws, blocks = 2 << len(channels), 2 * len(channels), {}
     for i, width in enumerate(channels):
@@ -215,22 +297,54 @@ class Builder:
       if i:
         modules['conv0'] = self.style_layer(f'{name}.conv0', inputs, width, w_dim, size, 2)
       modules['conv1'] = self.style_layer(f'{name}.conv1', width, width, w_dim, size, 1)
-      affine = self.dense(f'{name}.torgb.affine', w_dim, width, bias=1.)
+      affine = self.dense(f'{name}.torgb.affine', w_dim, width, bias=1.0)
       modules['torgb'] = self.module(
-        'ToRGBLayer', f'{name}.torgb', dict(weight=self.draw(image_channels, width, 1, 1),
-                                            bias=self.draw(image_channels, scale=.3)), {}, dict(affine=affine),
-        conv_clamp=self.conv_clamp, weight_gain=1 / np.sqrt(width))
+        'ToRGBLayer',
+        f'{name}.torgb',
+        dict(
+          weight=self.draw(image_channels, width, 1, 1), bias=self.draw(image_channels, scale=0.3)
+        ),
+        {},
+        dict(affine=affine),
+        conv_clamp=self.conv_clamp,
+        weight_gain=1 / np.sqrt(width),
+      )
       blocks[f'b{size}'] = self.module(
-        'SynthesisBlock', name, {} if i else dict(const=self.draw(width, 4, 4)), dict(resample_filter=FILTER), modules,
-        resolution=size, architecture='skip', use_fp16=self.fp16, channels_last=self.fp16)
-    sizes = dict(z_dim=z_dim, c_dim=c_dim, w_dim=w_dim, img_resolution=resolution, img_channels=image_channels)
+        'SynthesisBlock',
+        name,
+        {} if i else dict(const=self.draw(width, 4, 4)),
+        dict(resample_filter=FILTER),
+        modules,
+        resolution=size,
+        architecture='skip',
+        use_fp16=self.fp16,
+        channels_last=self.fp16,
+      )
+    sizes = dict(
+      z_dim=z_dim, c_dim=c_dim, w_dim=w_dim, img_resolution=resolution, img_channels=image_channels
+    )
     synthesis = self.module('SynthesisNetwork', 'synthesis', {}, {}, blocks, num_ws=num_ws)
-    mapping = self.mapping('mapping', z_dim, c_dim, w_dim, layers, embed or w_dim, hidden or w_dim, num_ws)
-    return self.module('Generator', '', {}, {}, dict(synthesis=synthesis, mapping=mapping), **sizes, num_ws=num_ws,
-                       kwargs=dict(sizes, mapping_kwargs=EasyDict(num_layers=layers),
-                                   synthesis_kwargs=EasyDict(conv_clamp=self.conv_clamp)))
+    mapping = self.mapping(
+      'mapping', z_dim, c_dim, w_dim, layers, embed or w_dim, hidden or w_dim, num_ws
+    )
+    return self.module(
+      'Generator',
+      '',
+      {},
+      {},
+      dict(synthesis=synthesis, mapping=mapping),
+      **sizes,
+      num_ws=num_ws,
+      kwargs=dict(
+        sizes,
+        mapping_kwargs=EasyDict(num_layers=layers),
+        synthesis_kwargs=EasyDict(conv_clamp=self.conv_clamp),
+      ),
+    )
 
-  def discriminator(self, c_dim, channels, image_channels, architecture='resnet', layers=8, group=4):
+  def discriminator(
+    self, c_dim, channels, image_channels, architecture='resnet', layers=8, group=4
+  ):
     modules, resolution = {}, 2 << len(channels)
     for i in reversed(range(1, len(channels))):
       name, width, half = f'b{4 << i}', channels[i], channels[i - 1]
@@ -240,17 +354,30 @@ class Builder:
       block['conv0'] = self.conv(f'{name}.conv0', width, width, 3)
       block['conv1'] = self.conv(f'{name}.conv1', width, half, 3, down=2)
       if architecture == 'resnet':
-        block['skip'] = self.conv(f'{name}.skip', width, half, 1, 'linear', 2, bias=False, clamp=False)
-      modules[name] = self.module('DiscriminatorBlock', name, {}, dict(resample_filter=FILTER), block,
-                                  architecture=architecture, use_fp16=self.fp16)
+        block['skip'] = self.conv(
+          f'{name}.skip', width, half, 1, 'linear', 2, bias=False, clamp=False
+        )
+      modules[name] = self.module(
+        'DiscriminatorBlock',
+        name,
+        {},
+        dict(resample_filter=FILTER),
+        block,
+        architecture=architecture,
+        use_fp16=self.fp16,
+      )
     width = channels[0]
     if c_dim:
       modules['mapping'] = self.mapping('mapping', 0, c_dim, width, layers, width, width, None)
     epilogue = dict(
       mbstd=self.module('MinibatchStdLayer', 'b4.mbstd', group_size=group, num_channels=1),
-      conv=self.conv('b4.conv', width + 1, width, 3), fc=self.dense('b4.fc', 16 * width, width, 'lrelu'),
-      out=self.dense('b4.out', width, width if c_dim else 1))
-    modules['b4'] = self.module('DiscriminatorEpilogue', 'b4', {}, {}, epilogue, architecture=architecture)
+      conv=self.conv('b4.conv', width + 1, width, 3),
+      fc=self.dense('b4.fc', 16 * width, width, 'lrelu'),
+      out=self.dense('b4.out', width, width if c_dim else 1),
+    )
+    modules['b4'] = self.module(
+      'DiscriminatorEpilogue', 'b4', {}, {}, epilogue, architecture=architecture
+    )
     sizes = dict(c_dim=c_dim, img_resolution=resolution, img_channels=image_channels)
     return self.module('Discriminator', '', {}, {}, modules, **sizes, kwargs=sizes)
 
@@ -265,4 +392,6 @@ def small_snapshot(seed=0, **settings):
     else:
       networks[name] = builder.generator(5, 6, 3, (6, 4), 3, layers=2)
     truth[name] = builder.tensors
-  return dict(training_set_kwargs=dict(path='/data/x.zip', xflip=False), **networks, augment_pipe=None), truth
+  return dict(
+    training_set_kwargs=dict(path='/data/x.zip', xflip=False), **networks, augment_pipe=None
+  ), truth

@@ -1,7 +1,10 @@
-"""Adaptive augmentation against arrays of the official implementation, the laws of its draws, and its promises.
+"""Adaptive augmentation against arrays of the official implementation, the laws of its draws, and
+its promises.
 
-The reference arrays (shared/fixtures/stylegan2) hold the official pipe with every draw at a fixed percentile.
+The reference arrays (shared/fixtures/stylegan2) hold the official pipe with every draw at a fixed
+percentile.
 """
+
 import functools
 import itertools
 
@@ -21,15 +24,24 @@ BGC = ada.PIPES['bgc']
 
 
 def percentile_draws(q, ops, count, size):
-  """What the official pipe draws at percentile q (its normal draws lack the square root of 2), zero for other ops."""
+  """What the official pipe draws at percentile q (its normal draws lack the square root of 2), zero
+  for other ops."""
   normal, uniform = scipy.special.erfinv(2 * q - 1), 2 * q - 1
   height, width = size
   values = dict(
-    xflip=[np.floor(2 * q)], rotate90=[np.floor(4 * q)],
+    xflip=[np.floor(2 * q)],
+    rotate90=[np.floor(4 * q)],
     xint=[np.round(uniform / 8 * width), np.round(uniform / 8 * height)],
-    scale=[.2 * normal], rotate=[uniform * np.pi, 0], aniso=[.2 * normal], xfrac=[normal * width / 8, normal * height / 8],
-    brightness=[.2 * normal], contrast=[.5 * normal], lumaflip=[np.floor(2 * q)], hue=[uniform * np.pi],
-    saturation=[normal])
+    scale=[0.2 * normal],
+    rotate=[uniform * np.pi, 0],
+    aniso=[0.2 * normal],
+    xfrac=[normal * width / 8, normal * height / 8],
+    brightness=[0.2 * normal],
+    contrast=[0.5 * normal],
+    lumaflip=[np.floor(2 * q)],
+    hue=[uniform * np.pi],
+    saturation=[normal],
+  )
   return {op: np.tile(np.float32(values[op]) * (op in ops), (count, 1)) for op in BGC}
 
 
@@ -64,16 +76,21 @@ def one_draw(op, *values):
 @pytest.mark.parametrize('name', (*BGC, 'bg', 'color', 'bgc'))
 def test_official_pipe(official, name):
   ops = ada.PIPES.get(name, (name,))
-  cases = [('images', f'{name}/{q}', q) for q in (.1, .3, .6, .9)] + [('images_gray', f'{name}/gray/0.6', .6)]
+  cases = [('images', f'{name}/{q}', q) for q in (0.1, 0.3, 0.6, 0.9)] + [
+    ('images_gray', f'{name}/gray/0.6', 0.6)
+  ]
   for images, case, q in cases:
     actual = execute(official[images], percentile_draws(q, ops, 4, (32, 32)))
-    # Coordinates near 100 are good to 1e-5 in single precision; the colours of bgc/0.9 then stretch the range.
+    # Coordinates near 100 are good to 1e-5 in single precision; the colours of bgc/0.9 then stretch
+    # the range.
     np.testing.assert_allclose(actual, official[case], rtol=0, atol=2e-5, err_msg=case)
 
 
 def test_official_image_gradient(official):
-  draws = percentile_draws(.6, BGC, 4, (32, 32))
-  gradient = jax.jit(jax.grad(lambda x: (execute(x, draws) * official['grad_R']).sum()))(official['images'])
+  draws = percentile_draws(0.6, BGC, 4, (32, 32))
+  gradient = jax.jit(jax.grad(lambda x: (execute(x, draws) * official['grad_R']).sum()))(
+    official['images']
+  )
   expected = official['bgc_grad/0.6']
   np.testing.assert_allclose(gradient, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
@@ -81,10 +98,12 @@ def test_official_image_gradient(official):
 def test_filter(official):
   taps, k = np.array(ada.SYM6), np.arange(12)
   np.testing.assert_allclose(taps / taps.sum(), official['Hz_geom'], rtol=1e-6)
-  assert np.isclose(taps.sum(), 2 ** .5, rtol=1e-12)
+  assert np.isclose(taps.sum(), 2**0.5, rtol=1e-12)
   for shift in range(6):  # orthonormal to its own even shifts
-    assert np.isclose(taps[2 * shift:] @ taps[:12 - 2 * shift], shift == 0, atol=1e-11)
-  moments = [(-1.) ** k * taps @ k ** power for power in range(7)]  # of the high-pass that goes with it
+    assert np.isclose(taps[2 * shift :] @ taps[: 12 - 2 * shift], shift == 0, atol=1e-11)
+  moments = [
+    (-1.0) ** k * taps @ k**power for power in range(7)
+  ]  # of the high-pass that goes with it
   assert np.abs(moments[:6]).max() < 1e-8 and abs(moments[6]) > 1
 
 
@@ -95,24 +114,33 @@ def test_moves_are_those_of_numpy(pictures):
   wide = np.float32(np.random.default_rng(1).uniform(-1, 1, (1, 16, 24, 2)))
   warp = jax.jit(lambda images, draws: ada.apply_geometry(images, ada.geometry(draws)))
   reflected = np.pad(wide, ((0, 0), (15, 15), (23, 23), (0, 0)), mode='reflect')
-  for right, down in ((2, 0), (0, 3), (-14, 6)):  # the filter reaches 6 further; beyond 23 and 15 there are zeros
-    expected = reflected[:, 15 - down:31 - down, 23 - right:47 - right]
+  for right, down in (
+    (2, 0),
+    (0, 3),
+    (-14, 6),
+  ):  # the filter reaches 6 further; beyond 23 and 15 there are zeros
+    expected = reflected[:, 15 - down : 31 - down, 23 - right : 47 - right]
     np.testing.assert_allclose(warp(wide, one_draw('xint', right, down)), expected, atol=1e-5)
   assert not np.any(warp(wide, one_draw('xint', 80, 0)))
-  # Mirrored and turned, the two filters no longer undo each other, as sym6 is not quite symmetric: smooth pictures only.
+  # Mirrored and turned, the two filters no longer undo each other, as sym6 is not quite symmetric:
+  # smooth pictures only.
   y, x = np.mgrid[:16, :16] * (np.pi / 15)
   smooth = np.float32(np.cos(x) + np.cos(2 * y) / 2 + np.cos(x) * np.cos(y))[None, :, :, None]
-  np.testing.assert_allclose(warp(smooth, one_draw('xflip', 1)), smooth[:, :, ::-1], atol=.05)
-  np.testing.assert_allclose(warp(smooth, one_draw('rotate90', 1)), np.rot90(smooth, 1, (1, 2)), atol=.05)
+  np.testing.assert_allclose(warp(smooth, one_draw('xflip', 1)), smooth[:, :, ::-1], atol=0.05)
+  np.testing.assert_allclose(
+    warp(smooth, one_draw('rotate90', 1)), np.rot90(smooth, 1, (1, 2)), atol=0.05
+  )
 
 
 def test_colours_of_other_channel_counts_are_those_of_grey():
   images = np.float32(np.random.default_rng(1).uniform(-1, 1, (3, 4, 4, 4)))
-  draws = percentile_draws(.6, ada.PIPES['color'], 3, (4, 4))
+  draws = percentile_draws(0.6, ada.PIPES['color'], 3, (4, 4))
   matrices = jax.jit(ada.colour)(draws)
   stacked = ada.apply_colour(images, matrices)
   for channel in range(4):
-    np.testing.assert_array_equal(ada.apply_colour(images[..., channel:channel + 1], matrices)[..., 0], stacked[..., channel])
+    np.testing.assert_array_equal(
+      ada.apply_colour(images[..., channel : channel + 1], matrices)[..., 0], stacked[..., channel]
+    )
   value = {op: draws[op][0, 0] for op in draws}
   expected = -(images + value['brightness']) * 2 ** value['contrast']  # .6 flips luma
   np.testing.assert_allclose(stacked, expected, rtol=1e-5, atol=1e-6)
@@ -126,7 +154,9 @@ def half():
   """Draws of 20000 samples with p = 1/2 for images of 16 x 32, as float64."""
   draws = jax.jit(lambda keys, p: ada.draw(keys, p, BGC, (16, 32)))
   keys = jax.random.split(jax.random.key(0), 20_000)
-  return {p: {op: np.asarray(x, float) for op, x in draws(keys, p).items()} for p in (.5, 1., 1.7)}
+  return {
+    p: {op: np.asarray(x, float) for op, x in draws(keys, p).items()} for p in (0.5, 1.0, 1.7)
+  }
 
 
 def assert_share(happened, expected):
@@ -139,7 +169,7 @@ def assert_law(values, expected):
 
 
 def test_discrete_draws(half):
-  draws = half[.5]
+  draws = half[0.5]
   for op in ('xflip', 'lumaflip'):
     assert set(np.unique(draws[op])) == {0, 1}
     assert_share(draws[op][:, 0] == 1, 1 / 4)
@@ -147,7 +177,9 @@ def test_discrete_draws(half):
     assert_share(draws['rotate90'][:, 0] == turns, share)
   right, down = draws['xint'].T
   for values, largest in ((right, 4), (down, 2)):
-    for shift in range(-largest, largest + 1):  # the outermost are rounded from half as long an interval
+    for shift in range(
+      -largest, largest + 1
+    ):  # the outermost are rounded from half as long an interval
       share = 1 / (2 * largest) / (2 if abs(shift) == largest else 1)
       assert_share(values == shift, share / 2 + (shift == 0) / 2)
     assert np.abs(values).max() == largest and np.all(values % 1 == 0)
@@ -155,9 +187,15 @@ def test_discrete_draws(half):
 
 
 def test_continuous_draws(half):
-  draws, angle = half[.5], scipy.stats.uniform(-np.pi, 2 * np.pi)
-  laws = dict(scale=scipy.stats.norm(0, .2), aniso=scipy.stats.norm(0, .2), brightness=scipy.stats.norm(0, .2),
-              contrast=scipy.stats.norm(0, .5), hue=angle, saturation=scipy.stats.norm(0, 1))
+  draws, angle = half[0.5], scipy.stats.uniform(-np.pi, 2 * np.pi)
+  laws = dict(
+    scale=scipy.stats.norm(0, 0.2),
+    aniso=scipy.stats.norm(0, 0.2),
+    brightness=scipy.stats.norm(0, 0.2),
+    contrast=scipy.stats.norm(0, 0.5),
+    hue=angle,
+    saturation=scipy.stats.norm(0, 1),
+  )
   for op, law in laws.items():
     happened = draws[op][:, 0] != 0
     assert_share(happened, 1 / 2)
@@ -176,10 +214,10 @@ def test_continuous_draws(half):
 
 
 def test_draws_are_independent(half):
-  values = np.concatenate([half[.5][op] for op in BGC], 1)
+  values = np.concatenate([half[0.5][op] for op in BGC], 1)
   for table in (values, np.abs(values)):  # the second sees whether operations happen together
     correlations = np.corrcoef(table.T) - np.eye(table.shape[1])
-    columns = [op for op in BGC for _ in range(half[.5][op].shape[1])]
+    columns = [op for op in BGC for _ in range(half[0.5][op].shape[1])]
     for (i, a), (j, b) in itertools.combinations(enumerate(columns), 2):
       if a != b or a == 'rotate':
         assert abs(correlations[i, j]) < 5 / np.sqrt(len(values)), (a, b)
@@ -187,14 +225,14 @@ def test_draws_are_independent(half):
 
 def test_probability_above_one_is_one(half):
   for op in BGC:
-    np.testing.assert_array_equal(half[1.7][op], half[1.][op])
-  assert np.all(half[1.]['scale'] != 0) and np.all(half[1.]['rotate'] != 0)
+    np.testing.assert_array_equal(half[1.7][op], half[1.0][op])
+  assert np.all(half[1.0]['scale'] != 0) and np.all(half[1.0]['rotate'] != 0)
 
 
 def test_draws_do_not_depend_on_the_other_operations():
   keys = jax.random.split(jax.random.key(1), 5)
   draw = jax.jit(ada.draw, static_argnums=(2, 3))
-  some, every = draw(keys, .7, ('hue', 'xflip'), (8, 8)), draw(keys, .7, BGC, (8, 8))
+  some, every = draw(keys, 0.7, ('hue', 'xflip'), (8, 8)), draw(keys, 0.7, BGC, (8, 8))
   assert set(some) == {'hue', 'xflip'}
   for op in some:
     np.testing.assert_array_equal(some[op], every[op])
@@ -205,24 +243,28 @@ def test_draws_do_not_depend_on_the_other_operations():
 
 def test_probability_zero_changes_nothing(pictures):
   images, seeds = np.float32(pictures), np.arange(8)
-  np.testing.assert_array_equal(augment(images, seeds, 0.), images)
-  assert np.abs(augment(images, seeds, 1.) - images).max() > .5
+  np.testing.assert_array_equal(augment(images, seeds, 0.0), images)
+  assert np.abs(augment(images, seeds, 1.0) - images).max() > 0.5
   # Resampling without a transform, as the original does then, is the identity too.
-  identity = percentile_draws(.5, (), 8, (8, 8))
+  identity = percentile_draws(0.5, (), 8, (8, 8))
   np.testing.assert_allclose(execute(images, identity), images, rtol=0, atol=2e-6)
 
 
 def test_samples_do_not_see_each_other(pictures):
   with jax.enable_x64(True):
-    whole = augment(pictures, np.arange(8), .8)
+    whole = augment(pictures, np.arange(8), 0.8)
     for split in (slice(0, 4), slice(4, 8)):
-      np.testing.assert_allclose(augment(pictures[split], np.arange(8)[split], .8), whole[split], atol=1e-12)
+      np.testing.assert_allclose(
+        augment(pictures[split], np.arange(8)[split], 0.8), whole[split], atol=1e-12
+      )
     order = np.array([3, 1, 0, 2, 7, 6, 4, 5])
-    np.testing.assert_allclose(augment(pictures[order], order, .8), whole[order], atol=1e-12)
+    np.testing.assert_allclose(augment(pictures[order], order, 0.8), whole[order], atol=1e-12)
 
 
 def test_devices_compute_the_same(pictures):
-  """Images, and the gradient of an R1 penalty through them, in a scan inside shard_map; without and with transforms."""
+  """Images, and the gradient of an R1 penalty through them, in a scan inside shard_map; without and
+  with transforms."""
+
   def run(p, weight, images, seeds):
     def step(total, i):
       keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(i), seed))(seeds)
@@ -231,28 +273,41 @@ def test_devices_compute_the_same(pictures):
         logits = lambda x: jnp.tanh(weight * ada.augment(x, keys, p, BGC)).sum()
         penalty = jnp.square(jax.grad(logits)(images)).sum((1, 2, 3)).mean()
         return jax.lax.pmean(penalty, 'data')
+
       return total + jax.grad(loss)(weight), ada.augment(images, keys, p, BGC)
+
     return jax.lax.scan(step, jnp.zeros(()), jnp.arange(2))
 
   with jax.enable_x64(True):
     runs = []
     for count in (1, 8):
-      mesh = jax.make_mesh((count,), ('data',), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:count])
-      runs.append(jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(P(), P(), P('data'), P('data')),
-                                        out_specs=(P(), P(None, 'data')))))
-    for p in (0., .8):
+      mesh = jax.make_mesh(
+        (count,), ('data',), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:count]
+      )
+      runs.append(
+        jax.jit(
+          jax.shard_map(
+            run,
+            mesh=mesh,
+            in_specs=(P(), P(), P('data'), P('data')),
+            out_specs=(P(), P(None, 'data')),
+          )
+        )
+      )
+    for p in (0.0, 0.8):
       results = [f(p, 1.3, pictures, np.arange(8)) for f in runs]
       jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), *results)
       assert results[0][0] != 0 and (p == 0) == np.allclose(results[0][1][0], results[0][1][1])
 
 
 def test_second_derivative(pictures):
-  """Of an R1 penalty with respect to a parameter behind the augmentation, and to the images, by differences."""
+  """Of an R1 penalty with respect to a parameter behind the augmentation, and to the images, by
+  differences."""
   images, seeds = pictures[:2], np.arange(2)
   weights = np.random.default_rng(2).normal(size=images.shape)
 
   def penalty(scale, images):
-    logits = lambda x: (jnp.tanh(scale * augment(x, seeds, .9)) * weights).sum()
+    logits = lambda x: (jnp.tanh(scale * augment(x, seeds, 0.9)) * weights).sum()
     return jnp.square(jax.grad(logits)(images)).sum()
 
   with jax.enable_x64(True):
@@ -266,14 +321,14 @@ def test_second_derivative(pictures):
 
 def test_types(pictures):
   seeds = np.arange(8)
-  single = augment(np.float32(pictures), seeds, .8)
-  half = augment(jnp.asarray(pictures, jnp.bfloat16), seeds, .8)
+  single = augment(np.float32(pictures), seeds, 0.8)
+  half = augment(jnp.asarray(pictures, jnp.bfloat16), seeds, 0.8)
   assert single.dtype == jnp.float32 and half.dtype == jnp.bfloat16
   # Only the input and the result are rounded to 8 bits.
-  rounded = augment(np.asarray(jnp.asarray(pictures, jnp.bfloat16), np.float32), seeds, .8)
+  rounded = augment(np.asarray(jnp.asarray(pictures, jnp.bfloat16), np.float32), seeds, 0.8)
   np.testing.assert_array_equal(half, rounded.astype(jnp.bfloat16))
   with jax.enable_x64(True):
-    draws = percentile_draws(.6, BGC, 8, (8, 8))
+    draws = percentile_draws(0.6, BGC, 8, (8, 8))
     double = execute(pictures, draws)
   assert double.dtype == np.float64
   np.testing.assert_allclose(double, execute(np.float32(pictures), draws), atol=2e-5)
@@ -283,9 +338,13 @@ def test_frame_stacks_and_parts_of_a_pipe():
   frames = np.float32(np.random.default_rng(4).uniform(-1, 1, (4, 8, 8, 4)))
   seeds = np.arange(4)
   # Geometry first, then colours, each with the draws it has in the whole pipe.
-  moved = augment(frames, seeds, .9, GEOMETRIC)
-  np.testing.assert_allclose(augment(moved, seeds, .9, ada.PIPES['color']), augment(frames, seeds, .9), atol=2e-5)
-  assert ada.augment(frames, jax.random.split(jax.random.key(0), 4), 1., ada.pipe('none')) is frames
+  moved = augment(frames, seeds, 0.9, GEOMETRIC)
+  np.testing.assert_allclose(
+    augment(moved, seeds, 0.9, ada.PIPES['color']), augment(frames, seeds, 0.9), atol=2e-5
+  )
+  assert (
+    ada.augment(frames, jax.random.split(jax.random.key(0), 4), 1.0, ada.pipe('none')) is frames
+  )
 
 
 def test_wrong_names_and_images():
@@ -294,9 +353,9 @@ def test_wrong_names_and_images():
   with pytest.raises(UserError, match="'colour': .*did you mean 'color'"):
     ada.pipe('colour')
   with pytest.raises(UserError, match="'rotate9': .*did you mean 'rotate90'"):
-    ada.augment(images, keys, 1., ('hue', 'rotate9'))
+    ada.augment(images, keys, 1.0, ('hue', 'rotate9'))
   with pytest.raises(UserError, match='uint8.*scale'):
-    ada.augment(images.astype(np.uint8), keys, 1., BGC)
+    ada.augment(images.astype(np.uint8), keys, 1.0, BGC)
   with pytest.raises(UserError, match='60000 images of 32x32.*at most 58254'):
     jax.eval_shape(ada.apply_geometry, jnp.empty((60_000, 32, 32, 1)), jnp.empty((60_000, 3, 3)))
 
@@ -306,9 +365,11 @@ def test_wrong_names_and_images():
 
 def test_update_p():
   update = jax.jit(ada.update_p)
-  np.testing.assert_allclose(update(.2, .9, 64, 4), .2 + 256 / 500_000, rtol=1e-6)
-  np.testing.assert_allclose(update(.2, .3, 64, 4), .2 - 256 / 500_000, rtol=1e-6)
-  np.testing.assert_allclose(update(.2, .5, 16, 2, target=.4, kimg=1.), .2 + 32 / 1000, rtol=1e-6)
-  assert update(.2, .6, 64, 4, target=.6) == np.float32(.2)
-  assert update(.0001, -1., 64, 4) == 0
-  assert update(1.5, 1., 64, 4) > 1.5
+  np.testing.assert_allclose(update(0.2, 0.9, 64, 4), 0.2 + 256 / 500_000, rtol=1e-6)
+  np.testing.assert_allclose(update(0.2, 0.3, 64, 4), 0.2 - 256 / 500_000, rtol=1e-6)
+  np.testing.assert_allclose(
+    update(0.2, 0.5, 16, 2, target=0.4, kimg=1.0), 0.2 + 32 / 1000, rtol=1e-6
+  )
+  assert update(0.2, 0.6, 64, 4, target=0.6) == np.float32(0.2)
+  assert update(0.0001, -1.0, 64, 4) == 0
+  assert update(1.5, 1.0, 64, 4) > 1.5

@@ -19,9 +19,13 @@ def tiny_config(**changes):
 def batches(count, seed=0):
   generator = np.random.default_rng(seed)
   stacks = lambda: generator.integers(0, 256, (count, B, *SHAPE)).astype(np.uint8)
-  return Batch(stacks(), generator.integers(0, ACTIONS, (count, B)).astype(np.int32),
-               generator.normal(size=(count, B)).astype(np.float32),
-               generator.choice([0., 0.9], (count, B)).astype(np.float32), stacks())
+  return Batch(
+    stacks(),
+    generator.integers(0, ACTIONS, (count, B)).astype(np.int32),
+    generator.normal(size=(count, B)).astype(np.float32),
+    generator.choice([0.0, 0.9], (count, B)).astype(np.float32),
+    stacks(),
+  )
 
 
 def new_agent(config, trunk=None):
@@ -37,7 +41,11 @@ def start():
   """(config, agent after no update, jitted update that keeps its argument)."""
   config = tiny_config()
   agent = new_agent(config)
-  return config, agent, jax.jit(lambda agent, batches: dqn.update(agent, batches, jax.random.key(1), config))
+  return (
+    config,
+    agent,
+    jax.jit(lambda agent, batches: dqn.update(agent, batches, jax.random.key(1), config)),
+  )
 
 
 def as_numpy(tree):
@@ -49,10 +57,10 @@ def assert_equal(a, b):
 
 
 def test_targets_by_hand():
-  online = jnp.array([[1., 2., 0.], [5., 4., 3.], [0., 0., 1.]])
-  target = jnp.array([[10., 20., 30.], [7., 8., 9.], [1., 2., 3.]])
+  online = jnp.array([[1.0, 2.0, 0.0], [5.0, 4.0, 3.0], [0.0, 0.0, 1.0]])
+  target = jnp.array([[10.0, 20.0, 30.0], [7.0, 8.0, 9.0], [1.0, 2.0, 3.0]])
   # The online network chooses actions 1, 0, 2; a lost life leaves the return alone.
-  got = dqn.targets(online, target, jnp.array([1., 2., 3.]), jnp.array([0.5, 0.9, 0.]))
+  got = dqn.targets(online, target, jnp.array([1.0, 2.0, 3.0]), jnp.array([0.5, 0.9, 0.0]))
   np.testing.assert_allclose(got, [1 + 0.5 * 20, 2 + 0.9 * 7, 3])
 
 
@@ -70,13 +78,19 @@ def test_an_update_is_adams_on_the_gradient_of_hubers_loss(start):
   def loss_fn(params):  # optax's Huber written out
     error = jnp.abs(dqn.q_values(params, s, config)[jnp.arange(B), a] - target_q)
     return jnp.where(error < 1, error**2 / 2, error - 0.5).mean()
+
   loss, grads = jax.jit(jax.value_and_grad(loss_fn))(agent.params)
   new, metrics = update(agent, one)
   assert metrics['loss'] == pytest.approx(float(loss), rel=1e-5)
   assert metrics['target_q'] == pytest.approx(target_q.mean(), rel=1e-5)
   # Adam's first step: moments are corrected to g and g^2.
   steps = jax.tree.map(lambda g: -1e-3 * g / (jnp.abs(g) + config.adam_eps), grads)
-  jax.tree.map(lambda new, old, step: np.testing.assert_allclose(new - old, step, atol=2e-6), new.params, agent.params, steps)
+  jax.tree.map(
+    lambda new, old, step: np.testing.assert_allclose(new - old, step, atol=2e-6),
+    new.params,
+    agent.params,
+    steps,
+  )
   assert new.updates == 1
 
 
@@ -86,9 +100,11 @@ def test_several_updates_in_one_call_are_one_after_the_other(start):
   together, metrics = update(agent, four)
   single, losses = agent, []
   for u in range(4):
-    single, each = update(single, jax.tree.map(lambda x, u=u: x[u:u + 1], four))
+    single, each = update(single, jax.tree.map(lambda x, u=u: x[u : u + 1], four))
     losses.append(each['loss'])
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), together, single)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), together, single
+  )
   assert metrics['loss'] == pytest.approx(float(np.mean(losses)), rel=1e-4)
 
 
@@ -109,7 +125,7 @@ def test_actions_are_greedy_or_random_by_environment(start):
   stacks = np.random.default_rng(0).integers(0, 256, (2, *SHAPE)).astype(np.uint8)
   act = jax.jit(lambda epsilon, key: dqn.act(agent.params, stacks, epsilon, key, config))
   best = np.argmax(q_values(agent.params, stacks, config), 1)
-  np.testing.assert_array_equal(act(0., jax.random.key(0)), best)
+  np.testing.assert_array_equal(act(0.0, jax.random.key(0)), best)
   drawn = np.stack([act(0.6, jax.random.fold_in(jax.random.key(0), i)) for i in range(600)])
   for e in range(2):
     share = np.bincount(drawn[:, e], minlength=ACTIONS) / 600
@@ -123,7 +139,9 @@ def test_actions_are_greedy_or_random_by_environment(start):
 def test_epsilon_schedule():
   config = dqn.default_config()
   steps = [0, 20_000, 145_000, 270_000, 10**7]
-  np.testing.assert_allclose([dqn.epsilon_at(step, config) for step in steps], [1, 1, 0.505, 0.01, 0.01])
+  np.testing.assert_allclose(
+    [dqn.epsilon_at(step, config) for step in steps], [1, 1, 0.505, 0.01, 0.01]
+  )
 
 
 def test_dueling_is_the_value_and_centred_advantages():
@@ -138,24 +156,37 @@ def test_dueling_is_the_value_and_centred_advantages():
 
 
 def test_rmsprop_is_centred():
-  config = tiny_config(optimizer='rmsprop', trunk_scale=0., hidden_scale=0.5, lr=2e-3)
+  config = tiny_config(optimizer='rmsprop', trunk_scale=0.0, hidden_scale=0.5, lr=2e-3)
   optimizer = dqn._optimizer(config)
-  tree = lambda *v: {'encoder': {'conv1': jnp.array(v[0]), 'dense': jnp.array(v[1])}, 'advantage': jnp.array(v[2])}
-  state = optimizer.init(tree(0., 0., 0.))
+  tree = lambda *v: {
+    'encoder': {'conv1': jnp.array(v[0]), 'dense': jnp.array(v[1])},
+    'advantage': jnp.array(v[2]),
+  }
+  state = optimizer.init(tree(0.0, 0.0, 0.0))
   mean = square = np.zeros(3)
-  for g in ([1., 2., 3.], [2., -1., 3.], [0.5, 4., 1.]):
+  for g in ([1.0, 2.0, 3.0], [2.0, -1.0, 3.0], [0.5, 4.0, 1.0]):
     steps, state = optimizer.update(tree(*g), state)
-    mean, square = 0.95 * mean + 0.05 * np.array(g), 0.95 * square + 0.05 * np.array(g)**2
-    want = -np.array([0., 1e-3, 2e-3]) * g / np.sqrt(square - mean**2 + config.rmsprop_eps)
-    np.testing.assert_allclose([steps['encoder']['conv1'], steps['encoder']['dense'], steps['advantage']], want, rtol=1e-4)
+    mean, square = 0.95 * mean + 0.05 * np.array(g), 0.95 * square + 0.05 * np.array(g) ** 2
+    want = -np.array([0.0, 1e-3, 2e-3]) * g / np.sqrt(square - mean**2 + config.rmsprop_eps)
+    np.testing.assert_allclose(
+      [steps['encoder']['conv1'], steps['encoder']['dense'], steps['advantage']], want, rtol=1e-4
+    )
 
 
-@pytest.mark.parametrize('changes, message', [
+@pytest.mark.parametrize(
+  'changes, message',
+  [
     (dict(optimizer='sgd'), "collect.agent.optimizer='sgd' is unknown: choose adam or rmsprop"),
-    (dict(n_step=0), 'collect.agent.n_step=0 is not positive'), (dict(epsilon=1.5), 'collect.agent.epsilon=1.5'),
-    (dict(target_period=6), 'collect.agent.target_period=6 is not a multiple of learn_period=4: set it to 8'),
-    (dict(trunk_scale=-1.), 'trunk_scale=-1.0 is negative'),
-    (dict(min_history=2_000_000), 'min_history=2000000 is above capacity')])
+    (dict(n_step=0), 'collect.agent.n_step=0 is not positive'),
+    (dict(epsilon=1.5), 'collect.agent.epsilon=1.5'),
+    (
+      dict(target_period=6),
+      'collect.agent.target_period=6 is not a multiple of learn_period=4: set it to 8',
+    ),
+    (dict(trunk_scale=-1.0), 'trunk_scale=-1.0 is negative'),
+    (dict(min_history=2_000_000), 'min_history=2000000 is above capacity'),
+  ],
+)
 def test_settings_that_cannot_work_are_named(changes, message):
   config = dqn.default_config()
   config.update(changes)

@@ -1,4 +1,6 @@
-"""The Atari games on the real emulator: lives, game over, the cut-off, the first row of a game, scores, seeds."""
+"""The Atari games on the real emulator: lives, game over, the cut-off, the first row of a game,
+scores, seeds."""
+
 import sys
 
 import numpy as np
@@ -10,7 +12,8 @@ from palm_jax.errors import UserError
 
 
 def play(game, steps, num_envs=2, seed=0, actions=None, until=None, **settings):
-  """Stacks of the reset and all steps, as arrays with time first; random actions where none are given."""
+  """Stacks of the reset and all steps, as arrays with time first; random actions where none are
+  given."""
   pytest.importorskip('ale_py')
   with Environment(game, num_envs, seed, **settings) as env:
     stacks, rows = [env.reset()], []
@@ -33,11 +36,18 @@ def test_types_and_shapes(breakout):
   stacks, steps = breakout
   assert stacks.shape == (501, 2, 84, 84, 4) and stacks.dtype == np.uint8 and stacks.max() > 100
   assert {name: part.dtype.name for name, part in steps._asdict().items()} == dict(
-      stacks='uint8', reward='float32', life_lost='bool', game_over='bool', truncated='bool', first='bool', score='float64')
+    stacks='uint8',
+    reward='float32',
+    life_lost='bool',
+    game_over='bool',
+    truncated='bool',
+    first='bool',
+    score='float64',
+  )
   # Oldest frame first: a step moves them by one, until a new game.
   goes_on = ~steps.first
   np.testing.assert_array_equal(stacks[1:][goes_on][..., :3], stacks[:-1][goes_on][..., 1:])
-  assert (stacks[1:][..., 3] != stacks[:-1][..., 3]).any((2, 3)).mean() > .9
+  assert (stacks[1:][..., 3] != stacks[:-1][..., 3]).any((2, 3)).mean() > 0.9
 
 
 def test_a_lost_life_continues_the_game(breakout):
@@ -46,10 +56,10 @@ def test_a_lost_life_continues_the_game(breakout):
     ends = np.flatnonzero(steps.game_over[:, n])
     assert len(ends) > 1
     for start, end in zip([0, *ends[:-1] + 1], ends, strict=False):
-      lost = start + np.flatnonzero(steps.life_lost[start:end + 1, n])
+      lost = start + np.flatnonzero(steps.life_lost[start : end + 1, n])
       assert len(lost) == 5  # all of Breakout's, the last with the game
       assert lost[-1] == end
-      assert not steps.first[start + 1:end + 1, n].any()
+      assert not steps.first[start + 1 : end + 1, n].any()
 
 
 def test_nobody_presses_fire_but_the_player():
@@ -83,7 +93,7 @@ def test_a_first_row_ignores_its_action():
   actions[first] = (actions[first] + 1) % 4
   others, _ = play('Breakout', 300, 1, actions=actions)
   np.testing.assert_array_equal(stacks, others)
-  actions[first[0] + 1:] = (actions[first[0] + 1:] + 1) % 4
+  actions[first[0] + 1 :] = (actions[first[0] + 1 :] + 1) % 4
   others, _ = play('Breakout', 300, 1, actions=actions)
   assert (stacks != others).any()
 
@@ -114,10 +124,10 @@ def test_half_an_hour_and_the_noops_by_default(monkeypatch):
   given = {}
 
   class Watched(vector_env.AtariVectorEnv):
-
     def __init__(self, *args, **settings):
       given.update(settings)
       super().__init__(*args, **settings)
+
   monkeypatch.setattr(vector_env, 'AtariVectorEnv', Watched)
   with Environment('Pong', 200, 0) as env:
     env.reset()
@@ -174,6 +184,7 @@ def test_starts_differ_between_games_and_seeds():
       if seed == 0:
         np.testing.assert_array_equal(env.reset(), first)
     return [stack.tobytes() for stack in stacks]
+
   zero, one = starts(0), starts(1)
   assert len(set(zero)) > 1 and len(set(one)) > 1
   assert zero != one and zero[1:] != one[:-1]  # nor the same games one further
@@ -182,7 +193,9 @@ def test_starts_differ_between_games_and_seeds():
 
 def test_sticky_actions():
   actions = np.random.default_rng(0).integers(0, 4, (60, 1))
-  runs = [play('Breakout', 60, 1, actions=actions, sticky=sticky)[0] for sticky in (0., .25, .25)]
+  runs = [
+    play('Breakout', 60, 1, actions=actions, sticky=sticky)[0] for sticky in (0.0, 0.25, 0.25)
+  ]
   assert (runs[0] != runs[1]).any()
   np.testing.assert_array_equal(runs[1], runs[2])
 
@@ -190,8 +203,16 @@ def test_sticky_actions():
 def test_rom_ids():
   assert len(set(GAMES)) == 26 and list(GAMES) == sorted(GAMES)
   assert [rom_id(game) for game in ('Qbert', 'MsPacman', 'KungFuMaster', 'UpNDown')] == [
-      'qbert', 'ms_pacman', 'kung_fu_master', 'up_n_down']
-  for wrong, right in (('Mspacman', 'MsPacman'), ('ms_pacman', 'MsPacman'), ('Breakuot', 'Breakout')):
+    'qbert',
+    'ms_pacman',
+    'kung_fu_master',
+    'up_n_down',
+  ]
+  for wrong, right in (
+    ('Mspacman', 'MsPacman'),
+    ('ms_pacman', 'MsPacman'),
+    ('Breakuot', 'Breakout'),
+  ):
     with pytest.raises(UserError, match=f'{wrong}.*did you mean {right}'):
       rom_id(wrong)
   with pytest.raises(UserError, match="'Zork': expected one of Alien"):
@@ -201,14 +222,27 @@ def test_rom_ids():
 def test_settings_and_actions_that_cannot_be():
   with pytest.raises(UserError, match='unknown Atari game'):
     Environment('Pnog', 1, 0)
-  for settings in (dict(num_envs=0), dict(num_envs=1.5), dict(seed=-1), dict(max_steps=0), dict(noop_max=-1), dict(sticky=1.1)):
+  for settings in (
+    dict(num_envs=0),
+    dict(num_envs=1.5),
+    dict(seed=-1),
+    dict(max_steps=0),
+    dict(noop_max=-1),
+    dict(sticky=1.1),
+  ):
     with pytest.raises(UserError, match=next(iter(settings))):
       Environment('Pong', **{'num_envs': 1, 'seed': 0, **settings})
   pytest.importorskip('ale_py')
   with Environment('Breakout', 2, 0) as env:
     env.reset()
-    for actions, message in (([0, 4], '0 to 4, expected 0 to 3'), ([-1, 0], '-1 to 0'), ([0], r'\(1,\)'), ([0., 1.], 'float64'),
-                             ([[0, 1]], r'\(1, 2\)'), (0, r'\(\)')):
+    for actions, message in (
+      ([0, 4], '0 to 4, expected 0 to 3'),
+      ([-1, 0], '-1 to 0'),
+      ([0], r'\(1,\)'),
+      ([0.0, 1.0], 'float64'),
+      ([[0, 1]], r'\(1, 2\)'),
+      (0, r'\(\)'),
+    ):
       with pytest.raises(UserError, match=message):
         env.step(actions)
     env.step([3, 0])
@@ -234,6 +268,7 @@ def test_every_game(game):
       result = original(actions)
       frames.append(result[-1]['episode_frame_number'].copy())
       return result
+
     emulator.step = watched
     steps = [env.step(draw.integers(0, env.num_actions, 4)) for _ in range(750)]
   anew = np.diff(np.stack(frames), axis=0) <= 0

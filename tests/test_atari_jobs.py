@@ -23,7 +23,8 @@ SHAPE = (36, 36, 4)
 
 
 class Same(Catch):
-  """Every game of an environment has the same balls, whatever the seed: new games after a stop are those that would have come.
+  """Every game of an environment has the same balls, whatever the seed: new games after a stop are
+  those that would have come.
 
   A game takes 21 rows: two balls, and the last picture.
   """
@@ -48,6 +49,7 @@ def killed_in(row):
   def before_step(environment):
     if environment.rows == row:
       raise Killed
+
   return functools.partial(Same, before_step=before_step)
 
 
@@ -55,6 +57,7 @@ def terminated_in(row, num_envs):
   def before_step(environment):
     if (environment.rows, environment.num_envs) == (row, num_envs):
       os.kill(os.getpid(), signal.SIGTERM)
+
   return functools.partial(Same, before_step=before_step)
 
 
@@ -64,15 +67,28 @@ def tiny_config():
   c.collect, c.finetune = collect.default_config(), finetune.default_config()
   c.collect.update(dict(frames=4 * 2 * 105, num_envs=2, max_bytes=50 * 36 * 36 * 4, log_steps=60))
   # A replay of 672 rows asks for a checkpoint every 42.
-  c.collect.agent.update(dict(features=16, capacity=2 * 672, min_history=60, epsilon_decay=60, target_period=40, batch_size=4))
+  c.collect.agent.update(
+    dict(
+      features=16,
+      capacity=2 * 672,
+      min_history=60,
+      epsilon_decay=60,
+      target_period=40,
+      batch_size=4,
+    )
+  )
   c.finetune.update(dict(agent_steps=90, log_steps=30, eval_episodes=5, trunk='scratch'))
-  c.finetune.agent.update(dict(features=16, min_history=40, epsilon_decay=30, capacity=672, batch_size=4))
+  c.finetune.agent.update(
+    dict(features=16, min_history=40, epsilon_decay=30, capacity=672, batch_size=4)
+  )
   return c
 
 
 def trained_agent(workdir, job, agent_config):
   here = SingleDeviceSharding(jax.devices()[0])
-  agent = jax.eval_shape(lambda: dqn.init(jax.random.key(0), SHAPE, Catch.num_actions, agent_config))
+  agent = jax.eval_shape(
+    lambda: dqn.init(jax.random.key(0), SHAPE, Catch.num_actions, agent_config)
+  )
   template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), agent)
   return load_item(workdir / job / 'checkpoints', 'agent', template=template)
 
@@ -97,31 +113,66 @@ def stacks_of(workdir):
 def test_collecting_gives_stacks_a_curve_and_results(collected):
   config, workdir = collected
   results = json.loads((workdir / 'results' / 'collect.json').read_text())
-  assert (results['frames'], results['agent_steps'], results['games'], results['resumes']) == (840, 210, 10, 0)
+  assert (results['frames'], results['agent_steps'], results['games'], results['resumes']) == (
+    840,
+    210,
+    10,
+    0,
+  )
   assert results['updates'] == (105 - 30) // 2 + 1  # one in two rows of two steps, from row 30 on
   curve = read_jsonl(workdir / 'collect' / 'metrics.jsonl')
-  assert [row['step'] for row in curve] == [60, 84, 120, 168, 180, 210]  # every 60 steps, and at checkpoints
-  assert all(row['frames'] == 4 * row['step'] for row in curve) and {'score', 'loss', 'q'} < set(curve[-1])
+  assert [row['step'] for row in curve] == [
+    60,
+    84,
+    120,
+    168,
+    180,
+    210,
+  ]  # every 60 steps, and at checkpoints
+  assert all(row['frames'] == 4 * row['step'] for row in curve) and {'score', 'loss', 'q'} < set(
+    curve[-1]
+  )
   images, labels = stacks_of(workdir)
-  assert images.shape == (50, *SHAPE) and images.dtype == np.uint8 and labels.shape == (50,) and not labels.any()
+  assert (
+    images.shape == (50, *SHAPE)
+    and images.dtype == np.uint8
+    and labels.shape == (50,)
+    and not labels.any()
+  )
   assert results['stacks']['images'] == [50, *SHAPE]
-  kept = {path.name for path in (workdir / 'collect').iterdir() if not path.name.startswith('events')}
+  kept = {
+    path.name for path in (workdir / 'collect').iterdir() if not path.name.startswith('events')
+  }
   assert kept == {'checkpoints', 'metrics.jsonl', 'stacks.npz'}
-  for newest, expected in ((False, images), (True, images[..., 3:])):  # in another order, a part for testing
+  for newest, expected in (
+    (False, images),
+    (True, images[..., 3:]),
+  ):  # in another order, a part for testing
     data = main.load_collected(workdir, newest)
     given = np.concatenate([data.train.images, data.test.images])
-    assert sorted(picture.tobytes() for picture in given) == sorted(picture.tobytes() for picture in expected)
-  # A picture of Catch shows the paddle and, not above it, the ball; a stack has empty places before a game's first only.
+    assert sorted(picture.tobytes() for picture in given) == sorted(
+      picture.tobytes() for picture in expected
+    )
+  # A picture of Catch shows the paddle and, not above it, the ball; a stack has empty places before
+  # a game's first only.
   lit = (images.reshape(50, -1, 4) > 0).sum(1)
-  assert set(np.unique(lit)) == {0, 15, 30} and (lit[:, 3] > 0).all() and (np.diff(np.sign(lit)) >= 0).all()
+  assert (
+    set(np.unique(lit)) == {0, 15, 30}
+    and (lit[:, 3] > 0).all()
+    and (np.diff(np.sign(lit)) >= 0).all()
+  )
 
 
 def test_a_killed_collection_ends_as_if_it_had_not_been(collected, tmp_path, mesh):
   config, workdir = collected
   with pytest.raises(Killed):
-    collect.collect(config, tmp_path, mesh, killed_in(50))  # eight rows in the replay beyond the checkpoint
+    collect.collect(
+      config, tmp_path, mesh, killed_in(50)
+    )  # eight rows in the replay beyond the checkpoint
   assert collect.collect(config, tmp_path, mesh, Same) is True
-  once, again = (trained_agent(folder, 'collect', config.collect.agent) for folder in (workdir, tmp_path))
+  once, again = (
+    trained_agent(folder, 'collect', config.collect.agent) for folder in (workdir, tmp_path)
+  )
   assert once[0] == again[0] == 105
   jax.tree.map(np.testing.assert_array_equal, again[1], once[1])
   np.testing.assert_array_equal(stacks_of(tmp_path)[0], stacks_of(workdir)[0])
@@ -135,26 +186,41 @@ def test_a_killed_collection_ends_as_if_it_had_not_been(collected, tmp_path, mes
 
 
 def test_finetuning_a_frozen_trunk_through_two_stops(tmp_path, mesh):
-  variables = jax.jit(lambda: NatureCNN(16).init(jax.random.key(5), jnp.zeros((1, *SHAPE)), train=False))()
+  variables = jax.jit(
+    lambda: NatureCNN(16).init(jax.random.key(5), jnp.zeros((1, *SHAPE)), train=False)
+  )()
   with Checkpoints(tmp_path / 'pretrain' / 'checkpoints') as checkpoints:
     checkpoints.save(3, {'encoder': variables}, {})
   (tmp_path / 'config.json').write_text(json.dumps(dict(encoder=dict(name='nature'))))
   config = tiny_config()
-  config.finetune.trunk, config.finetune.agent.trunk_scale, config.encoder.name = 'own', 0., 'nature'
+  config.finetune.trunk, config.finetune.agent.trunk_scale, config.encoder.name = (
+    'own',
+    0.0,
+    'nature',
+  )
   assert finetune.finetune(config, tmp_path, mesh, terminated_in(50, 1)) is False
   step, stopped = trained_agent(tmp_path, 'finetune', config.finetune.agent)
   assert step == 50 and stopped.updates == 10
-  assert finetune.finetune(config, tmp_path, mesh, terminated_in(10, 5)) is False  # in the evaluation
+  assert (
+    finetune.finetune(config, tmp_path, mesh, terminated_in(10, 5)) is False
+  )  # in the evaluation
   assert not (tmp_path / 'results').exists()
   assert finetune.finetune(config, tmp_path, mesh, Same) is True
   step, agent = trained_agent(tmp_path, 'finetune', config.finetune.agent)
   assert step == 90 and agent.updates == 50
   for name, leaves in drq.load_trunk(tmp_path)[0].items():
     jax.tree.map(np.testing.assert_array_equal, agent.params['encoder'][name], leaves)
-  assert np.any(agent.params['encoder']['dense']['kernel'] != stopped.params['encoder']['dense']['kernel'])
+  assert np.any(
+    agent.params['encoder']['dense']['kernel'] != stopped.params['encoder']['dense']['kernel']
+  )
   results = json.loads((tmp_path / 'results' / 'finetune.json').read_text())
   assert results['variant'] == 'pretrained' and results['protocol']['trunk']['checkpoint_step'] == 3
-  assert (results['resumes'], results['updates'], results['agent_steps'], results['frames']) == (1, 50, 90, 360)
+  assert (results['resumes'], results['updates'], results['agent_steps'], results['frames']) == (
+    1,
+    50,
+    90,
+    360,
+  )
   assert len(results['scores']) == results['episodes'] == 5 and set(results['scores']) <= {-2, 0, 2}
   assert results['score'] == np.mean(results['scores'])
   assert not (tmp_path / 'finetune' / 'replay.dat').exists()
@@ -162,24 +228,29 @@ def test_finetuning_a_frozen_trunk_through_two_stops(tmp_path, mesh):
 
 def test_from_scratch_all_learn_at_one_rate():
   c = tiny_config().finetune
-  c.agent.update(dict(trunk_scale=0., hidden_scale=0.3, lr=2e-4))
+  c.agent.update(dict(trunk_scale=0.0, hidden_scale=0.3, lr=2e-4))
   rates = lambda c: [c.agent[name] for name in ('trunk_scale', 'hidden_scale', 'lr')]
-  assert rates(finetune.settle(c)) == [1., 1., 2e-4]
+  assert rates(finetune.settle(c)) == [1.0, 1.0, 2e-4]
   c.trunk = 'own'
-  assert rates(finetune.settle(c)) == rates(c) == [0., 0.3, 2e-4]
+  assert rates(finetune.settle(c)) == rates(c) == [0.0, 0.3, 2e-4]
 
 
 class Generous(Catch):
-  """Environment 0 is cut off before its first ball falls, and begins its later games with a hundred points each."""
+  """Environment 0 is cut off before its first ball falls, and begins its later games with a hundred
+  points each."""
 
   def __init__(self, num_envs, seed):
-    super().__init__('', num_envs, seed, size=SHAPE[0], balls=2, max_steps=np.array([7] + [50] * (num_envs - 1)))
+    super().__init__(
+      '', num_envs, seed, size=SHAPE[0], balls=2, max_steps=np.array([7] + [50] * (num_envs - 1))
+    )
     self.begun = 0
 
   def step(self, actions):
     given = super().step(actions)
     self.begun += int(given.first[0])
-    return given._replace(score=given.score + 100 * (self.begun - 1) * (np.arange(len(given.score)) == 0))
+    return given._replace(
+      score=given.score + 100 * (self.begun - 1) * (np.arange(len(given.score)) == 0)
+    )
 
 
 def test_the_first_game_of_each_environment_counts():
@@ -192,7 +263,8 @@ def test_the_first_game_of_each_environment_counts():
 
 @pytest.mark.slow  # 3.5 minutes
 def test_catch_is_learned(tmp_path, mesh):
-  """From the -0.7 of random play to mostly caught balls, with the settings of Atari-100k but for the schedule of epsilon."""
+  """From the -0.7 of random play to mostly caught balls, with the settings of Atari-100k but for
+  the schedule of epsilon."""
   config = tiny_config()
   config.finetune = finetune.default_config()
   config.finetune.update(dict(trunk='scratch', agent_steps=3000, log_steps=250, eval_episodes=50))
@@ -203,21 +275,57 @@ def test_catch_is_learned(tmp_path, mesh):
   assert results['variant'] == 'scratch' and curve[0] < -0.3 and results['score'] > 0.5
 
 
-@pytest.mark.parametrize('job, changes, message', [
+@pytest.mark.parametrize(
+  'job, changes, message',
+  [
     ('collect', dict(atari=dict(game='Pongg')), "unknown Atari game 'Pongg'.*Pong"),
     ('collect', dict(collect=dict(frames=0)), 'collect.frames=0 is not positive'),
-    ('collect', dict(collect=dict(max_bytes=100)), 'collect.max_bytes=100 holds no stack of 5184 bytes'),
-    ('collect', dict(collect=dict(num_envs=6)), 'collect.num_envs=6 and collect.agent.learn_period=4.*set num_envs to 8'),
-    ('collect', dict(collect=dict(agent=dict(min_history=3))), 'min_history=3 holds no window of n_step=1 in each of 2'),
-    ('collect', dict(collect=dict(frames=240)), 'collect.agent.min_history=60, but the run ends after 60 agent steps'),
-    ('finetune', dict(finetune=dict(agent_steps=40)), 'finetune.agent.min_history=40, but the run ends after 40 agent steps'),
+    (
+      'collect',
+      dict(collect=dict(max_bytes=100)),
+      'collect.max_bytes=100 holds no stack of 5184 bytes',
+    ),
+    (
+      'collect',
+      dict(collect=dict(num_envs=6)),
+      'collect.num_envs=6 and collect.agent.learn_period=4.*set num_envs to 8',
+    ),
+    (
+      'collect',
+      dict(collect=dict(agent=dict(min_history=3))),
+      'min_history=3 holds no window of n_step=1 in each of 2',
+    ),
+    (
+      'collect',
+      dict(collect=dict(frames=240)),
+      'collect.agent.min_history=60, but the run ends after 60 agent steps',
+    ),
+    (
+      'finetune',
+      dict(finetune=dict(agent_steps=40)),
+      'finetune.agent.min_history=40, but the run ends after 40 agent steps',
+    ),
     ('collect', dict(collect=dict(agent=dict(capacity=70))), 'capacity=70 has 35 rows'),
     ('finetune', dict(finetune=dict(eval_episodes=0)), 'finetune.eval_episodes=0 is not positive'),
-    ('finetune', dict(finetune=dict(trunk='nowhere')), "finetune.trunk='nowhere' has no config.json"),
-    ('finetune', dict(finetune=dict(trunk='own')), "encoder.name='resnet18': only convolutions of 'nature' fit"),
-    ('finetune', dict(finetune=dict(trunk='own'), encoder=dict(name='nature')), 'config.json cannot be read'),
+    (
+      'finetune',
+      dict(finetune=dict(trunk='nowhere')),
+      "finetune.trunk='nowhere' has no config.json",
+    ),
+    (
+      'finetune',
+      dict(finetune=dict(trunk='own')),
+      "encoder.name='resnet18': only convolutions of 'nature' fit",
+    ),
+    (
+      'finetune',
+      dict(finetune=dict(trunk='own'), encoder=dict(name='nature')),
+      'config.json cannot be read',
+    ),
     ('collect', dict(seed=-1), 'seed=-1 is negative'),
-    ('finetune', dict(finetune=dict(agent=dict(eval_epsilon=2.))), 'eval_epsilon=2.0')])
+    ('finetune', dict(finetune=dict(agent=dict(eval_epsilon=2.0))), 'eval_epsilon=2.0'),
+  ],
+)
 def test_settings_that_cannot_work_are_named(tmp_path, mesh, job, changes, message):
   config = tiny_config()
   config.update(changes)
@@ -226,13 +334,25 @@ def test_settings_that_cannot_work_are_named(tmp_path, mesh, job, changes, messa
   assert '\n' not in str(caught.value)
 
 
-@pytest.mark.parametrize('words', ['laptop,eps', 'eps,laptop', 'rmsprop,laptop', 'laptop,rmsprop', 'sgi,laptop', 'laptop,sgi,single'])
+@pytest.mark.parametrize(
+  'words',
+  [
+    'laptop,eps',
+    'eps,laptop',
+    'rmsprop,laptop',
+    'laptop,rmsprop',
+    'sgi,laptop',
+    'laptop,sgi,single',
+  ],
+)
 def test_words_of_the_config_in_any_order(words):
   """The laptop's sizes hold whatever else is chosen, and what is chosen holds at them."""
   c, small = atari.get_config(f'Assault,{words}'), atari.get_config('Assault,laptop')
   for name in ('min_history', 'epsilon_decay', 'capacity', 'target_period'):
     assert c.collect.agent[name] == small.collect.agent[name]
-  assert c.finetune.agent.epsilon_decay == small.finetune.agent.epsilon_decay < c.finetune.agent_steps
+  assert (
+    c.finetune.agent.epsilon_decay == small.finetune.agent.epsilon_decay < c.finetune.agent_steps
+  )
   assert ('eps' in words) == (c.finetune.agent.eval_epsilon == 0.001)
   assert ('sgi' in words) == (c.finetune.agent.trunk_scale == 0.01)
   assert ('rmsprop' in words) == (c.collect.agent.optimizer == 'rmsprop')

@@ -17,10 +17,14 @@ class Truth:
 
   def __init__(self, path, capacity=3000):
     # Environment 0 is always cut off, the others come to their ends.
-    self.environment = Catch('', ENVS, 0, size=SIZE, balls=2, max_steps=np.array([17, 50, 50]), prize=5)
+    self.environment = Catch(
+      '', ENVS, 0, size=SIZE, balls=2, max_steps=np.array([17, 50, 50]), prize=5
+    )
     self.replay = Replay(path, capacity, ENVS, (SIZE, SIZE))
     self.generator = np.random.default_rng(0)
-    self.games = [[] for _ in range(ENVS)]  # of each environment: lists of (row, frame, stack, action, reward, alive)
+    self.games = [
+      [] for _ in range(ENVS)
+    ]  # of each environment: lists of (row, frame, stack, action, reward, alive)
     self.begin()
 
   def begin(self):
@@ -32,7 +36,10 @@ class Truth:
       step = self.environment.step(actions)
       row = self.replay.total
       stamped = self.stacks.copy()
-      stamped[:, -1, -1, -1], stamped[:, -2, -1, -1] = 1 + row % 250, np.arange(ENVS)  # no two are alike
+      stamped[:, -1, -1, -1], stamped[:, -2, -1, -1] = (
+        1 + row % 250,
+        np.arange(ENVS),
+      )  # no two are alike
       frames = stamped[..., -1]
       remember(self.replay, stamped, actions, self.starts, step)
       for e, game in enumerate(self.games):
@@ -40,7 +47,9 @@ class Truth:
           game.append([])
           self.seen = {**getattr(self, 'seen', {}), e: []}
         self.seen[e].append(self.stacks[e, ..., -1])
-        np.testing.assert_array_equal(self.stacks[e], self.stack(self.seen[e]))  # as an environment has to stack
+        np.testing.assert_array_equal(
+          self.stacks[e], self.stack(self.seen[e])
+        )  # as an environment has to stack
         stack = self.stack([*(row[1] for row in game[-1]), frames[e]])
         clipped = np.sign(step.reward[e])  # of -5, 0, 5
         game[-1].append((row, frames[e], stack, actions[e], clipped, not step.life_lost[e]))
@@ -50,12 +59,13 @@ class Truth:
     return np.stack(([np.zeros((SIZE, SIZE), np.uint8)] * 3 + frames)[-4:], -1)
 
   def transitions(self, n, gamma):
-    """{(row, environment): (stack, action, return, discount, next stack)} by walking along each game."""
+    """{(row, environment): (stack, action, return, discount, next stack)} by walking along each
+    game."""
     found = {}
     for e, games in enumerate(self.games):
       for rows in games:
         for i in range(len(rows) - 1):  # the last row of a game is no transition
-          total, discount, j = 0., 1., i
+          total, discount, j = 0.0, 1.0, i
           while j < min(i + n, len(rows) - 1) and discount:
             total, discount = total + discount * rows[j][4], discount * gamma * rows[j][5]
             j += 1
@@ -64,7 +74,8 @@ class Truth:
 
 
 def drawn(replay, truth, n, gamma, size):
-  """The (row, environment) of each of `size` samples; all that is sampled must be a true transition."""
+  """The (row, environment) of each of `size` samples; all that is sampled must be a true
+  transition."""
   places = {transition[0].tobytes(): place for place, transition in truth.items()}
   assert len(places) == len(truth)
   batch = replay.sample(np.random.default_rng(1), size, n, gamma)
@@ -90,22 +101,48 @@ def test_samples_are_the_transitions_of_plain_lists(tmp_path, n, gamma):
 
 def test_life_losses_and_cuts_by_hand(tmp_path):
   replay = Replay(tmp_path / 'replay.dat', 64, 1, (1, 1))
-  # frame, reward, alive, start, transition: a life is lost at 3, the game is cut off at 6, whose picture is the last
-  rows = [(1, 1, 1, 1, 1), (2, 2, 1, 0, 1), (3, 4, 0, 0, 1), (4, 8, 1, 0, 1), (5, 16, 1, 0, 1), (6, 99, 1, 0, 0),
-          (7, 32, 1, 1, 1), (8, 64, 1, 0, 1), (9, 128, 1, 0, 1), (10, 256, 1, 0, 1)]
+  # frame, reward, alive, start, transition: a life is lost at 3, the game is cut off at 6, whose
+  # picture is the last
+  rows = [
+    (1, 1, 1, 1, 1),
+    (2, 2, 1, 0, 1),
+    (3, 4, 0, 0, 1),
+    (4, 8, 1, 0, 1),
+    (5, 16, 1, 0, 1),
+    (6, 99, 1, 0, 0),
+    (7, 32, 1, 1, 1),
+    (8, 64, 1, 0, 1),
+    (9, 128, 1, 0, 1),
+    (10, 256, 1, 0, 1),
+  ]
   for frame, reward, alive, start, transition in rows:
-    replay.add(np.full((1, 1, 1), frame), [0], [reward], np.array([alive], bool), np.array([start], bool),
-               np.array([transition], bool))
+    replay.add(
+      np.full((1, 1, 1), frame),
+      [0],
+      [reward],
+      np.array([alive], bool),
+      np.array([start], bool),
+      np.array([transition], bool),
+    )
   batch = replay.sample(np.random.default_rng(0), 300, 3, 0.5)
-  seen = {tuple(s.reshape(4)): (float(r), float(d), tuple(t.reshape(4)))
-          for s, r, d, t in zip(batch.stacks, batch.returns, batch.discounts, batch.next_stacks, strict=True)}
+  seen = {
+    tuple(s.reshape(4)): (float(r), float(d), tuple(t.reshape(4)))
+    for s, r, d, t in zip(
+      batch.stacks, batch.returns, batch.discounts, batch.next_stacks, strict=True
+    )
+  }
   assert seen == {
-      (0, 0, 0, 1): (1 + 2 / 2 + 4 / 4, 0, (1, 2, 3, 4)),
-      (0, 0, 1, 2): (2 + 4 / 2, 0, (1, 2, 3, 4)),
-      (0, 1, 2, 3): (4, 0, (1, 2, 3, 4)),
-      (1, 2, 3, 4): (8 + 16 / 2, 1 / 4, (3, 4, 5, 6)),  # two steps to the cut, and the value of its picture
-      (2, 3, 4, 5): (16, 1 / 2, (3, 4, 5, 6)),
-      (0, 0, 0, 7): (32 + 64 / 2 + 128 / 4, 1 / 8, (7, 8, 9, 10))}
+    (0, 0, 0, 1): (1 + 2 / 2 + 4 / 4, 0, (1, 2, 3, 4)),
+    (0, 0, 1, 2): (2 + 4 / 2, 0, (1, 2, 3, 4)),
+    (0, 1, 2, 3): (4, 0, (1, 2, 3, 4)),
+    (1, 2, 3, 4): (
+      8 + 16 / 2,
+      1 / 4,
+      (3, 4, 5, 6),
+    ),  # two steps to the cut, and the value of its picture
+    (2, 3, 4, 5): (16, 1 / 2, (3, 4, 5, 6)),
+    (0, 0, 0, 7): (32 + 64 / 2 + 128 / 4, 1 / 8, (7, 8, 9, 10)),
+  }
 
 
 def test_a_wrapped_ring_holds_the_newest_rows(tmp_path):
@@ -123,7 +160,8 @@ def newest(transitions, count):
 
 @pytest.mark.parametrize('lost', [0, 1, 8])
 def test_rows_after_the_checkpoint_are_harmless(tmp_path, lost):
-  """Killed with rows in the file that the newest checkpoint, and the one before it, does not know."""
+  """Killed with rows in the file that the newest checkpoint, and the one before it, does not
+  know."""
   path, committed = tmp_path / 'replay.dat', []
   truth = Truth(path, capacity=3 * 64)
   while truth.replay.total < 184:
@@ -132,7 +170,9 @@ def test_rows_after_the_checkpoint_are_harmless(tmp_path, lost):
       truth.replay.commit()
       committed.append((truth.replay.total, newest(truth.transitions(3, 0.9), 100)))
   truth.play(lost)
-  assert [total for total, _ in committed] == list(range(8, 192, 8)) and truth.replay.must_commit == (lost == 8)
+  assert [total for total, _ in committed] == list(
+    range(8, 192, 8)
+  ) and truth.replay.must_commit == (lost == 8)
   for total, transitions in committed[-2:]:
     again = Replay(path, 3 * 64, ENVS, (SIZE, SIZE))
     again.restore(total)
@@ -164,7 +204,10 @@ def test_a_checkpoint_without_its_rows_is_named(tmp_path, damage):
   truth.replay.commit()
   path.unlink() if damage == 'lost' else os.truncate(path, path.stat().st_size - 1)
   for _ in range(2):
-    with pytest.raises(UserError, match='replay.dat is missing or cut short, but the checkpoint beside it counts on 40 rows'):
+    with pytest.raises(
+      UserError,
+      match='replay.dat is missing or cut short, but the checkpoint beside it counts on 40 rows',
+    ):
       Replay(path, 3000, ENVS, (SIZE, SIZE)).restore(40)
 
 

@@ -24,8 +24,12 @@ def image():
 @pytest.fixture(scope='module')
 def crops():
   keys = jax.random.split(jax.random.key(0), N)
-  return {low: np.array(jax.jit(jax.vmap(lambda k, low=low: augment.sample_crop(k, 256, 256, (low, 1.0))))(keys))
-          for low in (0.08, 0.2)}
+  return {
+    low: np.array(
+      jax.jit(jax.vmap(lambda k, low=low: augment.sample_crop(k, 256, 256, (low, 1.0))))(keys)
+    )
+    for low in (0.08, 0.2)
+  }
 
 
 def torch_crops(rng, count, size, low):
@@ -46,10 +50,13 @@ def torch_crops(rng, count, size, low):
 
 
 def distance(a, b):
-  """Kolmogorov-Smirnov distance of two samples; 1.36 sqrt(2 / n) = 0.0136 is its 95th percentile at n = 20000."""
+  """Kolmogorov-Smirnov distance of two samples; 1.36 sqrt(2 / n) = 0.0136 is its 95th percentile at
+  n = 20000."""
   grid = np.sort(np.concatenate([a, b]))
-  return np.abs(np.searchsorted(np.sort(a), grid, 'right') / len(a)
-                - np.searchsorted(np.sort(b), grid, 'right') / len(b)).max()
+  return np.abs(
+    np.searchsorted(np.sort(a), grid, 'right') / len(a)
+    - np.searchsorted(np.sort(b), grid, 'right') / len(b)
+  ).max()
 
 
 @pytest.mark.parametrize('low', [0.08, 0.2])
@@ -59,11 +66,14 @@ def test_crop_law(crops, low):
   areas, aspects = torch_crops(np.random.default_rng(0), N, 256, low)
   assert distance(height * width / 256**2, areas) < 0.02
   assert distance(width / height, aspects) < 0.02
-  # Below 3/4 of the image every window fits at every aspect: there the area is uniform and log aspect too.
+  # Below 3/4 of the image every window fits at every aspect: there the area is uniform and log
+  # aspect too.
   area = height * width / 256**2
   inside = area < 0.75
   assert distance(area[inside], np.linspace(low, 0.75, N)) < 0.02
-  assert distance(np.log(width / height)[inside], np.linspace(np.log(3 / 4), np.log(4 / 3), N)) < 0.02
+  assert (
+    distance(np.log(width / height)[inside], np.linspace(np.log(3 / 4), np.log(4 / 3), N)) < 0.02
+  )
   # Position is uniform over what is left.
   room = 256 - height + 1
   assert distance(((top + 0.5) / room)[room > 20], np.linspace(0, 1, N)) < 0.02
@@ -74,6 +84,7 @@ def test_crop_falls_back_to_the_centre():
   # No window of twice the area fits, so all ten tries fail.
   def fallback(h, w):
     return [int(v) for v in augment.sample_crop(jax.random.key(0), h, w, (2.0, 2.1))]
+
   assert fallback(32, 32) == [0, 0, 32, 32]
   assert fallback(32, 64) == [0, 10, 32, 43]  # 32 * 4/3 = 42.7
   assert fallback(64, 32) == [10, 0, 43, 32]  # 32 / (3/4)
@@ -84,13 +95,23 @@ def test_resized_crop_agrees_with_pillow(image, window):
   top, left, height, width = window
   result = jax.jit(augment.resized_crop)(jnp.asarray(image, jnp.float32), *window)
   for channel in range(3):
-    cut = Image.fromarray(image[top:top + height, left:left + width, channel].astype(np.float32))
-    np.testing.assert_allclose(result[..., channel], cut.resize((32, 32), Image.Resampling.BILINEAR), atol=1e-3)
+    cut = Image.fromarray(
+      image[top : top + height, left : left + width, channel].astype(np.float32)
+    )
+    np.testing.assert_allclose(
+      result[..., channel], cut.resize((32, 32), Image.Resampling.BILINEAR), atol=1e-3
+    )
 
 
 @pytest.mark.parametrize('factor', [0.6, 1.0, 1.4])
-@pytest.mark.parametrize('name, enhance', [('brightness', ImageEnhance.Brightness), ('contrast', ImageEnhance.Contrast),
-                                           ('saturation', ImageEnhance.Color)])
+@pytest.mark.parametrize(
+  'name, enhance',
+  [
+    ('brightness', ImageEnhance.Brightness),
+    ('contrast', ImageEnhance.Contrast),
+    ('saturation', ImageEnhance.Color),
+  ],
+)
 def test_factors_agree_with_pillow(image, name, enhance, factor):
   result = getattr(augment, f'adjust_{name}')(jnp.asarray(image / 255, jnp.float32), factor)
   expected = np.asarray(enhance(Image.fromarray(image)).enhance(factor), np.float32)
@@ -109,17 +130,21 @@ def test_hue_agrees_with_colorsys(image, turn):
 
 def test_gray_agrees_with_pillow(image):
   gray = np.asarray(Image.fromarray(image).convert('L'), np.float32)
-  assert np.abs(np.asarray(augment.to_gray(jnp.asarray(image, jnp.float32))) - gray[..., None]).max() < 1
+  assert (
+    np.abs(np.asarray(augment.to_gray(jnp.asarray(image, jnp.float32))) - gray[..., None]).max() < 1
+  )
 
 
 def test_jitter_orders_and_factors():
-  # A uniform grey image sees only brightness (contrast keeps its mean), so the factor can be read off.
+  # A uniform grey image sees only brightness (contrast keeps its mean), so the factor can be read
+  # off.
   keys = jax.random.split(jax.random.key(0), 2000)
   jitter = jax.jit(jax.vmap(augment.color_jitter, (0, None)))
   factors = np.asarray(jitter(keys, jnp.full((2, 2, 3), 0.5)))[:, 0, 0, 0] / 0.5
   assert distance(factors, np.linspace(0.6, 1.4, 2000)) < 0.05
-  # A step from 0 to 1 in one channel has two operations. Where contrast has narrowed it, its sum is min(b, 1) when
-  # brightness b came first, which clips, and b when it came last: 1 sharp tells the one, above 1 the other.
+  # A step from 0 to 1 in one channel has two operations. Where contrast has narrowed it, its sum is
+  # min(b, 1) when brightness b came first, which clips, and b when it came last: 1 sharp tells the
+  # one, above 1 the other.
   low, high = np.asarray(jitter(keys, jnp.array([0.0, 1.0]).reshape(1, 2, 1)))[:, 0, :, 0].T
   total = (low + high)[(low > 0.01) & (high < 0.999)]
   assert (np.abs(total - 1) < 1e-5).mean() > 0.15
@@ -131,7 +156,9 @@ def test_simsiam_shares(image):
   count = 2000
   keys = jax.random.split(jax.random.key(1), count)
   small = jnp.asarray(image[4:12, 4:12])
-  out = np.asarray(jax.jit(augment.simsiam_augment)(keys, jnp.broadcast_to(small, (count, 8, 8, 3))))
+  out = np.asarray(
+    jax.jit(augment.simsiam_augment)(keys, jnp.broadcast_to(small, (count, 8, 8, 3)))
+  )
   assert out.dtype == np.float32 and out.min() >= -1 and out.max() <= 1 + 1e-6
   gray = np.ptp(out, axis=-1).max(axis=(1, 2)) < 1e-5
   assert gray.mean() == pytest.approx(0.2, abs=0.04)
@@ -142,7 +169,9 @@ def test_simsiam_shares(image):
 def test_simsiam_jitters_four_of_five(image):
   # A uniform colour is blind to crop and flip: what is not grey and has changed was jittered.
   color = jnp.asarray(np.full((2000, 2, 2, 3), (200, 100, 50), np.uint8))
-  out = np.asarray(jax.jit(augment.simsiam_augment)(jax.random.split(jax.random.key(2), 2000), color))[:, 0, 0]
+  out = np.asarray(
+    jax.jit(augment.simsiam_augment)(jax.random.split(jax.random.key(2), 2000), color)
+  )[:, 0, 0]
   unchanged = np.abs((out + 1) * 127.5 - (200, 100, 50)).max(axis=-1) < 0.01
   assert unchanged.mean() == pytest.approx(0.2 * 0.8, abs=0.03)
 
@@ -195,13 +224,20 @@ def test_names_and_types():
 
 def test_shift_and_flip():
   image = jnp.arange(256).astype(jnp.uint8).reshape(16, 16, 1)
-  out = augment.shift_flip(jax.random.split(jax.random.key(0), 200), jnp.broadcast_to(image, (200, 16, 16, 1)))
+  out = augment.shift_flip(
+    jax.random.split(jax.random.key(0), 200), jnp.broadcast_to(image, (200, 16, 16, 1))
+  )
   out = np.round((np.asarray(out)[..., 0] + 1) * 127.5)
   seen = set()
   padded = np.pad(np.asarray(image)[..., 0], 2)
   for x in out:
-    found = [(i, j, flip) for i in range(5) for j in range(5) for flip in (False, True)
-             if np.array_equal(x, padded[i:i + 16, j:j + 16][:, ::-1 if flip else 1])]
+    found = [
+      (i, j, flip)
+      for i in range(5)
+      for j in range(5)
+      for flip in (False, True)
+      if np.array_equal(x, padded[i : i + 16, j : j + 16][:, :: -1 if flip else 1])
+    ]
     assert len(found) == 1
     seen.add(found[0])
   assert len(seen) > 40  # of 50

@@ -1,4 +1,5 @@
 """Measures of speed: what is in them, not how large they are."""
+
 import json
 import math
 
@@ -13,21 +14,46 @@ from palm_jax.generator import train
 from tests.worlds import LargeGenerator, nature_config, tiny_config
 
 
-@pytest.mark.parametrize('augment, phases', [
+@pytest.mark.parametrize(
+  'augment, phases',
+  [
     ('none', {'g_main', 'd_main'}),
-    pytest.param('blit', {'g_main', 'd_main', 'r1', 'path_lengths', 'ada'}, marks=pytest.mark.slow)])
+    pytest.param('blit', {'g_main', 'd_main', 'r1', 'path_lengths', 'ada'}, marks=pytest.mark.slow),
+  ],
+)
 def test_shares_of_the_generators_training(tmp_path, augment, phases):
   c = train.default_config()
-  c.update(dict(z_dim=4, w_dim=4, mapping_layers=1, base_size=3, channel_base=24, channel_max=4, conv_clamp=0.,
-                d_mapping_layers=0, mbstd_group=2, batch_size=4, r1_interval=4, r1_gamma=.01 * ('r1' in phases),
-                pl_weight=2. * ('path_lengths' in phases), augment=augment, iterations_per_call=4))
-  split = Split(np.random.default_rng(0).integers(0, 256, (20, 6, 6, 4), np.uint8), np.zeros(20, np.int64))
+  c.update(
+    dict(
+      z_dim=4,
+      w_dim=4,
+      mapping_layers=1,
+      base_size=3,
+      channel_base=24,
+      channel_max=4,
+      conv_clamp=0.0,
+      d_mapping_layers=0,
+      mbstd_group=2,
+      batch_size=4,
+      r1_interval=4,
+      r1_gamma=0.01 * ('r1' in phases),
+      pl_weight=2.0 * ('path_lengths' in phases),
+      augment=augment,
+      iterations_per_call=4,
+    )
+  )
+  split = Split(
+    np.random.default_rng(0).integers(0, 256, (20, 6, 6, 4), np.uint8), np.zeros(20, np.int64)
+  )
   config, mesh = ConfigDict(dict(seed=0, jobs=('generator',), generator=c)), devices.make_mesh(2)
   result = benchmark.benchmark(config, tmp_path, Data(split, split, ('all',), 'noise'), mesh)
   assert json.loads((tmp_path / 'results' / 'benchmark.json').read_text()) == result
   found = result['generator']
   assert found['phase_seconds'].keys() == found['phase_shares'].keys() == phases
-  assert math.isclose(sum(found['phase_shares'].values()), 1) and min(found['phase_seconds'].values()) >= 0
+  assert (
+    math.isclose(sum(found['phase_shares'].values()), 1)
+    and min(found['phase_seconds'].values()) >= 0
+  )
   assert math.isclose(found['images_per_second'] * found['seconds_per_iteration'], 4)
   assert result['devices'].startswith('2 x') and found['settings']['augment'] == augment
 
@@ -38,13 +64,18 @@ def test_the_loop_against_its_parts(tmp_path):
   config.pretrain.iterations_per_call = 2
   found = benchmark.pretraining(config, LargeGenerator(), mesh)
   parts = found['part_seconds']
-  assert parts.keys() == {'generator', 'acting', 'simsiam', 'reward', 'sac', 'replay'} and min(parts.values()) > 0
+  assert (
+    parts.keys() == {'generator', 'acting', 'simsiam', 'reward', 'sac', 'replay'}
+    and min(parts.values()) > 0
+  )
   unavoidable = parts['generator'] + parts['acting'] + parts['simsiam']
   assert math.isclose(found['efficiency'], unavoidable / found['seconds_per_iteration'])
   assert math.isclose(found['env_steps_per_second'] * found['seconds_per_iteration'], 4 * 16)
   assert math.isclose(found['updates_per_second'] * found['seconds_per_iteration'], 2)
   assert 0 < found['share_of_matmul'] < 1
-  assert found['bytes']['arguments'] > found['bytes']['results_beside_them']  # the state is updated in place
+  assert (
+    found['bytes']['arguments'] > found['bytes']['results_beside_them']
+  )  # the state is updated in place
   for word in ('env steps/s', 'SimSiam, both passes', 'efficiency'):
     assert word in benchmark.table(found, devices.describe(mesh))
 

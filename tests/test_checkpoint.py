@@ -1,4 +1,6 @@
-"""What was saved comes back, on any number of devices; what was damaged is noticed, named, and passed over."""
+"""What was saved comes back, on any number of devices; what was damaged is noticed, named, and
+passed over."""
+
 import errno
 import json
 import os
@@ -27,8 +29,9 @@ from palm_jax.checkpoint import Checkpoints, Preemption, load_encoder, write_jso
 from palm_jax.errors import UserError
 
 # Orbax leaves its coroutines behind where they fail.
-pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning',
-                                        'ignore:coroutine:RuntimeWarning')
+pytestmark = pytest.mark.filterwarnings(
+  'ignore::pytest.PytestUnraisableExceptionWarning', 'ignore:coroutine:RuntimeWarning'
+)
 
 
 @flax.struct.dataclass
@@ -45,15 +48,29 @@ SPECS = State(step=P(), key=P(), ring=P(None, 'data'), params=P(), opt_state=P()
 
 def shardings(num_devices, tree):
   mesh = jax.sharding.Mesh(jax.devices()[:num_devices], ('data',))
-  return jax.tree.map(lambda spec, part: jax.tree.map(lambda _: NamedSharding(mesh, spec), part),
-                      SPECS, tree, is_leaf=lambda x: isinstance(x, P))
+  return jax.tree.map(
+    lambda spec, part: jax.tree.map(lambda _: NamedSharding(mesh, spec), part),
+    SPECS,
+    tree,
+    is_leaf=lambda x: isinstance(x, P),
+  )
 
 
 def make_state(seed, num_devices=8):
   rng = np.random.default_rng(seed)
-  params = {'conv': {'kernel': rng.normal(size=(3, 5)).astype(np.float32), 'bias': jnp.full(5, seed, jnp.bfloat16)}}
-  state = State(step=np.int32(seed), key=jax.random.key(seed), params=params, opt_state=optax.adam(0.1).init(params),
-                ring=rng.integers(0, 256, (4, 8, 16, 16), dtype=np.uint8))
+  params = {
+    'conv': {
+      'kernel': rng.normal(size=(3, 5)).astype(np.float32),
+      'bias': jnp.full(5, seed, jnp.bfloat16),
+    }
+  }
+  state = State(
+    step=np.int32(seed),
+    key=jax.random.key(seed),
+    params=params,
+    opt_state=optax.adam(0.1).init(params),
+    ring=rng.integers(0, 256, (4, 8, 16, 16), dtype=np.uint8),
+  )
   return jax.device_put(state, shardings(num_devices, state))
 
 
@@ -65,8 +82,13 @@ def make_items(seed):
 
 def template(num_devices=8):
   state = jax.eval_shape(lambda: make_state(0))
-  return {'state': jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                                state, shardings(num_devices, state))}
+  return {
+    'state': jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      state,
+      shardings(num_devices, state),
+    )
+  }
 
 
 def assert_same(got, want):
@@ -108,14 +130,20 @@ def test_round_trip_on_any_number_of_devices(saved, num_devices):
   step, items, metadata = Checkpoints(folder).restore(wanted)
   assert step == 20 and metadata == {'seconds': 20 / 3, 'name': 'é'}
   assert_same(items, {'state': make_state(20)})
-  assert all(a.sharding.is_equivalent_to(t.sharding, a.ndim)
-             for a, t in zip(jax.tree.leaves(items), jax.tree.leaves(wanted), strict=True))
+  assert all(
+    a.sharding.is_equivalent_to(t.sharding, a.ndim)
+    for a, t in zip(jax.tree.leaves(items), jax.tree.leaves(wanted), strict=True)
+  )
   assert jax.random.uniform(items['state'].key) == jax.random.uniform(jax.random.key(20))
 
 
 def test_an_empty_folder_has_nothing_to_restore(tmp_path):
   checkpoints = Checkpoints(tmp_path / 'a' / 'b')
-  assert checkpoints.restore(template()) is None and checkpoints.steps() == [] and checkpoints.latest_step() is None
+  assert (
+    checkpoints.restore(template()) is None
+    and checkpoints.steps() == []
+    and checkpoints.latest_step() is None
+  )
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -132,9 +160,15 @@ def test_only_the_newest_are_kept(tmp_path):
 def test_arrays_may_be_donated_and_overwritten_right_after_save(tmp_path):
   overwrite = jax.jit(lambda x: jax.tree.map(lambda a: a + 1, x), donate_argnums=0)
   sharding = NamedSharding(jax.sharding.Mesh(jax.devices(), ('data',)), P('data'))
-  x = {'ring': jax.device_put(np.random.default_rng(0).integers(0, 256, (64, 1 << 16), dtype=np.uint8), sharding)}
+  x = {
+    'ring': jax.device_put(
+      np.random.default_rng(0).integers(0, 256, (64, 1 << 16), dtype=np.uint8), sharding
+    )
+  }
   overwrite(jax.tree.map(jnp.copy, x))  # compiled before, so that it runs while the save does
-  wanted = {'s': jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), x)}
+  wanted = {
+    's': jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), x)
+  }
   with Checkpoints(tmp_path) as checkpoints:
     for step in (1, 2):
       expected = np.array(x['ring'])
@@ -152,19 +186,30 @@ def flip(position):
     data = bytearray(path.read_bytes())
     data[int(position * (len(data) - 1))] ^= 0x10
     path.write_bytes(data)
+
   return damage
 
 
-DAMAGES = {'flip at the start': flip(0), 'flip in the middle': flip(0.5), 'flip at 3/4': flip(0.75),
-           'flip at the end': flip(1),
-           'truncate': lambda path: os.truncate(path, path.stat().st_size // 2), 'remove': pathlib.Path.unlink}
+DAMAGES = {
+  'flip at the start': flip(0),
+  'flip in the middle': flip(0.5),
+  'flip at 3/4': flip(0.75),
+  'flip at the end': flip(1),
+  'truncate': lambda path: os.truncate(path, path.stat().st_size // 2),
+  'remove': pathlib.Path.unlink,
+}
 
 
 @pytest.mark.parametrize('damage', DAMAGES)
 def test_no_damage_to_any_file_goes_unnoticed(copy, warnings, damage):
-  """Either the file did not matter and the values are those saved, or the step before is taken and the log says why."""
+  """Either the file did not matter and the values are those saved, or the step before is taken and
+  the log says why."""
   expected, wanted, fell_back = {10: make_state(10), 20: make_state(20)}, template(), []
-  files = [p for p in sorted((copy / '20').rglob('*')) if p.is_file() and p.stat().st_size and 'encoder' not in p.parts]
+  files = [
+    p
+    for p in sorted((copy / '20').rglob('*'))
+    if p.is_file() and p.stat().st_size and 'encoder' not in p.parts
+  ]
   for path in files:
     data = path.read_bytes()
     DAMAGES[damage](path)
@@ -184,7 +229,8 @@ def test_no_damage_to_any_file_goes_unnoticed(copy, warnings, damage):
 
 
 def test_after_a_fallback_the_run_goes_on_past_the_damaged_step(copy, warnings):
-  """A lower step than the damaged one can be saved, and neither counts among those kept nor is met again."""
+  """A lower step than the damaged one can be saved, and neither counts among those kept nor is met
+  again."""
   (copy / '20' / '_CHECKPOINT_METADATA').write_bytes(b'{')
   with Checkpoints(copy) as checkpoints:
     assert checkpoints.restore(template()).step == 10
@@ -204,11 +250,19 @@ def test_when_every_step_is_damaged_nothing_is_loaded(copy):
     Checkpoints(copy).restore(template())
 
 
-@pytest.mark.parametrize('error', [OSError(errno.EIO, 'Input/output error'), OSError(errno.EACCES, 'Permission denied'), MemoryError(),
-                                   ValueError("Error reading: [os_error_code='5'] [strerror='Input/output error']")])
+@pytest.mark.parametrize(
+  'error',
+  [
+    OSError(errno.EIO, 'Input/output error'),
+    OSError(errno.EACCES, 'Permission denied'),
+    MemoryError(),
+    ValueError("Error reading: [os_error_code='5'] [strerror='Input/output error']"),
+  ],
+)
 def test_what_cannot_be_read_now_is_not_damaged(copy, monkeypatch, error):
   def fail(*_, **__):
     raise RuntimeError('orbax') from error
+
   monkeypatch.setattr(checkpoint.ocp, 'load_checkpointables', fail)
   before = sorted(copy.rglob('*'))
   with pytest.raises(UserError, match='cannot be read now .*nothing was changed'):
@@ -219,13 +273,23 @@ def test_what_cannot_be_read_now_is_not_damaged(copy, monkeypatch, error):
 def test_a_checkpoint_of_another_config_is_refused(saved):
   folder, good = saved / 'pretrain' / 'checkpoints', template()['state']
   kernel = good.params['conv']['kernel']
+
   def restore(**conv):
-    return Checkpoints(folder).restore({'state': good.replace(params={'conv': {**good.params['conv'], **conv}})})
-  with pytest.raises(UserError, match=r'state/params/conv/kernel is float32\(3, 5\) there, float32\(3, 6\)'):
+    return Checkpoints(folder).restore(
+      {'state': good.replace(params={'conv': {**good.params['conv'], **conv}})}
+    )
+
+  with pytest.raises(
+    UserError, match=r'state/params/conv/kernel is float32\(3, 5\) there, float32\(3, 6\)'
+  ):
     restore(kernel=jax.ShapeDtypeStruct((3, 6), kernel.dtype, sharding=kernel.sharding))
-  with pytest.raises(UserError, match=r'params/conv/bias is bfloat16\(5,\) there, float32\(5,\) expected'):
+  with pytest.raises(
+    UserError, match=r'params/conv/bias is bfloat16\(5,\) there, float32\(5,\) expected'
+  ):
     restore(bias=jax.ShapeDtypeStruct((5,), jnp.float32, sharding=kernel.sharding))
-  with pytest.raises(UserError, match=r'params/conv/scale is absent there, float32\(3, 5\) expected'):
+  with pytest.raises(
+    UserError, match=r'params/conv/scale is absent there, float32\(3, 5\) expected'
+  ):
     restore(scale=kernel)
   with pytest.raises(UserError, match=r'params/conv/bias is bfloat16\(5,\) there, absent expected'):
     Checkpoints(folder).restore({'state': good.replace(params={'conv': {'kernel': kernel}})})
@@ -269,7 +333,9 @@ def test_a_full_disk_is_one_line_and_leaves_the_steps_before(copy, capfd):
   limit = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
   try:
-    with pytest.raises(UserError, match='checkpoint step 30 could not be written .*File too large') as caught:
+    with pytest.raises(
+      UserError, match='checkpoint step 30 could not be written .*File too large'
+    ) as caught:
       checkpoints.save(30, {'state': restored.items['state']}, {})
       checkpoints.wait()
   finally:
@@ -295,9 +361,16 @@ def test_a_place_that_is_no_folder_is_one_line(tmp_path):
 
 
 def start(script, *args, devices=1):
-  environment = dict(os.environ, XLA_FLAGS=f'--xla_force_host_platform_device_count={devices}', JAX_PLATFORMS='cpu')
-  return subprocess.Popen([sys.executable, '-c', script, *map(str, args)], env=environment, text=True,
-                          stdout=subprocess.PIPE, cwd=pathlib.Path(__file__).parents[1])
+  environment = dict(
+    os.environ, XLA_FLAGS=f'--xla_force_host_platform_device_count={devices}', JAX_PLATFORMS='cpu'
+  )
+  return subprocess.Popen(
+    [sys.executable, '-c', script, *map(str, args)],
+    env=environment,
+    text=True,
+    stdout=subprocess.PIPE,
+    cwd=pathlib.Path(__file__).parents[1],
+  )
 
 
 SAVE_FOR_EVER = """
@@ -317,7 +390,10 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_step_before(tmp_path, saved):
   process = start(SAVE_FOR_EVER, tmp_path, saved)
   try:
     devices, kernel = process.stdout.readline().split()
-    assert devices == '1' and kernel == np.asarray(make_state(20).params['conv']['kernel']).tobytes().hex()
+    assert (
+      devices == '1'
+      and kernel == np.asarray(make_state(20).params['conv']['kernel']).tobytes().hex()
+    )
     deadline = time.monotonic() + 60
     # The moment to kill: at least two steps are complete and another is being written.
     while len(checkpoint.list_steps(tmp_path)) < 2 or not any(tmp_path.glob('*-tmp')):
@@ -329,7 +405,9 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_step_before(tmp_path, saved):
   assert any(tmp_path.glob('*-tmp'))
   step, tree = Checkpoints(tmp_path).restore_item('a')
   assert step == newest == tree['step'] and not any(tmp_path.glob('*-tmp'))
-  np.testing.assert_array_equal(tree['x'], np.random.default_rng(step).integers(0, 256, 4_000_000, dtype=np.uint8))
+  np.testing.assert_array_equal(
+    tree['x'], np.random.default_rng(step).integers(0, 256, 4_000_000, dtype=np.uint8)
+  )
 
 
 ONE_OF_TWO = """
@@ -378,7 +456,7 @@ def test_two_processes_agree_on_damage_and_on_stopping(tmp_path):
     for p in processes:
       p.kill()
   restored = checkpoint.load_item(tmp_path, 'a')  # by one process, what two had saved
-  np.testing.assert_array_equal(restored[1]['x'], np.arange(4000.).reshape(4, 1000))
+  np.testing.assert_array_equal(restored[1]['x'], np.arange(4000.0).reshape(4, 1000))
 
 
 def test_sigterm_sets_a_flag_and_the_handler_before_comes_back():
@@ -396,4 +474,6 @@ def test_json_is_whole_or_as_it_was(tmp_path):
   assert json.loads(path.read_text()) == {'x': 0.5, 'y': [0, 1], 'z': [1, None]}
   with pytest.raises(AttributeError):
     write_json_atomic(path, {'x': 1, 'y': object()})
-  assert json.loads(path.read_text())['x'] == 0.5 and [p.name for p in path.parent.iterdir()] == ['a.json']
+  assert json.loads(path.read_text())['x'] == 0.5 and [p.name for p in path.parent.iterdir()] == [
+    'a.json'
+  ]

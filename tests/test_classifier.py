@@ -23,19 +23,23 @@ def split():
   labels = generator.integers(0, 3, 96)
   images = generator.integers(0, 60, (96, 36, 36, 1))
   for image, label in zip(images, labels, strict=True):
-    image[12 * label:12 * label + 12] += 150
+    image[12 * label : 12 * label + 12] += 150
   return Split(images.astype(np.uint8), labels)
 
 
 def tiny():
   c = cifar.get_config()
   c.encoder.update(dict(name='nature', features=16))  # compiles in a tenth of ResNet-18's time
-  c.probe.supervised.update(dict(epochs=4, batch_size=32, augment='none', lr=0.02, checkpoint_minutes=0.))
+  c.probe.supervised.update(
+    dict(epochs=4, batch_size=32, augment='none', lr=0.02, checkpoint_minutes=0.0)
+  )
   return c
 
 
 def same(a, b):
-  return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+  return all(
+    np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  )
 
 
 @pytest.fixture(scope='module')
@@ -64,7 +68,9 @@ def test_a_killed_training_goes_on_and_ends_the_same(trained, split, mesh, tmp_p
   monkeypatch.setattr(checkpoint.Checkpoints, 'save', killed_after_the_second)
   with pytest.raises(KeyboardInterrupt):
     classifier.fit(c, c.probe.supervised, split, 3, 0, mesh, tmp_path, 'supervised')
-  again, head_again = classifier.fit(c, c.probe.supervised, split, 3, 0, mesh, tmp_path, 'supervised')
+  again, head_again = classifier.fit(
+    c, c.probe.supervised, split, 3, 0, mesh, tmp_path, 'supervised'
+  )
   assert epochs == [1, 2, 3, 4]
   assert same(again.apply.args, encoder.apply.args) and same(head_again, head)
   classifier.fit(c, c.probe.supervised, split, 3, 0, mesh, tmp_path, 'supervised')
@@ -78,19 +84,44 @@ def test_another_seed_other_labels_and_another_start_are_other_classifiers(train
   before = jax.tree.map(np.copy, encoder.apply.args)
   tuned, _ = classifier.fit(c, c.probe.supervised, split, 3, 0, mesh, workdir, 'finetune', encoder)
   assert same(before, encoder.apply.args) and not same(before, tuned.apply.args)
-  fresh = make_encoder(c.encoder).init(jax.random.key(0), jnp.zeros((1, 36, 36, 1)), train=False)['params']
-  distance = lambda a, b: sum(float(np.sum((x - y) ** 2)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-  assert distance(tuned.apply.args[0]['params'], before[0]['params']) < distance(tuned.apply.args[0]['params'], fresh)
+  fresh = make_encoder(c.encoder).init(jax.random.key(0), jnp.zeros((1, 36, 36, 1)), train=False)[
+    'params'
+  ]
+  distance = lambda a, b: sum(
+    float(np.sum((x - y) ** 2)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  )
+  assert distance(tuned.apply.args[0]['params'], before[0]['params']) < distance(
+    tuned.apply.args[0]['params'], fresh
+  )
   count = lambda: len(list((workdir / 'classifiers').iterdir()))
   there = count()
-  classifier.fit(c, c.probe.supervised, split._replace(labels=(split.labels + 1) % 3), 3, 0, mesh, workdir, 'finetune', encoder)
+  classifier.fit(
+    c,
+    c.probe.supervised,
+    split._replace(labels=(split.labels + 1) % 3),
+    3,
+    0,
+    mesh,
+    workdir,
+    'finetune',
+    encoder,
+  )
   assert count() == there + 1
 
 
 def test_refusals(split, mesh, tmp_path):
   c = tiny()
   with pytest.raises(UserError, match='one class'):
-    classifier.fit(c, c.probe.supervised, split._replace(labels=split.labels * 0), 1, 0, mesh, tmp_path, 'supervised')
+    classifier.fit(
+      c,
+      c.probe.supervised,
+      split._replace(labels=split.labels * 0),
+      1,
+      0,
+      mesh,
+      tmp_path,
+      'supervised',
+    )
   few = Split(split.images[:5], split.labels[:5])
   with pytest.raises(UserError, match='5 images on 8 devices'):
     classifier.fit(c, c.probe.supervised, few, 3, 0, mesh, tmp_path, 'supervised')

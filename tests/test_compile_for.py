@@ -1,4 +1,6 @@
-"""What is read off a compiled program, against closed forms and XLA's own counts; a slow test compiles for a TPU slice."""
+"""What is read off a compiled program, against closed forms and XLA's own counts; a slow test
+compiles for a TPU slice."""
+
 import importlib.util
 import json
 import re
@@ -15,22 +17,37 @@ from palm_jax.errors import UserError
 from tests.worlds import LinearGenerator, tiny_config
 
 F32 = 4
-NEEDS_LIBTPU = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason="libtpu is not installed ('.[tpu]')")
+NEEDS_LIBTPU = pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is None, reason="libtpu is not installed ('.[tpu]')"
+)
 
 
 def test_roofline():
   chip = compile_for.Chip(flops=1e12, hbm=1e9, ici=1e8, memory=1)
-  total = {'flops': 1e12, 'passes': 6e12, 'bytes': 4e9, ('all-reduce', 'count'): 4, ('all-reduce', 'sent'): 1e8,
-           ('all-gather', 'count'): 6, ('all-gather', 'sent'): 1e8}
+  total = {
+    'flops': 1e12,
+    'passes': 6e12,
+    'bytes': 4e9,
+    ('all-reduce', 'count'): 4,
+    ('all-reduce', 'sent'): 1e8,
+    ('all-gather', 'count'): 6,
+    ('all-gather', 'sent'): 1e8,
+  }
   seconds = compile_for.roofline(chip, [4, 8], total, 2)
   network = 1 + 10 * 6e-6 / 2  # 10 collectives over 2 + 4 hops
-  assert seconds == pytest.approx({'compute': 3, 'memory': 2, 'network': network, 'iteration': 3 + network})
+  assert seconds == pytest.approx(
+    {'compute': 3, 'memory': 2, 'network': network, 'iteration': 3 + network}
+  )
 
 
 def test_scaled_sizes_keep_each_chips_share():
   config = cifar.get_config()
   compile_for.scale(config, 256, 8)  # chips, of which the config was for
-  assert (config.pretrain.num_envs, config.pretrain.batch_size, config.replay.num_shards) == (64 * 32, 512 * 32, 256)
+  assert (config.pretrain.num_envs, config.pretrain.batch_size, config.replay.num_shards) == (
+    64 * 32,
+    512 * 32,
+    256,
+  )
   pretrain.check_config(config, 256)
   with pytest.raises(UserError, match='pretrain.num_envs=2048 .*multiple of 3000'):
     compile_for.scale(config, 8, 3000)
@@ -46,7 +63,9 @@ def test_the_generator_takes_no_memory():
 
 @pytest.mark.parametrize('topology', ['v9z:2x4', 'v5e', 'v5e:', 'v5e:2y4', ''])
 def test_unknown_topologies(topology):
-  with pytest.raises(UserError, match=f'^--topology={topology} is unknown: .*v5e, v5p, v6e.*v5e:2x4$'):
+  with pytest.raises(
+    UserError, match=f'^--topology={topology} is unknown: .*v5e, v5p, v6e.*v5e:2x4$'
+  ):
     compile_for.make_mesh(topology)
 
 
@@ -58,14 +77,19 @@ def test_missing_libtpu(monkeypatch):
 
 def test_too_large_for_the_chip():
   memory = dict(total=20 * 2**30, chip=16 * 2**30)
-  with pytest.raises(UserError, match=r'takes 20.00 GiB of each chip .*v5e:2x4 has 16.00 GiB: lower replay.capacity'):
+  with pytest.raises(
+    UserError, match=r'takes 20.00 GiB of each chip .*v5e:2x4 has 16.00 GiB: lower replay.capacity'
+  ):
     compile_for.check_memory(dict(topology='v5e:2x4', memory=memory))
   compile_for.check_memory(dict(topology='v5e:2x4', memory=dict(memory, total=2**30)))
 
 
 def test_mistakes_on_the_command_line_are_one_line():
-  run = subprocess.run([sys.executable, '-m', 'launch.compile_for', '--topology=v1:1x1', '--config=configs/cifar.py'],
-                       capture_output=True, text=True)
+  run = subprocess.run(
+    [sys.executable, '-m', 'launch.compile_for', '--topology=v1:1x1', '--config=configs/cifar.py'],
+    capture_output=True,
+    text=True,
+  )
   assert run.returncode == 2
   assert re.fullmatch(r'palm_jax: --topology=v1:1x1 is unknown: [^\n]*\n', run.stderr)
 
@@ -88,7 +112,8 @@ def test_a_slice_of_eight():
   assert 0 < memory['total'] < 1e9
   # The rollout's scan and the updates' lie within that over iterations.
   assert result['flops'] * config.pretrain.iterations_per_call > 8 * result['counted_once']['flops']
-  # Gradients are summed once an update: every parameter of SimSiam and SAC crosses the network, in float32.
+  # Gradients are summed once an update: every parameter of SimSiam and SAC crosses the network, in
+  # float32.
   program = pretrain.make_program(config, LinearGenerator(), devices.make_mesh())
   world = pretrain.make_world(config, LinearGenerator(), devices.make_mesh())
   state = jax.eval_shape(program.init, jax.random.key(0), world)

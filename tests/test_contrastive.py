@@ -14,7 +14,7 @@ def in_numpy(z1, z2, labels, temperature):
   """Equation 2 of SupCon, term by term."""
   z = np.concatenate([z1, z2])
   z = z / np.linalg.norm(z, axis=1, keepdims=True)
-  labels, total = np.tile(labels, 2), 0.
+  labels, total = np.tile(labels, 2), 0.0
   for i in range(len(z)):
     others = [a for a in range(len(z)) if a != i]
     denominator = np.log(sum(np.exp(z[i] @ z[a] / temperature) for a in others))
@@ -26,10 +26,16 @@ def in_numpy(z1, z2, labels, temperature):
 @pytest.mark.parametrize('temperature', [0.1, 0.5])
 def test_they_equal_their_equations(temperature):
   with jax.enable_x64(True):
-    np.testing.assert_allclose(contrastive.supcon(Z1, Z2, LABELS, temperature), in_numpy(Z1, Z2, LABELS, temperature), rtol=1e-12)
+    np.testing.assert_allclose(
+      contrastive.supcon(Z1, Z2, LABELS, temperature),
+      in_numpy(Z1, Z2, LABELS, temperature),
+      rtol=1e-12,
+    )
     # NT-Xent's only positive is the other view: every pair is a label of its own.
     own = np.arange(B)
-    np.testing.assert_allclose(contrastive.supcon(Z1, Z2, None, temperature), in_numpy(Z1, Z2, own, temperature), rtol=1e-12)
+    np.testing.assert_allclose(
+      contrastive.supcon(Z1, Z2, None, temperature), in_numpy(Z1, Z2, own, temperature), rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize('labels', [None, LABELS])
@@ -38,9 +44,11 @@ def test_value_and_gradient_do_not_depend_on_the_number_of_devices(labels):
     def loss(z1, z2, y):
       local = contrastive.supcon(z1, z2, None if labels is None else y, 0.5, 'data')
       return jax.lax.pmean(local, 'data')
+
     mesh = devices.make_mesh(count)
     sharded = jax.shard_map(loss, mesh=mesh, in_specs=P('data'), out_specs=P())
     return jax.jit(jax.value_and_grad(lambda z: sharded(*z, LABELS)))((Z1, Z2))
+
   with jax.enable_x64(True):
     (one, grads_one), (eight, grads_eight) = of(1), of(8)
     whole, grads = jax.value_and_grad(lambda z: contrastive.supcon(*z, labels, 0.5))((Z1, Z2))

@@ -24,12 +24,24 @@ def test_downsampling_loses_what_is_finer_and_keeps_the_mean():
   out = corrupt('downsample:4', checkerboard[None, :, :, None], 0)
   assert out.shape == (1, 16, 16, 1) and np.abs(out.astype(float) - 127.5).max() < 16  # antialiased
   np.testing.assert_array_equal(corrupt('downsample:16', IMAGES, 0), IMAGES)
-  smooth = np.asarray(Image.fromarray(IMAGES[0]).resize((8, 8), Image.BILINEAR).resize((16, 16), Image.BILINEAR))
+  smooth = np.asarray(
+    Image.fromarray(IMAGES[0]).resize((8, 8), Image.BILINEAR).resize((16, 16), Image.BILINEAR)
+  )
   np.testing.assert_array_equal(corrupt('downsample:8', IMAGES, 0)[0], smooth)
 
 
-@pytest.mark.parametrize('name', ['fog:1', 'salt_pepper', 'salt_pepper:0', 'salt_pepper:2', 'downsample:0', 'downsample:1.5',
-                                  'downsample:17'])
+@pytest.mark.parametrize(
+  'name',
+  [
+    'fog:1',
+    'salt_pepper',
+    'salt_pepper:0',
+    'salt_pepper:2',
+    'downsample:0',
+    'downsample:1.5',
+    'downsample:17',
+  ],
+)
 def test_others_are_refused(name):
   with pytest.raises(UserError, match=f"corruption '{name}'"):
     check(name, 16)

@@ -1,4 +1,6 @@
-"""Every source is built here in its published form from known pixels, read back, and then damaged."""
+"""Every source is built here in its published form from known pixels, read back, and then
+damaged."""
+
 import functools
 import gzip
 import hashlib
@@ -47,26 +49,49 @@ def same(split, images, labels):
 
 
 def python2_pickle(value):
-  """What Python 2's cPickle.dump(value, protocol=2) writes: the published CIFAR pickles, str for every string."""
+  """What Python 2's cPickle.dump(value, protocol=2) writes: the published CIFAR pickles, str for
+  every string."""
+
   def emit(value):
     if isinstance(value, dict):
       return b'}(' + b''.join(emit(key) + emit(item) for key, item in value.items()) + b'u'
     if isinstance(value, list):
       return b'](' + b''.join(map(emit, value)) + b'e'
     if isinstance(value, np.ndarray):
-      dtype = (b'cnumpy\ndtype\n' + emit('u1') + b'K\0K\1\x87R(K\3' + emit('|') + b'NNN' + emit(-1) + emit(-1)
-               + b'K\0tb')
-      return (b'cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85' + emit('b') + b'\x87R(K\1'
-              + b''.join(map(emit, value.shape)) + b'\x86' + dtype + b'\x89' + emit(value.tobytes()) + b'tb')
+      dtype = (
+        b'cnumpy\ndtype\n'
+        + emit('u1')
+        + b'K\0K\1\x87R(K\3'
+        + emit('|')
+        + b'NNN'
+        + emit(-1)
+        + emit(-1)
+        + b'K\0tb'
+      )
+      return (
+        b'cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85'
+        + emit('b')
+        + b'\x87R(K\1'
+        + b''.join(map(emit, value.shape))
+        + b'\x86'
+        + dtype
+        + b'\x89'
+        + emit(value.tobytes())
+        + b'tb'
+      )
     if isinstance(value, int):
       return b'J' + struct.pack('<i', value)
     text = value if isinstance(value, bytes) else value.encode()
-    return (b'U' + bytes([len(text)]) if len(text) < 256 else b'T' + struct.pack('<i', len(text))) + text
+    return (
+      b'U' + bytes([len(text)]) if len(text) < 256 else b'T' + struct.pack('<i', len(text))
+    ) + text
+
   return b'\x80\x02' + emit(value) + b'.'
 
 
 def cifar(kind, n=6):
-  """{file: bytes} of one published folder, with its true train images, train labels, test images, test labels."""
+  """{file: bytes} of one published folder, with its true train images, train labels, test images,
+  test labels."""
   parts = 5 if '-10-' in kind else 1
   classes = 10 if '-10-' in kind else 100
   images = pictures(n * (parts + 1))
@@ -76,20 +101,31 @@ def cifar(kind, n=6):
   planes = images.transpose(0, 3, 1, 2).reshape(len(images), 3072)
   names = TEN if classes == 10 else [f'fine_{i}' for i in range(100)]
   coarse_names = [f'coarse_{i}' for i in range(20)]
-  stems = ([f'data_batch_{i}' for i in range(1, 6)] + ['test_batch']) if classes == 10 else ['train', 'test']
+  stems = (
+    ([f'data_batch_{i}' for i in range(1, 6)] + ['test_batch'])
+    if classes == 10
+    else ['train', 'test']
+  )
   files = {'readme.html': b'<html>'}
   for stem, rows in zip(stems, batches, strict=True):
     if kind.endswith(('-bin', '-binary')):
       columns = [fine[rows, None]] if classes == 10 else [coarse[rows, None], fine[rows, None]]
       files[stem + '.bin'] = np.concatenate([*columns, planes[rows]], 1).astype(np.uint8).tobytes()
     else:
-      labels = ({'labels': fine[rows].tolist()} if classes == 10
-                else {'fine_labels': fine[rows].tolist(), 'coarse_labels': coarse[rows].tolist()})
-      files[stem] = python2_pickle({'batch_label': stem, **labels, 'data': planes[rows], 'filenames': ['a.png'] * n})
+      labels = (
+        {'labels': fine[rows].tolist()}
+        if classes == 10
+        else {'fine_labels': fine[rows].tolist(), 'coarse_labels': coarse[rows].tolist()}
+      )
+      files[stem] = python2_pickle(
+        {'batch_label': stem, **labels, 'data': planes[rows], 'filenames': ['a.png'] * n}
+      )
   if kind == 'cifar-10-batches-bin':
     files['batches.meta.txt'] = ('\n'.join(names) + '\n\n').encode()
   elif kind == 'cifar-10-batches-py':
-    files['batches.meta'] = python2_pickle({'num_cases_per_batch': n, 'label_names': names, 'num_vis': 3072})
+    files['batches.meta'] = python2_pickle(
+      {'num_cases_per_batch': n, 'label_names': names, 'num_vis': 3072}
+    )
   elif kind == 'cifar-100-binary':
     files['fine_label_names.txt'] = ('\n'.join(names) + '\n').encode()
     files['coarse_label_names.txt'] = ('\n'.join(coarse_names) + '\n').encode()
@@ -100,7 +136,13 @@ def cifar(kind, n=6):
 
 
 KINDS = ['cifar-10-batches-bin', 'cifar-10-batches-py', 'cifar-100-binary', 'cifar-100-python']
-ARCHIVES = dict(zip(KINDS, ['cifar-10-binary', 'cifar-10-python', 'cifar-100-binary', 'cifar-100-python'], strict=True))
+ARCHIVES = dict(
+  zip(
+    KINDS,
+    ['cifar-10-binary', 'cifar-10-python', 'cifar-100-binary', 'cifar-100-python'],
+    strict=True,
+  )
+)
 
 
 def write_folder(root, files):
@@ -127,8 +169,11 @@ def write_svhn(root, n=(12, 8)):
   truth = []
   for name, count in zip(('train_32x32.mat', 'test_32x32.mat'), n, strict=True):
     images, labels = pictures(count, seed=count), np.arange(count) % 10 + 1  # 10 is the digit 0
-    scipy.io.savemat(root / name, {'X': images.transpose(1, 2, 3, 0), 'y': labels[:, None].astype(np.uint8)},
-                     do_compression=True)
+    scipy.io.savemat(
+      root / name,
+      {'X': images.transpose(1, 2, 3, 0), 'y': labels[:, None].astype(np.uint8)},
+      do_compression=True,
+    )
     truth.append((images, labels % 10))
   return truth
 
@@ -139,7 +184,9 @@ def write_classes(root, classes, n=5, size=8, mode='RGB', suffix='png', seed=0):
   for i, image in enumerate(images):
     folder = root / sorted(classes)[i // n]
     folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image if mode == 'RGB' else image[..., 0]).save(folder / f'{i:03d}.{suffix}', lossless=True)
+    Image.fromarray(image if mode == 'RGB' else image[..., 0]).save(
+      folder / f'{i:03d}.{suffix}', lossless=True
+    )
   return images, np.repeat(np.arange(len(classes)), n)
 
 
@@ -151,13 +198,19 @@ def test_digits_are_sklearns_split_by_class_and_never_otherwise():
   raw = sklearn.datasets.load_digits()
   want = np.rint(raw.data * 255 / 16).astype(np.uint8)
   assert got.train.images.shape == (1437, 8, 8, 1) and got.test.images.shape == (360, 8, 8, 1)
-  both = np.concatenate([np.column_stack([split.images.reshape(-1, 64), split.labels]) for split in got[:2]])
+  both = np.concatenate(
+    [np.column_stack([split.images.reshape(-1, 64), split.labels]) for split in got[:2]]
+  )
   theirs = np.column_stack([want, raw.target])
   np.testing.assert_array_equal(both[np.lexsort(both.T)], theirs[np.lexsort(theirs.T)])
   shares = np.bincount(got.test.labels) - np.bincount(raw.target) / 5
   assert np.abs(shares).max() < 1
   assert got.class_names == tuple('0123456789')
-  assert 'scikit-learn' in got.source and '1437 train, 360 test' in got.source and 'stratified' in got.source
+  assert (
+    'scikit-learn' in got.source
+    and '1437 train, 360 test' in got.source
+    and 'stratified' in got.source
+  )
   # Pinned: numbers reported on this split must mean the same on another numpy or scikit-learn.
   assert hashlib.sha256(got.test.images.tobytes()).hexdigest()[:12] == '36adb962e227'
 
@@ -173,7 +226,9 @@ def test_split_is_stratified_at_odd_class_sizes(tmp_path):
   numbers = [set(split.images[:, 0, 0, 0]) for split in (got.train, got.test)]
   assert not numbers[0] & numbers[1] and len(numbers[0] | numbers[1]) == 32
   for split in (got.train, got.test):
-    np.testing.assert_array_equal(labels[split.images[:, 0, 0, 0]], split.labels)  # each image kept its label
+    np.testing.assert_array_equal(
+      labels[split.images[:, 0, 0, 0]], split.labels
+    )  # each image kept its label
   np.savez(tmp_path / 'x.npz', images=images[:3], labels=[0, 1, 2])
   refused('leave none for a test part', tmp_path / 'x.npz')
 
@@ -188,7 +243,12 @@ def test_npz_in_its_three_forms(tmp_path):
   assert whole.class_names == ('no', 'yes') and len(whole.train.labels) == 16
   digest = hashlib.sha256((tmp_path / 'whole.npz').read_bytes()).hexdigest()
   assert f'whole.npz (sha256 {digest[:12]})' in whole.source and 'stratified' in whole.source
-  parts = dict(train_images=images[:15], train_labels=labels[:15], test_images=images[15:], test_labels=labels[15:])
+  parts = dict(
+    train_images=images[:15],
+    train_labels=labels[:15],
+    test_images=images[15:],
+    test_labels=labels[15:],
+  )
   np.savez(tmp_path / 'parts.npz', **parts)
   np.savez(tmp_path / 'a.npz', images=images[:15], labels=labels[:15], class_names=['no', 'yes'])
   np.savez(tmp_path / 'b.npz', images=images[15:], labels=labels[15:])
@@ -201,24 +261,32 @@ def test_npz_in_its_three_forms(tmp_path):
   refused('class_names differ', f'{tmp_path}/a.npz,{tmp_path}/c.npz')
   refused('holds both train and test', f'{tmp_path}/a.npz,{tmp_path}/parts.npz')
   np.savez(tmp_path / 'c.npz', images=pictures(5, 6), labels=labels[:5])
-  refused(r'test images are \(6, 6, 3\), train images \(4, 4, 3\)', f'{tmp_path}/a.npz,{tmp_path}/c.npz')
+  refused(
+    r'test images are \(6, 6, 3\), train images \(4, 4, 3\)', f'{tmp_path}/a.npz,{tmp_path}/c.npz'
+  )
 
 
-@pytest.mark.parametrize('change, match', [
-  (dict(images=pictures(6, 4) / 255.), r'float64, expected uint8.*\(images \* 255\).round'),
-  (dict(images=pictures(6, 4) * 1.), 'float64, expected uint8.*convert and save again'),
-  (dict(images=np.array(['a.png'] * 6)), 'U5, expected uint8.*convert and save again'),
-  (dict(images=pictures(6, 4) // 128), 'all pixels are 0 or 1.*multiply by 255'),
-  (dict(images=pictures(6, 4)[..., 0]), r'shape \(6, 4, 4\).*images\[..., None\]'),
-  (dict(images=pictures(6, 8).transpose(0, 3, 1, 2)), r'1, 3 or 4 channels.*transpose\(0, 2, 3, 1\)'),
-  (dict(images=pictures(6, 4)[:0], labels=np.zeros(0, int)), 'nothing in it'),
-  (dict(labels=np.arange(5)), '5 labels for 6 images'),
-  (dict(labels=np.arange(6.)), 'dtype float64, expected'),
-  (dict(labels=np.zeros((6, 1), int)), r'shape \(6, 1\)'),
-  (dict(labels=np.array([0, 1, -1, 0, 1, 1])), 'hold -1 .unlabelled'),
-  (dict(labels=np.array([0, 1, 2, 0, 1, 1]), class_names=['a', 'b']), r'hold 2, expected 0..1'),
-  (dict(labels=np.array([0, 1, 10**9, 0, 1, 1])), 'hold 1000000000'),
-])
+@pytest.mark.parametrize(
+  'change, match',
+  [
+    (dict(images=pictures(6, 4) / 255.0), r'float64, expected uint8.*\(images \* 255\).round'),
+    (dict(images=pictures(6, 4) * 1.0), 'float64, expected uint8.*convert and save again'),
+    (dict(images=np.array(['a.png'] * 6)), 'U5, expected uint8.*convert and save again'),
+    (dict(images=pictures(6, 4) // 128), 'all pixels are 0 or 1.*multiply by 255'),
+    (dict(images=pictures(6, 4)[..., 0]), r'shape \(6, 4, 4\).*images\[..., None\]'),
+    (
+      dict(images=pictures(6, 8).transpose(0, 3, 1, 2)),
+      r'1, 3 or 4 channels.*transpose\(0, 2, 3, 1\)',
+    ),
+    (dict(images=pictures(6, 4)[:0], labels=np.zeros(0, int)), 'nothing in it'),
+    (dict(labels=np.arange(5)), '5 labels for 6 images'),
+    (dict(labels=np.arange(6.0)), 'dtype float64, expected'),
+    (dict(labels=np.zeros((6, 1), int)), r'shape \(6, 1\)'),
+    (dict(labels=np.array([0, 1, -1, 0, 1, 1])), 'hold -1 .unlabelled'),
+    (dict(labels=np.array([0, 1, 2, 0, 1, 1]), class_names=['a', 'b']), r'hold 2, expected 0..1'),
+    (dict(labels=np.array([0, 1, 10**9, 0, 1, 1])), 'hold 1000000000'),
+  ],
+)
 def test_npz_with_wrong_arrays(tmp_path, change, match):
   np.savez(tmp_path / 'x.npz', **(dict(images=pictures(6, 4), labels=np.arange(6) % 2) | change))
   assert 'x.npz' in refused(match, tmp_path / 'x.npz')
@@ -228,7 +296,7 @@ def test_npz_damaged_or_hostile(tmp_path):
   np.savez(tmp_path / 'x.npz', images=pictures(6, 4))
   refused('holds images; expected the keys images, labels', tmp_path / 'x.npz')
   whole = (tmp_path / 'x.npz').read_bytes()
-  (tmp_path / 'x.npz').write_bytes(whole[:len(whole) // 2])
+  (tmp_path / 'x.npz').write_bytes(whole[: len(whole) // 2])
   refused('not a readable .npz', tmp_path / 'x.npz')
   flipped = bytearray(whole)
   flipped[len(whole) // 2] ^= 255
@@ -258,7 +326,10 @@ def test_cifar_as_published(tmp_path, kind):
     coarse = data.load(archive, label_set='coarse')
     same(coarse.train, train[0], train[2])
     same(coarse.test, test[0], test[2])
-    assert coarse.class_names == tuple(f'coarse_{i}' for i in range(20)) and 'coarse labels' in coarse.source
+    assert (
+      coarse.class_names == tuple(f'coarse_{i}' for i in range(20))
+      and 'coarse labels' in coarse.source
+    )
   else:
     refused('only CIFAR-100', archive, label_set='coarse')
   bare = 'cifar10' if '-10-' in kind else 'cifar100'
@@ -269,9 +340,12 @@ def test_cifar_as_published(tmp_path, kind):
 
 @pytest.mark.filterwarnings('ignore:numpy.core')
 def test_python_pickles_of_these_tests_are_what_numpy_reads():
-  """The hand-written emitter against Python's own reader, so that the test above reads the real thing."""
+  """The hand-written emitter against Python's own reader, so that the test above reads the real
+  thing."""
   array = pictures(1, 4).reshape(1, 48)
-  value = pickle.loads(python2_pickle({'data': array, 'labels': [7, -1], 'name': 'x' * 300}), encoding='bytes')
+  value = pickle.loads(
+    python2_pickle({'data': array, 'labels': [7, -1], 'name': 'x' * 300}), encoding='bytes'
+  )
   assert value[b'labels'] == [7, -1] and value[b'name'] == b'x' * 300
   np.testing.assert_array_equal(value[b'data'], array)
 
@@ -290,18 +364,27 @@ class Hostile:
 def test_hostile_pickle_is_refused_and_not_run(tmp_path, protocol):
   files, *_ = cifar('cifar-10-batches-py')
   for victim in ('data_batch_1', 'batches.meta'):
-    root = write_folder(tmp_path / victim, files | {victim: pickle.dumps(Hostile(tmp_path / 'ran'), protocol)})
+    root = write_folder(
+      tmp_path / victim, files | {victim: pickle.dumps(Hostile(tmp_path / 'ran'), protocol)}
+    )
     assert 'system, which was not run' in refused(f'{victim}: damaged', root)
     hidden = python2_pickle({'data': pictures(1)})[:-1] + b'0cbuiltins\neval\n' + b'U\x011\x85R.'
     write_folder(root, {victim: hidden})
     refused('builtins.eval, which was not run', root)
-    # Allowed names used for what they are not for: setting attributes of the class itself, calling it oddly.
-    for trick in (b'cnumpy\nndarray\n}(U\x04argsU\x01xub.', b'cnumpy\ndtype\n(K\1K\2tR}(U\1aK\1ub.', b'\x82\x01.',
-                  b'h\x07.'):
+    # Allowed names used for what they are not for: setting attributes of the class itself, calling
+    # it oddly.
+    for trick in (
+      b'cnumpy\nndarray\n}(U\x04argsU\x01xub.',
+      b'cnumpy\ndtype\n(K\1K\2tR}(U\1aK\1ub.',
+      b'\x82\x01.',
+      b'h\x07.',
+    ):
       write_folder(root, {victim: b'\x80\x02' + trick})
       refused('damaged|not built like', root)
   assert not (tmp_path / 'ran').exists()
-  same(data.load(write_folder(tmp_path / 'clean', files)).train, *cifar('cifar-10-batches-py')[1][:2])
+  same(
+    data.load(write_folder(tmp_path / 'clean', files)).train, *cifar('cifar-10-batches-py')[1][:2]
+  )
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -326,19 +409,27 @@ def test_cifar_damaged(tmp_path, kind):
 
 
 def test_cifar_batches_that_do_not_belong_together(tmp_path):
-  for kind, stem in (('cifar-10-batches-bin', 'data_batch_3.bin'), ('cifar-10-batches-py', 'data_batch_3')):
+  for kind, stem in (
+    ('cifar-10-batches-bin', 'data_batch_3.bin'),
+    ('cifar-10-batches-py', 'data_batch_3'),
+  ):
     files, *_ = cifar(kind)
     root = write_folder(tmp_path / kind, files | {stem: cifar(kind, n=5)[0][stem]})
     refused(r'hold \[6, 6, 5, 6, 6\] images', root)
   files, *_ = cifar('cifar-10-batches-bin')
   bad = bytearray(files['test_batch.bin'])
   bad[3073] = 10
-  refused(r'\(test\): labels hold 10, expected 0..9', write_folder(tmp_path / 'bad', files | {'test_batch.bin': bad}))
+  refused(
+    r'\(test\): labels hold 10, expected 0..9',
+    write_folder(tmp_path / 'bad', files | {'test_batch.bin': bad}),
+  )
   files, *_ = cifar('cifar-10-batches-py')
   short = python2_pickle({'labels': [1, 2], 'data': pictures(6).reshape(6, 3072)})
   refused('2 labels for 6 images', write_folder(tmp_path / 'short', files | {'test_batch': short}))
-  refused('not built like cifar-10-batches-py', write_folder(tmp_path / 'other', files | {
-    'test_batch': python2_pickle({'labels': [1, 2]})}))
+  refused(
+    'not built like cifar-10-batches-py',
+    write_folder(tmp_path / 'other', files | {'test_batch': python2_pickle({'labels': [1, 2]})}),
+  )
   with gzip.open(tmp_path / 'y.tar.gz', 'wb') as file:
     with tarfile.open(fileobj=file, mode='w'):
       pass
@@ -366,15 +457,19 @@ def test_svhn_damaged(tmp_path):
   write_svhn(tmp_path)
   path = tmp_path / 'train_32x32.mat'
   whole = path.read_bytes()
-  path.write_bytes(whole[:len(whole) // 2])
+  path.write_bytes(whole[: len(whole) // 2])
   refused('train_32x32.mat: not a readable MATLAB', tmp_path)
   path.write_bytes(b'no matlab at all')
   refused('not a readable MATLAB', tmp_path)
   scipy.io.savemat(path, {'X': pictures(4).transpose(1, 2, 3, 0)})
   refused(r'holds X \(32, 32, 3, 4\); expected SVHN', tmp_path)
-  scipy.io.savemat(path, {'X': pictures(4).transpose(1, 2, 3, 0), 'y': np.array([[1], [2], [3], [11]], np.uint8)})
+  scipy.io.savemat(
+    path, {'X': pictures(4).transpose(1, 2, 3, 0), 'y': np.array([[1], [2], [3], [11]], np.uint8)}
+  )
   refused('labels hold 11, expected 0..9', tmp_path)
-  scipy.io.savemat(path, {'X': pictures(4).transpose(1, 2, 3, 0), 'y': np.array([[1.], [2], [3], [4]])})
+  scipy.io.savemat(
+    path, {'X': pictures(4).transpose(1, 2, 3, 0), 'y': np.array([[1.0], [2], [3], [4]])}
+  )
   refused('dtype float64, expected', tmp_path)
 
 
@@ -441,7 +536,9 @@ def test_grey_beside_colour_becomes_colour(tmp_path):
   grey, _ = write_classes(tmp_path, ['a'], mode='L')
   write_classes(tmp_path, ['b'])
   got = data.load(tmp_path)
-  first = next(image for image, label in zip(got.train.images, got.train.labels, strict=True) if label == 0)
+  first = next(
+    image for image, label in zip(got.train.images, got.train.labels, strict=True) if label == 0
+  )
   assert first.shape == (8, 8, 3)
   assert any(np.array_equal(first, np.repeat(image, 3, -1)) for image in grey)
 
@@ -462,7 +559,7 @@ def test_folders_refused(tmp_path):
   Image.fromarray(np.full((8, 8, 4), 255, np.uint8)).save(odd)
   assert data.load(tmp_path).train.images.shape[1:] == (8, 8, 3)  # opaque alpha is dropped
   whole = (tmp_path / 'a' / '000.png').read_bytes()
-  odd.write_bytes(whole[:len(whole) - 60])
+  odd.write_bytes(whole[: len(whole) - 60])
   refused('odd.png: not a readable image', tmp_path)
   odd.write_bytes(b'not an image')
   refused('odd.png: not a readable image', tmp_path)
@@ -485,12 +582,23 @@ def test_unknown_names(tmp_path, monkeypatch):
   refused('only CIFAR-100 has coarse', 'digits', label_set='coarse')
 
 
-@pytest.mark.parametrize('name, file', [
-  ('cifar10', 'cifar-10-binary.tar.gz'), ('cifar100', 'cifar-100-binary.tar.gz'), ('svhn', 'test_32x32.mat')])
+@pytest.mark.parametrize(
+  'name, file',
+  [
+    ('cifar10', 'cifar-10-binary.tar.gz'),
+    ('cifar100', 'cifar-100-binary.tar.gz'),
+    ('svhn', 'test_32x32.mat'),
+  ],
+)
 def test_absent_set_says_what_to_do(tmp_path, monkeypatch, name, file):
   monkeypatch.setenv('PALM_DATA', str(tmp_path))
   message = refused(f'{name} is not in {tmp_path}', name)
-  for part in ('--download', f'curl -L --create-dirs -o {tmp_path / file} http', 'tfds build', f'tfds:{name}'):
+  for part in (
+    '--download',
+    f'curl -L --create-dirs -o {tmp_path / file} http',
+    'tfds build',
+    f'tfds:{name}',
+  ):
     assert part in message
   assert not list(tmp_path.iterdir())
 
@@ -505,7 +613,6 @@ def server(tmp_path):
   root.mkdir()
 
   class Handler(http.server.SimpleHTTPRequestHandler):
-
     def log_message(self, *args):
       pass
 
@@ -518,7 +625,9 @@ def server(tmp_path):
       else:
         super().do_GET()
 
-  with http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Handler, directory=root)) as it:
+  with http.server.ThreadingHTTPServer(
+    ('127.0.0.1', 0), functools.partial(Handler, directory=root)
+  ) as it:
     thread = threading.Thread(target=it.serve_forever)
     thread.start()
     yield root, f'http://127.0.0.1:{it.server_port}/'
@@ -537,11 +646,13 @@ def test_download_is_asked_for_checked_and_atomic(tmp_path, server, monkeypatch)
   archive = write_archive(root / 'cifar-10-binary.tar.gz', 'cifar-10-batches-bin', files)
   right = published(archive, address + archive.name)
   home = tmp_path / 'new' / 'home'
-  for wrong, match in [((right[0], right[1] + 1, right[2]), f'gave {right[1]} bytes, expected {right[1] + 1}'),
-                       ((right[0], right[1], '0' * 64), 'has sha256'),
-                       ((address + 'absent', *right[1:]), 'cannot download.*404'),
-                       ((address + 'cut', 1000, right[2]), 'cannot download|gave 10 bytes'),
-                       (('http://127.0.0.1:9/x', *right[1:]), 'cannot download')]:
+  for wrong, match in [
+    ((right[0], right[1] + 1, right[2]), f'gave {right[1]} bytes, expected {right[1] + 1}'),
+    ((right[0], right[1], '0' * 64), 'has sha256'),
+    ((address + 'absent', *right[1:]), 'cannot download.*404'),
+    ((address + 'cut', 1000, right[2]), 'cannot download|gave 10 bytes'),
+    (('http://127.0.0.1:9/x', *right[1:]), 'cannot download'),
+  ]:
     monkeypatch.setitem(data.PUBLISHED, archive.name, wrong)
     refused(match, 'cifar10', download=True, data_dir=home)
     assert not list(home.iterdir())  # neither the file nor a rest of it
@@ -552,7 +663,9 @@ def test_download_is_asked_for_checked_and_atomic(tmp_path, server, monkeypatch)
   assert 'as published' in got.source
   assert [path.name for path in home.iterdir()] == [archive.name]
   archive.unlink()
-  same(data.load('cifar10', download=True, data_dir=home).train, *train[:2])  # what is there is not fetched again
+  same(
+    data.load('cifar10', download=True, data_dir=home).train, *train[:2]
+  )  # what is there is not fetched again
 
 
 def test_download_of_the_part_that_is_missing(tmp_path, monkeypatch):
@@ -575,7 +688,9 @@ def test_download_into_a_place_that_cannot_be(tmp_path):
 def test_published_addresses_are_the_authors():
   for name, (url, size, sha256) in data.PUBLISHED.items():
     assert url.endswith('/' + name) and len(sha256) == 64 and size > 6e7
-    assert url.startswith(('https://www.cs.toronto.edu/~kriz/', 'http://ufldl.stanford.edu/housenumbers/'))
+    assert url.startswith(
+      ('https://www.cs.toronto.edu/~kriz/', 'http://ufldl.stanford.edu/housenumbers/')
+    )
 
 
 # ---- tensorflow-datasets
@@ -588,6 +703,7 @@ def tfds():
 
 def prepare(tfds, root, parts):
   """A real set in array_record; tensorflow-datasets stores ready PNG files without tensorflow."""
+
   def png(image):
     file = io.BytesIO()
     Image.fromarray(image).save(file, 'PNG')
@@ -598,8 +714,15 @@ def prepare(tfds, root, parts):
     VERSION = tfds.core.Version('1.0.0')
 
     def _info(self):
-      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
-        'image': tfds.features.Image(shape=(8, 8, 3)), 'label': tfds.features.ClassLabel(names=['even', 'odd'])}))
+      return tfds.core.DatasetInfo(
+        builder=self,
+        features=tfds.features.FeaturesDict(
+          {
+            'image': tfds.features.Image(shape=(8, 8, 3)),
+            'label': tfds.features.ClassLabel(names=['even', 'odd']),
+          }
+        ),
+      )
 
     def _split_generators(self, downloads):
       return {part: self._generate_examples(images) for part, images in parts.items()}
@@ -629,10 +752,14 @@ def test_a_prepared_set(tfds, tmp_path):
   refused('damaged|not prepared', 'tfds:palm_tiny_set', data_dir=root)
   info = version / 'dataset_info.json'
   info.write_text(info.read_text().replace('array_record', 'tfrecord'))
-  refused(f'tfds convert_format --dataset_version_dir={version}', 'tfds:palm_tiny_set', data_dir=root)
+  refused(
+    f'tfds convert_format --dataset_version_dir={version}', 'tfds:palm_tiny_set', data_dir=root
+  )
 
 
-@pytest.mark.parametrize('name, classes', [('cifar10', 10), ('cifar100', 100), ('svhn_cropped', 10)])
+@pytest.mark.parametrize(
+  'name, classes', [('cifar10', 10), ('cifar100', 100), ('svhn_cropped', 10)]
+)
 def test_the_papers_sets_through_tfds(tfds, name, classes):
   with tfds.testing.mock_data(num_examples=12):
     got = data.load(f'tfds:{name}')

@@ -1,4 +1,5 @@
 """The run is the same on 1, 2 and 8 devices, in place, and compiled once."""
+
 import contextlib
 import re
 
@@ -25,7 +26,9 @@ def start(num_devices, dtype='float32', **sizes):
 def compilations():
   """A list that grows by one with each program that XLA compiles inside the block."""
   count = []
-  listener = lambda event, duration, **_: count.append(duration) if event.endswith('backend_compile_duration') else None
+  listener = lambda event, duration, **_: (
+    count.append(duration) if event.endswith('backend_compile_duration') else None
+  )
   jax.monitoring.register_event_duration_secs_listener(listener)
   try:
     yield count
@@ -41,11 +44,15 @@ def test_one_two_and_eight_devices_compute_the_same_in_float64():
       for i in range(program.num_calls):
         with compilations() as count:
           state, (metrics, _) = program.call(state, world)
-          jax.block_until_ready(state)  # one collective program in flight at a time: the fake devices share two cores
+          jax.block_until_ready(
+            state
+          )  # one collective program in flight at a time: the fake devices share two cores
         assert len(count) == (i == 0)
       results.append(jax.device_get((state.replace(key=jax.random.key_data(state.key)), metrics)))
   (want, want_metrics), *others = results
-  assert int(want.iteration) == 24 and int(want.ring.total) == 96 > want.ring.frames.shape[0]  # the ring wrapped
+  assert (
+    int(want.iteration) == 24 and int(want.ring.total) == 96 > want.ring.frames.shape[0]
+  )  # the ring wrapped
   assert want.ssl['params']['encoder']['stem_conv']['kernel'].dtype == np.float64
   for state, metrics in others:
     np.testing.assert_array_equal(state.ring.frames, want.ring.frames)
@@ -54,7 +61,9 @@ def test_one_two_and_eight_devices_compute_the_same_in_float64():
     for a, b in zip(parts(state), parts(want), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
     for name in metrics:
-      np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=1e-7, atol=1e-9, err_msg=name)
+      np.testing.assert_allclose(
+        metrics[name], want_metrics[name], rtol=1e-7, atol=1e-9, err_msg=name
+      )
 
 
 @pytest.fixture(scope='module')
@@ -68,22 +77,30 @@ def test_gradient_norms_do_not_grow_with_the_devices(eight):
   for program, state, world in (start(1), eight):
     _, (metrics, _) = program.call(jax.tree.map(lambda x: x.copy(), state), world)
     first = int(np.argmax(metrics['updated']))
-    norms.append([float(metrics[name][first]) for name in ('ssl_grad_norm', 'critic_grad_norm', 'actor_grad_norm')])
+    norms.append(
+      [
+        float(metrics[name][first])
+        for name in ('ssl_grad_norm', 'critic_grad_norm', 'actor_grad_norm')
+      ]
+    )
   np.testing.assert_allclose(norms[1], norms[0], rtol=2e-3)
 
 
 def test_replay_is_updated_in_place(eight):
-  """Read off the compiled program: each leaf of the ring is aliased to its output, and no copy has the ring's shape."""
+  """Read off the compiled program: each leaf of the ring is aliased to its output, and no copy has
+  the ring's shape."""
   program, state, world = eight
   text = program.call.lower(state, world).compile().as_text()
-  aliased = {int(i) for i in re.findall(r'\{\d*\}: \((\d+), \{\}', text[:text.index('\n')])}
+  aliased = {int(i) for i in re.findall(r'\{\d*\}: \((\d+), \{\}', text[: text.index('\n')])}
   leaves = jax.tree_util.tree_leaves_with_path(state)
   ring = [i for i, (path, _) in enumerate(leaves) if path[0].name == 'ring']
   assert len(ring) == 3 and set(ring) <= aliased
   rows, envs = state.ring.frames.shape[:2]
   for shape in (f'u8[{rows},{envs // 8},64]', f'f32[{rows},{envs // 8},6]'):
     assert shape in text
-    copies = [line for line in text.splitlines() if re.search(rf'= {re.escape(shape)}\S* copy\(', line)]
+    copies = [
+      line for line in text.splitlines() if re.search(rf'= {re.escape(shape)}\S* copy\(', line)
+    ]
     assert not copies, copies
 
 
@@ -92,7 +109,9 @@ def test_world_parameters_do_not_recompile(eight):
   state = jax.tree.map(lambda x: x.copy(), state)
   state, _ = program.call(state, world)
   for alpha in (0.2, 0.9):
-    dynamics = world.dynamics.replace(alpha=jax.device_put(np.float32(alpha), world.dynamics.alpha.sharding))
+    dynamics = world.dynamics.replace(
+      alpha=jax.device_put(np.float32(alpha), world.dynamics.alpha.sharding)
+    )
     with compilations() as count:
       state, _ = jax.block_until_ready(program.call(state, world._replace(dynamics=dynamics)))
     assert not count

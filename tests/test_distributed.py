@@ -1,4 +1,6 @@
-"""Several processes are one run: the same numbers, checkpoints of all for any number of processes, one end for all."""
+"""Several processes are one run: the same numbers, checkpoints of all for any number of processes,
+one end for all."""
+
 import json
 import os
 import pathlib
@@ -25,19 +27,38 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def worker(folder, stop_at):
-  """What each process of the quick tests runs: palm_jax's own loop without its monitors, saved at every call."""
+  """What each process of the quick tests runs: palm_jax's own loop without its monitors, saved at
+  every call."""
   devices.initialize_distributed()
   config, mesh, generator = nature_config(), devices.make_mesh(), LargeGenerator()
   config.replay.capacity = 8 * 8  # wraps within the run
-  config.pretrain.update(dict(dtype='float64', env_steps=4 * 3 * 16, num_envs=8, rollout_length=2, batch_size=16,
-                              updates_per_iteration=1, warmup_steps=48, iterations_per_call=3))
-  program, world = pretrain.make_program(config, generator, mesh), pretrain.make_world(config, generator, mesh)
+  config.pretrain.update(
+    dict(
+      dtype='float64',
+      env_steps=4 * 3 * 16,
+      num_envs=8,
+      rollout_length=2,
+      batch_size=16,
+      updates_per_iteration=1,
+      warmup_steps=48,
+      iterations_per_call=3,
+    )
+  )
+  program, world = (
+    pretrain.make_program(config, generator, mesh),
+    pretrain.make_world(config, generator, mesh),
+  )
   key = jax.random.key(3)
-  template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                          jax.eval_shape(program.init, key, world), program.state_shardings)
+  template = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    jax.eval_shape(program.init, key, world),
+    program.state_shardings,
+  )
   with Checkpoints(folder, keep=9) as checkpoints, Preemption() as preemption:
     restored = checkpoints.restore({'state': template})
-    state, step = (restored.items['state'], restored.step) if restored else (program.init(key, world), 0)
+    state, step = (
+      (restored.items['state'], restored.step) if restored else (program.init(key, world), 0)
+    )
     while step < program.num_calls:
       state, _ = jax.block_until_ready(program.call(state, world))
       step += 1
@@ -53,15 +74,32 @@ def worker(folder, stop_at):
 
 def write_arrays(path, state):
   """Writes the whole of a sharded state: {path of a leaf: array}."""
-  state = multihost_utils.process_allgather(state.replace(key=jax.random.key_data(state.key)), tiled=True)
+  state = multihost_utils.process_allgather(
+    state.replace(key=jax.random.key_data(state.key)), tiled=True
+  )
   if jax.process_index() == 0:
-    np.savez(path, **{jax.tree_util.keystr(name): x for name, x in jax.tree_util.tree_leaves_with_path(state)})
+    np.savez(
+      path,
+      **{jax.tree_util.keystr(name): x for name, x in jax.tree_util.tree_leaves_with_path(state)},
+    )
 
 
 def environment(num_devices, **more):
-  env = {name: value for name, value in os.environ.items() if not name.startswith(('XLA_', 'SLURM_', 'JAX_'))}
-  return dict(env, JAX_PLATFORMS='cpu', JAX_ENABLE_X64='1', JAX_NUM_CPU_DEVICES=str(num_devices), NPROC='16',
-              XLA_FLAGS='--xla_backend_optimization_level=0', PYTHONPATH=str(ROOT), **more)
+  env = {
+    name: value
+    for name, value in os.environ.items()
+    if not name.startswith(('XLA_', 'SLURM_', 'JAX_'))
+  }
+  return dict(
+    env,
+    JAX_PLATFORMS='cpu',
+    JAX_ENABLE_X64='1',
+    JAX_NUM_CPU_DEVICES=str(num_devices),
+    NPROC='16',
+    XLA_FLAGS='--xla_backend_optimization_level=0',
+    PYTHONPATH=str(ROOT),
+    **more,
+  )
 
 
 def free_port():
@@ -78,11 +116,21 @@ def run_workers(folder, processes, num_devices, stop_at=0):
   try:
     for i in range(processes):
       logs.append(folder.with_suffix(f'.{i}.log'))
-      joined = dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(processes), JAX_PROCESS_ID=str(i),
-                    JAX_COMPILATION_CACHE_DIR=str(folder.parent / 'cache'))
+      joined = dict(
+        JAX_COORDINATOR_ADDRESS=address,
+        JAX_NUM_PROCESSES=str(processes),
+        JAX_PROCESS_ID=str(i),
+        JAX_COMPILATION_CACHE_DIR=str(folder.parent / 'cache'),
+      )
       with logs[-1].open('w') as log:
-        children.append(subprocess.Popen([sys.executable, __file__, str(folder), str(stop_at)], stdout=log, stderr=log,
-                                         env=environment(num_devices, **joined)))
+        children.append(
+          subprocess.Popen(
+            [sys.executable, __file__, str(folder), str(stop_at)],
+            stdout=log,
+            stderr=log,
+            env=environment(num_devices, **joined),
+          )
+        )
     codes = [child.wait(600) for child in children]
   finally:
     for child in children:
@@ -91,10 +139,11 @@ def run_workers(folder, processes, num_devices, stop_at=0):
 
 
 def assert_same_state(got, want):
-  """Of two files of `write_arrays`: pictures and counters equal, parameters as near as between device counts."""
+  """Of two files of `write_arrays`: pictures and counters equal, parameters as near as between
+  device counts."""
   got, want = np.load(got), np.load(want)
   assert sorted(got) == sorted(want) and sum(x.dtype == np.float64 for x in want.values()) > 20
-  largest = 0.
+  largest = 0.0
   for name, x in want.items():
     assert got[name].dtype == x.dtype, name
     if np.issubdtype(x.dtype, np.floating):
@@ -115,7 +164,8 @@ def one(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def two(one):
-  """The same run in two processes of four devices, one of which was told to stop after the second call."""
+  """The same run in two processes of four devices, one of which was told to stop after the second
+  call."""
   folder = one.with_name('two')
   run_workers(folder, 2, 4, stop_at=2)
   return folder
@@ -124,11 +174,15 @@ def two(one):
 def test_two_processes_are_one_run_and_stop_together(one, two):
   assert list_steps(one) == [1, 2, 3, 4] and list_steps(two) == [1, 2]
   before, after = np.load(one / '1.npz'), np.load(one / '2.npz')
-  assert all((before[name] != after[name]).any() for name in after if 'kernel' in name and 'params' in name)
+  assert all(
+    (before[name] != after[name]).any() for name in after if 'kernel' in name and 'params' in name
+  )
   assert_same_state(two / '2.npz', one / '2.npz')
 
 
-@pytest.mark.parametrize(('processes', 'num_devices'), [(1, 8), pytest.param(4, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  ('processes', 'num_devices'), [(1, 8), pytest.param(4, 2, marks=pytest.mark.slow)]
+)
 def test_other_numbers_of_processes_go_on(one, two, processes, num_devices):
   folder = shutil.copytree(two, two.with_name(f'on{processes}'))
   run_workers(folder, processes, num_devices)
@@ -152,15 +206,21 @@ def test_nothing_happens_on_one_machine(monkeypatch):
   assert not jax.distributed.is_initialized()
 
 
-@pytest.mark.parametrize(('settings', 'message'), [
-    (('10.0.0.1:8476', None, None), '--coordinator_address=10.0.0.1:8476 without --num_processes and --process_id'),
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    (
+      ('10.0.0.1:8476', None, None),
+      '--coordinator_address=10.0.0.1:8476 without --num_processes and --process_id',
+    ),
     ((None, 2, 0), '--num_processes=2 --process_id=0 without --coordinator_address'),
     (('10.0.0.1', 2, 0), '--coordinator_address=10.0.0.1 is not HOST:PORT'),
     (('10.0.0.1:http', 2, 0), '--coordinator_address=10.0.0.1:http is not HOST:PORT'),
     (('10.0.0.1:8476', 2, 2), '--process_id=2 is not below --num_processes=2'),
     (('10.0.0.1:8476', 0, 0), '--process_id=0 is not below --num_processes=0'),
     (('10.0.0.1:8476', 2, -1), '--process_id=-1 is not a number of at least 0'),
-])
+  ],
+)
 def test_settings_that_cannot_be(settings, message):
   with pytest.raises(UserError, match=f'^{re.escape(message)}') as error:
     devices.initialize_distributed(*settings)
@@ -184,16 +244,22 @@ from palm_jax import devices, main
 run = lambda argv: devices.initialize_distributed('127.0.0.1:{free_port()}', 2, {process_id}, wait_seconds=2)
 app.run(main.exit_on_user_error(run))
 """
-  done = subprocess.run([sys.executable, '-c', code], env=environment(1), capture_output=True, text=True, timeout=120)
+  done = subprocess.run(
+    [sys.executable, '-c', code], env=environment(1), capture_output=True, text=True, timeout=120
+  )
   assert done.returncode == 2, done.stderr
-  assert '\npalm_jax: the processes of the run did not find each other at 127.0.0.1:' in f'\n{done.stderr}', done.stderr
+  assert (
+    '\npalm_jax: the processes of the run did not find each other at 127.0.0.1:'
+    in f'\n{done.stderr}'
+  ), done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('victim', [0, 1])
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
 def test_the_others_end_by_themselves(tmp_path, victim, number):
-  """Without a launcher that ends them. A stopped process stands for a machine that is gone: nothing closes its connections."""
+  """Without a launcher that ends them. A stopped process stands for a machine that is gone: nothing
+  closes its connections."""
   code = """
 import pathlib, sys, time
 from palm_jax import checkpoint, devices
@@ -205,9 +271,16 @@ while True:
 """
   joined = dict(JAX_COORDINATOR_ADDRESS=f'127.0.0.1:{free_port()}', JAX_NUM_PROCESSES='2')
   files = [tmp_path / f'joined.{i}' for i in range(2)]
-  processes = [subprocess.Popen([sys.executable, '-c', code, str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                text=True, env=environment(2, JAX_PROCESS_ID=str(i), **joined))
-               for i, file in enumerate(files)]
+  processes = [
+    subprocess.Popen(
+      [sys.executable, '-c', code, str(file)],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      env=environment(2, JAX_PROCESS_ID=str(i), **joined),
+    )
+    for i, file in enumerate(files)
+  ]
   try:
     while not all(file.exists() for file in files):
       assert all(process.poll() is None for process in processes)
@@ -216,7 +289,9 @@ while True:
     processes[victim].send_signal(number)
     began = time.monotonic()
     output = processes[1 - victim].communicate(timeout=60)[0]
-    print(f'{number.name} of process {victim}: the other ended after {time.monotonic() - began:.1f} s')
+    print(
+      f'{number.name} of process {victim}: the other ended after {time.monotonic() - began:.1f} s'
+    )
     assert processes[1 - victim].returncode not in (0, None), output
   finally:
     for process in processes:
@@ -235,12 +310,25 @@ devices.initialize_distributed()
 with open(sys.argv[1], 'w') as f:
   json.dump([jax.process_index(), jax.process_count(), jax.device_count(), logging.get_verbosity() == logging.WARNING], f)
 """
-  step = dict(SLURM_JOB_ID='1', SLURM_STEP_NODELIST='localhost', SLURM_NTASKS='2', SLURM_STEP_NUM_TASKS='2',
-              SLURM_STEP_NUM_NODES='1', JAX_COORDINATOR_PORT=str(free_port()))
+  step = dict(
+    SLURM_JOB_ID='1',
+    SLURM_STEP_NODELIST='localhost',
+    SLURM_NTASKS='2',
+    SLURM_STEP_NUM_TASKS='2',
+    SLURM_STEP_NUM_NODES='1',
+    JAX_COORDINATOR_PORT=str(free_port()),
+  )
   files = [tmp_path / str(i) for i in range(2)]
-  tasks = [subprocess.Popen([sys.executable, '-c', code, str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, env=environment(3, SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **step))
-           for i, file in enumerate(files)]
+  tasks = [
+    subprocess.Popen(
+      [sys.executable, '-c', code, str(file)],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      env=environment(3, SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **step),
+    )
+    for i, file in enumerate(files)
+  ]
   try:
     output = [task.communicate(timeout=120)[0] for task in tasks]
   finally:
@@ -256,13 +344,30 @@ class Pod:
   def __init__(self, base, workdir, processes, num_devices, *arguments):
     self.base, self.workdir, self.processes = base, base / workdir, processes
     self.log = base / f'{workdir}.log'
-    self.command = [sys.executable, str(ROOT / 'launch' / 'local.py'), f'--processes={processes}', f'--devices={num_devices}',
-                    '--', f'--config={base / "config.py"}', f'--workdir={self.workdir}', *arguments]
+    self.command = [
+      sys.executable,
+      str(ROOT / 'launch' / 'local.py'),
+      f'--processes={processes}',
+      f'--devices={num_devices}',
+      '--',
+      f'--config={base / "config.py"}',
+      f'--workdir={self.workdir}',
+      *arguments,
+    ]
 
   def start(self):
     with self.log.open('w') as log:
-      return subprocess.Popen(self.command, cwd=ROOT, stdout=log, stderr=log, env=environment(
-          1, JAX_COMPILATION_CACHE_DIR=str(self.base / 'cache'), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0'))
+      return subprocess.Popen(
+        self.command,
+        cwd=ROOT,
+        stdout=log,
+        stderr=log,
+        env=environment(
+          1,
+          JAX_COMPILATION_CACHE_DIR=str(self.base / 'cache'),
+          JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
+        ),
+      )
 
   def finish(self):
     assert self.start().wait(3000) == 0, self.log.read_text()
@@ -272,7 +377,8 @@ class Pod:
     return self
 
   def interrupt(self, number, calls):
-    """Sends a signal to the last process once so many calls are saved -> the launcher's code, the seconds it then took."""
+    """Sends a signal to the last process once so many calls are saved -> the launcher's code, the
+    seconds it then took."""
     launcher = self.start()
     try:
       checkpoints = self.workdir / 'pretrain' / 'checkpoints'
@@ -280,7 +386,12 @@ class Pod:
       while max(list_steps(checkpoints), default=0) < calls * 2:
         assert launcher.poll() is None and time.monotonic() < deadline, self.log.read_text()
         time.sleep(0.1)
-      children = sorted(map(int, pathlib.Path(f'/proc/{launcher.pid}/task/{launcher.pid}/children').read_text().split()))
+      children = sorted(
+        map(
+          int,
+          pathlib.Path(f'/proc/{launcher.pid}/task/{launcher.pid}/children').read_text().split(),
+        )
+      )
       assert len(children) == self.processes
       os.kill(children[-1], number)
       began = time.monotonic()
@@ -315,7 +426,11 @@ def get_config():
 @pytest.fixture(scope='module')
 def base(tmp_path_factory):
   base, rng = tmp_path_factory.mktemp('pods'), np.random.default_rng(0)
-  np.savez(base / 'data.npz', images=rng.integers(0, 256, (60, 8, 8, 1), dtype=np.uint8), labels=np.arange(60) % 3)
+  np.savez(
+    base / 'data.npz',
+    images=rng.integers(0, 256, (60, 8, 8, 1), dtype=np.uint8),
+    labels=np.arange(60) % 3,
+  )
   (base / 'config.py').write_text(CONFIG.format(data=str(base / 'data.npz')))
   return base
 
@@ -329,16 +444,23 @@ def pod(base):
 @pytest.mark.slow
 def test_only_the_first_process_writes(pod):
   assert [row['step'] for row in pod.metrics()] == [2, 4, 6, 8, 10, 12]
-  assert {path.stem for path in (pod.workdir / 'results').iterdir()} >= {'generator', 'pretrain', 'probe'}
+  assert {path.stem for path in (pod.workdir / 'results').iterdir()} >= {
+    'generator',
+    'pretrain',
+    'probe',
+  }
   for job in ('generator', 'pretrain'):
     assert len(list((pod.workdir / job).glob('events.out.tfevents.*'))) == 1
-  assert list((pod.workdir / 'pretrain' / 'rollouts').glob('*.png')) and not list(pod.workdir.rglob('*.part'))
+  assert list((pod.workdir / 'pretrain' / 'rollouts').glob('*.png')) and not list(
+    pod.workdir.rglob('*.part')
+  )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_to_one_process(base, pod, number):
-  """The whole command: one is stopped or killed, all end, the same command in another number of processes goes on."""
+  """The whole command: one is stopped or killed, all end, the same command in another number of
+  processes goes on."""
   arguments = ('--job=pretrain', f'--config.generator.path={pod.workdir}')
   interrupted = Pod(base, number.name, 2, 4, *arguments)
   code, seconds = interrupted.interrupt(number, calls=2)

@@ -1,4 +1,6 @@
-"""Diversity of what an agent explores: whose frames are taken, from where in their episodes, and the job."""
+"""Diversity of what an agent explores: whose frames are taken, from where in their episodes, and
+the job."""
+
 import json
 import logging
 import shutil
@@ -42,8 +44,15 @@ def make_arms(num_devices, state=None):
   program = pretrain.make_program(config, generator, mesh)
   world = pretrain.make_world(config, generator, mesh)
   state = state or program.init(jax.random.key(0), world)
-  encoder, actor = devices.replicate(mesh, jax.device_get((state.ssl['params']['encoder'], state.agent.actor)))
-  return play.make_arms(config, generator, program, mesh, {'params': encoder}, actor), program, world, state
+  encoder, actor = devices.replicate(
+    mesh, jax.device_get((state.ssl['params']['encoder'], state.agent.actor))
+  )
+  return (
+    play.make_arms(config, generator, program, mesh, {'params': encoder}, actor),
+    program,
+    world,
+    state,
+  )
 
 
 @pytest.fixture(scope='module')
@@ -57,13 +66,18 @@ def frames(played):
 
 
 def test_each_frame_is_that_of_the_chosen_step_of_its_episode(played, frames):
-  """Against episodes played step by step, all frames kept, by the functions of pretraining and its whole state."""
+  """Against episodes played step by step, all frames kept, by the functions of pretraining and its
+  whole state."""
   _, program, world, state = played
   generator, (start, steps, chosen) = LargeGenerator(), jax.random.split(KEY, 3)
   render = jax.jit(lambda z: environment.to_uint8(generator.apply(world.variables, z, LABELS)))
   policy = jax.jit(program.action)
-  advance = jax.jit(lambda env, actions, key: environment.step(env, actions, key, IDS, world.dynamics, 1000, 3))
-  uniform = jax.jit(jax.vmap(lambda k: jax.random.uniform(k, (generator.z_dim,), minval=-1, maxval=1)))
+  advance = jax.jit(
+    lambda env, actions, key: environment.step(env, actions, key, IDS, world.dynamics, 1000, 3)
+  )
+  uniform = jax.jit(
+    jax.vmap(lambda k: jax.random.uniform(k, (generator.z_dim,), minval=-1, maxval=1))
+  )
   chosen = np.asarray(play.chosen_steps(chosen, IDS, LENGTH))
   assert {0, LENGTH - 1} < set(chosen)
   for name in ('policy', 'uniform'):
@@ -72,7 +86,11 @@ def test_each_frame_is_that_of_the_chosen_step_of_its_episode(played, frames):
     for t in range(LENGTH - 1):
       key_policy, key_env = jax.random.split(jax.random.fold_in(steps, t))
       keys = environment.env_keys(key_policy, IDS)
-      env = advance(env, policy(state.ssl, state.agent, seen[-1], keys) if name == 'policy' else uniform(keys), key_env)
+      env = advance(
+        env,
+        policy(state.ssl, state.agent, seen[-1], keys) if name == 'policy' else uniform(keys),
+        key_env,
+      )
       seen.append(np.asarray(render(env.z)))
     wanted = np.stack(seen)[chosen, IDS].astype(int)
     assert np.abs(frames[name] - wanted).max() <= 1  # of 255: another program may round otherwise
@@ -102,7 +120,9 @@ def test_chosen_steps_are_uniform(length):
   steps = np.asarray(play.chosen_steps(KEY, np.arange(7000), length))
   counts = np.bincount(steps, minlength=length)
   assert len(counts) == length
-  assert np.sum((counts - 7000 / length) ** 2) / (7000 / length) < 22  # chi-squared with 6 degrees: 0.1%
+  assert (
+    np.sum((counts - 7000 / length) ** 2) / (7000 / length) < 22
+  )  # chi-squared with 6 degrees: 0.1%
   np.testing.assert_array_equal(play.chosen_steps(KEY, np.arange(100, 110), length), steps[100:110])
 
 
@@ -111,18 +131,24 @@ def test_generated_sets_have_the_same_classes():
   asked = lambda arm: lambda key, which, labels: (arm, which, labels)
   arms = {arm: asked(arm) for arm in ('policy', 'uniform', 'independent', 'record')}
   rows = np.array([4, 5, 6, 0])
-  record = np.arange(30.).reshape(10, 3), np.arange(10)[::-1] % 4
+  record = np.arange(30.0).reshape(10, 3), np.arange(10)[::-1] % 4
   ids = play.by_chosen_step(KEY, np.arange(7), LENGTH)
   assert sorted(ids) == list(range(7))
   chosen = np.asarray(play.chosen_steps(jax.random.split(KEY, 3)[2], ids, LENGTH))
   assert (np.diff(chosen) >= 0).all()
   for given, first, labels in ((None, 'policy', ids % 3), (record, 'record', record[1])):
     sets = diversity.generated(arms, KEY, 7, 3, LENGTH, given)
-    assert [sets[name](rows)[0] for name in ('explored', 'random actions', 'independent')] == [first, 'uniform', 'independent']
+    assert [sets[name](rows)[0] for name in ('explored', 'random actions', 'independent')] == [
+      first,
+      'uniform',
+      'independent',
+    ]
     for pictures in sets.values():
       np.testing.assert_array_equal(pictures(rows)[2], labels[rows])
     np.testing.assert_array_equal(sets['random actions'](rows)[1], ids[rows])
-    np.testing.assert_array_equal(sets['explored'](rows)[1], record[0][rows] if given else ids[rows])
+    np.testing.assert_array_equal(
+      sets['explored'](rows)[1], record[0][rows] if given else ids[rows]
+    )
   assert not diversity.generated(arms, KEY, 7, 0, LENGTH)['explored'](rows)[2].any()
 
 
@@ -130,14 +156,21 @@ def test_generated_sets_have_the_same_classes():
 
 
 def write_record(folder, rows=43, num_envs=6, length=LENGTH, rows_a_file=10):
-  """Episodes that begin at different rows; a latent is (its row, its environment, its step); a label is of the episode."""
+  """Episodes that begin at different rows; a latent is (its row, its environment, its step); a
+  label is of the episode."""
   row, env = np.meshgrid(np.arange(rows), np.arange(num_envs), indexing='ij')
   step = (row + env) % length
   label = (7 * ((row + env) // length) + env) % 5
-  whole = Experience(np.stack([row, env, step], -1).astype(np.float32), label.astype(np.int32), step.astype(np.int32))
+  whole = Experience(
+    np.stack([row, env, step], -1).astype(np.float32), label.astype(np.int32), step.astype(np.int32)
+  )
   for first in range(0, rows, rows_a_file):
-    experience.write(folder, first, Experience(*(jnp.asarray(x[first:first + rows_a_file]) for x in whole)))
-  complete = [(e, start) for e in range(num_envs) for start in range(-e % length, rows - length + 1, length)]
+    experience.write(
+      folder, first, Experience(*(jnp.asarray(x[first : first + rows_a_file]) for x in whole))
+    )
+  complete = [
+    (e, start) for e in range(num_envs) for start in range(-e % length, rows - length + 1, length)
+  ]
   return whole, complete
 
 
@@ -181,6 +214,7 @@ def data():
   def split(seed, n):
     rng = np.random.default_rng(seed)
     return Split(rng.integers(0, 256, (n, 8, 8, 1), dtype=np.uint8), rng.integers(0, 3, n))
+
   return Data(split(0, 80), split(1, 33), ('a', 'b', 'c'), 'noise')
 
 
@@ -201,11 +235,16 @@ def mesh():
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory, mesh):
-  """Workdir of a run with a generator and a pretraining, nobody trained, and the pretraining's state."""
+  """Workdir of a run with a generator and a pretraining, nobody trained, and the pretraining's
+  state."""
   workdir = tmp_path_factory.mktemp('run')
-  fields = dict(z_dim=4, w_dim=4, num_classes=3, channels=(4, 4), image_channels=1, mapping_layers=1)
+  fields = dict(
+    z_dim=4, w_dim=4, num_classes=3, channels=(4, 4), image_channels=1, mapping_layers=1
+  )
   network = Generator(**fields)
-  variables = jax.jit(network.init)(jax.random.key(5), jnp.zeros((1, 4)), jnp.zeros((1,), jnp.int32))
+  variables = jax.jit(network.init)(
+    jax.random.key(5), jnp.zeros((1, 4)), jnp.zeros((1,), jnp.int32)
+  )
   with Checkpoints(workdir / 'generator' / 'checkpoints') as checkpoints:
     checkpoints.save(7, {'generator': jax.device_get(variables)}, {})
   (workdir / 'generator' / 'network.json').write_text(json.dumps(fields))
@@ -213,11 +252,18 @@ def saved(tmp_path_factory, mesh):
   config, generator = job_config(), load_generator(workdir)
   program = pretrain.make_program(config, generator, mesh)
   state = program.init(jax.random.key(1), pretrain.make_world(config, generator, mesh))
-  encoder = {'params': state.ssl['params']['encoder'], 'batch_stats': state.ssl['batch_stats']['encoder']}
+  encoder = {
+    'params': state.ssl['params']['encoder'],
+    'batch_stats': state.ssl['batch_stats']['encoder'],
+  }
   with Checkpoints(workdir / 'pretrain' / 'checkpoints') as checkpoints:
     checkpoints.save(40, {'state': state, 'encoder': encoder}, {})
   rng, step = np.random.default_rng(0), np.arange(29)[:, None] + np.zeros((1, 6), int)
-  whole = Experience(rng.normal(size=(29, 6, 4)), np.repeat(rng.integers(0, 3, (5, 6)), LENGTH, 0)[:29], step % LENGTH)
+  whole = Experience(
+    rng.normal(size=(29, 6, 4)),
+    np.repeat(rng.integers(0, 3, (5, 6)), LENGTH, 0)[:29],
+    step % LENGTH,
+  )
   experience.write(workdir / 'pretrain' / 'experience', 0, Experience(*map(jnp.asarray, whole)))
   return workdir, program, generator, state
 
@@ -230,10 +276,29 @@ def finished(data, saved, mesh):
 def test_the_job_reports_every_set(finished, saved):
   assert json.loads((saved[0] / 'results' / 'diversity.json').read_text()) == finished
   rows = {row['set']: row for row in finished['rows']}
-  assert list(rows) == ['explored', 'random actions', 'independent', 'other training images', 'test images']
-  metrics = ['unique_nn', 'symmetric', 'hit_once', 'precision', 'recall', 'density', 'coverage', 'FID']
+  assert list(rows) == [
+    'explored',
+    'random actions',
+    'independent',
+    'other training images',
+    'test images',
+  ]
+  metrics = [
+    'unique_nn',
+    'symmetric',
+    'hit_once',
+    'precision',
+    'recall',
+    'density',
+    'coverage',
+    'FID',
+  ]
   for row in rows.values():
-    assert list(row) == ['set', 'n', *(f'encoder-{m}{ending}' for m in metrics for ending in ('', '_sd'))]
+    assert list(row) == [
+      'set',
+      'n',
+      *(f'encoder-{m}{ending}' for m in metrics for ending in ('', '_sd')),
+    ]
     assert row['n'] == 24 and np.isfinite(list(row.values())[1:]).all()
     assert 0 < row['encoder-unique_nn'] < 1
   generated, real = [[rows[name] for name in names] for names in (list(rows)[:3], list(rows)[3:])]
@@ -241,7 +306,9 @@ def test_the_job_reports_every_set(finished, saved):
   assert len({row['encoder-FID'] for row in generated}) == 3
   assert finished['ceiling'] == pytest.approx(1 - (23 / 24) ** 24)
   protocol = finished['protocol']
-  assert [protocol[name] for name in ('checkpoint_step', 'n', 'num_images', 'draws', 'num_features')] == [40, 24, 24, 3, 16]
+  assert [
+    protocol[name] for name in ('checkpoint_step', 'n', 'num_images', 'draws', 'num_features')
+  ] == [40, 24, 24, 3, 16]
   assert finished['devices'].startswith('2 x ')
 
 
@@ -250,26 +317,49 @@ def test_the_table_never_shows_other_features_as_the_papers(finished):
   lines = text.splitlines()
   assert len({len(line) for line in lines[:6]}) == 1
   assert lines[0].split()[:5] == ['set', 'n', 'encoder-unique_nn', '%', 'encoder-precision']
-  assert lines[1].endswith('58.87') and lines[3].endswith('50.16') and lines[2].endswith(' ') and lines[4].startswith('other')
+  assert (
+    lines[1].endswith('58.87')
+    and lines[3].endswith('50.16')
+    and lines[2].endswith(' ')
+    and lines[4].startswith('other')
+  )
   row = finished['rows'][3]
-  assert f'{100 * row["encoder-unique_nn"]:.2f} +- {100 * row["encoder-unique_nn_sd"]:.2f}' in lines[4]
-  assert '63.99%' in lines[6] and 'not comparable with these encoder features of 24 images' in lines[7]
+  assert (
+    f'{100 * row["encoder-unique_nn"]:.2f} +- {100 * row["encoder-unique_nn_sd"]:.2f}' in lines[4]
+  )
+  assert (
+    '63.99%' in lines[6] and 'not comparable with these encoder features of 24 images' in lines[7]
+  )
   assert lines[-1].startswith('protocol: ') and 'episode_length=7' in lines[-1]
   assert 'FID' not in text.replace('encoder-FID', '')
   # In the paper's features and numbers nothing has a prefix, and nothing forbids to compare.
-  rows = [{name.removeprefix('encoder-'): value for name, value in row.items()} for row in finished['rows']]
-  papers = diversity.table(finished | dict(rows=rows, protocol=finished['protocol'] | dict(features='inception', n=10_000)))
+  rows = [
+    {name.removeprefix('encoder-'): value for name, value in row.items()}
+    for row in finished['rows']
+  ]
+  papers = diversity.table(
+    finished | dict(rows=rows, protocol=finished['protocol'] | dict(features='inception', n=10_000))
+  )
   assert 'encoder-' not in papers and 'not comparable' not in papers
-  fewer = diversity.table(finished | dict(rows=rows, protocol=finished['protocol'] | dict(features='inception', n=9_999)))
+  fewer = diversity.table(
+    finished | dict(rows=rows, protocol=finished['protocol'] | dict(features='inception', n=9_999))
+  )
   assert 'not comparable with these inception features of 9,999 images' in fewer
 
 
-def test_the_record_is_judged_in_its_place_and_too_few_are_told(data, saved, mesh, finished, tmp_path, caplog):
+def test_the_record_is_judged_in_its_place_and_too_few_are_told(
+  data, saved, mesh, finished, tmp_path, caplog
+):
   workdir = tmp_path / 'run'
   shutil.copytree(saved[0], workdir)
   with caplog.at_level(logging.WARNING):
-    results = diversity.evaluate(job_config(explored='record', features='pixels', num_images=30), workdir, data, mesh)
-  assert '24 images of each set instead of diversity.num_images=30, because there are 24 recorded episodes' in caplog.text
+    results = diversity.evaluate(
+      job_config(explored='record', features='pixels', num_images=30), workdir, data, mesh
+    )
+  assert (
+    '24 images of each set instead of diversity.num_images=30, because there are 24 recorded '
+    'episodes' in caplog.text
+  )
   assert [row['n'] for row in results['rows']] == [24] * 5
   assert results['protocol']['explored'].startswith('of all complete recorded episodes')
   assert results['protocol']['labels'] == 'of the recorded episodes, in all generated sets'
@@ -278,7 +368,10 @@ def test_the_record_is_judged_in_its_place_and_too_few_are_told(data, saved, mes
   caplog.clear()
   with caplog.at_level(logging.WARNING):
     results = diversity.evaluate(job_config(features='pixels'), workdir, few, mesh)
-  assert '9 images of each set instead of diversity.num_images=24, because there are 9 test images' in caplog.text
+  assert (
+    '9 images of each set instead of diversity.num_images=24, because there are 9 test images'
+    in caplog.text
+  )
   assert [row['n'] for row in results['rows']] == [9] * 5
 
 
@@ -298,8 +391,13 @@ def test_the_policy_is_read_without_the_rest(saved, mesh, tmp_path):
 
   config = job_config()
   config.sac.hidden = (8, 16)
-  other = play.actor_template(config, generator, pretrain.make_program(config, generator, mesh), mesh)
-  with pytest.raises(UserError, match=r'agent/actor/.* is float32\[16\], expected float32\[8\]: give the config of that run'):
+  other = play.actor_template(
+    config, generator, pretrain.make_program(config, generator, mesh), mesh
+  )
+  with pytest.raises(
+    UserError,
+    match=r'agent/actor/.* is float32\[16\], expected float32\[8\]: give the config of that run',
+  ):
     play.load_actor(folder, 40, other)
 
   metadata = folder / '40' / '_CHECKPOINT_METADATA'
@@ -322,10 +420,14 @@ def test_the_policy_is_read_without_the_rest(saved, mesh, tmp_path):
 def test_what_does_not_fit_is_refused(saved, data, mesh, tmp_path):
   workdir = saved[0]
   larger = data._replace(train=Split(np.zeros((80, 16, 16, 1), np.uint8), data.train.labels))
-  for other, message in ((larger, r'\(8, 8, 1\) in 3 classes, but the data are \(16, 16, 1\) in 3'),
-                         (data._replace(class_names=('a', 'b')), 'in 3 classes, but the data are .* in 2'),
-                         (data._replace(test=Split(data.test.images[:5], data.test.labels[:5])),
-                          'there are 5 test images, expected more than diversity.neighbours=5')):
+  for other, message in (
+    (larger, r'\(8, 8, 1\) in 3 classes, but the data are \(16, 16, 1\) in 3'),
+    (data._replace(class_names=('a', 'b')), 'in 3 classes, but the data are .* in 2'),
+    (
+      data._replace(test=Split(data.test.images[:5], data.test.labels[:5])),
+      'there are 5 test images, expected more than diversity.neighbours=5',
+    ),
+  ):
     with pytest.raises(UserError, match=message) as caught:
       diversity.evaluate(job_config(), workdir, other, mesh)
     assert '\n' not in str(caught.value)
@@ -336,28 +438,46 @@ def test_what_does_not_fit_is_refused(saved, data, mesh, tmp_path):
   shutil.copy(workdir / 'config.json', tmp_path)
   with pytest.raises(UserError, match='holds no experience: give .* --config.pretrain.record'):
     diversity.evaluate(job_config(explored='record'), tmp_path, data, mesh)
-  experience.write(tmp_path / 'pretrain' / 'experience', 0, Experience(
-      jnp.zeros((14, 6, 5)), jnp.zeros((14, 6), jnp.int32), jnp.arange(14)[:, None] % 7 + jnp.zeros((1, 6), jnp.int32)))
+  experience.write(
+    tmp_path / 'pretrain' / 'experience',
+    0,
+    Experience(
+      jnp.zeros((14, 6, 5)),
+      jnp.zeros((14, 6), jnp.int32),
+      jnp.arange(14)[:, None] % 7 + jnp.zeros((1, 6), jnp.int32),
+    ),
+  )
   with pytest.raises(UserError, match=r'latents of \(5,\), but the generator takes \(4,\)'):
     diversity.evaluate(job_config(explored='record'), tmp_path, data, mesh)
   assert not (tmp_path / 'results').exists()
 
 
 def test_features_that_are_not_finite(data, mesh):
-  broken = Extractor(lambda _, images: jnp.where(images[:, :1, 0, 0] == 1, jnp.nan, images[:, :2, 0, 0]), {}, {})
-  pictures = lambda rows: np.ones((len(rows), 8, 8, 1), np.uint8) * (rows == 2)[:, None, None, None].astype(np.uint8)
+  broken = Extractor(
+    lambda _, images: jnp.where(images[:, :1, 0, 0] == 1, jnp.nan, images[:, :2, 0, 0]), {}, {}
+  )
+  pictures = lambda rows: (
+    np.ones((len(rows), 8, 8, 1), np.uint8) * (rows == 2)[:, None, None, None].astype(np.uint8)
+  )
   with pytest.raises(NonFiniteError, match='features of 1 of 5 images .noise. are NaN'):
     diversity.extract(broken, pictures, 5, 4, mesh, 'noise')
 
 
-@pytest.mark.parametrize('changes, message', [
-    (dict(features='fid'), "diversity.features='fid' is unknown: choose one of inception, proxy, pixels, encoder"),
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    (
+      dict(features='fid'),
+      "diversity.features='fid' is unknown: choose one of inception, proxy, pixels, encoder",
+    ),
     (dict(explored='all'), "diversity.explored='all' is unknown: choose one of policy, record"),
     (dict(features='inception'), 'is no file'),
     (dict(draws=1), 'diversity.draws=1 is too small: set it to 2 or more'),
     (dict(num_images=5), 'diversity.num_images=5 is too small: set it to 6 or more'),
     (dict(neighbours=0), 'diversity.neighbours=0'),
-    (dict(batch_size=0), 'diversity.batch_size=0')])
+    (dict(batch_size=0), 'diversity.batch_size=0'),
+  ],
+)
 def test_settings_that_cannot_work(changes, message):
   config = job_config()
   config.diversity.update(changes)

@@ -12,7 +12,9 @@ P = jax.sharding.PartitionSpec
 
 
 def count(module, shape):
-  variables = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(shape, jnp.uint8), train=False))
+  variables = jax.eval_shape(
+    lambda: module.init(jax.random.key(0), jnp.zeros(shape, jnp.uint8), train=False)
+  )
   return sum(x.size for x in jax.tree.leaves(variables['params']))
 
 
@@ -25,12 +27,15 @@ def random_variables(module, shape):
       return rng.uniform(0.3, 1.2, leaf.shape).astype(np.float32)
     return (rng.normal(size=leaf.shape) * np.sqrt(2 / np.prod(leaf.shape[:-1]))).astype(np.float32)
 
-  return jax.tree.map(draw, jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(shape), train=False)))
+  return jax.tree.map(
+    draw, jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(shape), train=False))
+  )
 
 
 @pytest.fixture(scope='module')
 def small():
-  """A ResNet-18 of width 3 with random batch statistics, and images (8, 10, 10, 3) uint8; 10 and 5 are odd to halve."""
+  """A ResNet-18 of width 3 with random batch statistics, and images (8, 10, 10, 3) uint8; 10 and 5
+  are odd to halve."""
   module = encoder.ResNet18(width=3)
   images = np.random.default_rng(0).integers(0, 256, (8, 10, 10, 3), np.uint8)
   return module, random_variables(module, images.shape), images
@@ -38,12 +43,17 @@ def small():
 
 def numpy_resnet(variables, images, train):
   """(h, running statistics after it) by explicit padding and scipy's correlation, in float64."""
-  params, stats = jax.tree.map(lambda x: np.asarray(x, np.float64), (variables['params'], variables['batch_stats']))
+  params, stats = jax.tree.map(
+    lambda x: np.asarray(x, np.float64), (variables['params'], variables['batch_stats'])
+  )
 
   def conv(x, kernel, stride):
     pad = kernel.shape[0] // 2
     x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    full = [[correlate(image, kernel[..., o], 'valid')[..., 0] for o in range(kernel.shape[-1])] for image in x]
+    full = [
+      [correlate(image, kernel[..., o], 'valid')[..., 0] for o in range(kernel.shape[-1])]
+      for image in x
+    ]
     return np.moveaxis(np.array(full), 1, -1)[:, ::stride, ::stride]
 
   def norm(x, scope, name):
@@ -87,9 +97,13 @@ def test_resnet_agrees_with_numpy(small):
 
 
 def test_stride_two_pads_both_sides():
-  block = encoder.ResidualBlock(1, 2, jax.tree_util.Partial(encoder.nn.Conv, use_bias=False),
-                                jax.tree_util.Partial(encoder.BatchNorm, use_running_average=True),
-                                encoder.nn.initializers.ones)
+  block = encoder.ResidualBlock(
+    1,
+    2,
+    jax.tree_util.Partial(encoder.nn.Conv, use_bias=False),
+    jax.tree_util.Partial(encoder.BatchNorm, use_running_average=True),
+    encoder.nn.initializers.ones,
+  )
   ones = jnp.ones((1, 8, 8, 1))
   variables = block.init(jax.random.key(0), ones)
   variables['params'] = jax.tree.map(jnp.ones_like, variables['params'])
@@ -100,28 +114,43 @@ def test_stride_two_pads_both_sides():
 
 
 def test_training_on_eight_devices_agrees_with_numpy():
-  """One image a device: batch statistics over all of them, running ones with momentum 0.9; in float64."""
+  """One image a device: batch statistics over all of them, running ones with momentum 0.9; in
+  float64."""
   with jax.enable_x64(True):
     module = encoder.ResNet18(2, axis_name='data')
     images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
     images = images / 127.5 - 1  # uint8 would be scaled in float32
     variables = jax.tree.map(np.float64, random_variables(module, images.shape))
     mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
-    apply = jax.jit(jax.shard_map(lambda v, x: module.apply(v, x, train=True, mutable=['batch_stats']), mesh=mesh,
-                                  in_specs=(P(), P('data')), out_specs=(P('data'), P())))
+    apply = jax.jit(
+      jax.shard_map(
+        lambda v, x: module.apply(v, x, train=True, mutable=['batch_stats']),
+        mesh=mesh,
+        in_specs=(P(), P('data')),
+        out_specs=(P('data'), P()),
+      )
+    )
     h, updated = apply(variables, images)
     assert h.dtype == jnp.float64
     expected, stats = numpy_resnet(variables, (images + 1) * 127.5, train=True)
     np.testing.assert_allclose(h, expected, rtol=1e-9, atol=1e-10)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10), updated['batch_stats'], stats)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10),
+      updated['batch_stats'],
+      stats,
+    )
 
 
 def test_zero_init_residual_starts_as_identity():
   images = np.zeros((1, 8, 8, 3), np.uint8)
   for zero in (False, True):
     module = encoder.ResNet18(2, zero_init_residual=zero)
-    norms = jax.jit(lambda m=module: m.init(jax.random.key(0), images, train=False)['params']['stage2_block2'])()
-    assert np.all(norms['norm2']['scale'] == (0 if zero else 1)) and np.all(norms['norm1']['scale'] == 1)
+    norms = jax.jit(
+      lambda m=module: m.init(jax.random.key(0), images, train=False)['params']['stage2_block2']
+    )()
+    assert np.all(norms['norm2']['scale'] == (0 if zero else 1)) and np.all(
+      norms['norm1']['scale'] == 1
+    )
 
 
 def test_convolutions_start_with_kaiming_fan_out():
@@ -134,8 +163,9 @@ def test_convolutions_start_with_kaiming_fan_out():
 def test_bfloat16(small):
   module, variables, images = small
   reference = module.apply(variables, images, train=False)
-  h, updated = encoder.ResNet18(width=3, dtype=jnp.bfloat16).apply(variables, images, train=True,
-                                                                   mutable=['batch_stats'])
+  h, updated = encoder.ResNet18(width=3, dtype=jnp.bfloat16).apply(
+    variables, images, train=True, mutable=['batch_stats']
+  )
   assert h.dtype == jnp.float32
   assert {x.dtype for x in jax.tree.leaves(updated)} == {jnp.dtype('float32')}
   h = encoder.ResNet18(width=3, dtype=jnp.bfloat16).apply(variables, images, train=False)
@@ -154,7 +184,9 @@ def test_preprocess():
 
 def test_make_encoder():
   config = encoder.default_config()
-  assert encoder.make_encoder(config, 'data', jnp.bfloat16) == encoder.ResNet18(64, 'data', jnp.bfloat16)
+  assert encoder.make_encoder(config, 'data', jnp.bfloat16) == encoder.ResNet18(
+    64, 'data', jnp.bfloat16
+  )
   nature = encoder.make_encoder(ConfigDict(dict(config, name='nature', features=32)))
   variables = nature.init(jax.random.key(0), np.zeros((1, 36, 36, 4), np.uint8), train=True)
   assert set(variables) == {'params'} and variables['params']['dense']['kernel'].shape == (64, 32)

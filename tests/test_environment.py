@@ -12,8 +12,10 @@ LENGTH, ENVS, DIM, CLASSES = 5, 4096, 8, 3
 def make_step(alpha, beta):
   dynamics = env_lib.Dynamics(jnp.float32(alpha), jnp.float32(beta))
   ids = jnp.arange(ENVS)
+
   def run(state, action, key):
     return step(state, action, key, ids, dynamics)
+
   return run
 
 
@@ -38,18 +40,23 @@ def test_pictures_of_an_episode_are_seen_one_after_another():
   seen = jnp.zeros((2, 1, 1, 3), jnp.uint8)
   for number, step in zip(range(1, 6), [(0, 2), (1, 3), (2, 0), (3, 1), (0, 2)], strict=True):
     seen = env_lib.see(seen, jnp.full((2, 1, 1, 1), number, jnp.uint8), jnp.array(step))
-    expected = {3: [[1, 2, 3], [0, 0, 3]], 4: [[2, 3, 4], [0, 3, 4]], 5: [[0, 0, 5], [3, 4, 5]]}.get(number)
+    expected = {
+      3: [[1, 2, 3], [0, 0, 3]],
+      4: [[2, 3, 4], [0, 3, 4]],
+      5: [[0, 0, 5], [3, 4, 5]],
+    }.get(number)
     if expected:
       np.testing.assert_array_equal(seen[:, 0, 0], expected)
 
 
 def test_dynamics_follow_the_two_equations(start):
-  """alpha = 1 takes the noise out: z <- beta z + (1 - beta) a exactly; alpha = 0 takes the action out."""
+  """alpha = 1 takes the noise out: z <- beta z + (1 - beta) a exactly; alpha = 0 takes the action
+  out."""
   action = jnp.full((ENVS, DIM), 0.3)
-  nxt = make_step(1., 0.75)(start, action, jax.random.key(1))
+  nxt = make_step(1.0, 0.75)(start, action, jax.random.key(1))
   np.testing.assert_allclose(nxt.z, 0.75 * start.z + 0.25 * 0.3, rtol=1e-6, atol=1e-6)
-  other = make_step(0., 0.75)(start, -action, jax.random.key(1))
-  same = make_step(0., 0.75)(start, action, jax.random.key(1))
+  other = make_step(0.0, 0.75)(start, -action, jax.random.key(1))
+  same = make_step(0.0, 0.75)(start, action, jax.random.key(1))
   np.testing.assert_array_equal(other.z, same.z)
   eps = (np.asarray(same.z) - 0.75 * np.asarray(start.z)) / 0.25
   assert stats.kstest(eps.ravel(), 'norm').pvalue > 1e-3
@@ -58,7 +65,11 @@ def test_dynamics_follow_the_two_equations(start):
 def test_episode_is_cut_and_label_changes_only_there(start):
   run, state, labels, steps, zs = make_step(0.5, 0.95), start, [], [], []
   for t in range(2 * LENGTH + 1):
-    labels.append(np.asarray(state.label)), steps.append(np.asarray(state.step)), zs.append(np.asarray(state.z))
+    (
+      labels.append(np.asarray(state.label)),
+      steps.append(np.asarray(state.step)),
+      zs.append(np.asarray(state.z)),
+    )
     state = run(state, jnp.zeros((ENVS, DIM)), jax.random.key(10 + t))
   np.testing.assert_array_equal(np.stack(steps)[:, 0], np.arange(2 * LENGTH + 1) % LENGTH)
   for t in range(1, 2 * LENGTH + 1):
@@ -77,7 +88,9 @@ def test_an_environment_does_not_depend_on_its_neighbours(start):
   dynamics = env_lib.Dynamics(jnp.float32(0.5), jnp.float32(0.95))
   a = step(part, jnp.zeros((2, DIM)), jax.random.key(2), ids, dynamics)
   b = make_step(0.5, 0.95)(start, jnp.zeros((ENVS, DIM)), jax.random.key(2))
-  np.testing.assert_allclose(a.z, b.z[ids], rtol=1e-6)  # vector and scalar code may fuse differently
+  np.testing.assert_allclose(
+    a.z, b.z[ids], rtol=1e-6
+  )  # vector and scalar code may fuse differently
 
 
 def test_alpha_and_beta_do_not_recompile(start):
@@ -101,17 +114,18 @@ def test_quantisation_is_the_original_tools():
   x = np.linspace(-1.3, 1.3, 1001, dtype=np.float32)
   want = np.clip(x * np.float32(127.5) + 128, 0, 255).astype(np.uint8)
   np.testing.assert_array_equal(env_lib.to_uint8(jnp.asarray(x)), want)
-  assert env_lib.to_uint8(jnp.array([-1., 0., 1.])).tolist() == [0, 128, 255]
+  assert env_lib.to_uint8(jnp.array([-1.0, 0.0, 1.0])).tolist() == [0, 128, 255]
 
 
 @pytest.mark.parametrize('kind', env_lib.DYNAMICS)
 def test_other_dynamics_are_their_filters(kind):
-  """A path of several steps against the same recursion in numpy; with beta 0 all go where they are told."""
+  """A path of several steps against the same recursion in numpy; with beta 0 all go where they are
+  told."""
   beta, ids = 0.6, jnp.arange(3)
-  for beta in (0.6, 0.):
+  for beta in (0.6, 0.0):
     state = env_lib.reset(jax.random.key(0), ids, jnp.zeros(3, jnp.int32), DIM, CLASSES, kind=kind)
-    dynamics = env_lib.Dynamics(jnp.float32(1.), jnp.float32(beta), kind)
-    z, v = np.asarray(state.z, np.float64), 0.
+    dynamics = env_lib.Dynamics(jnp.float32(1.0), jnp.float32(beta), kind)
+    z, v = np.asarray(state.z, np.float64), 0.0
     for t in range(LENGTH - 1):
       action = np.random.default_rng(t).uniform(-1, 1, (3, DIM)).astype(np.float32)
       state = step(state, jnp.asarray(action), jax.random.key(t), ids, dynamics)
@@ -119,7 +133,7 @@ def test_other_dynamics_are_their_filters(kind):
         v = beta * v + (1 - beta) * (action - z)
         z = z + v
       else:
-        z = beta * z + (1 - beta if kind == 'ema' else np.sqrt(1 - beta ** 2)) * action
+        z = beta * z + (1 - beta if kind == 'ema' else np.sqrt(1 - beta**2)) * action
       np.testing.assert_allclose(state.z, z, atol=1e-5)
       if beta == 0:
         np.testing.assert_allclose(state.z, action, atol=1e-6)
@@ -128,13 +142,22 @@ def test_other_dynamics_are_their_filters(kind):
 
 
 def test_an_ornstein_uhlenbeck_world_keeps_normal_latents_normal(start):
-  """Without actions z' is normal noise: its path stays at unit variance and forgets by beta a step; T_ema's shrinks."""
+  """Without actions z' is normal noise: its path stays at unit variance and forgets by beta a step;
+  T_ema's shrinks."""
   spread = {}
   for kind in ('ou', 'ema'):
     state, ids = start, jnp.arange(ENVS)
     for t in range(LENGTH - 1):
-      last, state = state, step(state, jnp.zeros((ENVS, DIM)), jax.random.key(100 + t), ids,
-                                env_lib.Dynamics(jnp.float32(0.), jnp.float32(0.8), kind))
+      last, state = (
+        state,
+        step(
+          state,
+          jnp.zeros((ENVS, DIM)),
+          jax.random.key(100 + t),
+          ids,
+          env_lib.Dynamics(jnp.float32(0.0), jnp.float32(0.8), kind),
+        ),
+      )
     spread[kind] = np.std(state.z)
     if kind == 'ou':
       np.testing.assert_allclose(np.corrcoef(state.z.ravel(), last.z.ravel())[0, 1], 0.8, atol=0.01)

@@ -1,4 +1,5 @@
 """What is recorded against the frames that the agent stored, and against damage."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +14,20 @@ from tests.worlds import LargeGenerator, nature_config
 @pytest.fixture(scope='module')
 def recorded(tmp_path_factory):
   """Two calls on two devices, whose 12 rows the ring holds all -> folder, ring, key, config."""
-  folder, config, generator = tmp_path_factory.mktemp('recorded') / 'experience', nature_config(), LargeGenerator()
-  config.pretrain.update(dict(record=True, iterations_per_call=2, rollout_length=3, batch_size=16, warmup_steps=48))
+  folder, config, generator = (
+    tmp_path_factory.mktemp('recorded') / 'experience',
+    nature_config(),
+    LargeGenerator(),
+  )
+  config.pretrain.update(
+    dict(record=True, iterations_per_call=2, rollout_length=3, batch_size=16, warmup_steps=48)
+  )
   config.replay.update(dict(capacity=16 * 12, actions='int8'))
   mesh = devices.make_mesh(2)
-  program, world = pretrain.make_program(config, generator, mesh), pretrain.make_world(config, generator, mesh)
+  program, world = (
+    pretrain.make_program(config, generator, mesh),
+    pretrain.make_world(config, generator, mesh),
+  )
   state = program.init(jax.random.key(0), world)
   for call in range(2):
     state, output = program.call(state, world)
@@ -28,7 +38,9 @@ def recorded(tmp_path_factory):
 def test_frames_are_drawn_again_bit_for_bit(recorded):
   folder, ring, *_ = recorded
   generator = LargeGenerator()
-  render = jax.jit(lambda z, label: environment.to_uint8(generator.apply(generator.variables, z, label)))
+  render = jax.jit(
+    lambda z, label: environment.to_uint8(generator.apply(generator.variables, z, label))
+  )
   drawn = [experience.frames(part, render) for part in experience.read(folder)]
   assert [len(part) for part in drawn] == [6, 6]
   np.testing.assert_array_equal(np.concatenate(drawn).reshape(12, 16, -1), ring.frames)
@@ -38,9 +50,20 @@ def test_the_actions_taken_are_those_stored(recorded):
   """The world again, driven by the ring's rounded actions."""
   folder, ring, key, config = recorded
   z, label, step = (np.concatenate(x) for x in zip(*experience.read(folder), strict=True))
-  dynamics = environment.Dynamics(np.float32(config.environment.alpha), np.float32(config.environment.beta))
-  again = jax.jit(lambda state, action, key: environment.step(
-      state, action, key, jnp.arange(16), dynamics, config.environment.episode_length, LargeGenerator.num_classes))
+  dynamics = environment.Dynamics(
+    np.float32(config.environment.alpha), np.float32(config.environment.beta)
+  )
+  again = jax.jit(
+    lambda state, action, key: environment.step(
+      state,
+      action,
+      key,
+      jnp.arange(16),
+      dynamics,
+      config.environment.episode_length,
+      LargeGenerator.num_classes,
+    )
+  )
   for row in range(11):
     key_rollout, _ = jax.random.split(jax.random.fold_in(key, row // 3))
     _, key_env = jax.random.split(jax.random.fold_in(key_rollout, row % 3))
@@ -53,7 +76,13 @@ def test_the_actions_taken_are_those_stored(recorded):
 
 def test_rows_beyond_a_checkpoint_are_forgotten(tmp_path):
   """Those of more processes than go on would else lie between what is written anew."""
-  names = ['0000000000_000000.npz', '0000000006_000000.npz', '0000000006_000008.npz', '0000000012_000000.npz', 'other.npz']
+  names = [
+    '0000000000_000000.npz',
+    '0000000006_000000.npz',
+    '0000000006_000008.npz',
+    '0000000012_000000.npz',
+    'other.npz',
+  ]
   for name in names:
     (tmp_path / name).touch()
   experience.forget(tmp_path, 6)
@@ -61,18 +90,41 @@ def test_rows_beyond_a_checkpoint_are_forgotten(tmp_path):
 
 
 def test_processes_write_their_own_environments(tmp_path):
-  x = Experience(z=np.arange(60.).reshape(3, 4, 5), label=np.arange(12).reshape(3, 4), step=np.arange(12).reshape(3, 4))
-  np.savez(tmp_path / '0000000000_000000.npz', **x._replace(z=x.z[:, :3], label=x.label[:, :3], step=x.step[:, :3])._asdict())
-  np.savez(tmp_path / '0000000000_000003.npz', **x._replace(z=x.z[:, 3:], label=x.label[:, 3:], step=x.step[:, 3:])._asdict())
-  part, = experience.read(tmp_path)
+  x = Experience(
+    z=np.arange(60.0).reshape(3, 4, 5),
+    label=np.arange(12).reshape(3, 4),
+    step=np.arange(12).reshape(3, 4),
+  )
+  np.savez(
+    tmp_path / '0000000000_000000.npz',
+    **x._replace(z=x.z[:, :3], label=x.label[:, :3], step=x.step[:, :3])._asdict(),
+  )
+  np.savez(
+    tmp_path / '0000000000_000003.npz',
+    **x._replace(z=x.z[:, 3:], label=x.label[:, 3:], step=x.step[:, 3:])._asdict(),
+  )
+  (part,) = experience.read(tmp_path)
   jax.tree.map(np.testing.assert_array_equal, part, x)
 
 
-@pytest.mark.parametrize('damage, words', [
-  (lambda folder: (folder / '0000000000_000000.npz').unlink(), 'rows 0 to 5 are missing'),
-  (lambda folder: (folder / '0000000006_000000.npz').rename(folder / '0000000006_000008.npz'), 'does not follow'),
-  (lambda folder: (folder / '0000000006_000000.npz').write_bytes(b'PK'), 'is damaged .* restore it or record again'),
-  (lambda folder: [path.unlink() for path in folder.glob('*.npz')], 'holds no experience: .*pretrain.record')])
+@pytest.mark.parametrize(
+  'damage, words',
+  [
+    (lambda folder: (folder / '0000000000_000000.npz').unlink(), 'rows 0 to 5 are missing'),
+    (
+      lambda folder: (folder / '0000000006_000000.npz').rename(folder / '0000000006_000008.npz'),
+      'does not follow',
+    ),
+    (
+      lambda folder: (folder / '0000000006_000000.npz').write_bytes(b'PK'),
+      'is damaged .* restore it or record again',
+    ),
+    (
+      lambda folder: [path.unlink() for path in folder.glob('*.npz')],
+      'holds no experience: .*pretrain.record',
+    ),
+  ],
+)
 def test_what_is_missing_is_named(damage, words, recorded, tmp_path):
   for path in recorded[0].iterdir():
     (tmp_path / path.name).write_bytes(path.read_bytes())

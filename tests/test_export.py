@@ -1,4 +1,6 @@
-"""Exported encoders against float64 numpy, and in the programs that they are for: torch, torchvision, onnxruntime."""
+"""Exported encoders against float64 numpy, and in the programs that they are for: torch,
+torchvision, onnxruntime."""
+
 import json
 import os
 import pathlib
@@ -26,7 +28,8 @@ NATURE = dict(encoder.default_config(), name='nature', features=6)
 
 @pytest.fixture(scope='module')
 def resnet():
-  """(settings, variables, images (2, 10, 10, 3) uint8, features in float64); the odd 5 pads unlike 'SAME' would."""
+  """(settings, variables, images (2, 10, 10, 3) uint8, features in float64); the odd 5 pads unlike
+  'SAME' would."""
   images = np.random.default_rng(0).integers(0, 256, (2, 10, 10, 3), np.uint8)
   variables = random_variables(encoder.ResNet18(3), images.shape)
   return RESNET, variables, images, numpy_resnet(variables, images, train=False)[0]
@@ -43,8 +46,13 @@ def nature():
   x = images / 127.5 - 1
   for name, stride in (('conv1', 4), ('conv2', 2), ('conv3', 1)):
     kernel = params[name]['kernel']
-    full = [[correlate(image, kernel[..., o], 'valid')[..., 0] for o in range(kernel.shape[-1])] for image in x]
-    x = np.maximum(np.moveaxis(np.array(full), 1, -1)[:, ::stride, ::stride] + params[name]['bias'], 0)
+    full = [
+      [correlate(image, kernel[..., o], 'valid')[..., 0] for o in range(kernel.shape[-1])]
+      for image in x
+    ]
+    x = np.maximum(
+      np.moveaxis(np.array(full), 1, -1)[:, ::stride, ::stride] + params[name]['bias'], 0
+    )
   h = np.maximum(x.reshape(2, -1) @ params['dense']['kernel'] + params['dense']['bias'], 0)
   return NATURE, variables, images, h
 
@@ -82,8 +90,10 @@ def assert_close(h, expected):
 
 def same_bits(a, b):
   assert jax.tree.structure(a) == jax.tree.structure(b)
-  return all(x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
-             for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+  return all(
+    x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  )
 
 
 # ---- our own names
@@ -96,14 +106,26 @@ def test_round_trip_of_a_workdir_is_bit_equal(resnet, workdir):
   config, loaded, metadata = export.load(path)
   assert config == settings and same_bits(loaded, variables)
   assert metadata['checkpoint_step'] == '7' and '127.5' in metadata['preprocessing']
-  assert metadata['sha256'] == features.load_encoder(ConfigDict(dict(seed=0, encoder=settings)), workdir, (10, 10, 3)).sha256
+  assert (
+    metadata['sha256']
+    == features.load_encoder(
+      ConfigDict(dict(seed=0, encoder=settings)), workdir, (10, 10, 3)
+    ).sha256
+  )
   assert metadata['palm_jax_version'] and json.loads(metadata['palm_jax_encoder']) == settings
   with safetensors.safe_open(path, 'np') as file:
-    np.testing.assert_array_equal(file.get_tensor('params/stem_conv/kernel'), variables['params']['stem_conv']['kernel'])
+    np.testing.assert_array_equal(
+      file.get_tensor('params/stem_conv/kernel'), variables['params']['stem_conv']['kernel']
+    )
   earlier, step = export.export(workdir, out=workdir / 'earlier.safetensors', step=3)
   assert step == 3 and export.load(earlier)[1]['params']['stem_norm']['bias'][0] == 5
   assert export.load(earlier)[2]['sha256'] != metadata['sha256']
-  assert {p.name for p in workdir.iterdir()} == {'config.json', 'pretrain', 'encoder.safetensors', 'earlier.safetensors'}
+  assert {p.name for p in workdir.iterdir()} == {
+    'config.json',
+    'pretrain',
+    'encoder.safetensors',
+    'earlier.safetensors',
+  }
 
 
 def test_all_bits_and_types_come_back(nature, tmp_path):
@@ -119,7 +141,10 @@ def test_all_bits_and_types_come_back(nature, tmp_path):
 def test_features_by_the_lines_of_usage(resnet, nature, tmp_path):
   for settings, variables, images, expected in (resnet, nature):
     export.save(tmp_path / 'e.safetensors', 'safetensors', settings, variables, 0)
-    assert_close(follow(metadata_of(tmp_path / 'e.safetensors')['usage'], tmp_path / 'e.safetensors', images), expected)
+    assert_close(
+      follow(metadata_of(tmp_path / 'e.safetensors')['usage'], tmp_path / 'e.safetensors', images),
+      expected,
+    )
 
 
 def test_load_refuses_damage_and_other_files(resnet, tmp_path):
@@ -128,7 +153,7 @@ def test_load_refuses_damage_and_other_files(resnet, tmp_path):
   export.save(path, 'safetensors', settings, variables, 0)
   content = path.read_bytes()
   for place in (len(content) - 2, len(content) // 2):
-    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     with pytest.raises(UserError, match='e.safetensors is damaged.*saved'):
       export.load(path)
   path.write_bytes(content.replace(rb'\"width\": 3', rb'\"width\": 5'))
@@ -148,11 +173,14 @@ def test_load_refuses_damage_and_other_files(resnet, tmp_path):
 
 
 def torchvision_shapes(width, channels):
-  """The state of torchvision's ResNet-18 without fc, by its module tree: conv1, bn1, layer1-4 of two BasicBlocks."""
+  """The state of torchvision's ResNet-18 without fc, by its module tree: conv1, bn1, layer1-4 of
+  two BasicBlocks."""
   shapes = {'conv1.weight': (width, channels, 3, 3)}
 
   def norm(name, planes):
-    shapes.update({f'{name}.{leaf}': (planes,) for leaf in ('weight', 'bias', 'running_mean', 'running_var')})
+    shapes.update(
+      {f'{name}.{leaf}': (planes,) for leaf in ('weight', 'bias', 'running_mean', 'running_var')}
+    )
     shapes[f'{name}.num_batches_tracked'] = ()
 
   norm('bn1', width)
@@ -178,18 +206,36 @@ def test_torchvision_names_shapes_and_values(resnet, tmp_path):
   with safetensors.safe_open(path, 'np') as file:
     state = {name: file.get_tensor(name) for name in file.keys()}
   assert {name: x.shape for name, x in state.items()} == torchvision_shapes(3, 3)
-  assert state['bn1.num_batches_tracked'] == 0 and state['bn1.num_batches_tracked'].dtype == np.int64
+  assert (
+    state['bn1.num_batches_tracked'] == 0 and state['bn1.num_batches_tracked'].dtype == np.int64
+  )
   params, stats = variables['params'], variables['batch_stats']
-  np.testing.assert_array_equal(state['conv1.weight'][2, 1], params['stem_conv']['kernel'][:, :, 1, 2])
+  np.testing.assert_array_equal(
+    state['conv1.weight'][2, 1], params['stem_conv']['kernel'][:, :, 1, 2]
+  )
   block = params['stage3_block1']
-  np.testing.assert_array_equal(state['layer3.0.conv2.weight'][4, 7], block['conv2']['kernel'][:, :, 7, 4])
-  np.testing.assert_array_equal(state['layer3.0.downsample.0.weight'][4, 5, 0, 0], block['shortcut_conv']['kernel'][0, 0, 5, 4])
-  np.testing.assert_array_equal(state['layer3.0.downsample.1.weight'], block['shortcut_norm']['scale'])
-  np.testing.assert_array_equal(state['layer4.1.bn2.running_var'], stats['stage4_block2']['norm2']['var'])
-  np.testing.assert_array_equal(state['layer4.1.bn2.running_mean'], stats['stage4_block2']['norm2']['mean'])
-  np.testing.assert_array_equal(state['layer1.1.bn1.bias'], params['stage1_block2']['norm1']['bias'])
+  np.testing.assert_array_equal(
+    state['layer3.0.conv2.weight'][4, 7], block['conv2']['kernel'][:, :, 7, 4]
+  )
+  np.testing.assert_array_equal(
+    state['layer3.0.downsample.0.weight'][4, 5, 0, 0], block['shortcut_conv']['kernel'][0, 0, 5, 4]
+  )
+  np.testing.assert_array_equal(
+    state['layer3.0.downsample.1.weight'], block['shortcut_norm']['scale']
+  )
+  np.testing.assert_array_equal(
+    state['layer4.1.bn2.running_var'], stats['stage4_block2']['norm2']['var']
+  )
+  np.testing.assert_array_equal(
+    state['layer4.1.bn2.running_mean'], stats['stage4_block2']['norm2']['mean']
+  )
+  np.testing.assert_array_equal(
+    state['layer1.1.bn1.bias'], params['stage1_block2']['norm1']['bias']
+  )
   metadata = metadata_of(path)
-  assert metadata['sha256'] == features.digest(variables, settings)  # of the variables, whatever the format
+  assert metadata['sha256'] == features.digest(
+    variables, settings
+  )  # of the variables, whatever the format
   assert json.loads(metadata['palm_jax_encoder']) == settings
 
 
@@ -197,11 +243,21 @@ def test_dense_layer_of_nature_takes_torchs_order(nature):
   _, variables, _, _ = nature
   state = export.torch_state(variables)
   assert {name: x.shape for name, x in state.items()} == {
-    'conv1.weight': (32, 4, 8, 8), 'conv1.bias': (32,), 'conv2.weight': (64, 32, 4, 4), 'conv2.bias': (64,),
-    'conv3.weight': (64, 64, 3, 3), 'conv3.bias': (64,), 'dense.weight': (6, 256), 'dense.bias': (6,)}
+    'conv1.weight': (32, 4, 8, 8),
+    'conv1.bias': (32,),
+    'conv2.weight': (64, 32, 4, 4),
+    'conv2.bias': (64,),
+    'conv3.weight': (64, 64, 3, 3),
+    'conv3.bias': (64,),
+    'dense.weight': (6, 256),
+    'dense.bias': (6,),
+  }
   x = np.random.default_rng(2).normal(size=(2, 2, 64))  # (H, W, C)
-  np.testing.assert_allclose(state['dense.weight'] @ x.transpose(2, 0, 1).ravel(),
-                             x.ravel() @ variables['params']['dense']['kernel'], rtol=1e-5)
+  np.testing.assert_allclose(
+    state['dense.weight'] @ x.transpose(2, 0, 1).ravel(),
+    x.ravel() @ variables['params']['dense']['kernel'],
+    rtol=1e-5,
+  )
 
 
 def plain_resnet(width):
@@ -218,7 +274,9 @@ def plain_resnet(width):
       self.bn2 = nn.BatchNorm2d(planes)
       self.downsample = nn.Identity()
       if inplanes != planes:
-        self.downsample = nn.Sequential(nn.Conv2d(inplanes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
+        self.downsample = nn.Sequential(
+          nn.Conv2d(inplanes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes)
+        )
 
     def forward(self, x):
       y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
@@ -244,6 +302,7 @@ def plain_resnet(width):
 def test_features_in_torch(resnet, tmp_path):
   torch = pytest.importorskip('torch')
   from safetensors.torch import load_file
+
   settings, variables, images, expected = resnet
   export.save(tmp_path / 'e.safetensors', 'torchvision', settings, variables, 0)
   model = plain_resnet(3)
@@ -257,7 +316,10 @@ def test_features_of_nature_in_torch_by_the_lines_of_usage(nature, tmp_path):
   pytest.importorskip('torch')
   settings, variables, images, expected = nature
   export.save(tmp_path / 'e.safetensors', 'torchvision', settings, variables, 0)
-  assert_close(follow(metadata_of(tmp_path / 'e.safetensors')['usage'], tmp_path / 'e.safetensors', images), expected)
+  assert_close(
+    follow(metadata_of(tmp_path / 'e.safetensors')['usage'], tmp_path / 'e.safetensors', images),
+    expected,
+  )
 
 
 @pytest.mark.slow
@@ -266,7 +328,10 @@ def test_features_in_torchvision_by_the_lines_of_usage(resnet, tmp_path, width):
   pytest.importorskip('torchvision')
   settings, variables, images, expected = resnet
   if width == 64:  # torchvision's own resnet18()
-    settings, variables = dict(settings, width=64), random_variables(encoder.ResNet18(64), images.shape)
+    settings, variables = (
+      dict(settings, width=64),
+      random_variables(encoder.ResNet18(64), images.shape),
+    )
     expected = np.asarray(encoder.ResNet18(64).apply(variables, images, train=False))
   export.save(tmp_path / 'e.safetensors', 'torchvision', settings, variables, 0)
   usage = metadata_of(tmp_path / 'e.safetensors')['usage']
@@ -288,11 +353,18 @@ def test_onnx_graph_holds_the_numbers_of_the_checkpoint(resnet, tmp_path):
   assert (images.name, dimensions(images)) == ('images', ['N', 'H', 'W', 3])
   assert (output.name, dimensions(output)) == ('features', ['N', 24])
   weights = {x.name: onnx.numpy_helper.to_array(x) for x in model.graph.initializer}
-  np.testing.assert_array_equal(weights['layer1.0.conv1.weight'],
-                                variables['params']['stage1_block1']['conv1']['kernel'].transpose(3, 2, 0, 1))
-  np.testing.assert_array_equal(weights['bn1.running_var'], variables['batch_stats']['stem_norm']['var'])
+  np.testing.assert_array_equal(
+    weights['layer1.0.conv1.weight'],
+    variables['params']['stage1_block1']['conv1']['kernel'].transpose(3, 2, 0, 1),
+  )
+  np.testing.assert_array_equal(
+    weights['bn1.running_var'], variables['batch_stats']['stem_norm']['var']
+  )
   metadata = {entry.key: entry.value for entry in model.metadata_props}
-  assert metadata['sha256'] == features.digest(variables, settings) and metadata['checkpoint_step'] == '12'
+  assert (
+    metadata['sha256'] == features.digest(variables, settings)
+    and metadata['checkpoint_step'] == '12'
+  )
 
 
 def test_features_in_onnxruntime_by_the_lines_of_usage(resnet, nature, tmp_path):
@@ -306,7 +378,10 @@ def test_features_in_onnxruntime_by_the_lines_of_usage(resnet, nature, tmp_path)
     assert_close(follow(usage, path, images[1:]), expected[1:])  # any number of images
   settings, variables, images, _ = resnet
   export.save(path, 'onnx', settings, variables, 0)
-  assert_close(follow(usage, path, images[:, :7, :6]), numpy_resnet(variables, images[:, :7, :6], train=False)[0])
+  assert_close(
+    follow(usage, path, images[:, :7, :6]),
+    numpy_resnet(variables, images[:, :7, :6], train=False)[0],
+  )
 
 
 # ---- what people do wrong
@@ -319,14 +394,17 @@ def test_without_onnx_there_is_the_command_that_installs_it(workdir, monkeypatch
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('arguments, message', [
-  (dict(format='torch'), '--format=torch is unknown.*did you mean torchvision'),
-  (dict(out='absent/e.safetensors'), 'absent/e.safetensors: its folder is not there'),
-  (dict(out='.'), 'ends with .safetensors'),
-  (dict(format='torchvision', out='e.pth'), r'--out=e.pth.*ends with \.safetensors'),
-  (dict(out='e.onnx'), r'ends with \.safetensors'),
-  (dict(step=5), r'no checkpoint step 5, only \[3, 7\]'),
-])
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    (dict(format='torch'), '--format=torch is unknown.*did you mean torchvision'),
+    (dict(out='absent/e.safetensors'), 'absent/e.safetensors: its folder is not there'),
+    (dict(out='.'), 'ends with .safetensors'),
+    (dict(format='torchvision', out='e.pth'), r'--out=e.pth.*ends with \.safetensors'),
+    (dict(out='e.onnx'), r'ends with \.safetensors'),
+    (dict(step=5), r'no checkpoint step 5, only \[3, 7\]'),
+  ],
+)
 def test_refusals(workdir, tmp_path, monkeypatch, arguments, message):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(UserError, match=message):
@@ -344,7 +422,10 @@ def test_workdirs_without_an_encoder(workdir, tmp_path):
   (tmp_path / 'config.json').write_text('{"name": "other"}')
   with pytest.raises(UserError, match='has no settings of an encoder'):
     export.export(tmp_path)
-  for settings, message in ((dict(RESNET, width=4), r'\(3,\), expected \(4,\)'), (NATURE, 'do not belong')):
+  for settings, message in (
+    (dict(RESNET, width=4), r'\(3,\), expected \(4,\)'),
+    (NATURE, 'do not belong'),
+  ):
     (tmp_path / 'config.json').write_text(json.dumps(dict(encoder=settings)))
     with pytest.raises(UserError, match=message):
       export.export(tmp_path)
@@ -367,10 +448,20 @@ def test_a_full_disk_leaves_the_file_as_it_was(workdir, tmp_path):
 
 
 def test_command(workdir, tmp_path):
-  run = lambda *flags: subprocess.run([sys.executable, '-m', 'palm_jax.export', *flags], cwd=ROOT, capture_output=True,
-                                      text=True, timeout=120, env=dict(os.environ, JAX_PLATFORMS='cpu'))
+  run = lambda *flags: subprocess.run(
+    [sys.executable, '-m', 'palm_jax.export', *flags],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+    env=dict(os.environ, JAX_PLATFORMS='cpu'),
+  )
   done = run(f'--workdir={workdir}', '--format=torchvision', f'--out={tmp_path}/e.safetensors')
   assert (done.returncode, done.stderr) == (0, '') and 'step 7' in done.stdout
   assert metadata_of(tmp_path / 'e.safetensors')['format'] == 'torchvision'
   done = run('--format=onnx')
-  assert done.returncode == 2 and done.stderr.startswith('palm_jax: --workdir is missing') and done.stderr.count('\n') == 1
+  assert (
+    done.returncode == 2
+    and done.stderr.startswith('palm_jax: --workdir is missing')
+    and done.stderr.count('\n') == 1
+  )

@@ -16,7 +16,9 @@ def linear(weight, images):
 
 
 def truth(images=IMAGES, weight=WEIGHT):
-  return (images.reshape(len(images), -1).astype(np.float64) / 127.5 - 1) @ weight.astype(np.float64)
+  return (images.reshape(len(images), -1).astype(np.float64) / 127.5 - 1) @ weight.astype(
+    np.float64
+  )
 
 
 def mesh_of(count):
@@ -57,7 +59,9 @@ def test_batches_are_split_over_the_mesh():
   shards = []
 
   def seen(images):
-    jax.debug.inspect_array_sharding(images, callback=lambda s: shards.append(s.shard_shape((16, 4, 4, 3))))
+    jax.debug.inspect_array_sharding(
+      images, callback=lambda s: shards.append(s.shard_shape((16, 4, 4, 3)))
+    )
     return images.reshape(len(images), -1).astype(jnp.float32)
 
   features.extract(seen, IMAGES, batch_size=16, mesh=mesh_of(8))
@@ -72,7 +76,9 @@ def test_a_closure_over_arrays_works_with_and_without_a_mesh():
 
 
 def test_bfloat16_features_come_back_as_float32():
-  got = features.extract(jax.tree_util.Partial(linear, jnp.asarray(WEIGHT, jnp.bfloat16)), IMAGES, 16)
+  got = features.extract(
+    jax.tree_util.Partial(linear, jnp.asarray(WEIGHT, jnp.bfloat16)), IMAGES, 16
+  )
   assert got.dtype == np.float32
   assert np.abs(got - truth()).max() < 0.05 * np.abs(truth()).max()
 
@@ -84,12 +90,15 @@ def test_pixels_are_the_flattened_images_from_minus_one_to_one():
   np.testing.assert_allclose(got, [[-1, 1], [-0.6, 0.6]], atol=1e-6)
 
 
-@pytest.mark.parametrize('images, batch_size, message', [
-  (IMAGES.astype(np.float32), 8, 'float32'),
-  (IMAGES[0], 8, r'\(4, 4, 3\)'),
-  (IMAGES[:0], 8, 'non-empty'),
-  (IMAGES, 0, 'batch_size is 0'),
-])
+@pytest.mark.parametrize(
+  'images, batch_size, message',
+  [
+    (IMAGES.astype(np.float32), 8, 'float32'),
+    (IMAGES[0], 8, r'\(4, 4, 3\)'),
+    (IMAGES[:0], 8, 'non-empty'),
+    (IMAGES, 0, 'batch_size is 0'),
+  ],
+)
 def test_bad_input_is_named(images, batch_size, message):
   with pytest.raises(UserError, match=message):
     features.extract(jax.tree_util.Partial(linear, WEIGHT), images, batch_size)
@@ -102,15 +111,20 @@ def test_feature_maps_are_refused():
 
 @pytest.fixture
 def variables():
-  return {'params': {'conv': {'kernel': jnp.ones((2, 3))}}, 'batch_stats': {'bn': {'mean': jnp.array([0., jnp.nan])}}}
+  return {
+    'params': {'conv': {'kernel': jnp.ones((2, 3))}},
+    'batch_stats': {'bn': {'mean': jnp.array([0.0, jnp.nan])}},
+  }
 
 
 def test_frozen_variables_pass(variables):
   features.assert_frozen(jax.device_get(variables), jax.tree.map(lambda x: x + 0, variables))
 
 
-@pytest.mark.parametrize('change', [
-  lambda x: np.nextafter(x, np.float32(9)), lambda x: x.astype(np.float16), lambda x: x[:1]])
+@pytest.mark.parametrize(
+  'change',
+  [lambda x: np.nextafter(x, np.float32(9)), lambda x: x.astype(np.float16), lambda x: x[:1]],
+)
 def test_a_changed_batch_statistic_is_caught(variables, change):
   after = jax.device_get(variables)
   after['batch_stats']['bn']['mean'] = change(after['batch_stats']['bn']['mean'])

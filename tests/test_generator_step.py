@@ -1,4 +1,6 @@
-"""Iterations of StyleGAN2's training: losses, optimisers, moving average, rounds, augmentation, precision, devices."""
+"""Iterations of StyleGAN2's training: losses, optimisers, moving average, rounds, augmentation,
+precision, devices."""
+
 import contextlib
 import functools
 import math
@@ -28,9 +30,26 @@ def double_precision():
 
 def tiny(**changes):
   config = train.default_config()
-  config.update(dict(z_dim=8, w_dim=8, mapping_layers=1, channel_base=64, channel_max=8, conv_clamp=0.,
-                     d_mapping_layers=0, mbstd_group=2, batch_size=BATCH, lr=0.01, r1_gamma=0.1, r1_interval=4,
-                     pl_interval=2, ema_kimg=.5, augment='none', iterations_per_call=4))
+  config.update(
+    dict(
+      z_dim=8,
+      w_dim=8,
+      mapping_layers=1,
+      channel_base=64,
+      channel_max=8,
+      conv_clamp=0.0,
+      d_mapping_layers=0,
+      mbstd_group=2,
+      batch_size=BATCH,
+      lr=0.01,
+      r1_gamma=0.1,
+      r1_interval=4,
+      pl_interval=2,
+      ema_kimg=0.5,
+      augment='none',
+      iterations_per_call=4,
+    )
+  )
   config.update(changes)
   return config
 
@@ -39,11 +58,16 @@ def tiny(**changes):
 
 
 def test_losses_are_cross_entropies_of_the_logits():
-  real, fake = np.array([2., -1., 0.]), np.array([-3., 1.5, .5])
+  real, fake = np.array([2.0, -1.0, 0.0]), np.array([-3.0, 1.5, 0.5])
   sigmoid = lambda x: 1 / (1 + np.exp(-x))
-  np.testing.assert_allclose(losses.generator_loss(jnp.asarray(fake)), -np.log(sigmoid(fake)).mean(), rtol=1e-6)
-  np.testing.assert_allclose(losses.discriminator_loss(jnp.asarray(real), jnp.asarray(fake)),
-                             -np.log(sigmoid(real)).mean() - np.log(1 - sigmoid(fake)).mean(), rtol=1e-6)
+  np.testing.assert_allclose(
+    losses.generator_loss(jnp.asarray(fake)), -np.log(sigmoid(fake)).mean(), rtol=1e-6
+  )
+  np.testing.assert_allclose(
+    losses.discriminator_loss(jnp.asarray(real), jnp.asarray(fake)),
+    -np.log(sigmoid(real)).mean() - np.log(1 - sigmoid(fake)).mean(),
+    rtol=1e-6,
+  )
 
 
 def test_r1_is_the_squared_slope():
@@ -51,35 +75,44 @@ def test_r1_is_the_squared_slope():
   images, slope = rng.normal(size=(3, 4, 4, 2)), rng.normal(size=(4, 4, 2))
   linear, logits = losses.r1_penalty(lambda x: (x * slope).sum((1, 2, 3)) + 5, jnp.asarray(images))
   np.testing.assert_allclose(logits, (images * slope).sum((1, 2, 3)) + 5, rtol=1e-5)
-  np.testing.assert_allclose(linear, np.full(3, (slope ** 2).sum()), rtol=1e-5)
+  np.testing.assert_allclose(linear, np.full(3, (slope**2).sum()), rtol=1e-5)
 
-  # Samples see each other, as in the minibatch statistic: the derivative is of the sum of all logits.
-  f = lambda x, xp: (xp.tanh((x * slope).sum((1, 2, 3))) * x.std(0).sum())
+  # Samples see each other, as in the minibatch statistic: the derivative is of the sum of all
+  # logits.
+  f = lambda x, xp: xp.tanh((x * slope).sum((1, 2, 3))) * x.std(0).sum()
   wanted, h = np.zeros(3), 1e-5
   for at in np.ndindex(images.shape):
     change = np.zeros_like(images)
     change[at] = h
     wanted[at[0]] += ((f(images + change, np).sum() - f(images - change, np).sum()) / (2 * h)) ** 2
-  np.testing.assert_allclose(losses.r1_penalty(lambda x: f(x, jnp), jnp.asarray(images))[0], wanted, rtol=1e-4)
+  np.testing.assert_allclose(
+    losses.r1_penalty(lambda x: f(x, jnp), jnp.asarray(images))[0], wanted, rtol=1e-4
+  )
 
 
 def test_path_lengths_of_a_linear_synthesis():
   rng = np.random.default_rng(0)
-  jacobian, ws, y = rng.normal(size=(3, 5, 4, 4, 2)), rng.normal(size=(6, 3, 5)), rng.normal(size=(6, 4, 4, 2))
-  lengths = losses.path_lengths(lambda w: jnp.einsum('nlk,lkhwc->nhwc', w, jacobian), jnp.asarray(ws), jnp.asarray(y))
+  jacobian, ws, y = (
+    rng.normal(size=(3, 5, 4, 4, 2)),
+    rng.normal(size=(6, 3, 5)),
+    rng.normal(size=(6, 4, 4, 2)),
+  )
+  lengths = losses.path_lengths(
+    lambda w: jnp.einsum('nlk,lkhwc->nhwc', w, jacobian), jnp.asarray(ws), jnp.asarray(y)
+  )
   products = np.einsum('nhwc,lkhwc->nlk', y / 4, jacobian)  # 4 = sqrt(4 * 4 pixels)
-  np.testing.assert_allclose(lengths, np.sqrt((products ** 2).sum(2).mean(1)), rtol=1e-5)
+  np.testing.assert_allclose(lengths, np.sqrt((products**2).sum(2).mean(1)), rtol=1e-5)
 
 
 def test_path_length_mean_moves_first_and_carries_gradient():
-  lengths, pl_mean = np.array([1., 3.]), 0.
-  for wanted in (.02, .02 + .01 * (2 - .02)):
+  lengths, pl_mean = np.array([1.0, 3.0]), 0.0
+  for wanted in (0.02, 0.02 + 0.01 * (2 - 0.02)):
     penalty, pl_mean = losses.path_length_penalty(jnp.asarray(lengths), pl_mean)
     np.testing.assert_allclose(pl_mean, wanted, rtol=1e-6)
     np.testing.assert_allclose(penalty, (lengths - wanted) ** 2, rtol=1e-6)
-  slope = jax.grad(lambda x: losses.path_length_penalty(x, 1.)[0].mean())(jnp.asarray(lengths))
-  mean = 1 + .01 * (2 - 1)
-  by_hand = (lengths - mean) - (lengths - mean).sum() * .01 / 2
+  slope = jax.grad(lambda x: losses.path_length_penalty(x, 1.0)[0].mean())(jnp.asarray(lengths))
+  mean = 1 + 0.01 * (2 - 1)
+  by_hand = (lengths - mean) - (lengths - mean).sum() * 0.01 / 2
   np.testing.assert_allclose(slope, by_hand, rtol=1e-5)
 
 
@@ -88,22 +121,23 @@ def test_path_length_mean_moves_first_and_carries_gradient():
 
 @pytest.mark.parametrize('network', ['G', 'D'])
 def test_adam_is_shared_and_corrected(network):
-  """Against Adam as in torch, written out; G has no second kind of step because path lengths are off."""
+  """Against Adam as in torch, written out; G has no second kind of step because path lengths are
+  off."""
   config = train.default_config()
   interval, regularised = {'G': (4, False), 'D': (16, True)}[network]
   rng, share = np.random.default_rng(0), interval / (interval + 1)
-  x, v, count = np.array([1., -2.]), np.zeros(2), 0
+  x, v, count = np.array([1.0, -2.0]), np.zeros(2), 0
   optimizer = phases.make_optimizers(config)['GD'.index(network)]
   with jax.enable_x64(True):
     params = jnp.asarray(x)
     state, update = optimizer.init(params), jax.jit(optimizer.update)
     for iteration in range(33):
       for _ in range(1 + (regularised and iteration % interval == 0)):
-        gradient = rng.normal(size=2) * 10. ** rng.integers(-6, 3)
+        gradient = rng.normal(size=2) * 10.0 ** rng.integers(-6, 3)
         count += 1
-        b2 = .99 ** share
-        v = b2 * v + (1 - b2) * gradient ** 2
-        x = x - .0025 * share * gradient / (np.sqrt(v / (1 - b2 ** count)) + 1e-8)
+        b2 = 0.99**share
+        v = b2 * v + (1 - b2) * gradient**2
+        x = x - 0.0025 * share * gradient / (np.sqrt(v / (1 - b2**count)) + 1e-8)
         change, state = update(jnp.asarray(gradient), state, params)
         params = optax.apply_updates(params, change)
     np.testing.assert_allclose(params, x, rtol=1e-12)
@@ -111,21 +145,27 @@ def test_adam_is_shared_and_corrected(network):
 
 def test_ema_decay_ramps_up():
   config = train.default_config()
-  for done, half_life in ((0, 1e-8), (1, 64 * .05), (10_000, 32_000.), (10 ** 6, 500_000.)):
-    np.testing.assert_allclose(step.ema_decay(config, jnp.int32(done)), .5 ** (64 / half_life), rtol=1e-5)
+  for done, half_life in ((0, 1e-8), (1, 64 * 0.05), (10_000, 32_000.0), (10**6, 500_000.0)):
+    np.testing.assert_allclose(
+      step.ema_decay(config, jnp.int32(done)), 0.5 ** (64 / half_life), rtol=1e-5
+    )
   assert step.ema_decay(config, jnp.int32(0)) == 0
 
 
 def test_no_ramp_where_training_starts_from_trained_networks():
-  for changes in (dict(ema_rampup=0.), dict(init_from='elsewhere')):
-    np.testing.assert_allclose(step.ema_decay(tiny(**changes), jnp.int32(0)), .5 ** (BATCH / 500), rtol=1e-6)
+  for changes in (dict(ema_rampup=0.0), dict(init_from='elsewhere')):
+    np.testing.assert_allclose(
+      step.ema_decay(tiny(**changes), jnp.int32(0)), 0.5 ** (BATCH / 500), rtol=1e-6
+    )
 
 
 # ---- the compiled call
 
 
 def in_float64(tree):
-  return jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+  return jax.tree.map(
+    lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+  )
 
 
 @functools.cache
@@ -140,8 +180,10 @@ def first_state():
   config = tiny()
   G, D = train.make_networks(config, (8, 8, 1), 3)
   with double_precision():
-    state = jax.jit(lambda key: in_float64(step.init_state(config, G, D, key)).replace(key=0))(jax.random.key(0))
-    return jax.device_get(state.replace(augment_p=.5 + state.augment_p))
+    state = jax.jit(lambda key: in_float64(step.init_state(config, G, D, key)).replace(key=0))(
+      jax.random.key(0)
+    )
+    return jax.device_get(state.replace(augment_p=0.5 + state.augment_p))
 
 
 def iterate(config, mesh, call, states, count):
@@ -158,7 +200,8 @@ def iterate(config, mesh, call, states, count):
 
 
 def compiled(config, count):
-  """A function from a state and a number of iterations to what `iterate` returns, in float64 on `count` devices."""
+  """A function from a state and a number of iterations to what `iterate` returns, in float64 on
+  `count` devices."""
   mesh = devices.make_mesh(count)
   train.check_config(config, count)
   call = step.make_train_call(config, *train.make_networks(config, (8, 8, 1), 3), mesh)
@@ -166,20 +209,33 @@ def compiled(config, count):
   def run(state, iterations):
     with double_precision():
       return iterate(config, mesh, call, [state], iterations)
+
   return run
 
 
 @functools.cache
 def everything(count):
   """Five iterations with everything on, on `count` devices; and the function that made them."""
-  run = compiled(tiny(pl_weight=2., style_mixing=.5, mirror=True, accumulate=2, augment='blit', ada_interval=3, ada_kimg=1.),
-                 count)
+  run = compiled(
+    tiny(
+      pl_weight=2.0,
+      style_mixing=0.5,
+      mirror=True,
+      accumulate=2,
+      augment='blit',
+      ada_interval=3,
+      ada_kimg=1.0,
+    ),
+    count,
+  )
   return *run(first_state(), 5), run
 
 
 @pytest.mark.parametrize('count', [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_any_number_of_devices_computes_the_same(count):
-  for wanted, got in zip(jax.tree.leaves(everything(1)[:2]), jax.tree.leaves(everything(count)[:2]), strict=True):
+  for wanted, got in zip(
+    jax.tree.leaves(everything(1)[:2]), jax.tree.leaves(everything(count)[:2]), strict=True
+  ):
     np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-9)
   states = everything(count)[0]
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), states[0].D, states[-1].D)
@@ -198,20 +254,30 @@ def test_moving_average_by_hand():
   for i, state in enumerate(everything(1)[0][1:]):
     if i == 0:
       average = state.G['params']
-    decay = .5 ** (BATCH / min(500., i * BATCH * .05)) if i else 0.
-    average = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * new, average, state.G['params'])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), state.G_ema['params'], average)
+    decay = 0.5 ** (BATCH / min(500.0, i * BATCH * 0.05)) if i else 0.0
+    average = jax.tree.map(
+      lambda old, new, d=decay: d * old + (1 - d) * new, average, state.G['params']
+    )
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14),
+      state.G_ema['params'],
+      average,
+    )
     jax.tree.map(np.testing.assert_array_equal, state.G_ema['buffers'], state.G['buffers'])
     if i == 0:
       jax.tree.map(np.testing.assert_array_equal, state.G_ema, state.G)
 
 
 def test_first_steps_have_the_corrected_length():
-  """Adam without momentum moves by lr * share * sign(gradient) at first; G makes two steps in this iteration, D two."""
+  """Adam without momentum moves by lr * share * sign(gradient) at first; G makes two steps in this
+  iteration, D two."""
   before, after = everything(1)[0][:2]
-  for old, new, share in ((before.G['params'], after.G['params'], 2 / 3), (before.D, after.D, 4 / 5)):
+  for old, new, share in (
+    (before.G['params'], after.G['params'], 2 / 3),
+    (before.D, after.D, 4 / 5),
+  ):
     moved = max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), old, new)))
-    assert .01 * share < moved < .01 * share * (1 + math.sqrt(2) * 1.01)
+    assert 0.01 * share < moved < 0.01 * share * (1 + math.sqrt(2) * 1.01)
 
 
 def test_lazy_phases_run_when_they_should():
@@ -230,10 +296,19 @@ def test_lazy_phases_run_when_they_should():
 def test_signs_are_gathered_until_p_moves():
   states, metrics, _ = everything(1)
   assert [int(s.sign_count) for s in states] == [0, 2, 3, 0, 1, 3]  # Dmain each time, R1 at 0 and 4
-  assert [s.augment_p == states[0].augment_p for s in states] == [True, True, True, False, False, False]
+  assert [s.augment_p == states[0].augment_p for s in states] == [
+    True,
+    True,
+    True,
+    False,
+    False,
+    False,
+  ]
   assert [m['augment_p'] for m in metrics] == [s.augment_p for s in states[1:]]
   np.testing.assert_allclose(states[4].sign_sum, metrics[3]['sign_real'], rtol=1e-12)
-  np.testing.assert_allclose((states[2].sign_sum - states[1].sign_sum), metrics[1]['sign_real'], rtol=1e-12)
+  np.testing.assert_allclose(
+    (states[2].sign_sum - states[1].sign_sum), metrics[1]['sign_real'], rtol=1e-12
+  )
 
 
 def test_p_follows_the_signs_of_d():
@@ -243,13 +318,20 @@ def test_p_follows_the_signs_of_d():
 
   def sure(state, bias):
     D = jax.tree.map(np.copy, state.D)
-    D['mapping']['embed'] = dict(kernel=0 * D['mapping']['embed']['kernel'], bias=1 + 0 * D['mapping']['embed']['bias'])
+    D['mapping']['embed'] = dict(
+      kernel=0 * D['mapping']['embed']['kernel'], bias=1 + 0 * D['mapping']['embed']['bias']
+    )
     D['b4']['out']['bias'] = bias + 0 * D['b4']['out']['bias']
     return state.replace(D=D)
-  up = run(sure(states[0], 1000.), 6)[0]
-  np.testing.assert_allclose([s.augment_p for s in up], .5 + jump * np.array([0, 0, 0, 1, 1, 1, 2]), rtol=1e-12)
-  down = run(sure(up[-1].replace(augment_p=np.float64(1.5 * jump)), -1000.), 6)[0]
-  np.testing.assert_allclose([s.augment_p for s in down], jump * np.array([1.5, 1.5, 1.5, .5, .5, .5, 0]), atol=1e-12)
+
+  up = run(sure(states[0], 1000.0), 6)[0]
+  np.testing.assert_allclose(
+    [s.augment_p for s in up], 0.5 + jump * np.array([0, 0, 0, 1, 1, 1, 2]), rtol=1e-12
+  )
+  down = run(sure(up[-1].replace(augment_p=np.float64(1.5 * jump)), -1000.0), 6)[0]
+  np.testing.assert_allclose(
+    [s.augment_p for s in down], jump * np.array([1.5, 1.5, 1.5, 0.5, 0.5, 0.5, 0]), atol=1e-12
+  )
 
 
 # ---- rounds and precision
@@ -263,9 +345,15 @@ def plain(**changes):
 
 def test_two_rounds_have_the_gradients_of_one():
   """Groups of D's statistic are the same samples; only the latents' average moves once a round."""
-  for whole, rounds in zip(*(plain(**changes)[0] for changes in ({}, dict(accumulate=2))), strict=True):
+  for whole, rounds in zip(
+    *(plain(**changes)[0] for changes in ({}, dict(accumulate=2))), strict=True
+  ):
     strip = lambda s: s.replace(G=s.G['params'], G_ema=s.G_ema['params'])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), strip(whole), strip(rounds))
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9),
+      strip(whole),
+      strip(rounds),
+    )
   for whole, rounds in zip(plain()[1], plain(accumulate=2)[1], strict=True):
     assert whole.keys() == rounds.keys()
     for name in whole:
@@ -273,29 +361,38 @@ def test_two_rounds_have_the_gradients_of_one():
 
 
 def test_latents_average_moves_every_round():
-  """0 -> m at first, by the share .005; four rounds in an iteration of G and D, of nearly the same means."""
+  """0 -> m at first, by the share .005; four rounds in an iteration of G and D, of nearly the same
+  means."""
   one, two = (changed[0][1].G['buffers']['w_avg'] for changed in (plain(), plain(accumulate=2)))
   ratio = np.linalg.norm(two) / np.linalg.norm(one)
-  np.testing.assert_allclose(ratio, (1 - .995 ** 4) / (1 - .995 ** 2), rtol=.05)
+  np.testing.assert_allclose(ratio, (1 - 0.995**4) / (1 - 0.995**2), rtol=0.05)
 
 
 def test_bfloat16_is_near_and_stays_out_of_the_state():
   exact, rough = plain(), plain(dtype='bfloat16')
-  assert [np.asarray(x).dtype for x in jax.tree.leaves(exact)] == [np.asarray(x).dtype for x in jax.tree.leaves(rough)]
+  assert [np.asarray(x).dtype for x in jax.tree.leaves(exact)] == [
+    np.asarray(x).dtype for x in jax.tree.leaves(rough)
+  ]
   changed = False
   for name in ('loss_g', 'loss_d', 'r1', 'grad_norm_g', 'grad_norm_d', 'grad_norm_r1'):
-    np.testing.assert_allclose(rough[1][0][name], exact[1][0][name], rtol=.03, err_msg=name)
+    np.testing.assert_allclose(rough[1][0][name], exact[1][0][name], rtol=0.03, err_msg=name)
     changed |= abs(rough[1][0][name] / exact[1][0][name] - 1) > 1e-6
   assert changed
   for optimizer in ('opt_g', 'opt_d'):
-    sizes = [np.sqrt(np.concatenate([x.ravel() for x in jax.tree.leaves(getattr(states[1], optimizer)[0].nu)]))
-             for states, _ in (exact, rough)]  # of the first gradients
-    assert np.linalg.norm(sizes[1] - sizes[0]) < .05 * np.linalg.norm(sizes[0])
+    sizes = [
+      np.sqrt(
+        np.concatenate([x.ravel() for x in jax.tree.leaves(getattr(states[1], optimizer)[0].nu)])
+      )
+      for states, _ in (exact, rough)
+    ]  # of the first gradients
+    assert np.linalg.norm(sizes[1] - sizes[0]) < 0.05 * np.linalg.norm(sizes[0])
 
 
 def test_nothing_is_drawn_without_augmentation():
   states = plain()[0]
-  assert {float(s.augment_p) for s in states} == {.5} and {float(s.sign_count) for s in states} == {0.}
+  assert {float(s.augment_p) for s in states} == {0.5} and {
+    float(s.sign_count) for s in states
+  } == {0.0}
   assert 'augment_p' not in plain()[1][0]
 
 
@@ -303,7 +400,8 @@ def test_nothing_is_drawn_without_augmentation():
 
 
 def test_mirroring_is_training_on_flipped_copies_too():
-  """R1's step over both copies, against the same places of a set that holds them: the same to the last bit."""
+  """R1's step over both copies, against the same places of a set that holds them: the same to the
+  last bit."""
   (images, labels), places = data(), np.arange(4, 80, 80 // BATCH, dtype=np.int32)[:BATCH]
   mesh, results = devices.make_mesh(1), []
   doubled = np.concatenate([images, images[:, :, ::-1]]), np.concatenate([labels, labels])

@@ -1,4 +1,6 @@
-"""The generator's job: settings and their checks, data order, stopping and resuming, starting from trained networks."""
+"""The generator's job: settings and their checks, data order, stopping and resuming, starting from
+trained networks."""
+
 import math
 import os
 import signal
@@ -34,10 +36,31 @@ def compile_cache(tmp_path_factory):
 
 def tiny(**changes):
   config = train.default_config()
-  config.update(dict(z_dim=8, w_dim=8, mapping_layers=1, channel_base=64, channel_max=8, conv_clamp=0.,
-                     d_mapping_layers=0, mbstd_group=2, batch_size=16, lr=0.01, r1_gamma=0.1, r1_interval=4,
-                     pl_interval=2, ema_kimg=.5, augment='color', ada_interval=3, ada_kimg=50.,
-                     ada_target=0., iterations_per_call=4, snapshot_kimg=.5, checkpoint_minutes=60.))
+  config.update(
+    dict(
+      z_dim=8,
+      w_dim=8,
+      mapping_layers=1,
+      channel_base=64,
+      channel_max=8,
+      conv_clamp=0.0,
+      d_mapping_layers=0,
+      mbstd_group=2,
+      batch_size=16,
+      lr=0.01,
+      r1_gamma=0.1,
+      r1_interval=4,
+      pl_interval=2,
+      ema_kimg=0.5,
+      augment='color',
+      ada_interval=3,
+      ada_kimg=50.0,
+      ada_target=0.0,
+      iterations_per_call=4,
+      snapshot_kimg=0.5,
+      checkpoint_minutes=60.0,
+    )
+  )
   config.update(changes)
   return config
 
@@ -45,7 +68,7 @@ def tiny(**changes):
 def test_batch_indices_walk_through_whole_epochs():
   walk = train.batch_indices(3, 0, 70, 20)
   for epoch in range(3):
-    assert sorted(walk[epoch * 20:][:20]) == list(range(20))
+    assert sorted(walk[epoch * 20 :][:20]) == list(range(20))
   assert not np.array_equal(walk[:20], walk[20:40])
   pieces = [train.batch_indices(3, start, 7, 20) for start in range(0, 70, 7)]
   np.testing.assert_array_equal(np.concatenate(pieces), walk)
@@ -53,10 +76,11 @@ def test_batch_indices_walk_through_whole_epochs():
 
 
 def test_the_walk_covers_both_copies_once_an_epoch():
-  """What the job asks for with mirror on: 40 images, of which those from 40 on are the flipped ones."""
+  """What the job asks for with mirror on: 40 images, of which those from 40 on are the flipped
+  ones."""
   walk = train.batch_indices(3, 0, 160, 80)
   for epoch in range(2):
-    first = walk[epoch * 80:][:80]
+    first = walk[epoch * 80 :][:80]
     assert sorted(first) == list(range(80)) and sorted(first % 40) == sorted([*range(40)] * 2)
 
 
@@ -65,18 +89,26 @@ def test_the_walk_covers_both_copies_once_an_epoch():
 
 @pytest.fixture(scope='module')
 def job(tmp_path_factory):
-  """A run that SIGTERM stopped and that was resumed, and the same in one go: workdirs, result, config, data, mesh."""
-  rng, stopped, whole = np.random.default_rng(0), tmp_path_factory.mktemp('stopped'), tmp_path_factory.mktemp('whole')
+  """A run that SIGTERM stopped and that was resumed, and the same in one go: workdirs, result,
+  config, data, mesh."""
+  rng, stopped, whole = (
+    np.random.default_rng(0),
+    tmp_path_factory.mktemp('stopped'),
+    tmp_path_factory.mktemp('whole'),
+  )
   labels = rng.integers(0, 3, 90)
   images = np.broadcast_to(COLOURS[labels][:, None, None], (90, 8, 8, 3)).copy()
-  data = Data(Split(images, labels), Split(images, labels), ('red', 'green', 'blue'), 'three colours')
+  data = Data(
+    Split(images, labels), Split(images, labels), ('red', 'green', 'blue'), 'three colours'
+  )
   config, mesh = ConfigDict(dict(seed=1, generator=tiny(kimg=1e6))), devices.make_mesh(2)
 
   def stop():
     deadline = time.monotonic() + 300
     while not list((stopped / 'generator').glob('samples/*.png')) and time.monotonic() < deadline:
-      time.sleep(.01)
+      time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGTERM)
+
   watcher = threading.Thread(target=stop)
   watcher.start()
   assert train.train(config, stopped, data, mesh) is None
@@ -133,7 +165,7 @@ def test_classes_get_their_colours(job):
   images = jax.jit(generator.apply)(generator.variables, z, jnp.arange(30) % 3)
   np.testing.assert_allclose(images, jax.jit(generator.__call__)(z, jnp.arange(30) % 3), atol=1e-4)
   means = np.stack([images[c::3].mean((0, 1, 2)) for c in range(3)])
-  assert np.abs(means - (COLOURS / 127.5 - 1)).max() < .5, means
+  assert np.abs(means - (COLOURS / 127.5 - 1)).max() < 0.5, means
 
 
 def test_result_and_pictures(job):
@@ -151,10 +183,14 @@ def test_nan_stops_the_job_and_is_named(job):
   step, state = checkpointed(workdir, config, data, mesh)
   state = state.replace(D=jax.tree.map(lambda x: x * jnp.nan, state.D))
   with Checkpoints(workdir / 'generator' / 'checkpoints') as checkpoints:
-    checkpoints.save(step + 4, {'state': state, 'generator': state.G_ema}, dict(metrics={}, seconds=0.))
+    checkpoints.save(
+      step + 4, {'state': state, 'generator': state.G_ema}, dict(metrics={}, seconds=0.0)
+    )
   config = ConfigDict(config.to_dict())
   config.generator.kimg += 1
-  with pytest.raises(NonFiniteError, match=f'loss_g became nan between iterations {step + 4} and {step + 8}'):
+  with pytest.raises(
+    NonFiniteError, match=f'loss_g became nan between iterations {step + 4} and {step + 8}'
+  ):
     train.train(config, workdir, data, mesh)
   assert load_item(workdir / 'generator' / 'checkpoints', 'generator')[0] == step + 4
 
@@ -166,16 +202,22 @@ def test_a_run_starts_from_the_networks_of_another(job, tmp_path):
   stopped, _, _, config, data, mesh = job
   _, before = checkpointed(stopped, config, data, mesh)
   config = ConfigDict(config.to_dict())
-  config.generator.update(dict(init_from=str(stopped), lr=1e-9, kimg=4 * 16 / 1000, augment='none', r1_gamma=0.))
+  config.generator.update(
+    dict(init_from=str(stopped), lr=1e-9, kimg=4 * 16 / 1000, augment='none', r1_gamma=0.0)
+  )
   train.train(config, tmp_path, data, mesh)
   step, after = checkpointed(tmp_path, config, data, mesh)
   assert step == 4 == int(after.opt_g[0].count) and after.augment_p == 0
-  same = lambda a, b: jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6), a, b)
+  same = lambda a, b: jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6), a, b
+  )
   same(after.G['params'], before.G['params'])
   same(after.D, before.D)
   # G_ema starts from that of the other run, and not from a copy of G.
-  decay = .5 ** (16 / 500)
-  expected = jax.tree.map(lambda now, old: now + decay ** 4 * (old - now), before.G['params'], before.G_ema['params'])
+  decay = 0.5 ** (16 / 500)
+  expected = jax.tree.map(
+    lambda now, old: now + decay**4 * (old - now), before.G['params'], before.G_ema['params']
+  )
   same(after.G_ema['params'], expected)
   apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), after.G_ema['params'], before.G['params'])
   assert max(jax.tree.leaves(apart)) > 1e-3
@@ -186,8 +228,14 @@ def test_networks_of_a_snapshot(shared):
   path, mesh = shared / 'fixtures' / 'stylegan2' / 'a_tiny_cond32.nosrc.pkl', devices.make_mesh(2)
   G, variables = load_snapshot(path, 'G')
   D, d_variables = load_discriminator(path)
-  config = tiny(z_dim=G.z_dim, w_dim=G.w_dim, mapping_layers=G.mapping_layers, channel_base=32 * G.channels[-1],
-                channel_max=max(G.channels), d_mapping_layers=D.mapping_layers)
+  config = tiny(
+    z_dim=G.z_dim,
+    w_dim=G.w_dim,
+    mapping_layers=G.mapping_layers,
+    channel_base=32 * G.channels[-1],
+    channel_max=max(G.channels),
+    d_mapping_layers=D.mapping_layers,
+  )
   template = template_of(config, G.image_shape, G.num_classes, mesh)
   networks = load_networks(path, template)
   jax.tree.map(np.testing.assert_array_equal, networks['G'], variables)
@@ -201,7 +249,9 @@ def test_networks_of_another_size(job):
   stopped, _, _, config, _, mesh = job
   config = ConfigDict(config.generator.to_dict())
   config.w_dim = 4
-  with pytest.raises(UserError, match=f'init_from={stopped} is no run with networks of this size.*w_avg|kernel'):
+  with pytest.raises(
+    UserError, match=f'init_from={stopped} is no run with networks of this size.*w_avg|kernel'
+  ):
     load_networks(stopped, template_of(config, (8, 8, 3), 3, mesh))
 
 
@@ -211,31 +261,49 @@ def test_networks_of_another_size(job):
 def test_truncated_pictures_are_alike(job):
   """At 0 every latent is the average one: all pictures are the same, of whichever class."""
   generator = load_generator(job[0])
-  draw = jax.jit(lambda psi: train.sample_images(generator.network, generator.variables, jax.random.key(1), psi))
-  full, none = draw(1.), draw(0.)
+  draw = jax.jit(
+    lambda psi: train.sample_images(generator.network, generator.variables, jax.random.key(1), psi)
+  )
+  full, none = draw(1.0), draw(0.0)
   assert full.shape == (3, 10, 8, 8, 3) and full.dtype == np.uint8
   assert (none == none[:1, :1]).all() and not (full == full[:, :1]).all()
 
 
 def test_real_pictures_stand_as_generated_ones_do():
-  numbers = lambda count, channels: np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((8, 8, channels), np.uint8)
+  numbers = lambda count, channels: (
+    np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((8, 8, channels), np.uint8)
+  )
   make = lambda shape, num_classes: train.make_networks(tiny(), shape, num_classes)[0]
   labels = np.repeat([0, 1, 2], [40, 4, 56])
   shown = train.real_images(numbers(100, 3), labels, make((8, 8, 3), 3))[:, :, 0, 0, 0]
-  assert shown.shape == (3, 10) and shown[0].tolist() == [*range(0, 40, 4)] and (labels[shown[2]] == 2).all()
+  assert (
+    shown.shape == (3, 10)
+    and shown[0].tolist() == [*range(0, 40, 4)]
+    and (labels[shown[2]] == 2).all()
+  )
   assert shown[1].tolist() == [40, 41, 42, 43] + [0] * 6  # no more of its class
   shown = train.real_images(numbers(100, 4), labels, make((8, 8, 4), 0))
   assert shown.shape == (10, 2, 8, 8, 4) and len(np.unique(shown)) == 20
   G = make((8, 8, 4), 0)
-  variables = jax.jit(G.init)(jax.random.key(0), np.zeros((1, G.z_dim), np.float32), np.zeros(1, np.int32))
+  variables = jax.jit(G.init)(
+    jax.random.key(0), np.zeros((1, G.z_dim), np.float32), np.zeros(1, np.int32)
+  )
   drawn = jax.jit(lambda: train.sample_images(G, variables, jax.random.key(1)))()
-  assert drawn.shape == (10, 2, 8, 8, 4) and len(np.unique(np.asarray(drawn).reshape(20, -1), axis=0)) == 20
+  assert (
+    drawn.shape == (10, 2, 8, 8, 4)
+    and len(np.unique(np.asarray(drawn).reshape(20, -1), axis=0)) == 20
+  )
 
 
 # ---- presets
 
-PRESETS = {'cifar': ((32, 32, 3), 10), 'paper256': ((256, 256, 3), 0), 'auto64': ((64, 64, 3), 0),
-           'atari': ((96, 96, 4), 0), 'digits': ((8, 8, 1), 10)}
+PRESETS = {
+  'cifar': ((32, 32, 3), 10),
+  'paper256': ((256, 256, 3), 0),
+  'auto64': ((64, 64, 3), 0),
+  'atari': ((96, 96, 4), 0),
+  'digits': ((8, 8, 1), 10),
+}
 
 
 @pytest.mark.parametrize('variant', PRESETS)
@@ -244,7 +312,9 @@ def test_presets_build_at_full_size(variant):
   assert config.jobs == ('generator',)
   train.check_config(config.generator, 1)
   G, D = train.make_networks(config.generator, image_shape, num_classes)
-  state = jax.eval_shape(lambda key: train.init_state(config.generator, G, D, key), jax.random.key(0))
+  state = jax.eval_shape(
+    lambda key: train.init_state(config.generator, G, D, key), jax.random.key(0)
+  )
 
   count = config.generator.mbstd_group
 
@@ -252,6 +322,7 @@ def test_presets_build_at_full_size(variant):
     labels, keys = jnp.zeros(count, jnp.int32), jax.random.split(state.key, count)
     images = G.apply(state.G, jnp.zeros((count, G.z_dim)), labels, noise='random', noise_keys=keys)
     return images, D.apply({'params': state.D}, images, labels)
+
   images, logits = jax.eval_shape(judged, state)
   assert images.shape == (count, *image_shape) and logits.shape == (count,)
   if variant == 'cifar':  # of the original's own networks
@@ -261,16 +332,32 @@ def test_presets_build_at_full_size(variant):
 
 def test_values_of_presets():
   """Of stylegan2-ada-pytorch's train.py, worked out by hand for --cfg=auto."""
+
   def values(variant, *names):
     return [presets.get_config(variant).generator[name] for name in names]
-  names = 'batch_size', 'mbstd_group', 'channel_base', 'lr', 'r1_gamma', 'ema_kimg', 'mapping_layers', 'pl_weight'
-  np.testing.assert_allclose(values('auto64', *names), [32, 4, 16384, .0025, .0256, 10, 2, 2])
-  np.testing.assert_allclose(values('auto256', *names), [16, 4, 16384, .0025, .8192, 5, 2, 2])
-  np.testing.assert_allclose(values('auto256x8', *names), [64, 4, 16384, .0025, .2048, 20, 2, 2])
-  np.testing.assert_allclose(values('auto1024x8', *names), [32, 4, 32768, .002, 6.5536, 10, 2, 2])
-  np.testing.assert_allclose(values('paper256', *names), [64, 8, 16384, .0025, 1, 20, 8, 2])
-  np.testing.assert_allclose(values('cifar', *names), [64, 32, 32768, .0025, .01, 500, 2, 0])
-  assert values('cifar', 'augment', 'architecture', 'style_mixing', 'kimg') == ['bgc', 'orig', 0, 100_000]
+
+  names = (
+    'batch_size',
+    'mbstd_group',
+    'channel_base',
+    'lr',
+    'r1_gamma',
+    'ema_kimg',
+    'mapping_layers',
+    'pl_weight',
+  )
+  np.testing.assert_allclose(values('auto64', *names), [32, 4, 16384, 0.0025, 0.0256, 10, 2, 2])
+  np.testing.assert_allclose(values('auto256', *names), [16, 4, 16384, 0.0025, 0.8192, 5, 2, 2])
+  np.testing.assert_allclose(values('auto256x8', *names), [64, 4, 16384, 0.0025, 0.2048, 20, 2, 2])
+  np.testing.assert_allclose(values('auto1024x8', *names), [32, 4, 32768, 0.002, 6.5536, 10, 2, 2])
+  np.testing.assert_allclose(values('paper256', *names), [64, 8, 16384, 0.0025, 1, 20, 8, 2])
+  np.testing.assert_allclose(values('cifar', *names), [64, 32, 32768, 0.0025, 0.01, 500, 2, 0])
+  assert values('cifar', 'augment', 'architecture', 'style_mixing', 'kimg') == [
+    'bgc',
+    'orig',
+    0,
+    100_000,
+  ]
   train.check_config(presets.get_config('auto1024x8').generator, 8)
   with pytest.raises(UserError, match='auto0 is unknown'):
     presets.get_config('auto0')
@@ -279,36 +366,48 @@ def test_values_of_presets():
 # ---- bad input
 
 
-@pytest.mark.parametrize('changes, count, words', [
+@pytest.mark.parametrize(
+  'changes, count, words',
+  [
     (dict(batch_size=12), 8, 'batch_size=12'),
     (dict(batch_size=24), 8, 'mbstd_group=2 .* set it to 1'),
     (dict(r1_interval=16), 1, 'iterations_per_call=4 is below generator.r1_interval=16'),
-    (dict(pl_weight=2., mbstd_group=1, batch_size=8), 8, 'path lengths'),
-    (dict(style_mixing=2.), 1, 'style_mixing=2.0'),
-    (dict(lr=0.), 1, 'lr=0.0'),
-    (dict(r1_gamma=-1.), 1, 'r1_gamma=-1.0'),
+    (dict(pl_weight=2.0, mbstd_group=1, batch_size=8), 8, 'path lengths'),
+    (dict(style_mixing=2.0), 1, 'style_mixing=2.0'),
+    (dict(lr=0.0), 1, 'lr=0.0'),
+    (dict(r1_gamma=-1.0), 1, 'r1_gamma=-1.0'),
     (dict(augment='flip'), 1, "augment='flip' is unknown: choose .*bgc"),
     (dict(dtype='float16'), 1, "dtype='float16' is unknown: choose float32, bfloat16"),
     (dict(architecture='skip'), 1, "architecture='skip'"),
     (dict(accumulate=3), 1, 'accumulate=3 does not divide the 16 images'),
     (dict(accumulate=0), 1, 'accumulate=0 is not positive'),
-    (dict(accumulate=8, pl_weight=2., mbstd_group=1), 2, 'pl_weight=2.0: path lengths take half of the 1 images'),
+    (
+      dict(accumulate=8, pl_weight=2.0, mbstd_group=1),
+      2,
+      'pl_weight=2.0: path lengths take half of the 1 images',
+    ),
     (dict(accumulate=4, mbstd_group=3), 1, 'mbstd_group=3 does not divide the 4 images'),
     (dict(mbstd_group=0), 1, 'mbstd_group=0'),
     (dict(base_size=0), 1, 'base_size=0'),
     (dict(ada_target=1.5), 1, 'ada_target=1.5'),
     (dict(ada_interval=0), 1, 'ada_interval=0'),
-    (dict(ada_kimg=0.), 1, 'ada_kimg=0.0'),
-    (dict(truncation_psi=-.1), 1, 'truncation_psi=-0.1'),
-])
+    (dict(ada_kimg=0.0), 1, 'ada_kimg=0.0'),
+    (dict(truncation_psi=-0.1), 1, 'truncation_psi=-0.1'),
+  ],
+)
 def test_sizes_that_cannot_work(changes, count, words):
   with pytest.raises(UserError, match=words):
     train.check_config(tiny(**changes), count)
 
 
-@pytest.mark.parametrize('base_size, shape', [(4, (12, 12, 1)), (4, (8, 16, 3)), (4, (4, 4, 1)), (3, (8, 8, 1)), (16, (8, 8, 1))])
+@pytest.mark.parametrize(
+  'base_size, shape',
+  [(4, (12, 12, 1)), (4, (8, 16, 3)), (4, (4, 4, 1)), (3, (8, 8, 1)), (16, (8, 8, 1))],
+)
 def test_images_of_another_shape(base_size, shape):
-  with pytest.raises(UserError, match=f'{shape[0]}x{shape[1]}: with generator.base_size={base_size}'):
+  with pytest.raises(
+    UserError, match=f'{shape[0]}x{shape[1]}: with generator.base_size={base_size}'
+  ):
     train.make_networks(tiny(base_size=base_size), shape, 3)
 
 

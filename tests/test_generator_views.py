@@ -14,20 +14,24 @@ from tests.worlds import LinearGenerator, nature_config
 
 
 def mapped(generator, z, labels):
-  ws = jax.jit(functools.partial(generator.network.apply, method='mapping'))(generator.variables, z, labels)
+  ws = jax.jit(functools.partial(generator.network.apply, method='mapping'))(
+    generator.variables, z, labels
+  )
   return np.asarray(ws[:, 0], np.float64)
 
 
-def drawn(world, z, labels, psi=1.):
+def drawn(world, z, labels, psi=1.0):
   """Compiled: call by call these networks take seconds."""
   return np.asarray(jax.jit(world.apply)(world.variables, z, labels, psi))
 
 
 @pytest.fixture(scope='module')
 def generator():
-  network = Generator(z_dim=6, w_dim=5, num_classes=3, channels=(4, 4), image_channels=1, mapping_layers=2)
+  network = Generator(
+    z_dim=6, w_dim=5, num_classes=3, channels=(4, 4), image_channels=1, mapping_layers=2
+  )
   variables = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 6)), jnp.zeros(1, jnp.int32))
-  variables['buffers']['w_avg'] = jnp.arange(5.) / 10
+  variables['buffers']['w_avg'] = jnp.arange(5.0) / 10
   return LoadedGenerator(network, jax.device_get(variables))
 
 
@@ -41,8 +45,12 @@ def test_w_has_the_spread_that_mapped_latents_have(generator):
   v = world.variables['mean'][np.asarray(labels)] + u @ world.variables['root'].T
   for label in range(3):
     of = np.asarray(labels) == label
-    assert (np.abs(v[of].mean(0) - w[of].mean(0)) < 5 * w[of].std(0) / np.sqrt(1000)).all()  # two samples of 2,000
-  within = lambda x: np.cov(np.concatenate([x[labels == k] - x[labels == k].mean(0) for k in range(3)]).T)
+    assert (
+      np.abs(v[of].mean(0) - w[of].mean(0)) < 5 * w[of].std(0) / np.sqrt(1000)
+    ).all()  # two samples of 2,000
+  within = lambda x: np.cov(
+    np.concatenate([x[labels == k] - x[labels == k].mean(0) for k in range(3)]).T
+  )
   np.testing.assert_allclose(within(v), within(w), atol=0.1 * np.abs(within(w)).max())
 
 
@@ -51,10 +59,15 @@ def test_a_mapped_latent_has_the_same_picture_through_the_other_door(generator):
   labels = jnp.array([0, 2, 1, 1])
   z = jax.random.normal(jax.random.key(1), (4, 6))
   w = mapped(generator, z, labels)
-  root, mean = np.asarray(world.variables['root'], np.float64), world.variables['mean'][np.asarray(labels)]
+  root, mean = (
+    np.asarray(world.variables['root'], np.float64),
+    world.variables['mean'][np.asarray(labels)],
+  )
   u = np.linalg.solve(root, (w - mean).T).T.astype(np.float32)
-  for psi in (1., 0.6):
-    np.testing.assert_allclose(drawn(world, u, labels, psi), drawn(generator, z, labels, psi), atol=2e-3)
+  for psi in (1.0, 0.6):
+    np.testing.assert_allclose(
+      drawn(world, u, labels, psi), drawn(generator, z, labels, psi), atol=2e-3
+    )
 
 
 def test_too_few_samples(generator):
@@ -68,7 +81,9 @@ def test_prompts_are_rows_of_a_bank(generator):
   assert world.num_classes == 4 and world.z_dim == 6
   z = jax.random.normal(jax.random.key(2), (4, 6))
   pictures = drawn(world, z, jnp.array([0, 1, 3, 2]))
-  np.testing.assert_allclose(pictures[:3], drawn(generator, z, jnp.array([0, 2, 1, 0]))[:3], atol=1e-5)  # one-hot rows: classes
+  np.testing.assert_allclose(
+    pictures[:3], drawn(generator, z, jnp.array([0, 2, 1, 0]))[:3], atol=1e-5
+  )  # one-hot rows: classes
   np.testing.assert_allclose(pictures, drawn(generator, z, bank[np.array([0, 1, 3, 2])]), atol=1e-5)
   with pytest.raises(UserError, match=r'prompts are \(3,\)'):
     prompts(generator, bank[0])
@@ -80,7 +95,7 @@ class Told(LinearGenerator):
   """Takes vectors for labels: the class offsets mixed by them."""
 
   @staticmethod
-  def apply(variables, z, labels, truncation_psi=1.):
+  def apply(variables, z, labels, truncation_psi=1.0):
     small = jnp.tanh(truncation_psi * z @ variables['w'] + labels @ variables['offset'])
     return small.reshape(-1, 8, 8, 1).repeat(5, 1).repeat(5, 2)
 
@@ -118,12 +133,18 @@ def test_a_config_opens_the_door_to_w():
   world = pretrain.load_world_generator(c, None)
   assert isinstance(world, WLatents) and (world.z_dim, world.num_classes) == (64, 10)
   c.environment.latent_space = 'y'
-  with pytest.raises(UserError, match="environment.latent_space='y' is unknown: choose one of z, w"):
+  with pytest.raises(
+    UserError, match="environment.latent_space='y' is unknown: choose one of z, w"
+  ):
     pretrain.check_config(c, 8)
 
 
 def test_a_margin_is_cut_off(generator):
-  world, z, labels = cropped(generator, 2), jax.random.normal(jax.random.key(2), (3, 6)), jnp.array([0, 1, 2])
+  world, z, labels = (
+    cropped(generator, 2),
+    jax.random.normal(jax.random.key(2), (3, 6)),
+    jnp.array([0, 1, 2]),
+  )
   assert world.image_shape == (4, 4, 1) and (world.z_dim, world.num_classes) == (6, 3)
   np.testing.assert_array_equal(drawn(world, z, labels), drawn(generator, z, labels)[:, 2:6, 2:6])
   for margin in (4, -1):

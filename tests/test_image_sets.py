@@ -1,4 +1,6 @@
-"""Each kind of source is written here from known pixels and read back; interpolations against loops."""
+"""Each kind of source is written here from known pixels and read back; interpolations against
+loops."""
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,7 +11,9 @@ from palm_jax.evaluate.image_sets import check_source, image_set, interpolate, l
 
 
 def pictures(n, height=32, width=None, channels=3, seed=0):
-  return np.random.default_rng(seed).integers(0, 256, (n, height, width or height, channels), np.uint8)
+  return np.random.default_rng(seed).integers(
+    0, 256, (n, height, width or height, channels), np.uint8
+  )
 
 
 def write(folder, images, names=None):
@@ -20,9 +24,10 @@ def write(folder, images, names=None):
 
 
 def bilinear(square, size):
-  """The triangle filter of a width that grows with the reduction, in float64: (S, S, C) -> (size, size, C)."""
+  """The triangle filter of a width that grows with the reduction, in float64: (S, S, C) -> (size,
+  size, C)."""
   scale = len(square) / size
-  centres, at = (np.arange(size) + .5) * scale, np.arange(len(square)) + .5
+  centres, at = (np.arange(size) + 0.5) * scale, np.arange(len(square)) + 0.5
   weights = np.maximum(0, 1 - np.abs(at - centres[:, None]) / max(scale, 1))
   weights /= weights.sum(1, keepdims=True)
   return np.einsum('ai,bj,ijc->abc', weights, weights, square.astype(np.float64))
@@ -59,7 +64,9 @@ def test_two_npz_are_train_and_test(tmp_path):
 def test_a_named_data_set_gives_its_test_part():
   got, description = load_images('digits', 8, channels=1)
   assert got.shape == (360, 8, 8, 1) and got.dtype == np.uint8
-  assert description.startswith('test part of digits of scikit-learn') and description.endswith('; 360 images')
+  assert description.startswith('test part of digits of scikit-learn') and description.endswith(
+    '; 360 images'
+  )
 
 
 def test_pictures_of_the_right_size_stay_as_they_are(tmp_path):
@@ -79,18 +86,21 @@ def test_pictures_are_cropped_and_averaged(tmp_path, height, width):
   got, description = load_images(str(write(tmp_path / 'set', images)), 32)
   side = min(height, width)
   top, left = (height - side) // 2, (width - side) // 2
-  wanted = [bilinear(image[top:top + side, left:left + side], 32) for image in images]
+  wanted = [bilinear(image[top : top + side, left : left + side], 32) for image in images]
   np.testing.assert_allclose(got, wanted, atol=1)  # Pillow rounds after each of the two directions
-  assert np.abs(got - np.asarray(wanted)).mean() < .5
+  assert np.abs(got - np.asarray(wanted)).mean() < 0.5
   assert f'central squares of side {side}, then Pillow bilinear (antialiased) to 32' in description
 
 
 def test_lsun_becomes_csis_lsun_fix(tmp_path):
-  """torchvision's Resize(256) of a picture whose shorter side is 256, CenterCrop(256), Resize(32)."""
+  """torchvision's Resize(256) of a picture whose shorter side is 256, CenterCrop(256),
+  Resize(32)."""
   images = pictures(2, 256, 341)
   got, _ = load_images(str(write(tmp_path / 'set', images)), 32)
   crops = [Image.fromarray(image).crop((42, 0, 298, 256)) for image in images]
-  np.testing.assert_array_equal(got, [np.asarray(crop.resize((32, 32), Image.Resampling.BILINEAR)) for crop in crops])
+  np.testing.assert_array_equal(
+    got, [np.asarray(crop.resize((32, 32), Image.Resampling.BILINEAR)) for crop in crops]
+  )
 
 
 def test_pictures_of_many_kinds(tmp_path):
@@ -100,7 +110,9 @@ def test_pictures_of_many_kinds(tmp_path):
   write(folder, np.full((1, 32, 32, 1), 50, np.uint8), ['c.png'])
   Image.fromarray(np.full((64, 64, 3), 51, np.uint8)).convert('P').save(folder / 'd.png')
   got, description = load_images(str(folder), 32)
-  np.testing.assert_allclose(got, np.broadcast_to(np.array([200, 100, 50, 51])[:, None, None, None], got.shape), atol=3)
+  np.testing.assert_allclose(
+    got, np.broadcast_to(np.array([200, 100, 50, 51])[:, None, None, None], got.shape), atol=3
+  )
   assert 'squares of side 32 to 64' in description
   assert load_images(str(folder), 16, channels=1)[0].shape == (4, 16, 16, 1)
 
@@ -115,17 +127,27 @@ def test_a_folder_with_train_and_test_gives_its_test_part(tmp_path):
 def test_celeba(tmp_path):
   names = [f'{i:06}.jpg' for i in (1, 2, 182638, 202599)]
   images = np.zeros((4, 218, 178, 3), np.uint8)
-  images[:, 20:198] = np.array([10, 60, 110, 160], np.uint8)[:, None, None, None]  # the central 178 rows
+  images[:, 20:198] = np.array([10, 60, 110, 160], np.uint8)[
+    :, None, None, None
+  ]  # the central 178 rows
   folder = write(tmp_path / 'img_align_celeba', images, names)
   got, description = load_images(f'celeba:{folder}', 32)
-  assert len(got) == 4 and 'all pictures (list_eval_partition.txt not found)' in description and 'side 178' in description
+  assert (
+    len(got) == 4
+    and 'all pictures (list_eval_partition.txt not found)' in description
+    and 'side 178' in description
+  )
   np.testing.assert_allclose(got[:, 2:-2].mean((1, 2, 3)), [10, 60, 110, 160], atol=2)
   np.testing.assert_allclose(got[3, 0].mean(), 160, atol=12)  # nothing of the black beyond
   for place in (folder, tmp_path):
-    (place / 'list_eval_partition.txt').write_text('000001.jpg 0\n000002.jpg 1\n182638.jpg 2\n202599.jpg 2\n')
+    (place / 'list_eval_partition.txt').write_text(
+      '000001.jpg 0\n000002.jpg 1\n182638.jpg 2\n202599.jpg 2\n'
+    )
     chosen, description = load_images(f'celeba:{folder}', 32)
     np.testing.assert_array_equal(chosen, got[2:])
-    assert 'test part of list_eval_partition.txt' in description and description.endswith('; 2 images')
+    assert 'test part of list_eval_partition.txt' in description and description.endswith(
+      '; 2 images'
+    )
     (place / 'list_eval_partition.txt').write_text('999999.jpg 2\n')
     with pytest.raises(UserError, match='none of the test pictures'):
       load_images(f'celeba:{folder}', 32)
@@ -138,11 +160,12 @@ def test_celeba(tmp_path):
 
 
 def as_csi(images, labels):
-  """alinlab/CSI evals/ood_pre.py's loop over batches of 100 in order, with a rounding at the end."""
+  """alinlab/CSI evals/ood_pre.py's loop over batches of 100 in order, with a rounding at the
+  end."""
   batches, last = [], None
   for start in range(0, len(images), 100):
-    x = images[start:start + 100] / 255
-    batches.append(x if last is None else (x + last[:len(x)]) / 2)
+    x = images[start : start + 100] / 255
+    batches.append(x if last is None else (x + last[: len(x)]) / 2)
     last = x
   return np.concatenate(batches) * 255
 
@@ -151,22 +174,28 @@ def test_csi_equals_its_loop():
   split = Split(pictures(350, 8), np.arange(350) % 7)
   got, description = interpolate(split, 'csi')
   np.testing.assert_array_equal(got[:100], split.images[:100])
-  np.testing.assert_allclose(got, as_csi(*split), atol=.5 + 1e-6)
+  np.testing.assert_allclose(got, as_csi(*split), atol=0.5 + 1e-6)
   assert 'the first 100 as they are' in description and description.endswith('; 350 images')
   assert '0.0% of the pairs within one class' in description  # 100 = 2 modulo 7
   assert '100.0% of the pairs' in interpolate(split._replace(labels=split.labels * 0), 'csi')[1]
 
 
 def test_csi_costs_a_hundredth_of_ten_thousand():
-  """What is not interpolated is told from its own double by chance: .99 A + .005 with 100 of 10,000."""
+  """What is not interpolated is told from its own double by chance: .99 A + .005 with 100 of
+  10,000."""
   images = pictures(10_000, 2, channels=1)
   score = lambda x: -np.abs(x.astype(float) - 127.5).mean((1, 2, 3))  # averages are greyer
-  above = lambda good, bad: (np.searchsorted(np.sort(good), bad).sum() + np.searchsorted(np.sort(good), bad, 'right').sum()) / 2
+  above = lambda good, bad: (
+    (np.searchsorted(np.sort(good), bad).sum() + np.searchsorted(np.sort(good), bad, 'right').sum())
+    / 2
+  )
   auroc = lambda good, bad: above(good, bad) / (len(good) * len(bad))
-  whole, csi = (interpolate(Split(images, np.zeros(10_000, int)), mode)[0] for mode in ('pairs', 'csi'))
+  whole, csi = (
+    interpolate(Split(images, np.zeros(10_000, int)), mode)[0] for mode in ('pairs', 'csi')
+  )
   at = auroc(score(images), score(whole))
-  assert at > .7
-  assert auroc(score(images), score(csi)) == pytest.approx(.99 * at + .005, abs=.01)
+  assert at > 0.7
+  assert auroc(score(images), score(csi)) == pytest.approx(0.99 * at + 0.005, abs=0.01)
 
 
 @pytest.mark.parametrize('count', [2, 3, 100, 1500])
@@ -174,7 +203,9 @@ def test_pairs_are_one_cycle_through_all_images(count):
   # Levels far apart: an average of two even numbers tells which two.
   levels = 2 * np.arange(count)
   images = np.stack([levels % 64 * 4, levels // 64 * 4], 1).astype(np.uint8).reshape(count, 1, 2, 1)
-  sums = interpolate(Split(images, np.zeros(count, int)), 'pairs')[0].astype(int).reshape(count, 2) * 2
+  sums = (
+    interpolate(Split(images, np.zeros(count, int)), 'pairs')[0].astype(int).reshape(count, 2) * 2
+  )
   partners = []
   for total, own in zip(sums, images.reshape(count, 2).astype(int), strict=True):
     other = total - own
@@ -213,7 +244,9 @@ def test_too_few_images_to_interpolate(mode, count):
 def test_a_set_is_as_the_images_it_is_compared_with(tmp_path):
   split = Split(pictures(120, 8, channels=1), np.arange(120) % 3)
   for mode in ('pairs', 'csi'):
-    np.testing.assert_array_equal(image_set(f'interp:{mode}', split)[0], interpolate(split, mode)[0])
+    np.testing.assert_array_equal(
+      image_set(f'interp:{mode}', split)[0], interpolate(split, mode)[0]
+    )
   assert image_set('digits', split)[0].shape == (360, 8, 8, 1)
   wide = Split(pictures(5, 8, 10), np.zeros(5, int))
   assert image_set('interp:pairs', wide)[0].shape == (5, 8, 10, 3)
@@ -226,12 +259,15 @@ def test_bare_names_lie_in_the_data_folder(tmp_path):
     load_images('svhn', 32, tmp_path)
 
 
-@pytest.mark.parametrize('source, message', [
-  ('interp:mixup', "'interp:mixup' is unknown: expected interp:pairs or interp:csi"),
-  ('/nowhere/x.npz', '/nowhere/x.npz: no such file or folder'),
-  ('nowhere/pictures', 'nowhere/pictures: no such file or folder'),
-  ('celeba:nowhere', 'nowhere: no such file or folder'),
-])
+@pytest.mark.parametrize(
+  'source, message',
+  [
+    ('interp:mixup', "'interp:mixup' is unknown: expected interp:pairs or interp:csi"),
+    ('/nowhere/x.npz', '/nowhere/x.npz: no such file or folder'),
+    ('nowhere/pictures', 'nowhere/pictures: no such file or folder'),
+    ('celeba:nowhere', 'nowhere: no such file or folder'),
+  ],
+)
 def test_absent_sources_are_seen_early(source, message):
   for read in (check_source, lambda source: load_images(source, 32)):
     with pytest.raises(UserError, match=message) as error:
@@ -240,24 +276,50 @@ def test_absent_sources_are_seen_early(source, message):
 
 
 def test_sources_that_may_be_there_pass():
-  for source in ('interp:csi', 'svhn', 'tfds:svhn_cropped', 'tfds:imagenet_resized/32x32', 'a.npz,b.npz', '/', __file__):
+  for source in (
+    'interp:csi',
+    'svhn',
+    'tfds:svhn_cropped',
+    'tfds:imagenet_resized/32x32',
+    'a.npz,b.npz',
+    '/',
+    __file__,
+  ):
     check_source(source)
   with pytest.raises(UserError, match="unknown data 'shvn': did you mean svhn"):
     load_images('shvn', 32)
 
 
-@pytest.mark.parametrize('make, message', [
-  (lambda path: np.savez(path / 'x.npz', pictures=pictures(2)), r'holds pictures; expected images'),
-  (lambda path: np.savez(path / 'x.npz'), r'holds nothing; expected images'),
-  (lambda path: np.savez(path / 'x.npz', images=pictures(2) / 255), r'images are float64, expected uint8'),
-  (lambda path: np.savez(path / 'x.npz', images=pictures(2)[..., 0]), r'grey images need a channel axis'),
-  (lambda path: np.savez(path / 'x.npz', images=pictures(0)), r'nothing in it'),
-  (lambda path: np.savez(path / 'x.npz', images=np.uint8(3)), r'images have shape \(\)'),
-  (lambda path: np.savez(path / 'x.npz', images=np.array([None])), r'not a readable .npz'),
-  (lambda path: (path / 'x.npz').write_bytes(b'PK damaged'), r'not a readable .npz'),
-  (lambda path: np.savez(path / 'x.npz', images=pictures(2, 28)), r'\(28, 28, 3\), expected \(32, 32, 3\).*: resize them'),
-  (lambda path: np.savez(path / 'x.npz', images=pictures(2, channels=1)), r'\(32, 32, 1\), .* make colour of grey in them'),
-])
+@pytest.mark.parametrize(
+  'make, message',
+  [
+    (
+      lambda path: np.savez(path / 'x.npz', pictures=pictures(2)),
+      r'holds pictures; expected images',
+    ),
+    (lambda path: np.savez(path / 'x.npz'), r'holds nothing; expected images'),
+    (
+      lambda path: np.savez(path / 'x.npz', images=pictures(2) / 255),
+      r'images are float64, expected uint8',
+    ),
+    (
+      lambda path: np.savez(path / 'x.npz', images=pictures(2)[..., 0]),
+      r'grey images need a channel axis',
+    ),
+    (lambda path: np.savez(path / 'x.npz', images=pictures(0)), r'nothing in it'),
+    (lambda path: np.savez(path / 'x.npz', images=np.uint8(3)), r'images have shape \(\)'),
+    (lambda path: np.savez(path / 'x.npz', images=np.array([None])), r'not a readable .npz'),
+    (lambda path: (path / 'x.npz').write_bytes(b'PK damaged'), r'not a readable .npz'),
+    (
+      lambda path: np.savez(path / 'x.npz', images=pictures(2, 28)),
+      r'\(28, 28, 3\), expected \(32, 32, 3\).*: resize them',
+    ),
+    (
+      lambda path: np.savez(path / 'x.npz', images=pictures(2, channels=1)),
+      r'\(32, 32, 1\), .* make colour of grey in them',
+    ),
+  ],
+)
 def test_npz_that_cannot_be(tmp_path, make, message):
   make(tmp_path)
   with pytest.raises(UserError, match=message) as error:
@@ -267,7 +329,9 @@ def test_npz_that_cannot_be(tmp_path, make, message):
 
 def test_folders_that_cannot_be(tmp_path):
   (tmp_path / 'empty').mkdir()
-  with pytest.raises(UserError, match='empty holds no .png, .jpg, .jpeg, .webp files, nor labelled data'):
+  with pytest.raises(
+    UserError, match='empty holds no .png, .jpg, .jpeg, .webp files, nor labelled data'
+  ):
     load_images(str(tmp_path / 'empty'), 32)
   with pytest.raises(UserError, match='name the folder of the aligned CelebA'):
     load_images(f'celeba:{tmp_path / "empty"}', 32)

@@ -1,4 +1,6 @@
-"""The Inception network against pytorch-fid's and torch-fidelity's, with weights made from their names."""
+"""The Inception network against pytorch-fid's and torch-fidelity's, with weights made from their
+names."""
+
 import pathlib
 import zlib
 
@@ -14,26 +16,30 @@ REFERENCE = pathlib.Path(__file__).parent / 'reference' / 'inception.npz'
 
 
 def uniform(name, shape):
-  """In [0, 1): the upper 53 bits of PCG64's raw numbers, which no version of numpy changes, seeded by the name's crc32."""
+  """In [0, 1): the upper 53 bits of PCG64's raw numbers, which no version of numpy changes, seeded
+  by the name's crc32."""
   raw = np.random.PCG64(zlib.crc32(name.encode())).random_raw(int(np.prod(shape)))
-  return ((raw >> np.uint64(11)) * 2. ** -53).reshape(shape)
+  return ((raw >> np.uint64(11)) * 2.0**-53).reshape(shape)
 
 
 def tensor(name, shape):
-  """Convolutions of variance 2 / fan-in; gains and variances in [0.5, 1.5); biases and means in [-0.2, 0.2)."""
+  """Convolutions of variance 2 / fan-in; gains and variances in [0.5, 1.5); biases and means in
+  [-0.2, 0.2)."""
   u = uniform(name, shape)
   if name.endswith('conv.weight'):
     u = (2 * u - 1) * np.sqrt(6 / np.prod(shape[1:]))
   elif name.endswith(('bn.weight', 'running_var')):
-    u = .5 + u
+    u = 0.5 + u
   else:
-    u = .4 * u - .2
+    u = 0.4 * u - 0.2
   return u.astype(np.float32)
 
 
 @pytest.fixture(scope='module')
 def template():
-  return jax.eval_shape(inception.Inception().init, jax.random.key(0), np.zeros((1, 8, 8, 3), np.uint8))['params']
+  return jax.eval_shape(
+    inception.Inception().init, jax.random.key(0), np.zeros((1, 8, 8, 3), np.uint8)
+  )['params']
 
 
 @pytest.fixture(scope='module')
@@ -44,7 +50,10 @@ def state(template):
     if path[-1] == 'kernel':
       name, (height, width, inputs, outputs) = '.'.join(path[:-1]), leaf.shape
       shapes[f'{name}.conv.weight'] = outputs, inputs, height, width
-      shapes |= {f'{name}.bn.{part}': (outputs,) for part in ('weight', 'bias', 'running_mean', 'running_var')}
+      shapes |= {
+        f'{name}.bn.{part}': (outputs,)
+        for part in ('weight', 'bias', 'running_mean', 'running_var')
+      }
   return {name: tensor(name, shape) for name, shape in shapes.items()}
 
 
@@ -55,9 +64,11 @@ def test_it_has_the_parameters_of_the_ports(state):
 
 
 def test_features_equal_the_ports(state):
-  """inception.npz: features in float64 of torch-fidelity 0.4.0's network with these tensors, resize included.
+  """inception.npz: features in float64 of torch-fidelity 0.4.0's network with these tensors, resize
+  included.
 
-  pytorch-fid 0.3.0's network gives the same bits as torch-fidelity's. Both are 3e-7 and 6e-7 of the largest away in float32.
+  pytorch-fid 0.3.0's network gives the same bits as torch-fidelity's. Both are 3e-7 and 6e-7 of the
+  largest away in float32.
   """
   variables, apply = inception.convert(state), jax.jit(inception.Inception().apply)
   with np.load(REFERENCE) as reference:
@@ -97,15 +108,27 @@ def test_resize_is_tensorflow_1(height, width, size):
 def test_pools_do_not_see_the_padding():
   x = np.random.default_rng(0).normal(size=(1, 4, 5, 2)).astype(np.float32) - 5
   for pool, reduce in ((inception.average_pool, np.mean), (inception.max_pool, np.max)):
-    wanted = [[reduce(x[0, max(i - 1, 0):i + 2, max(j - 1, 0):j + 2], axis=(0, 1)) for j in range(5)] for i in range(4)]
+    wanted = [
+      [reduce(x[0, max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2], axis=(0, 1)) for j in range(5)]
+      for i in range(4)
+    ]
     np.testing.assert_allclose(pool(x)[0], wanted, rtol=1e-5)
 
 
-@pytest.mark.parametrize('change, message', [
-    (lambda s: s.pop('Mixed_6c.branch7x7dbl_4.bn.running_var'), 'Mixed_6c.branch7x7dbl_4.bn.running_var is absent'),
-    (lambda s: s.update({'Conv2d_1a_3x3.conv.weight': np.zeros((32, 1, 3, 3))}),
-     r'Conv2d_1a_3x3.conv.weight is \(32, 1, 3, 3\), expected \(32, 3, 3, 3\)'),
-    (lambda s: s.update({'fc.weight': np.zeros((1000, 2048))}), r'fc.weight is \(1000, 2048\)')])
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    (
+      lambda s: s.pop('Mixed_6c.branch7x7dbl_4.bn.running_var'),
+      'Mixed_6c.branch7x7dbl_4.bn.running_var is absent',
+    ),
+    (
+      lambda s: s.update({'Conv2d_1a_3x3.conv.weight': np.zeros((32, 1, 3, 3))}),
+      r'Conv2d_1a_3x3.conv.weight is \(32, 1, 3, 3\), expected \(32, 3, 3, 3\)',
+    ),
+    (lambda s: s.update({'fc.weight': np.zeros((1000, 2048))}), r'fc.weight is \(1000, 2048\)'),
+  ],
+)
 def test_other_weights_are_refused(state, change, message):
   changed = dict(state)
   change(changed)
@@ -116,7 +139,9 @@ def test_other_weights_are_refused(state, change, message):
 
 @pytest.mark.parametrize('name', ['absent.pth', '', '.'])
 def test_a_missing_file_is_named(name, tmp_path):
-  with pytest.raises(UserError, match='inception_path.*no file.*6726825d.pth.*pytorch-fid') as caught:
+  with pytest.raises(
+    UserError, match='inception_path.*no file.*6726825d.pth.*pytorch-fid'
+  ) as caught:
     inception.load(name and tmp_path / name)
   assert '\n' not in str(caught.value)
 

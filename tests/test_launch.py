@@ -1,4 +1,6 @@
-"""The launchers, with stand-ins for what they start: a palm_jax.main of ten lines, sbatch, srun, scontrol, gcloud."""
+"""The launchers, with stand-ins for what they start: a palm_jax.main of ten lines, sbatch, srun,
+scontrol, gcloud."""
+
 import json
 import os
 import pathlib
@@ -14,7 +16,8 @@ import yaml
 
 LAUNCH = pathlib.Path(__file__).parents[1] / 'launch'
 
-# Says how it was called; stops on SIGTERM with code 0 as the real one, unless its behaviour is another.
+# Says how it was called; stops on SIGTERM with code 0 as the real one, unless its behaviour is
+# another.
 MAIN = """
 import json, os, signal, sys, time
 number = next((a.partition('=')[2] for a in sys.argv if a.startswith('--process_id=')), os.environ.get('SLURM_PROCID'))
@@ -36,8 +39,9 @@ if behaviour != 'complete':
 """
 
 COMMANDS = dict(
-    # As the real ones where it matters: srun sets a task's variables, passes SIGTERM on and gives the worst exit code.
-    srun="""#!/usr/bin/env bash
+  # As the real ones where it matters: srun sets a task's variables, passes SIGTERM on and gives the
+  # worst exit code.
+  srun="""#!/usr/bin/env bash
 printf '%s\\n' "$@" >srun.called
 while [[ $1 == --* ]]; do shift; done
 pids=()
@@ -54,20 +58,21 @@ for pid in "${pids[@]}"; do
 done
 exit "$worst"
 """,
-    sbatch="""#!/usr/bin/env bash
+  sbatch="""#!/usr/bin/env bash
 printf '%s\\n' "$@" >sbatch.called
 """,
-    scontrol="""#!/usr/bin/env bash
+  scontrol="""#!/usr/bin/env bash
 echo "$@" >>scontrol.called
 if [[ $1 == show ]]; then echo "   JobState=${STATE:-RUNNING} Reason=None"; fi
 """,
-    gcloud="""#!/usr/bin/env bash
+  gcloud="""#!/usr/bin/env bash
 printf '%s\\0' gcloud "$@" >>commands.called
 echo >>commands.called
 if [[ "$*" == *"queued-resources describe"* ]]; then
   if [[ -e asked ]]; then echo "${STATE:-ACTIVE}"; else touch asked; echo WAITING_FOR_RESOURCES; fi
 fi
-""")
+""",
+)
 
 
 @pytest.fixture
@@ -80,7 +85,9 @@ def place(tmp_path):
     (tmp_path / 'bin' / name).write_text(text)
     (tmp_path / 'bin' / name).chmod(0o755)
   (tmp_path / 'bin' / 'python').symlink_to(sys.executable)
-  env = {name: value for name, value in os.environ.items() if not name.startswith(('SLURM_', 'JAX_'))}
+  env = {
+    name: value for name, value in os.environ.items() if not name.startswith(('SLURM_', 'JAX_'))
+  }
   return tmp_path, dict(env, PATH=f'{tmp_path / "bin"}:{env["PATH"]}', PYTHONPATH='')
 
 
@@ -98,8 +105,14 @@ def running(pid):
 
 def local(place, *arguments, **environment):
   folder, env = place
-  return subprocess.Popen([sys.executable, LAUNCH / 'local.py', '--processes=3', '--devices=2', '--', *arguments],
-                          cwd=folder, env=dict(env, **environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  return subprocess.Popen(
+    [sys.executable, LAUNCH / 'local.py', '--processes=3', '--devices=2', '--', *arguments],
+    cwd=folder,
+    env=dict(env, **environment),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
 
 
 def called(folder, number):
@@ -115,7 +128,9 @@ def test_local_starts_processes_that_can_find_each_other(place):
   assert {call['devices'] for call in calls} == {'2'}
   addresses = {call['argv'][1] for call in calls}
   assert len(addresses) == 1 and addresses.pop().startswith('--coordinator_address=127.0.0.1:')
-  assert [call['argv'][2:] for call in calls] == [['--num_processes=3', f'--process_id={i}'] for i in range(3)]
+  assert [call['argv'][2:] for call in calls] == [
+    ['--num_processes=3', f'--process_id={i}'] for i in range(3)
+  ]
   assert {call['argv'][0] for call in calls} == {'--config=a b.py'}
 
 
@@ -134,7 +149,9 @@ def test_local_passes_sigterm_on(place):
   assert process.returncode == 0 and output.count('saved') == 3
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='processes that die with their parent are a matter of Linux')
+@pytest.mark.skipif(
+  sys.platform != 'linux', reason='processes that die with their parent are a matter of Linux'
+)
 def test_local_leaves_no_orphans_when_it_is_killed(place):
   process = local(place, BEHAVIOUR='wait')
   wait_for(*(place[0] / f'waits.{i}' for i in range(3)))
@@ -148,16 +165,26 @@ def test_local_leaves_no_orphans_when_it_is_killed(place):
 
 @pytest.mark.parametrize('argument', ['--processes=0', '--devices=two', '--unknown=1'])
 def test_local_refuses(place, argument):
-  done = subprocess.run([sys.executable, LAUNCH / 'local.py', argument], cwd=place[0], env=place[1],
-                        capture_output=True, text=True)
+  done = subprocess.run(
+    [sys.executable, LAUNCH / 'local.py', argument],
+    cwd=place[0],
+    env=place[1],
+    capture_output=True,
+    text=True,
+  )
   assert done.returncode == 2 and argument.partition('=')[0] in done.stderr.splitlines()[-1]
 
 
 def slurm(place, **environment):
   folder, env = place
-  return subprocess.Popen([LAUNCH / 'slurm.sh', '--config=configs/cifar.py', '--config.data.name=my data.npz'], cwd=folder,
-                          env=dict(env, WORKDIR=str(folder / 'run a'), **environment),
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  return subprocess.Popen(
+    [LAUNCH / 'slurm.sh', '--config=configs/cifar.py', '--config.data.name=my data.npz'],
+    cwd=folder,
+    env=dict(env, WORKDIR=str(folder / 'run a'), **environment),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
 
 
 IN_A_JOB = dict(SLURM_JOB_ID='17', SLURM_NTASKS='2')
@@ -173,33 +200,60 @@ def test_slurm_submits_itself(place, gpus, tasks):
   process = slurm(place, NODES='3', GPUS=gpus, CPUS='6', HOURS='2')
   assert process.communicate(timeout=60)[0] == '' and process.returncode == 0
   got = (place[0] / 'sbatch.called').read_text().splitlines()
-  assert {'--nodes=3', f'--ntasks-per-node={tasks}', '--cpus-per-task=6', '--time=2:00:00', '--requeue'} < set(got)
+  assert {
+    '--nodes=3',
+    f'--ntasks-per-node={tasks}',
+    '--cpus-per-task=6',
+    '--time=2:00:00',
+    '--requeue',
+  } < set(got)
   assert (f'--gpus-per-node={gpus}' in got) == (gpus != '0')
-  assert [arg for arg in got if arg.startswith('--signal')] == ['--signal=B:USR1@300']  # B: to the script
-  assert got[-3:] == [str(LAUNCH / 'slurm.sh'), '--config=configs/cifar.py', '--config.data.name=my data.npz']
+  assert [arg for arg in got if arg.startswith('--signal')] == [
+    '--signal=B:USR1@300'
+  ]  # B: to the script
+  assert got[-3:] == [
+    str(LAUNCH / 'slurm.sh'),
+    '--config=configs/cifar.py',
+    '--config.data.name=my data.npz',
+  ]
 
 
 def test_slurm_runs_to_the_end(place):
   process = slurm(place, **IN_A_JOB)
   output = process.communicate(timeout=60)[0]
   assert process.returncode == 0 and output.count('one line') == 2 and not requeues(place[0])
-  assert called(place[0], 1)['argv'] == [f'--workdir={place[0] / "run a"}', '--config=configs/cifar.py',
-                                         '--config.data.name=my data.npz']
+  assert called(place[0], 1)['argv'] == [
+    f'--workdir={place[0] / "run a"}',
+    '--config=configs/cifar.py',
+    '--config.data.name=my data.npz',
+  ]
   assert '--kill-on-bad-exit=1' in (place[0] / 'srun.called').read_text()
 
 
-@pytest.mark.parametrize(('behaviour', 'number', 'state', 'times'), [
+@pytest.mark.parametrize(
+  ('behaviour', 'number', 'state', 'times'),
+  [
     ('wait', signal.SIGUSR1, 'RUNNING', 1),  # before the time limit
     ('wait', signal.SIGTERM, 'RUNNING', 1),  # preempted
     ('wait', signal.SIGTERM, 'CANCELLED', 0),  # scancel
-    ('ends by SIGTERM', signal.SIGUSR1, 'RUNNING', 1),  # between two jobs, where nothing is to be saved
-])
+    (
+      'ends by SIGTERM',
+      signal.SIGUSR1,
+      'RUNNING',
+      1,
+    ),  # between two jobs, where nothing is to be saved
+  ],
+)
 def test_slurm_saves_and_queues_again(place, behaviour, number, state, times):
   process = slurm(place, BEHAVIOUR=behaviour, STATE=state, **IN_A_JOB)
   wait_for(*(place[0] / f'waits.{i}' for i in range(2)))
   process.send_signal(number)
   output = process.communicate(timeout=60)[0]
-  assert process.returncode == 0 and output.count('saved\n') == 2 * (behaviour == 'wait') and requeues(place[0]) == times
+  assert (
+    process.returncode == 0
+    and output.count('saved\n') == 2 * (behaviour == 'wait')
+    and requeues(place[0]) == times
+  )
 
 
 @pytest.mark.parametrize(('behaviour', 'code'), [('bad exit after SIGTERM', 5), ('fail', 3)])
@@ -216,22 +270,46 @@ def test_slurm_does_not_queue_a_failure_again(place, behaviour, code):
 
 
 def test_slurm_needs_a_workdir(place):
-  done = subprocess.run([LAUNCH / 'slurm.sh'], cwd=place[0], env=place[1], capture_output=True, text=True)
+  done = subprocess.run(
+    [LAUNCH / 'slurm.sh'], cwd=place[0], env=place[1], capture_output=True, text=True
+  )
   assert done.returncode and 'WORKDIR' in done.stderr and not (place[0] / 'sbatch.called').exists()
 
 
-SLICE = ['--name=palm', '--zone=us-west4-a', '--accelerator=v5litepod-16', '--runtime=v2-alpha-tpuv5-lite',
-         '--nfs=10.0.0.2:/a share', '--workdir=runs/my run', '--fetch=got', '--project=p', '--spot']
-ARGUMENTS = ['--config=configs/cifar.py', "--config.data.name=my data's.npz", '--config.sac.hidden=(16, $HOME)']
+SLICE = [
+  '--name=palm',
+  '--zone=us-west4-a',
+  '--accelerator=v5litepod-16',
+  '--runtime=v2-alpha-tpuv5-lite',
+  '--nfs=10.0.0.2:/a share',
+  '--workdir=runs/my run',
+  '--fetch=got',
+  '--project=p',
+  '--spot',
+]
+ARGUMENTS = [
+  '--config=configs/cifar.py',
+  "--config.data.name=my data's.npz",
+  '--config.sac.hidden=(16, $HOME)',
+]
 
 
 def tpu_vm(place, *arguments, **environment):
   folder, env = place
   if not (folder / '.git').exists():
-    for command in (['init', '-q'], ['-c', 'user.name=n', '-c', 'user.email=e', 'commit', '-q', '--allow-empty', '-m', 'm']):
+    for command in (
+      ['init', '-q'],
+      ['-c', 'user.name=n', '-c', 'user.email=e', 'commit', '-q', '--allow-empty', '-m', 'm'],
+    ):
       subprocess.run(['git', *command], cwd=folder, check=True)
-  return subprocess.run([LAUNCH / 'tpu_vm.sh', *arguments], cwd=folder, env=dict(env, POLL_SECONDS='0', **environment),
-                        capture_output=True, text=True, timeout=60)
+  return subprocess.run(
+    [LAUNCH / 'tpu_vm.sh', *arguments],
+    cwd=folder,
+    env=dict(env, POLL_SECONDS='0', **environment),
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
 
 
 def gcloud_calls(folder):
@@ -239,7 +317,10 @@ def gcloud_calls(folder):
 
 
 def verbs(commands):
-  return [' '.join(word for word in command[2:6] if not word.startswith(('--', '/'))) for command in commands]
+  return [
+    ' '.join(word for word in command[2:6] if not word.startswith(('--', '/')))
+    for command in commands
+  ]
 
 
 def test_tpu_vm_goes_through_a_slices_life(place):
@@ -247,18 +328,32 @@ def test_tpu_vm_goes_through_a_slices_life(place):
   assert done.returncode == 0, done.stderr
   calls = gcloud_calls(place[0])
   assert verbs(calls) == [
-      'tpus queued-resources create palm', 'tpus queued-resources describe palm', 'tpus queued-resources describe palm',
-      'tpus tpu-vm scp', 'tpus tpu-vm ssh palm', 'tpus tpu-vm ssh palm', 'tpus tpu-vm scp', 'tpus queued-resources delete palm']
+    'tpus queued-resources create palm',
+    'tpus queued-resources describe palm',
+    'tpus queued-resources describe palm',
+    'tpus tpu-vm scp',
+    'tpus tpu-vm ssh palm',
+    'tpus tpu-vm ssh palm',
+    'tpus tpu-vm scp',
+    'tpus queued-resources delete palm',
+  ]
   assert all('--zone=us-west4-a' in call and '--project=p' in call for call in calls)
   assert '--spot' in calls[0] and '--accelerator-type=v5litepod-16' in calls[0]
   assert all('--worker=all' in call for call in calls[3:6]) and '--force' in calls[-1]
-  setup, command = (next(arg for arg in call if arg.startswith('--command=')).removeprefix('--command=') for call in calls[4:6])
+  setup, command = (
+    next(arg for arg in call if arg.startswith('--command=')).removeprefix('--command=')
+    for call in calls[4:6]
+  )
   assert 'mount -t nfs 10.0.0.2:/a\\ share' in setup
   # What the workers' shell makes of it.
   words = shlex.split(command)
   start = words.index('palm_jax.main')
-  assert words[start + 1:] == ['--workdir=/mnt/palm/runs/my run', *ARGUMENTS]
-  assert "palm:/mnt/palm/runs/my run/results" in calls[6] and 'got' in calls[6] and (place[0] / 'got').is_dir()
+  assert words[start + 1 :] == ['--workdir=/mnt/palm/runs/my run', *ARGUMENTS]
+  assert (
+    'palm:/mnt/palm/runs/my run/results' in calls[6]
+    and 'got' in calls[6]
+    and (place[0] / 'got').is_dir()
+  )
   subprocess.run(['bash', '-n', '-c', f'{setup}\n{command}'], check=True)
 
 
@@ -271,8 +366,12 @@ def test_tpu_vm_dry_run_prints_the_same_and_runs_nothing(place):
   printed = [shlex.split(line) for line in done.stdout.splitlines()]
   assert [command for command in printed if command[0] == 'git' and command[1] == 'archive']
   printed = [command for command in printed if command[0] == 'gcloud']
-  calls = [call for i, call in enumerate(calls) if call not in calls[:i]]  # `describe` was asked twice
-  without_archive = lambda commands: [[word for word in command if not word.endswith('.tar.gz')] for command in commands]
+  calls = [
+    call for i, call in enumerate(calls) if call not in calls[:i]
+  ]  # `describe` was asked twice
+  without_archive = lambda commands: [
+    [word for word in command if not word.endswith('.tar.gz')] for command in commands
+  ]
   assert without_archive(printed) == without_archive(calls)
 
 
@@ -283,11 +382,15 @@ def test_tpu_vm_gives_back_what_it_cannot_use(place, state):
   assert verbs(gcloud_calls(place[0]))[-1] == 'tpus queued-resources delete palm'
 
 
-@pytest.mark.parametrize(('arguments', 'message'), [
-    (SLICE[1:], '--name is missing'), ([*SLICE, '--zones=a'], '--zones=a is unknown')])
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [(SLICE[1:], '--name is missing'), ([*SLICE, '--zones=a'], '--zones=a is unknown')],
+)
 def test_tpu_vm_refuses(place, arguments, message):
   done = tpu_vm(place, *arguments)
-  assert done.returncode == 2 and message in done.stderr and not (place[0] / 'commands.called').exists()
+  assert (
+    done.returncode == 2 and message in done.stderr and not (place[0] / 'commands.called').exists()
+  )
 
 
 # Says how it was called, and leaves a result unless it is asked to stop.
@@ -309,21 +412,45 @@ def test_atari_plays_every_game_once_and_goes_on(place):
   (folder / 'palm_jax' / 'atari' / 'environment.py').write_text("GAMES = 'Alien', 'Pong', 'Krull'")
 
   def calls(*arguments, code=0, **environment):
-    done = subprocess.run([LAUNCH / 'atari.sh', 'my runs', *arguments], cwd=folder, env=env | environment)
+    done = subprocess.run(
+      [LAUNCH / 'atari.sh', 'my runs', *arguments], cwd=folder, env=env | environment
+    )
     assert done.returncode == code
     lines = (folder / 'calls').read_text().splitlines()
     (folder / 'calls').unlink()
     return [line.split('|') for line in lines]
-  scores = ['--workdir=my runs/all', '--config=configs/atari.py:Assault', '--job=scores', "--config.scores.runs=('my runs/**',)"]
-  run = lambda game, seed, variant='', *more: [f'--workdir=my runs/{game}/{seed}', f'--config=configs/atari.py:{game}{variant}',
-                                               f'--config.seed={seed}', *more]
+
+  scores = [
+    '--workdir=my runs/all',
+    '--config=configs/atari.py:Assault',
+    '--job=scores',
+    "--config.scores.runs=('my runs/**',)",
+  ]
+  run = lambda game, seed, variant='', *more: [
+    f'--workdir=my runs/{game}/{seed}',
+    f'--config=configs/atari.py:{game}{variant}',
+    f'--config.seed={seed}',
+    *more,
+  ]
   assert calls(STOPS_IN='my runs/Pong/0/results', code=1) == [run('Alien', 0), run('Pong', 0)]
   assert calls() == [run('Pong', 0), run('Krull', 0), scores]
   assert calls('--config.x=1', GAMES='Krull', SEEDS='0 3', VARIANT=',laptop') == [
-      run('Krull', 3, ',laptop', '--config.x=1'), scores]
+    run('Krull', 3, ',laptop', '--config.x=1'),
+    scores,
+  ]
   assert calls(SCORES='1', SEEDS='0 7') == [scores]
-  done = subprocess.run([LAUNCH / 'atari.sh', 'my runs', '--job=finetune'], cwd=folder, env=env, capture_output=True, text=True)
-  assert done.returncode == 2 and "--config.jobs=\"('finetune', 'scores')\"" in done.stderr and not (folder / 'calls').exists()
+  done = subprocess.run(
+    [LAUNCH / 'atari.sh', 'my runs', '--job=finetune'],
+    cwd=folder,
+    env=env,
+    capture_output=True,
+    text=True,
+  )
+  assert (
+    done.returncode == 2
+    and "--config.jobs=\"('finetune', 'scores')\"" in done.stderr
+    and not (folder / 'calls').exists()
+  )
 
 
 @pytest.mark.parametrize('script', ['atari.sh', 'slurm.sh', 'tpu_vm.sh'])

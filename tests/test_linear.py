@@ -27,10 +27,10 @@ def objective(weight, bias, x, y, l2):
   out = x @ weight + bias
   out = out - out.max(1, keepdims=True)
   losses = np.log(np.exp(out).sum(1)) - out[np.arange(len(y)), y]
-  return losses.mean() + l2 / 2 * np.sum(weight ** 2)
+  return losses.mean() + l2 / 2 * np.sum(weight**2)
 
 
-@pytest.mark.parametrize('l2', [1e-3, 1e-2, 1.])
+@pytest.mark.parametrize('l2', [1e-3, 1e-2, 1.0])
 def test_logistic_regression_equals_scikit_learn(blobs, l2):
   x, y, test_x, test_y = blobs
   model, report = linear.logistic_regression(x, y, C, l2_grid=[l2])
@@ -39,19 +39,25 @@ def test_logistic_regression_equals_scikit_learn(blobs, l2):
   np.testing.assert_allclose(model.weight, truth.coef_.T, atol=1e-3)
   np.testing.assert_allclose(centred, truth.intercept_ - truth.intercept_.mean(), atol=1e-3)
   z = standardise(x)
-  np.testing.assert_allclose(objective(model.weight, model.bias, z, y, l2),
-                             objective(truth.coef_.T, truth.intercept_, z, y, l2), rtol=1e-6)
-  assert linear.accuracy(model, test_x, test_y) == pytest.approx(truth.score(standardise(test_x), test_y), abs=1 / M)
+  np.testing.assert_allclose(
+    objective(model.weight, model.bias, z, y, l2),
+    objective(truth.coef_.T, truth.intercept_, z, y, l2),
+    rtol=1e-6,
+  )
+  assert linear.accuracy(model, test_x, test_y) == pytest.approx(
+    truth.score(standardise(test_x), test_y), abs=1 / M
+  )
   assert report['converged']
 
 
 def test_correlated_features_reach_the_minimum_within_the_limit():
-  """Features whose covariance has a steep spectrum: plain L-BFGS stops at the limit, above the minimum."""
+  """Features whose covariance has a steep spectrum: plain L-BFGS stops at the limit, above the
+  minimum."""
   generator = np.random.default_rng(0)
   y = generator.integers(0, C, 1000)
   basis = np.linalg.qr(generator.normal(size=(48, 48)))[0]
   latent = generator.normal(size=(1000, 48)) + 0.4 * generator.normal(size=(C, 48))[y]
-  x = (latent * np.arange(1, 49) ** -2. @ basis.T).astype(np.float32)
+  x = (latent * np.arange(1, 49) ** -2.0 @ basis.T).astype(np.float32)
   model, report = linear.logistic_regression(x, y, C, l2_grid=[1e-5])
   assert report['converged']
   assert report['iterations'] < linear.MAX_ITERATIONS / 2
@@ -65,7 +71,9 @@ def test_standardisation_makes_the_units_of_a_feature_irrelevant(blobs):
   units = np.array([1e-4, 1, 1e4, 10, 1, 3], np.float32)
   plain, _ = linear.logistic_regression(x, y, C, l2_grid=[1e-2])
   scaled, _ = linear.logistic_regression(x * units, y, C, l2_grid=[1e-2])
-  np.testing.assert_allclose(linear.logits(scaled, test_x * units), linear.logits(plain, test_x), atol=2e-3)
+  np.testing.assert_allclose(
+    linear.logits(scaled, test_x * units), linear.logits(plain, test_x), atol=2e-3
+  )
 
 
 def test_a_constant_feature_changes_nothing(blobs):
@@ -73,12 +81,14 @@ def test_a_constant_feature_changes_nothing(blobs):
   add = lambda x: np.concatenate([x, np.full((len(x), 1), 0.1, np.float32)], 1)
   plain, _ = linear.logistic_regression(x, y, C, l2_grid=[1e-2])
   model, _ = linear.logistic_regression(add(x), y, C, l2_grid=[1e-2])
-  np.testing.assert_allclose(linear.logits(model, add(test_x)), linear.logits(plain, test_x), atol=2e-3)
+  np.testing.assert_allclose(
+    linear.logits(model, add(test_x)), linear.logits(plain, test_x), atol=2e-3
+  )
 
 
 def test_l2_is_the_best_on_the_held_out_tenth(blobs):
   x, y, _, _ = blobs
-  grid = [1e-4, 1e-2, 1., 100.]
+  grid = [1e-4, 1e-2, 1.0, 100.0]
   _, report = linear.logistic_regression(x, y, C, l2_grid=grid, seed=3)
   fit, held_out = linear.stratified_split(y, 0.1, seed=3)
   expected = []
@@ -127,14 +137,24 @@ def test_bad_settings_are_named(blobs):
   with pytest.raises(UserError, match='class 2 has one'):
     keep = np.append(np.flatnonzero(y < 2), np.flatnonzero(y == 2)[0])
     linear.logistic_regression(x[keep], y[keep], C)
-  for grid in ([], [0.], [np.nan]):
+  for grid in ([], [0.0], [np.nan]):
     with pytest.raises(UserError, match='l2_grid'):
       linear.logistic_regression(x, y, C, l2_grid=grid)
 
 
 def settings(**changes):
-  return ConfigDict(dict(lr=0.5, momentum=0.9, weight_decay=0., batch_size=32, epochs=5, schedule='cosine',
-                         augment='none') | changes)
+  return ConfigDict(
+    dict(
+      lr=0.5,
+      momentum=0.9,
+      weight_decay=0.0,
+      batch_size=32,
+      epochs=5,
+      schedule='cosine',
+      augment='none',
+    )
+    | changes
+  )
 
 
 def standard(blobs):
@@ -148,16 +168,21 @@ def mesh():
 
 
 def test_sgd_reaches_scikit_learns_minimum(blobs, mesh):
-  """All rows in every step: gradient descent. optax decays the bias, too, so it is compared as a feature of ones."""
+  """All rows in every step: gradient descent. optax decays the bias, too, so it is compared as a
+  feature of ones."""
   x, y = standard(blobs)
-  x, y = x[:N // 8 * 8], y[:N // 8 * 8]
+  x, y = x[: N // 8 * 8], y[: N // 8 * 8]
   l2 = 0.05
   c = settings(batch_size=len(x), epochs=1500, weight_decay=l2, lr=0.3)
   [head] = linear.fit_sgd(x, y, C, c, [3], mesh)
   ones = np.ones((len(x), 1))
-  truth = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-10, max_iter=5000, fit_intercept=False).fit(np.append(x, ones, 1), y)
+  truth = LogisticRegression(
+    C=1 / (l2 * len(x)), tol=1e-10, max_iter=5000, fit_intercept=False
+  ).fit(np.append(x, ones, 1), y)
   np.testing.assert_allclose(np.append(head.weight, head.bias[None], 0), truth.coef_.T, atol=2e-3)
-  np.testing.assert_array_equal(linear.logits(head, x).argmax(1), truth.predict(np.append(x, ones, 1)))
+  np.testing.assert_array_equal(
+    linear.logits(head, x).argmax(1), truth.predict(np.append(x, ones, 1))
+  )
 
 
 def test_heads_of_several_seeds_are_those_of_each_alone(blobs, mesh):
@@ -171,7 +196,8 @@ def test_heads_of_several_seeds_are_those_of_each_alone(blobs, mesh):
 
 
 def test_augmented_heads_do_not_depend_on_the_number_of_devices(mesh):
-  """A fixed random projection as encoder; its images are drawn anew from (seed, epoch, step, place in the batch)."""
+  """A fixed random projection as encoder; its images are drawn anew from (seed, epoch, step, place
+  in the batch)."""
   images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
   labels = np.arange(40) % C
   weight = np.random.default_rng(1).normal(size=(192, 5)).astype(np.float32) / 8
@@ -183,19 +209,34 @@ def test_augmented_heads_do_not_depend_on_the_number_of_devices(mesh):
 
   encoder = features.Encoder('projection', jax.tree_util.Partial(apply, weight), '', {})
   c = settings(batch_size=16, epochs=2, augment='crop_flip', lr=0.1)
-  heads = [linear.fit_sgd((encoder, images), labels, C, c, [0, 1], m) for m in (mesh, devices.make_mesh(1))]
+  heads = [
+    linear.fit_sgd((encoder, images), labels, C, c, [0, 1], m) for m in (mesh, devices.make_mesh(1))
+  ]
   for a, b in zip(*heads, strict=True):
     np.testing.assert_allclose(a.weight, b.weight, atol=1e-5)
   assert all(dtype == np.float32 for dtype in seen)  # augmented, not the uint8 images themselves
-  plain = linear.fit_sgd((encoder, images), labels, C, settings(batch_size=16, epochs=2, lr=0.1), [0], devices.make_mesh(1))
+  plain = linear.fit_sgd(
+    (encoder, images),
+    labels,
+    C,
+    settings(batch_size=16, epochs=2, lr=0.1),
+    [0],
+    devices.make_mesh(1),
+  )
   assert np.abs(plain[0].weight - heads[1][0].weight).max() > 1e-3
 
 
-@pytest.mark.parametrize('schedule, truth', [
+@pytest.mark.parametrize(
+  'schedule, truth',
+  [
     ('cosine', lambda step: 0.05 * (1 + np.cos(np.pi * step / 100))),
-    ('step', lambda step: 0.1 * 0.1 ** ((step >= 60) + (step >= 75) + (step >= 90)))])
+    ('step', lambda step: 0.1 * 0.1 ** ((step >= 60) + (step >= 75) + (step >= 90))),
+  ],
+)
 def test_schedules(schedule, truth):
-  optimizer = linear.sgd(settings(lr=0.1, momentum=0., schedule=schedule, epochs=10), 10, nesterov=False)
+  optimizer = linear.sgd(
+    settings(lr=0.1, momentum=0.0, schedule=schedule, epochs=10), 10, nesterov=False
+  )
   state = optimizer.init(np.float32(0))
   for step in range(100):
     change, state = optimizer.update(np.float32(1), state, np.float32(0))
@@ -204,9 +245,13 @@ def test_schedules(schedule, truth):
 
 def test_bad_sgd_settings_are_named(blobs, mesh):
   x, y = standard(blobs)
-  for changes, message in [(dict(schedule='linear'), "schedule='linear'.*cosine, step"), (dict(epochs=0), 'epochs=0'),
-                           (dict(lr=float('nan')), 'lr=nan'), (dict(augment='crop'), "augment 'crop'"),
-                           (dict(augment='crop_flip'), 'needs an encoder and images')]:
+  for changes, message in [
+    (dict(schedule='linear'), "schedule='linear'.*cosine, step"),
+    (dict(epochs=0), 'epochs=0'),
+    (dict(lr=float('nan')), 'lr=nan'),
+    (dict(augment='crop'), "augment 'crop'"),
+    (dict(augment='crop_flip'), 'needs an encoder and images'),
+  ]:
     with pytest.raises(UserError, match=message):
       linear.fit_sgd(x, y, C, settings(**changes), [0], mesh)
   with pytest.raises(UserError, match='5 images on 8 devices'):

@@ -1,4 +1,6 @@
-"""Mistakes end in one line that says what to do, before anything is compiled, and leave nothing behind."""
+"""Mistakes end in one line that says what to do, before anything is compiled, and leave nothing
+behind."""
+
 import contextlib
 import json
 import os
@@ -34,7 +36,7 @@ def files(tmp_path_factory):
   np.savez(folder / 'negative.npz', images=images, labels=labels - 1)
   np.savez(folder / 'unnamed.npz', images=images, labels=labels, class_names=['cat', 'dog'])
   whole = (folder / 'good.npz').read_bytes()
-  (folder / 'cut.npz').write_bytes(whole[:len(whole) // 2])
+  (folder / 'cut.npz').write_bytes(whole[: len(whole) // 2])
   (folder / 'cifar-10-binary.tar.gz').write_bytes(b'\x1f\x8b\x08\0half of it')
   (folder / 'file').write_text('no folder')
   return folder
@@ -44,7 +46,9 @@ def files(tmp_path_factory):
 def compilation_cache(tmp_path_factory):
   """`run` sets one in the workdir where none is; the other tests keep theirs."""
   before = jax.config.jax_compilation_cache_dir
-  jax.config.update('jax_compilation_cache_dir', before or str(tmp_path_factory.getbasetemp() / 'cache'))
+  jax.config.update(
+    'jax_compilation_cache_dir', before or str(tmp_path_factory.getbasetemp() / 'cache')
+  )
   yield
   jax.config.update('jax_compilation_cache_dir', before)
 
@@ -53,8 +57,19 @@ def config_for(files, **changes):
   """Everything tiny and right on 8 devices, but for the changes: {'section__key': value}."""
   c = tiny_config()
   c.name, c.data.name = 'bad', str(files / 'good.npz')
-  c.generator.update(dict(z_dim=4, w_dim=4, mapping_layers=1, channel_base=32, channel_max=4, conv_clamp=0.,
-                          d_mapping_layers=0, mbstd_group=2, batch_size=16))
+  c.generator.update(
+    dict(
+      z_dim=4,
+      w_dim=4,
+      mapping_layers=1,
+      channel_base=32,
+      channel_max=4,
+      conv_clamp=0.0,
+      d_mapping_layers=0,
+      mbstd_group=2,
+      batch_size=16,
+    )
+  )
   c.update_from_flattened_dict({name.replace('__', '.'): value for name, value in changes.items()})
   return c
 
@@ -62,7 +77,9 @@ def config_for(files, **changes):
 def save_generator(config, workdir, step=1):
   """What a finished generator job leaves of its network, untrained."""
   G, _ = train.make_networks(config.generator, (8, 8, 1), 3)
-  variables = jax.jit(lambda key: G.init(key, np.zeros((1, 4), np.float32), np.zeros(1, np.int32)))(jax.random.key(step))
+  variables = jax.jit(lambda key: G.init(key, np.zeros((1, 4), np.float32), np.zeros(1, np.int32)))(
+    jax.random.key(step)
+  )
   write_json_atomic(workdir / 'generator' / 'network.json', train.network_fields(G))
   with Checkpoints(workdir / 'generator' / 'checkpoints') as checkpoints:
     checkpoints.save(step, {'generator': variables}, {})
@@ -83,77 +100,220 @@ def contents(folder):
   return {p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in folder.rglob('*')}
 
 
-@pytest.mark.parametrize('job, changes, words', [
-    ('generator', dict(data__name='{files}/none.npz'), ['none.npz: no such file', 'data may be digits']),
+@pytest.mark.parametrize(
+  'job, changes, words',
+  [
+    (
+      'generator',
+      dict(data__name='{files}/none.npz'),
+      ['none.npz: no such file', 'data may be digits'],
+    ),
     ('all', dict(data__name='cifar-10'), ["unknown data 'cifar-10'", 'did you mean cifar10?']),
-    ('probe', dict(data__name='cifar10', data__dir='{files}/empty'),
-     ['cifar10 is not in', '--download', 'fetch by hand: curl']),
-    ('generator', dict(data__name='{files}/nchw.npz'),
-     ['(20, 3, 8, 8)', 'expected 1, 3 or 4 channels', 'images.transpose(0, 2, 3, 1)']),
-    ('generator', dict(data__name='{files}/from_1.npz'),
-     ['from_1.npz: no training image of class 0 (1 of 4 classes are empty)', 'np.unique(labels, return_inverse=True)[1]']),
-    ('all', dict(data__name='{files}/one.npz'), ['the job probe tells classes apart', 'has one', 'label the pictures']),
-    ('all', dict(data__name='{files}/28x28.npz', generator__path='cifar10-small'),
-     ['generator.path=cifar10-small have 3 channels', '28x28.npz 1', 'train a generator on them']),
-    ('generator', dict(data__name='{files}/28x28.npz'), ['28x28', 'generator.base_size=4', 'squares of 8, 16, 32', 'resize']),
-    ('generator', dict(data__name='{files}/negative.npz'), ['labels hold -1', 'expected a class 0..K-1', 'drop']),
-    ('all', dict(data__name='{files}/unnamed.npz'), ['labels hold 2', 'expected 0..1', 'name each']),
+    (
+      'probe',
+      dict(data__name='cifar10', data__dir='{files}/empty'),
+      ['cifar10 is not in', '--download', 'fetch by hand: curl'],
+    ),
+    (
+      'generator',
+      dict(data__name='{files}/nchw.npz'),
+      ['(20, 3, 8, 8)', 'expected 1, 3 or 4 channels', 'images.transpose(0, 2, 3, 1)'],
+    ),
+    (
+      'generator',
+      dict(data__name='{files}/from_1.npz'),
+      [
+        'from_1.npz: no training image of class 0 (1 of 4 classes are empty)',
+        'np.unique(labels, return_inverse=True)[1]',
+      ],
+    ),
+    (
+      'all',
+      dict(data__name='{files}/one.npz'),
+      ['the job probe tells classes apart', 'has one', 'label the pictures'],
+    ),
+    (
+      'all',
+      dict(data__name='{files}/28x28.npz', generator__path='cifar10-small'),
+      ['generator.path=cifar10-small have 3 channels', '28x28.npz 1', 'train a generator on them'],
+    ),
+    (
+      'generator',
+      dict(data__name='{files}/28x28.npz'),
+      ['28x28', 'generator.base_size=4', 'squares of 8, 16, 32', 'resize'],
+    ),
+    (
+      'generator',
+      dict(data__name='{files}/negative.npz'),
+      ['labels hold -1', 'expected a class 0..K-1', 'drop'],
+    ),
+    (
+      'all',
+      dict(data__name='{files}/unnamed.npz'),
+      ['labels hold 2', 'expected 0..1', 'name each'],
+    ),
     ('all', dict(data__name='{files}/cut.npz'), ['cut.npz: not a readable .npz', 'write it again']),
-    ('probe', dict(data__name='{files}/cifar-10-binary.tar.gz'), ['damaged or not a .tar.gz', 'fetch it again']),
-    ('pretrian', {}, ["job 'pretrian'", 'did you mean pretrain?',
-                      'choose one of collect, generator, pretrain, probe, ood, diversity, quality, finetune, scratch, scores']),
+    (
+      'probe',
+      dict(data__name='{files}/cifar-10-binary.tar.gz'),
+      ['damaged or not a .tar.gz', 'fetch it again'],
+    ),
+    (
+      'pretrian',
+      {},
+      [
+        "job 'pretrian'",
+        'did you mean pretrain?',
+        'choose one of collect, generator, pretrain, probe, ood, diversity, quality, finetune, '
+        'scratch, scores',
+      ],
+    ),
     ('all', dict(jobs=('prob',)), ["job 'prob'", 'did you mean probe?']),
-    ('generator', dict(generator__batch_size=12),
-     ['generator.batch_size=12', 'multiple of devices=8', 'set generator.batch_size to 16']),
-    ('generator', dict(generator__batch_size=24),
-     ['generator.mbstd_group=2', 'does not divide the 3 images', 'set it to 1']),
-    ('generator', dict(generator__lr=-1.), ['generator.lr=-1.0 is not positive', 'set it above 0']),
-    ('all', dict(pretrain__num_envs=20),
-     ['pretrain.num_envs=20', 'replay.num_shards=8', 'set pretrain.num_envs to 16']),
-    ('pretrain', dict(replay__num_shards=4), ['replay.num_shards=4', 'devices=8', 'set replay.num_shards to 8']),
-    ('pretrain', dict(pretrain__batch_size=36),
-     ['pretrain.batch_size=36', 'replay.num_shards=8', 'set pretrain.batch_size to 32']),
-    ('pretrain', dict(replay__actions='int4'), ["replay.actions='int4'", 'choose one of float32, bfloat16, int8']),
-    ('pretrain', dict(replay__capacity=100),
-     ['replay.capacity=100', 'num_envs * rollout_length=64', 'set replay.capacity to 128']),
-    ('pretrain', dict(pretrain__batch_size=128, replay__capacity=64),
-     ['pretrain.batch_size=128', 'replay.capacity=64', 'lower the first']),
-    ('pretrain', dict(pretrain__rollout_length=1, replay__capacity=32, pretrain__batch_size=16),
-     ['replay.capacity=32', 'pretrain.num_envs=16', 'set it to 48']),
-    ('pretrain', dict(environment__alpha=1.5), ['environment.alpha=1.5', 'not in [0, 1]', 'set it']),
+    (
+      'generator',
+      dict(generator__batch_size=12),
+      ['generator.batch_size=12', 'multiple of devices=8', 'set generator.batch_size to 16'],
+    ),
+    (
+      'generator',
+      dict(generator__batch_size=24),
+      ['generator.mbstd_group=2', 'does not divide the 3 images', 'set it to 1'],
+    ),
+    (
+      'generator',
+      dict(generator__lr=-1.0),
+      ['generator.lr=-1.0 is not positive', 'set it above 0'],
+    ),
+    (
+      'all',
+      dict(pretrain__num_envs=20),
+      ['pretrain.num_envs=20', 'replay.num_shards=8', 'set pretrain.num_envs to 16'],
+    ),
+    (
+      'pretrain',
+      dict(replay__num_shards=4),
+      ['replay.num_shards=4', 'devices=8', 'set replay.num_shards to 8'],
+    ),
+    (
+      'pretrain',
+      dict(pretrain__batch_size=36),
+      ['pretrain.batch_size=36', 'replay.num_shards=8', 'set pretrain.batch_size to 32'],
+    ),
+    (
+      'pretrain',
+      dict(replay__actions='int4'),
+      ["replay.actions='int4'", 'choose one of float32, bfloat16, int8'],
+    ),
+    (
+      'pretrain',
+      dict(replay__capacity=100),
+      ['replay.capacity=100', 'num_envs * rollout_length=64', 'set replay.capacity to 128'],
+    ),
+    (
+      'pretrain',
+      dict(pretrain__batch_size=128, replay__capacity=64),
+      ['pretrain.batch_size=128', 'replay.capacity=64', 'lower the first'],
+    ),
+    (
+      'pretrain',
+      dict(pretrain__rollout_length=1, replay__capacity=32, pretrain__batch_size=16),
+      ['replay.capacity=32', 'pretrain.num_envs=16', 'set it to 48'],
+    ),
+    (
+      'pretrain',
+      dict(environment__alpha=1.5),
+      ['environment.alpha=1.5', 'not in [0, 1]', 'set it'],
+    ),
     ('all', dict(environment__beta=-0.1), ['environment.beta=-0.1', 'not in [0, 1]', 'set it']),
-    ('pretrain', dict(environment__beta=float('nan')), ['environment.beta=nan', 'not in [0, 1]', 'set it']),
-    ('pretrain', dict(environment__episode_length=1), ['environment.episode_length=1', 'set it to 2 or more']),
+    (
+      'pretrain',
+      dict(environment__beta=float('nan')),
+      ['environment.beta=nan', 'not in [0, 1]', 'set it'],
+    ),
+    (
+      'pretrain',
+      dict(environment__episode_length=1),
+      ['environment.episode_length=1', 'set it to 2 or more'],
+    ),
     ('pretrain', dict(reward__k=32), ['reward.k=32', 'pretrain.batch_size=32', 'choose 1 to 31']),
     ('pretrain', dict(reward__k=0), ['reward.k=0', 'choose 1 to 31']),
-    ('pretrain', dict(reward__transform='sqrt'), ["reward.transform='sqrt'", 'choose one of log1p, log']),
-    ('pretrain', dict(reward__on='previous'), ["reward.on='previous'", 'choose one of next, current']),
-    ('pretrain', dict(simsiam__augment='simsaim'), ["augment 'simsaim'", 'expected one of', "did you mean 'simsiam'?"]),
+    (
+      'pretrain',
+      dict(reward__transform='sqrt'),
+      ["reward.transform='sqrt'", 'choose one of log1p, log'],
+    ),
+    (
+      'pretrain',
+      dict(reward__on='previous'),
+      ["reward.on='previous'", 'choose one of next, current'],
+    ),
+    (
+      'pretrain',
+      dict(simsiam__augment='simsaim'),
+      ["augment 'simsaim'", 'expected one of', "did you mean 'simsiam'?"],
+    ),
     ('pretrain', dict(simsiam__proj_layers=4), ['proj_layers=4', 'expected 2 (CIFAR) or 3']),
-    ('all', dict(encoder__name='resnet81'), ["encoder 'resnet81'", 'expected one of', "did you mean 'resnet18'?"]),
-    ('pretrain', dict(pretrain__dtype='float8'), ["pretrain.dtype='float8'", 'choose one of float32']),
-    ('pretrain', dict(pretrain__env_steps=0), ['pretrain.env_steps=0 is not positive', 'set it to 1 or more']),
-    ('pretrain', dict(sac__init_alpha=0.), ['sac.init_alpha=0.0 has no logarithm', 'set it above 0']),
-    ('pretrain', dict(pretrain__rollout_length=0),
-     ['pretrain.rollout_length=0 is not positive', 'set it to 1 or more']),
-    ('pretrain', dict(pretrain__num_envs=0),
-     ['pretrain.num_envs=0', 'positive multiple', 'set pretrain.num_envs to 8']),
-    ('pretrain', dict(pretrain__warmup_steps=16), ['pretrain.warmup_steps=16', 'too few frames', 'set it to 48']),
-    ('pretrain', dict(pretrain__warmup_steps=1536),
-     ['pretrain.warmup_steps=1536', 'not below pretrain.env_steps=1536']),
+    (
+      'all',
+      dict(encoder__name='resnet81'),
+      ["encoder 'resnet81'", 'expected one of', "did you mean 'resnet18'?"],
+    ),
+    (
+      'pretrain',
+      dict(pretrain__dtype='float8'),
+      ["pretrain.dtype='float8'", 'choose one of float32'],
+    ),
+    (
+      'pretrain',
+      dict(pretrain__env_steps=0),
+      ['pretrain.env_steps=0 is not positive', 'set it to 1 or more'],
+    ),
+    (
+      'pretrain',
+      dict(sac__init_alpha=0.0),
+      ['sac.init_alpha=0.0 has no logarithm', 'set it above 0'],
+    ),
+    (
+      'pretrain',
+      dict(pretrain__rollout_length=0),
+      ['pretrain.rollout_length=0 is not positive', 'set it to 1 or more'],
+    ),
+    (
+      'pretrain',
+      dict(pretrain__num_envs=0),
+      ['pretrain.num_envs=0', 'positive multiple', 'set pretrain.num_envs to 8'],
+    ),
+    (
+      'pretrain',
+      dict(pretrain__warmup_steps=16),
+      ['pretrain.warmup_steps=16', 'too few frames', 'set it to 48'],
+    ),
+    (
+      'pretrain',
+      dict(pretrain__warmup_steps=1536),
+      ['pretrain.warmup_steps=1536', 'not below pretrain.env_steps=1536'],
+    ),
     ('pretrain', {}, ['holds no generator', 'give the workdir']),
-    ('pretrain', dict(generator__path='{files}'), ['holds no generator', 'generator/network.json', 'give the workdir']),
+    (
+      'pretrain',
+      dict(generator__path='{files}'),
+      ['holds no generator', 'generator/network.json', 'give the workdir'],
+    ),
     ('all', dict(generator__path='{files}/none'), ['none holds no generator', 'give the workdir']),
     ('probe', {}, ['pretrain/checkpoints has no checkpoint', 'run the job that makes it']),
-])
+  ],
+)
 def test_bad_input_is_one_line_before_any_work(capfd, files, tmp_path, job, changes, words):
   changes = {k: v.format(files=files) if isinstance(v, str) else v for k, v in changes.items()}
   workdir, compiled = tmp_path / 'run', len(COMPILED)
   line = refuse(capfd, config_for(files, **changes), job, workdir)
   assert all(word in line for word in words), line
-  assert sum(COMPILED[compiled:]) <= ('generator__path' in changes)  # seconds: one that is loaded changes its arrays' type
+  assert sum(COMPILED[compiled:]) <= (
+    'generator__path' in changes
+  )  # seconds: one that is loaded changes its arrays' type
   assert contents(tmp_path).keys() <= {pathlib.Path('run'), pathlib.Path('run/config.json')}
-  # The workdir is not bound to the mistake: the mended config gets as far as it can without a generator.
+  # The workdir is not bound to the mistake: the mended config gets as far as it can without a
+  # generator.
   assert 'holds no generator' in refuse(capfd, config_for(files), 'pretrain', workdir)
 
 
@@ -163,8 +323,10 @@ def test_a_workdir_of_another_config_names_what_differs(capfd, files, tmp_path):
   save_generator(config, tmp_path)
   before = contents(tmp_path)
   line = refuse(capfd, config_for(files, pretrain__batch_size=64, seed=3), 'pretrain', tmp_path)
-  assert 'another config (pretrain.batch_size: 32 there, 64 now; seed: 0 there, 3 now): choose another --workdir' \
-      in line
+  assert (
+    'another config (pretrain.batch_size: 32 there, 64 now; seed: 0 there, 3 now): choose another '
+    '--workdir' in line
+  )
   assert contents(tmp_path) == before
 
   (tmp_path / 'config.json').write_text('{"seed": ')
@@ -179,7 +341,10 @@ def test_settings_of_an_evaluation_may_change_until_it_has_a_result(files, tmp_p
   main.claim_workdir(tmp_path, other)
   assert json.loads((tmp_path / 'config.json').read_text())['probe']['methods'] == ['knn']
   write_json_atomic(tmp_path / 'results' / 'probe.json', {})
-  with pytest.raises(UserError, match=r"another config \(probe.methods: \['knn'\] there.* or delete results/probe.json$"):
+  with pytest.raises(
+    UserError,
+    match=r"another config \(probe.methods: \['knn'\] there.* or delete results/probe.json$",
+  ):
     main.claim_workdir(tmp_path, config)
   other.seed = 3
   with pytest.raises(UserError, match='seed.*or go back to its config$'):
@@ -191,7 +356,9 @@ def test_a_job_is_run_by_one_command_at_a_time(capfd, files, tmp_path, monkeypat
   config = config_for(files)
   with locked(tmp_path / '.generator.lock') as mine:
     assert mine
-    assert f'the job generator of {tmp_path} is being run by another command' in refuse(capfd, config, 'generator', tmp_path)
+    assert f'the job generator of {tmp_path} is being run by another command' in refuse(
+      capfd, config, 'generator', tmp_path
+    )
     assert (tmp_path / '.generator.lock').exists()
   assert not (tmp_path / '.generator.lock').exists()
 
@@ -199,13 +366,15 @@ def test_a_job_is_run_by_one_command_at_a_time(capfd, files, tmp_path, monkeypat
   with contextlib.ExitStack() as stack:  # it is waited for, ends, and has left nothing to do
     stack.enter_context(locked(tmp_path / '.generator.lock'))
     slept = []
+
     def sleep(seconds):
       slept.append(seconds)
       write_json_atomic(tmp_path / 'results' / 'generator.json', {})
       stack.close()
+
     monkeypatch.setattr(palm_jax.files.time, 'sleep', sleep)
     main.run(config, 'generator', str(tmp_path))
-  assert slept == [1.] and not (tmp_path / 'generator').exists()
+  assert slept == [1.0] and not (tmp_path / 'generator').exists()
 
 
 def test_checkpoints_of_another_config_or_damaged_ones(capfd, files, tmp_path):
@@ -216,7 +385,10 @@ def test_checkpoints_of_another_config_or_damaged_ones(capfd, files, tmp_path):
     checkpoints.save(8, {'state': {'iteration': np.array(8, np.int32)}}, {})
   before, compiled = contents(tmp_path), len(COMPILED)
   line = refuse(capfd, config, 'pretrain', tmp_path)
-  assert 'pretrain/checkpoints/8 is a checkpoint of another config' in line and 'choose another --workdir' in line
+  assert (
+    'pretrain/checkpoints/8 is a checkpoint of another config' in line
+    and 'choose another --workdir' in line
+  )
   assert contents(tmp_path) == before and sum(COMPILED[compiled:]) < 1
 
   (tmp_path / 'generator' / 'checkpoints' / '1' / '_CHECKPOINT_METADATA').write_text('{')
@@ -230,9 +402,16 @@ def test_a_workdir_that_cannot_be_made(capfd, files, tmp_path, below):
   assert f'{files / below} cannot be written' in line and 'choose another --workdir' in line
 
 
-def test_a_diverging_run_names_metric_and_iteration_and_keeps_its_checkpoint(capfd, files, tmp_path):
-  config = config_for(files, simsiam__lr=1e30, pretrain__iterations_per_call=2, pretrain__checkpoint_minutes=0.,
-                      pretrain__monitor_fraction=1.)
+def test_a_diverging_run_names_metric_and_iteration_and_keeps_its_checkpoint(
+  capfd, files, tmp_path
+):
+  config = config_for(
+    files,
+    simsiam__lr=1e30,
+    pretrain__iterations_per_call=2,
+    pretrain__checkpoint_minutes=0.0,
+    pretrain__monitor_fraction=1.0,
+  )
   save_generator(config, tmp_path)
   line = refuse(capfd, config, 'pretrain', tmp_path)
   # Two iterations of random play come first, and are saved.
@@ -243,31 +422,71 @@ def test_a_diverging_run_names_metric_and_iteration_and_keeps_its_checkpoint(cap
   assert not [*tmp_path.rglob('*.part'), *tmp_path.rglob('*orbax-checkpoint-tmp*')]
 
   save_generator(config, tmp_path, 2)  # it trains on, and the world would be another one
-  assert 'pretrain began in the world of another generator' in refuse(capfd, config, 'pretrain', tmp_path)
+  assert 'pretrain began in the world of another generator' in refuse(
+    capfd, config, 'pretrain', tmp_path
+  )
 
 
 def command(*args, limit='unlimited'):
-  """python -m palm_jax.main, with files of at most `limit` blocks as on a full disk -> (code, lines of stderr)."""
+  """python -m palm_jax.main, with files of at most `limit` blocks as on a full disk -> (code, lines
+  of stderr)."""
   done = subprocess.run(
-      ['sh', '-c', f'ulimit -f {limit}; exec "$@"', 'sh', sys.executable, '-m', 'palm_jax.main', *args],
-      cwd=ROOT, capture_output=True, text=True, timeout=120,
-      env=dict(os.environ, JAX_PLATFORMS='cpu', PYTHONDONTWRITEBYTECODE='1'))
+    [
+      'sh',
+      '-c',
+      f'ulimit -f {limit}; exec "$@"',
+      'sh',
+      sys.executable,
+      '-m',
+      'palm_jax.main',
+      *args,
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+    env=dict(os.environ, JAX_PLATFORMS='cpu', PYTHONDONTWRITEBYTECODE='1'),
+  )
   return done.returncode, done.stderr.splitlines()
 
 
-@pytest.mark.parametrize('args, words', [
-    (['--config.pretrain.batchsize=3'],
-     ['--config.pretrain.batchsize is unknown', 'did you mean pretrain.batch_size?']),
-    (['--config=configs/digits.py', '--config.pretrain.batch_size=many'],
-     ['--config.pretrain.batch_size=many', 'invalid literal']),
-    (['--config.jobs=pretrain,probe'], ['--config.jobs=pretrain,probe is no list', '''write --config.jobs="('pretrain', 'probe')"''']),
-    (['--job=generator', '--config.generator.path=cifar10-small'], ['would not be played in', 'give --config.generator.path=']),
-    (['--config=configs/digit.py'], ['--config=configs/digit.py cannot be read', 'such as configs/digits.py']),
-    (['--job', 'probe', '--config', 'configs/cifar.py:smal'],
-     ['configs/cifar.py:smal is unknown', 'variants are cifar100, small']),
-    (['--config=configs/digits.py:tiny'], ['--config=configs/digits.py:tiny', 'get_config() takes 0']),
+@pytest.mark.parametrize(
+  'args, words',
+  [
+    (
+      ['--config.pretrain.batchsize=3'],
+      ['--config.pretrain.batchsize is unknown', 'did you mean pretrain.batch_size?'],
+    ),
+    (
+      ['--config=configs/digits.py', '--config.pretrain.batch_size=many'],
+      ['--config.pretrain.batch_size=many', 'invalid literal'],
+    ),
+    (
+      ['--config.jobs=pretrain,probe'],
+      [
+        '--config.jobs=pretrain,probe is no list',
+        '''write --config.jobs="('pretrain', 'probe')"''',
+      ],
+    ),
+    (
+      ['--job=generator', '--config.generator.path=cifar10-small'],
+      ['would not be played in', 'give --config.generator.path='],
+    ),
+    (
+      ['--config=configs/digit.py'],
+      ['--config=configs/digit.py cannot be read', 'such as configs/digits.py'],
+    ),
+    (
+      ['--job', 'probe', '--config', 'configs/cifar.py:smal'],
+      ['configs/cifar.py:smal is unknown', 'variants are cifar100, small'],
+    ),
+    (
+      ['--config=configs/digits.py:tiny'],
+      ['--config=configs/digits.py:tiny', 'get_config() takes 0'],
+    ),
     (['--job=pretrian'], ["job 'pretrian' is unknown", 'did you mean pretrain?']),
-])
+  ],
+)
 def test_the_command_line_ends_with_code_2_and_one_line(tmp_path, args, words):
   code, lines = command(*args, f'--workdir={tmp_path / "run"}')
   assert code == 2 and len(lines) == 1 and lines[0].startswith('palm_jax: '), lines
@@ -278,5 +497,8 @@ def test_the_command_line_ends_with_code_2_and_one_line(tmp_path, args, words):
 def test_a_full_disk_is_one_line_and_leaves_no_half(tmp_path):
   code, lines = command('--config.jobs=("pretrain",)', f'--workdir={tmp_path / "run"}', limit=1)
   assert code == 2 and len(lines) == 1, lines
-  assert f'{tmp_path / "run"} cannot be written (File too large)' in lines[0] and 'choose another --workdir' in lines[0]
+  assert (
+    f'{tmp_path / "run"} cannot be written (File too large)' in lines[0]
+    and 'choose another --workdir' in lines[0]
+  )
   assert not any((tmp_path / 'run').iterdir())

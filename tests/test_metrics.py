@@ -1,4 +1,6 @@
-"""Numbers go where they should, once each, and a resumed run leaves no line from a future that did not happen."""
+"""Numbers go where they should, once each, and a resumed run leaves no line from a future that did
+not happen."""
+
 import json
 import logging as python_logging
 import math
@@ -18,9 +20,11 @@ def steps_in(folder):
 @pytest.fixture
 def lines():
   """What absl logs."""
+
   class Handler(python_logging.Handler):
     def emit(self, record):
       seen.append(record.getMessage())
+
   seen, handler, logger = [], Handler(), logging.get_absl_logger()
   level = logger.level
   logger.addHandler(handler)
@@ -34,9 +38,16 @@ def test_a_line_is_readable_at_once_and_valid_json(tmp_path):
   with MetricWriter(tmp_path / 'new' / 'folder', tensorboard=False) as writer:
     writer.write(np.int32(3), {'loss': np.float32(0.5), 'bad': math.nan, 'worse': -math.inf})
     text = (tmp_path / 'new' / 'folder' / 'metrics.jsonl').read_text()
+
   def refuse(name):
     raise AssertionError(f'{name} is not JSON')
-  assert json.loads(text, parse_constant=refuse) == {'step': 3, 'loss': 0.5, 'bad': None, 'worse': None}
+
+  assert json.loads(text, parse_constant=refuse) == {
+    'step': 3,
+    'loss': 0.5,
+    'bad': None,
+    'worse': None,
+  }
 
 
 def test_resume_drops_later_lines_and_appends(tmp_path):
@@ -47,7 +58,7 @@ def test_resume_drops_later_lines_and_appends(tmp_path):
     f.write('{"step": 50, "lo')  # killed in the middle of a line
   with MetricWriter(tmp_path, step=20, tensorboard=False) as writer:
     assert steps_in(tmp_path) == [10, 20]
-    writer.write(25, {'loss': 0.})
+    writer.write(25, {'loss': 0.0})
   assert steps_in(tmp_path) == [10, 20, 25]
   assert [p.name for p in tmp_path.iterdir()] == ['metrics.jsonl']  # nothing half-written stays
   MetricWriter(tmp_path, tensorboard=False).close()  # a fresh start in an old folder
@@ -60,11 +71,16 @@ def test_tensorboard_has_the_scalars_and_the_picture(tmp_path):
     writer.image(7, 'film', np.zeros((4, 6, 3), np.uint8))
   [events] = tmp_path.glob('events.out.tfevents.*')
   data = events.read_bytes()
-  assert b'loss' in data and b'film' in data and b'\x89PNG' in data and np.float32(0.25).tobytes() in data
+  assert (
+    b'loss' in data
+    and b'film' in data
+    and b'\x89PNG' in data
+    and np.float32(0.25).tobytes() in data
+  )
 
 
 def test_progress_line(lines, monkeypatch):
-  clock = [1000.]
+  clock = [1000.0]
   monkeypatch.setattr(metrics.time, 'monotonic', lambda: clock[0])
   progress = Progress('pretrain', 64_000, 'env steps', every_seconds=5)
   assert progress.update(6_400, {})  # after the call that compiled: no rate yet
@@ -76,16 +92,19 @@ def test_progress_line(lines, monkeypatch):
   assert progress.update(64_000, {})  # complete: always a line
   assert lines[0] == 'pretrain  6,400/64,000 env steps  10.0%'
   # 6,400 steps in 5 seconds; 51,200 to go
-  assert lines[1] == 'pretrain  12,800/64,000 env steps  20.0%  1,280/s  left 0:40  ssl -0.912 reward 1.23 rank 12,346'
+  assert (
+    lines[1]
+    == 'pretrain  12,800/64,000 env steps  20.0%  1,280/s  left 0:40  ssl -0.912 reward 1.23 rank 12,346'
+  )
   assert lines[2].endswith('100.0%  9,600/s  left 0:00') and len(lines) == 3
 
 
 def test_progress_rate_follows_the_recent_pace(lines, monkeypatch):
-  clock = [0.]
+  clock = [0.0]
   monkeypatch.setattr(metrics.time, 'monotonic', lambda: clock[0])
-  progress = Progress('train', 10 ** 6 + 450, 'images', every_seconds=0)
+  progress = Progress('train', 10**6 + 450, 'images', every_seconds=0)
   step = 0
-  for seconds in [100.] * 5 + [0.1] * 40:
+  for seconds in [100.0] * 5 + [0.1] * 40:
     clock[0] += seconds
     step += 10
     progress.update(step, {})

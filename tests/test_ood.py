@@ -1,4 +1,6 @@
-"""The job: what it reports against the same from parts and scikit-learn, what it leaves alone, what it refuses."""
+"""The job: what it reports against the same from parts and scikit-learn, what it leaves alone, what
+it refuses."""
+
 import json
 
 import jax
@@ -31,10 +33,15 @@ def compile_cache(tmp_path_factory):
 def data():
   """Ten classes of 8x8 pictures, each of a colour of its own, with noise."""
   colours = np.random.default_rng(9).integers(40, 210, (10, 3))
+
   def split(seed, n):
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, 10, n)
-    return Split((colours[labels][:, None, None] + generator.integers(-40, 41, (n, 8, 8, 3))).astype(np.uint8), labels)
+    return Split(
+      (colours[labels][:, None, None] + generator.integers(-40, 41, (n, 8, 8, 3))).astype(np.uint8),
+      labels,
+    )
+
   return Data(split(0, 160), split(1, 120), CLASSES, 'colours')
 
 
@@ -43,7 +50,11 @@ def folder(data, tmp_path_factory):
   """Image sets: the test images themselves, noise, grey pictures, pictures of another size."""
   folder, generator = tmp_path_factory.mktemp('sets'), np.random.default_rng(2)
   np.savez(folder / 'same.npz', images=data.test.images[::-1])
-  np.savez(folder / 'noise.npz', images=generator.integers(0, 256, (33, 8, 8, 3), np.uint8), labels=np.full(33, -1))
+  np.savez(
+    folder / 'noise.npz',
+    images=generator.integers(0, 256, (33, 8, 8, 3), np.uint8),
+    labels=np.full(33, -1),
+  )
   np.savez(folder / 'grey.npz', images=np.zeros((4, 8, 8, 1), np.uint8))
   np.savez(folder / 'large.npz', images=np.zeros((4, 16, 16, 3), np.uint8))
   return folder
@@ -55,19 +66,28 @@ def run(tmp_path_factory):
   workdir, config = tmp_path_factory.mktemp('run'), job_config()
   (workdir / 'config.json').write_text(config.to_json())
   network = encoders.make_encoder(config.encoder)
-  variables = jax.jit(lambda: network.init(jax.random.key(77), jnp.zeros((1, 8, 8, 3)), train=False))()
+  variables = jax.jit(
+    lambda: network.init(jax.random.key(77), jnp.zeros((1, 8, 8, 3)), train=False)
+  )()
   with Checkpoints(workdir / 'pretrain' / 'checkpoints') as checkpoints:
     checkpoints.save(30, {'encoder': variables}, {})
   return workdir
 
 
 def job_config(sets=('interp:pairs',), head=(), finetune=(), **changes):
-  c = ConfigDict(dict(seed=3, data=dict(dir=''), encoder=encoders.default_config(), features=features.default_config(),
-                      ood=ood.default_config()))
+  c = ConfigDict(
+    dict(
+      seed=3,
+      data=dict(dir=''),
+      encoder=encoders.default_config(),
+      features=features.default_config(),
+      ood=ood.default_config(),
+    )
+  )
   c.encoder.width = 2
   c.features.batch_size = 64
   c.ood.update(dict(sets=tuple(map(str, sets)), seeds=2, knn_k=5, **changes))
-  c.ood.head.update(dict(lr=1., batch_size=32, epochs=40, augment='none') | dict(head))
+  c.ood.head.update(dict(lr=1.0, batch_size=32, epochs=40, augment='none') | dict(head))
   c.ood.finetune.update(dict(batch_size=32, epochs=1) | dict(finetune))
   return c
 
@@ -92,76 +112,145 @@ def test_the_job_reports_every_encoder_score_and_set(finished, run, config):
   rows = finished['rows']
   names = ['PALM encoder', 'untrained encoder']
   assert {(row['encoder'], row['score'], row['set']) for row in rows} == {
-    (name, score, where) for name in names for score in LOGITS + FEATURES for where in ('interp:pairs', 'SVHN', 'same')}
+    (name, score, where)
+    for name in names
+    for score in LOGITS + FEATURES
+    for where in ('interp:pairs', 'SVHN', 'same')
+  }
   assert len(rows) == 2 * 6 * 3
   for row in rows:
-    assert row['n_id'] == 120 and row['n'] == {'interp:pairs': 120, 'SVHN': 33, 'same': 120}[row['set']]
-    assert row['trials'] == (2 if row['score'] in LOGITS else 1)  # the heads differ, the features do not
+    assert (
+      row['n_id'] == 120 and row['n'] == {'interp:pairs': 120, 'SVHN': 33, 'same': 120}[row['set']]
+    )
+    assert row['trials'] == (
+      2 if row['score'] in LOGITS else 1
+    )  # the heads differ, the features do not
     for metric in scores.METRICS:
       values = row[metric]['values']
       assert len(values) == row['trials'] and all(0 <= value <= 1 for value in values)
       assert row[metric]['mean'] == pytest.approx(np.mean(values), abs=1e-12)
-      assert row[metric]['sd'] == (pytest.approx(np.std(values, ddof=1), abs=1e-12) if len(values) > 1 else None)
+      assert row[metric]['sd'] == (
+        pytest.approx(np.std(values, ddof=1), abs=1e-12) if len(values) > 1 else None
+      )
   assert finished['accuracy'].keys() == set(names)
   assert all(len(part['values']) == 2 for part in finished['accuracy'].values())
-  assert finished['accuracy']['PALM encoder']['mean'] > .2  # of 10 classes
+  assert finished['accuracy']['PALM encoder']['mean'] > 0.2  # of 10 classes
 
   protocol = finished['protocol']
   assert [protocol[name] for name in ('n_train', 'n_id', 'knn_k', 'seeds')] == [160, 120, 5, [3, 4]]
   assert protocol['protocol'].startswith('frozen') and protocol['head'] == config.ood.head.to_dict()
   [about] = protocol['encoders']['PALM encoder']
   assert about['checkpoint_step'] == 30 and len(about['sha256']) == 64
-  assert protocol['sets']['SVHN']['n'] == 33 and 'noise.npz' in protocol['sets']['SVHN']['description']
+  assert (
+    protocol['sets']['SVHN']['n'] == 33 and 'noise.npz' in protocol['sets']['SVHN']['description']
+  )
   assert finished['versions']['jax'] == jax.__version__
 
 
 def test_a_set_equal_to_the_test_images_cannot_be_told_apart(finished):
   for row in finished['rows']:
     if row['set'] == 'same':
-      np.testing.assert_allclose(row['auroc']['values'], .5, atol=1e-12)
-      assert min(row['fpr_at_95_tpr']['values']) >= .95
+      np.testing.assert_allclose(row['auroc']['values'], 0.5, atol=1e-12)
+      assert min(row['fpr_at_95_tpr']['values']) >= 0.95
 
 
 def test_numbers_equal_those_from_parts(finished, run, config, data, mesh, folder):
   """Features by the network itself, heads by the same fit, areas by scikit-learn."""
   encoder = features.load_encoder(config, run, (8, 8, 3))
   h = lambda images: np.asarray(jax.jit(encoder.apply)(images))
-  train_h, test_h, noise_h = h(data.train.images), h(data.test.images), h(np.load(folder / 'noise.npz')['images'])
+  train_h, test_h, noise_h = (
+    h(data.train.images),
+    h(data.test.images),
+    h(np.load(folder / 'noise.npz')['images']),
+  )
   heads = linear.fit_sgd(train_h, data.train.labels, 10, config.ood.head, [3, 4], mesh)
-  found = {row['score']: row for row in finished['rows'] if (row['encoder'], row['set']) == ('PALM encoder', 'SVHN')}
+  found = {
+    row['score']: row
+    for row in finished['rows']
+    if (row['encoder'], row['set']) == ('PALM encoder', 'SVHN')
+  }
   is_id = np.r_[np.ones(120), np.zeros(33)]
   for score, row in found.items():
     if score in LOGITS:
-      functions = [lambda h, head=head, of=scores.SCORES[score].function: of(linear.logits(head, h)) for head in heads]
+      functions = [
+        lambda h, head=head, of=scores.SCORES[score].function: of(linear.logits(head, h))
+        for head in heads
+      ]
     else:
       functions = [scores.SCORES[score].function(train_h, data.train.labels, 5)]
-    wanted = [roc_auc_score(is_id, np.r_[function(test_h), function(noise_h)]) for function in functions]
-    np.testing.assert_allclose(row['auroc']['values'], wanted, atol=2e-3)  # rounding of features may swap neighbours
-  wanted = [np.mean((test_h @ head.weight + head.bias).argmax(1) == data.test.labels) for head in heads]
-  np.testing.assert_allclose(finished['accuracy']['PALM encoder']['values'], wanted, atol=.01)
+    wanted = [
+      roc_auc_score(is_id, np.r_[function(test_h), function(noise_h)]) for function in functions
+    ]
+    np.testing.assert_allclose(
+      row['auroc']['values'], wanted, atol=2e-3
+    )  # rounding of features may swap neighbours
+  wanted = [
+    np.mean((test_h @ head.weight + head.bias).argmax(1) == data.test.labels) for head in heads
+  ]
+  np.testing.assert_allclose(finished['accuracy']['PALM encoder']['values'], wanted, atol=0.01)
 
 
 def test_the_table_is_the_papers(finished):
   lines = ood.table(finished).splitlines()
   assert len(lines) == 1 + 12 + 4 + 1
   assert len({len(line) for line in lines[:-1]}) == 1
-  assert lines[0].split() == ['AUROC', '%', 'score', 'interp:pairs', 'SVHN', 'same', 'ID', 'accuracy', '%']
-  row = next(row for row in finished['rows'] if (row['encoder'], row['score'], row['set']) == ('PALM encoder', 'msp', 'SVHN'))
+  assert lines[0].split() == [
+    'AUROC',
+    '%',
+    'score',
+    'interp:pairs',
+    'SVHN',
+    'same',
+    'ID',
+    'accuracy',
+    '%',
+  ]
+  row = next(
+    row
+    for row in finished['rows']
+    if (row['encoder'], row['score'], row['set']) == ('PALM encoder', 'msp', 'SVHN')
+  )
   assert f'{100 * row["auroc"]["mean"]:.1f} +- {100 * row["auroc"]["sd"]:.1f}' in lines[1]
-  assert lines[13].split() == ['paper:', 'PALM', '-', '79.9', '+-', '0.2', '97.9', '+-', '0.2', '-', '-']
+  assert lines[13].split() == [
+    'paper:',
+    'PALM',
+    '-',
+    '79.9',
+    '+-',
+    '0.2',
+    '97.9',
+    '+-',
+    '0.2',
+    '-',
+    '-',
+  ]
   assert lines[14].split() == ['paper:', 'CSI', '-', '78.5', '96.5', '-', '-']
   assert lines[-1].startswith('protocol: ') and 'knn_k=5' in lines[-1]
 
 
 def test_table_1():
-  """Sums over the five sets of the figures as the paper prints them; best on all but LSUN, where CSI is."""
+  """Sums over the five sets of the figures as the paper prints them; best on all but LSUN, where
+  CSI is."""
   columns = ['SVHN', 'LSUN', 'CIFAR-100', 'Interp.', 'CelebA']
   assert all(list(row) == columns for row in ood.TABLE_1.values())
   sums = {name: sum(value[0] for value in row.values()) for name, row in ood.TABLE_1.items()}
   assert {name: round(total, 1) for name, total in sums.items()} == {
-    'PALM': 442.2, 'CSI': 436.9, 'SupCLR': 427.6, 'Standard': 404.6}
-  best = {column: max(ood.TABLE_1, key=lambda name, column=column: ood.TABLE_1[name][column][0]) for column in columns}
-  assert best == {'SVHN': 'PALM', 'LSUN': 'CSI', 'CIFAR-100': 'PALM', 'Interp.': 'PALM', 'CelebA': 'PALM'}
+    'PALM': 442.2,
+    'CSI': 436.9,
+    'SupCLR': 427.6,
+    'Standard': 404.6,
+  }
+  best = {
+    column: max(ood.TABLE_1, key=lambda name, column=column: ood.TABLE_1[name][column][0])
+    for column in columns
+  }
+  assert best == {
+    'SVHN': 'PALM',
+    'LSUN': 'CSI',
+    'CIFAR-100': 'PALM',
+    'Interp.': 'PALM',
+    'CelebA': 'PALM',
+  }
 
 
 def test_the_papers_numbers_stand_beside_cifar10_only(run, data, mesh):
@@ -170,11 +259,15 @@ def test_the_papers_numbers_stand_beside_cifar10_only(run, data, mesh):
   config = job_config(scores=('knn',), untrained=False, head=dict(epochs=1))
   results = ood.evaluate(config, run, other, mesh)
   assert 'paper' not in results and 'paper' not in ood.table(results)
-  assert [(row['encoder'], row['score'], row['set']) for row in results['rows']] == [('PALM encoder', 'knn', 'interp:pairs')]
+  assert [(row['encoder'], row['score'], row['set']) for row in results['rows']] == [
+    ('PALM encoder', 'knn', 'interp:pairs')
+  ]
 
 
 def test_the_encoder_and_its_checkpoint_are_left_alone(finished, run, config, data, mesh):
-  files = lambda: {path: path.read_bytes() for path in (run / 'pretrain').rglob('*') if path.is_file()}
+  files = lambda: {
+    path: path.read_bytes() for path in (run / 'pretrain').rglob('*') if path.is_file()
+  }
   before, sha256 = files(), finished['protocol']['encoders']['PALM encoder'][0]['sha256']
   again = ood.evaluate(config, run, data, mesh)
   assert files() == before
@@ -190,17 +283,30 @@ def test_ood_images_choose_nothing(finished, run, data, mesh, folder):
 
 
 def test_heads_may_learn_from_augmented_images(finished, run, data, mesh):
-  results = ood.evaluate(job_config(head=dict(augment='shift_flip', epochs=2), untrained=False, scores=('msp',)), run, data, mesh)
+  results = ood.evaluate(
+    job_config(head=dict(augment='shift_flip', epochs=2), untrained=False, scores=('msp',)),
+    run,
+    data,
+    mesh,
+  )
   assert results['protocol']['head']['augment'] == 'shift_flip'
   assert results['rows'][0]['trials'] == 2
 
 
 def test_fine_tuning(finished, run, data, mesh):
-  config = job_config(protocol='finetune', scores=('msp', 'knn'), finetune=dict(epochs=4, lr=.05))
+  config = job_config(protocol='finetune', scores=('msp', 'knn'), finetune=dict(epochs=4, lr=0.05))
   results = ood.evaluate(config, run, data, mesh)
-  name, pretrained = 'PALM encoder, fine-tuned', finished['protocol']['encoders']['PALM encoder'][0]['sha256']
-  assert [(row['encoder'], row['score'], row['trials']) for row in results['rows']] == [(name, 'msp', 2), (name, 'knn', 2)]
-  assert len(set(results['rows'][1]['auroc']['values'])) == 2  # the features of each trial are its own
+  name, pretrained = (
+    'PALM encoder, fine-tuned',
+    finished['protocol']['encoders']['PALM encoder'][0]['sha256'],
+  )
+  assert [(row['encoder'], row['score'], row['trials']) for row in results['rows']] == [
+    (name, 'msp', 2),
+    (name, 'knn', 2),
+  ]
+  assert (
+    len(set(results['rows'][1]['auroc']['values'])) == 2
+  )  # the features of each trial are its own
   digests = [about['sha256'] for about in results['protocol']['encoders'][name]]
   assert len({*digests, pretrained}) == 3
   assert [about['start'] for about in results['protocol']['encoders'][name]] == [pretrained] * 2
@@ -210,58 +316,92 @@ def test_fine_tuning(finished, run, data, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('protocol, other', [('frozen', 'untrained encoder'), ('finetune', 'PALM encoder, fine-tuned')])
+@pytest.mark.parametrize(
+  'protocol, other', [('frozen', 'untrained encoder'), ('finetune', 'PALM encoder, fine-tuned')]
+)
 def test_supervised_from_scratch(run, data, mesh, protocol, other):
   config = job_config(protocol=protocol, supervised=1, scores=('msp',), finetune=dict(epochs=30))
   results = ood.evaluate(config, run, data, mesh)
   assert [row['encoder'] for row in results['rows']][-2:] == [other, 'supervised']
   assert results['rows'][-1]['trials'] == 2
-  assert [about['start'] for about in results['protocol']['encoders']['supervised']] == ['random weights'] * 2
-  assert results['accuracy']['supervised']['mean'] > .5
+  assert [about['start'] for about in results['protocol']['encoders']['supervised']] == [
+    'random weights'
+  ] * 2
+  assert results['accuracy']['supervised']['mean'] > 0.5
 
 
-@pytest.mark.parametrize('text, name, source', [
-  ('svhn', 'svhn', 'svhn'), ('interp:csi', 'interp:csi', 'interp:csi'), ('/a/b/LSUN_FIX/', 'LSUN_FIX', '/a/b/LSUN_FIX/'),
-  ('SVHN=tfds:svhn_cropped', 'SVHN', 'tfds:svhn_cropped'), ('tfds:svhn_cropped', 'svhn_cropped', 'tfds:svhn_cropped'),
-  ('/a/c100_test.npz', 'c100_test', '/a/c100_test.npz'), ('celeba:/a/img', 'celeba', 'celeba:/a/img'),
-  ('/runs/lr=0.1/x.npz', 'x', '/runs/lr=0.1/x.npz'), ('Interp.=interp:csi', 'Interp.', 'interp:csi'),
-  ('LSUN=/a/b=c', 'LSUN', '/a/b=c'), ('a/train.npz,b/test.npz', 'test', 'a/train.npz,b/test.npz'),
-])
+@pytest.mark.parametrize(
+  'text, name, source',
+  [
+    ('svhn', 'svhn', 'svhn'),
+    ('interp:csi', 'interp:csi', 'interp:csi'),
+    ('/a/b/LSUN_FIX/', 'LSUN_FIX', '/a/b/LSUN_FIX/'),
+    ('SVHN=tfds:svhn_cropped', 'SVHN', 'tfds:svhn_cropped'),
+    ('tfds:svhn_cropped', 'svhn_cropped', 'tfds:svhn_cropped'),
+    ('/a/c100_test.npz', 'c100_test', '/a/c100_test.npz'),
+    ('celeba:/a/img', 'celeba', 'celeba:/a/img'),
+    ('/runs/lr=0.1/x.npz', 'x', '/runs/lr=0.1/x.npz'),
+    ('Interp.=interp:csi', 'Interp.', 'interp:csi'),
+    ('LSUN=/a/b=c', 'LSUN', '/a/b=c'),
+    ('a/train.npz,b/test.npz', 'test', 'a/train.npz,b/test.npz'),
+  ],
+)
 def test_names_of_sets(text, name, source):
   assert ood.named_sources([text]) == {name: source}
 
 
 def test_download_fetches_the_sets_that_have_a_publisher(monkeypatch, tmp_path):
   asked = []
-  monkeypatch.setattr(ood.data_sets, 'fetch', lambda url, size, sha256, target: asked.append(target))
+  monkeypatch.setattr(
+    ood.data_sets, 'fetch', lambda url, size, sha256, target: asked.append(target)
+  )
   config = job_config(sets=('svhn', 'SVHN again=svhn', 'interp:pairs', 'LSUN=folder'))
   config.data.dir = str(tmp_path)
   ood.download(config)
-  assert {path.parent for path in asked} == {tmp_path} and {'test_32x32.mat'} <= {path.name for path in asked}
+  assert {path.parent for path in asked} == {tmp_path} and {'test_32x32.mat'} <= {
+    path.name for path in asked
+  }
 
 
 def test_columns_of_table_1():
-  wanted = {'svhn': 'SVHN', 'SVHN': 'SVHN', 'LSUN': 'LSUN', 'cifar100': 'CIFAR-100', 'CIFAR-100': 'CIFAR-100', 'celeba': 'CelebA',
-            'interp:pairs': 'Interp.', 'interp:csi': 'Interp.', 'Interp.': 'Interp.', 'LSUN_FIX': None, 'tinyimagenet': None}
+  wanted = {
+    'svhn': 'SVHN',
+    'SVHN': 'SVHN',
+    'LSUN': 'LSUN',
+    'cifar100': 'CIFAR-100',
+    'CIFAR-100': 'CIFAR-100',
+    'celeba': 'CelebA',
+    'interp:pairs': 'Interp.',
+    'interp:csi': 'Interp.',
+    'Interp.': 'Interp.',
+    'LSUN_FIX': None,
+    'tinyimagenet': None,
+  }
   assert {name: ood.published(name) for name in wanted} == wanted
 
 
-@pytest.mark.parametrize('changes, message', [
-  (dict(protocol='linear'), "ood.protocol='linear' is unknown: choose one of frozen, finetune"),
-  (dict(scores=('msp', 'mahalanobi')), "'mahalanobi' is unknown, .* did you mean mahalanobis"),
-  (dict(scores=()), 'ood.scores is empty'),
-  (dict(sets=()), 'ood.sets is empty'),
-  (dict(sets=('interp:pairs', 'interp:pairs')), "two sets are called 'interp:pairs'"),
-  (dict(sets=('a/x.npz', 'b/x.npz')), "two sets are called 'x'.*write NAME=b/x.npz"),
-  (dict(sets=('interp:half',)), "'interp:half' is unknown"),
-  (dict(sets=('/nowhere/lsun',)), '/nowhere/lsun: no such file'),
-  (dict(head=dict(schedule='linear')), 'ood.head.schedule'),
-  (dict(head=dict(augment='cutout')), "augment 'cutout'"),
-  (dict(supervised=1, finetune=dict(warmup=5)), 'ood.finetune.warmup=5.0 is no share of the run'),
-  (dict(head=dict(batch_size=31)), 'ood.head.batch_size=31 is not a positive multiple of devices=2'),
-  (dict(protocol='finetune', finetune=dict(batch_size=31)), 'ood.finetune.batch_size=31'),
-  (dict(supervised=1, finetune=dict(epochs=0)), 'ood.finetune.epochs=0'),
-])
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    (dict(protocol='linear'), "ood.protocol='linear' is unknown: choose one of frozen, finetune"),
+    (dict(scores=('msp', 'mahalanobi')), "'mahalanobi' is unknown, .* did you mean mahalanobis"),
+    (dict(scores=()), 'ood.scores is empty'),
+    (dict(sets=()), 'ood.sets is empty'),
+    (dict(sets=('interp:pairs', 'interp:pairs')), "two sets are called 'interp:pairs'"),
+    (dict(sets=('a/x.npz', 'b/x.npz')), "two sets are called 'x'.*write NAME=b/x.npz"),
+    (dict(sets=('interp:half',)), "'interp:half' is unknown"),
+    (dict(sets=('/nowhere/lsun',)), '/nowhere/lsun: no such file'),
+    (dict(head=dict(schedule='linear')), 'ood.head.schedule'),
+    (dict(head=dict(augment='cutout')), "augment 'cutout'"),
+    (dict(supervised=1, finetune=dict(warmup=5)), 'ood.finetune.warmup=5.0 is no share of the run'),
+    (
+      dict(head=dict(batch_size=31)),
+      'ood.head.batch_size=31 is not a positive multiple of devices=2',
+    ),
+    (dict(protocol='finetune', finetune=dict(batch_size=31)), 'ood.finetune.batch_size=31'),
+    (dict(supervised=1, finetune=dict(epochs=0)), 'ood.finetune.epochs=0'),
+  ],
+)
 def test_settings_that_cannot_work(changes, message):
   with pytest.raises(UserError, match=message) as error:
     ood.check_config(job_config(**changes), 2)
@@ -301,7 +441,12 @@ def test_foreign_features_stand_beside_ours(run, data, mesh, tmp_path, folder):
   path = tmp_path / 'foreign.npz'
   one_hot = np.eye(10)
   noise = np.full((33, 10), 0.1)
-  np.savez(path, train_features=one_hot[data.train.labels], test_features=one_hot[data.test.labels], ood_noise=noise)
+  np.savez(
+    path,
+    train_features=one_hot[data.train.labels],
+    test_features=one_hot[data.test.labels],
+    ood_noise=noise,
+  )
   c = job_config([f'noise={folder / "noise.npz"}'], untrained=False, scores=('msp', 'knn'))
   c.features.path = str(path)
   c.ood.head.update(dict(epochs=20, augment='none'))

@@ -1,4 +1,5 @@
 """What each source's pairs are, and that a recorded run's order gives its encoder again."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,13 +49,13 @@ def test_independent_latents_of_one_label():
   assert set(labels) == {0, 1, 2} and (first[:, -2] == 1).all()
 
 
-@pytest.mark.parametrize('std', [0.1, 0.25, 1.])
+@pytest.mark.parametrize('std', [0.1, 0.25, 1.0])
 def test_gaussian_neighbours(std):
   first, second, labels = draw(config_of('jahanian_gaussian', std=std), 500)
   z1, z2 = first[:, :-2], second[:, :-2]
   np.testing.assert_allclose(np.std(z2 - z1), std, rtol=0.05)
-  cosine = np.mean(z1 * z2) / np.sqrt(np.mean(z1 ** 2) * np.mean(z2 ** 2))
-  np.testing.assert_allclose(cosine, 1 / np.sqrt(1 + std ** 2), atol=0.02)
+  cosine = np.mean(z1 * z2) / np.sqrt(np.mean(z1**2) * np.mean(z2**2))
+  np.testing.assert_allclose(cosine, 1 / np.sqrt(1 + std**2), atol=0.02)
   np.testing.assert_allclose(first[:, -2], 0.9, rtol=1e-6)
   np.testing.assert_array_equal(first[:, -1], second[:, -1])
 
@@ -108,7 +109,9 @@ def test_recorded_pairs_are_consecutive_steps_of_one_episode():
   start = np.asarray(environment.staggered_steps(jnp.arange(num_envs), num_envs, length))
   step = (start + np.arange(rows)[:, None]) % length
   z = np.arange(rows * num_envs, dtype=np.float32).reshape(rows, num_envs, 1).repeat(6, 2)
-  lived = experience.Experience(z, (np.arange(num_envs) % 3 + 0 * step).astype(np.int32), step.astype(np.int32))
+  lived = experience.Experience(
+    z, (np.arange(num_envs) % 3 + 0 * step).astype(np.int32), step.astype(np.int32)
+  )
   first, second, labels = draw(config_of('passive_random'), 1000, lived)
   place = first[:, 0].astype(int)
   np.testing.assert_array_equal(second[:, 0], place + num_envs)
@@ -129,19 +132,28 @@ def explored(tmp_path_factory):
 
 def play(c, workdir, calls, data=None):
   mesh, generator = devices.make_mesh(), LargeGenerator()
-  program, world = pretrain.make_program(c, generator, mesh), pretrain.make_world(c, generator, mesh, data)
+  program, world = (
+    pretrain.make_program(c, generator, mesh),
+    pretrain.make_world(c, generator, mesh, data),
+  )
   state = program.init(jax.random.key(c.seed), world)
   for i in range(calls):
     state, output = program.call(state, world)
     if c.pretrain.record:
-      experience.write(workdir / 'pretrain' / 'experience', 4 * i * c.pretrain.rollout_length, output.experience)
+      experience.write(
+        workdir / 'pretrain' / 'experience', 4 * i * c.pretrain.rollout_length, output.experience
+      )
   return jax.device_get(state.replace(key=0))
 
 
 def test_few_samples_of_a_record_are_its_first_rows(explored):
   workdir, c, _ = explored
   for samples, rows in ((1, 3), (16 * 5, 5), (10**6, 48), (0, 48)):
-    lived = pairs.load(config_of('passive_random', record=str(workdir), samples=samples), LargeGenerator(), devices.make_mesh())
+    lived = pairs.load(
+      config_of('passive_random', record=str(workdir), samples=samples),
+      LargeGenerator(),
+      devices.make_mesh(),
+    )
     assert lived.step.shape == (rows, 16)
 
 
@@ -157,28 +169,49 @@ def test_the_recorded_order_gives_the_same_encoder_bit_for_bit(explored):
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize('source, objective', [('random_action', 'simsiam'), ('passive_random', 'simclr'), ('static', 'supcon')])
+@pytest.mark.parametrize(
+  'source, objective',
+  [('random_action', 'simsiam'), ('passive_random', 'simclr'), ('static', 'supcon')],
+)
 def test_the_others_learn_from_what_they_draw(explored, source, objective):
   workdir, c, state = explored
   c = c.copy_and_resolve_references()
   c.pairs.update(dict(source=source, record=str(workdir) if source.startswith('passive') else ''))
   c.pretrain.record, c.simsiam.objective = False, objective
   images = np.random.default_rng(0).integers(0, 256, (30, 40, 40, 1), dtype=np.uint8)
-  data = Data(Split(images, np.arange(30) % 3), Split(images, np.arange(30) % 3), ('a', 'b', 'c'), 'noise')
+  data = Data(
+    Split(images, np.arange(30) % 3), Split(images, np.arange(30) % 3), ('a', 'b', 'c'), 'noise'
+  )
   end = play(c, workdir, 3, data)
   assert end.agent == () and (end.ring == ()) == (source != 'random_action')
-  moved = [not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(end.ssl['params']['encoder']),
-                                                   jax.tree.leaves(state.ssl['params']['encoder']), strict=True)]
+  moved = [
+    not np.array_equal(a, b)
+    for a, b in zip(
+      jax.tree.leaves(end.ssl['params']['encoder']),
+      jax.tree.leaves(state.ssl['params']['encoder']),
+      strict=True,
+    )
+  ]
   assert all(moved) and all(np.isfinite(x).all() for x in jax.tree.leaves(end.ssl))
 
 
-@pytest.mark.parametrize('changes, message', [
-    (dict(source='explore'), "pairs.source='explore' is unknown: choose one of explored, random_action"),
-    (dict(source='passive_random'), "pairs.record='' with pairs.source='passive_random': give the workdir"),
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    (
+      dict(source='explore'),
+      "pairs.source='explore' is unknown: choose one of explored, random_action",
+    ),
+    (
+      dict(source='passive_random'),
+      "pairs.record='' with pairs.source='passive_random': give the workdir",
+    ),
     (dict(record='runs/a'), "pairs.record='runs/a' with pairs.source='explored'"),
     (dict(samples=5), 'pairs.samples=5 with pairs.source=.explored.'),
     (dict(source='two_views'), "simsiam.augment='none' gives the same picture twice"),
-    (dict(source='jahanian_gaussian', std=-1.), 'pairs.std=-1')])
+    (dict(source='jahanian_gaussian', std=-1.0), 'pairs.std=-1'),
+  ],
+)
 def test_settings_that_cannot_work(changes, message):
   c = nature_config()
   c.pairs.update(changes)
@@ -189,16 +222,20 @@ def test_settings_that_cannot_work(changes, message):
 def test_objectives_that_cannot_work():
   c = config_of('explored')
   c.simsiam.objective = 'supcon'
-  with pytest.raises(UserError, match="'supcon' needs labels, which pairs.source='explored' never sees"):
+  with pytest.raises(
+    UserError, match="'supcon' needs labels, which pairs.source='explored' never sees"
+  ):
     pretrain.check_config(c, 8)
   c.pairs.source, unconditional = 'jahanian_random', LargeGenerator()
   unconditional.num_classes = 0
   with pytest.raises(UserError, match="'supcon' with a generator without classes"):
     pretrain.make_program(c, unconditional, devices.make_mesh())
   c.simsiam.objective = 'byol'
-  with pytest.raises(UserError, match="simsiam.objective='byol' is unknown: choose one of simsiam, simclr, supcon"):
+  with pytest.raises(
+    UserError, match="simsiam.objective='byol' is unknown: choose one of simsiam, simclr, supcon"
+  ):
     pretrain.check_config(c, 8)
-  c.simsiam.update(dict(objective='simclr', temperature=0.))
+  c.simsiam.update(dict(objective='simclr', temperature=0.0))
   with pytest.raises(UserError, match='simsiam.temperature=0'):
     pretrain.check_config(c, 8)
 
@@ -211,15 +248,22 @@ def test_records_and_images_that_do_not_fit(explored, data, tmp_path):
   with pytest.raises(UserError, match='in episodes of 7 steps, expected 6, 16 and 9'):
     pairs.load(c, LargeGenerator(), mesh)
   c.environment.update(dict(episode_length=7, truncation_psi=0.5))
-  with pytest.raises(UserError, match='another world .environment.truncation_psi=1.0 there, 0.5 here'):
+  with pytest.raises(
+    UserError, match='another world .environment.truncation_psi=1.0 there, 0.5 here'
+  ):
     pairs.load(c, LargeGenerator(), mesh)
   c.pairs.record = str(tmp_path)
-  with pytest.raises(UserError, match='config.json cannot be read .*: give the workdir of a run made with pretrain.record'):
+  with pytest.raises(
+    UserError,
+    match='config.json cannot be read .*: give the workdir of a run made with pretrain.record',
+  ):
     pairs.load(c, LargeGenerator(), mesh)
   (tmp_path / 'config.json').write_text(c.to_json_best_effort())
   with pytest.raises(UserError, match='holds no experience'):
     pairs.load(c, LargeGenerator(), mesh)
-  with pytest.raises(UserError, match=r'images are \(8, 8, 1\), but the generator makes \(40, 40, 1\)'):
+  with pytest.raises(
+    UserError, match=r'images are \(8, 8, 1\), but the generator makes \(40, 40, 1\)'
+  ):
     pairs.load(config_of('static'), LargeGenerator(), mesh, data)
   one = data._replace(train=Split(data.train.images[:3], np.array([0, 1, 2])))
   with pytest.raises(UserError, match='class 0 has 1 images, expected 2 or more'):

@@ -1,4 +1,5 @@
 """Pictures hold the pixels that were given, where they belong."""
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,12 +17,14 @@ def images():
 def test_grid_puts_every_pixel_in_its_place(images, scale):
   picture = pictures.grid(images, scale)
   assert picture.shape == (3 * 4 * scale, 5 * 6 * scale, 3) and picture.dtype == np.uint8
-  y, x = np.mgrid[:picture.shape[0], :picture.shape[1]] // scale
+  y, x = np.mgrid[: picture.shape[0], : picture.shape[1]] // scale
   np.testing.assert_array_equal(picture, images[y // 4, x // 6, y % 4, x % 6])
 
 
-@pytest.mark.parametrize('size, columns, expected',
-                         [(8, 4, 8), (32, 10, 2), (20, 4, 4), (32, 40, 1), (256, 20, 1), (8, 100, 2)])
+@pytest.mark.parametrize(
+  'size, columns, expected',
+  [(8, 4, 8), (32, 10, 2), (20, 4, 4), (32, 40, 1), (256, 20, 1), (8, 100, 2)],
+)
 def test_small_images_are_enlarged_to_be_visible_and_wide_grids_are_not(size, columns, expected):
   picture = pictures.grid(np.zeros((1, columns, size, size, 1), np.uint8))
   assert picture.shape == (size * expected, columns * size * expected, 1)
@@ -41,7 +44,9 @@ def test_stacks_of_frames_are_shown_side_by_side():
   shown = pictures.grid(images, 1)
   assert shown.shape == (2 * 4, 3 * 4 * 6, 1)
   for frame in range(4):
-    np.testing.assert_array_equal(shown[4:, 48 + 6 * frame:54 + 6 * frame, 0], images[1, 2, ..., frame])
+    np.testing.assert_array_equal(
+      shown[4:, 48 + 6 * frame : 54 + 6 * frame, 0], images[1, 2, ..., frame]
+    )
 
 
 @pytest.mark.parametrize('channels', [1, 3])
@@ -62,7 +67,9 @@ def test_webp_holds_every_frame_at_its_pace(tmp_path, images, channels):
     for i, frame in enumerate(frames):
       film.seek(i)
       film.load()
-      np.testing.assert_array_equal(np.asarray(film.convert('RGB')), np.broadcast_to(frame, (4, 6, 3)))
+      np.testing.assert_array_equal(
+        np.asarray(film.convert('RGB')), np.broadcast_to(frame, (4, 6, 3))
+      )
       assert film.info['duration'] == 100
 
 
@@ -72,12 +79,20 @@ def test_a_failed_write_leaves_the_file_that_was_there(tmp_path, images):
   with pytest.raises((TypeError, ValueError)):
     pictures.save_png(tmp_path / 'a.png', np.zeros((4, 4, 7), np.uint8))
   with pytest.raises(RuntimeError):
-    pictures.save_webp(tmp_path / 'a.png', [np.zeros((4, 4, 3), np.uint8), np.zeros((5, 4, 3), np.uint8)])
+    pictures.save_webp(
+      tmp_path / 'a.png', [np.zeros((4, 4, 3), np.uint8), np.zeros((5, 4, 3), np.uint8)]
+    )
   assert (tmp_path / 'a.png').read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize('bad', [np.zeros((2, 2, 4, 4), np.uint8), np.zeros((2, 2, 4, 4, 3)),
-                                 np.zeros((2, 0, 4, 4, 3), np.uint8)])
+@pytest.mark.parametrize(
+  'bad',
+  [
+    np.zeros((2, 2, 4, 4), np.uint8),
+    np.zeros((2, 2, 4, 4, 3)),
+    np.zeros((2, 0, 4, 4, 3), np.uint8),
+  ],
+)
 def test_bad_grids_are_refused(bad):
   with pytest.raises(UserError, match='grid of'):
     pictures.grid(bad)

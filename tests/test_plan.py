@@ -1,4 +1,5 @@
 """Plans against the arrays of a real run."""
+
 import json
 
 import jax
@@ -17,35 +18,57 @@ def planned():
 
 def test_memory_is_that_of_the_state(planned):
   config, generator, mesh = tiny_config(), LinearGenerator(), devices.make_mesh(2)
-  program, world = pretrain.make_program(config, generator, mesh), pretrain.make_world(config, generator, mesh)
+  program, world = (
+    pretrain.make_program(config, generator, mesh),
+    pretrain.make_world(config, generator, mesh),
+  )
   state = program.init(jax.random.key(0), world)
-  on_first = lambda tree: sum(shard.data.nbytes for x in jax.tree.leaves(tree) for shard in x.addressable_shards
-                              if shard.device == mesh.devices[0])
+  on_first = lambda tree: sum(
+    shard.data.nbytes
+    for x in jax.tree.leaves(tree)
+    for shard in x.addressable_shards
+    if shard.device == mesh.devices[0]
+  )
   found = planned['bytes']
-  assert found['frames'] == on_first(state.ring.frames) and found['actions'] == on_first(state.ring.actions)
+  assert found['frames'] == on_first(state.ring.frames) and found['actions'] == on_first(
+    state.ring.actions
+  )
   assert found['environments'] == on_first((state.env, state.frames))
   assert found['networks'] == on_first((world, state.ssl, state.agent))
-  assert planned['parameters']['encoder'] == sum(x.size for x in jax.tree.leaves(state.ssl['params']['encoder']))
-  assert planned['parameters']['generator'] == sum(x.size for x in jax.tree.leaves(generator.variables))
+  assert planned['parameters']['encoder'] == sum(
+    x.size for x in jax.tree.leaves(state.ssl['params']['encoder'])
+  )
+  assert planned['parameters']['generator'] == sum(
+    x.size for x in jax.tree.leaves(generator.variables)
+  )
 
 
 def test_arithmetic_is_that_of_the_program(planned):
-  """What the parts have counted in sum is what the whole call does, but for the policy's own small network."""
+  """What the parts have counted in sum is what the whole call does, but for the policy's own small
+  network."""
   config, generator, mesh = tiny_config(), LinearGenerator(), devices.make_mesh(2)
   program = pretrain.make_program(config, generator, mesh)
   world = jax.eval_shape(lambda: pretrain.host_world(config, generator))
   traced = program.call.trace(jax.eval_shape(program.init, jax.random.key(0), world), world)
   whole = cost.flops(traced) / config.pretrain.iterations_per_call
-  assert .95 * whole < planned['flops_per_iteration'] <= whole
-  assert planned['flops']['simsiam'] > planned['flops']['acting'] > planned['flops']['generator'] > 0
+  assert 0.95 * whole < planned['flops_per_iteration'] <= whole
+  assert (
+    planned['flops']['simsiam'] > planned['flops']['acting'] > planned['flops']['generator'] > 0
+  )
 
 
 def test_a_replay_beyond_the_memory_is_refused_before_it_is_made():
   config, generator, mesh = tiny_config(), LinearGenerator(), devices.make_mesh(2)
   config.replay.capacity = 1 << 34
-  program, world = pretrain.make_program(config, generator, mesh), pretrain.host_world(config, generator)
+  program, world = (
+    pretrain.make_program(config, generator, mesh),
+    pretrain.host_world(config, generator),
+  )
   state = jax.eval_shape(program.init, jax.random.key(0), world)
-  with pytest.raises(UserError, match=r'replay and networks take 7\d\d.\d GiB on each of 2 device.*lower replay.capacity'):
+  with pytest.raises(
+    UserError,
+    match=r'replay and networks take 7\d\d.\d GiB on each of 2 device.*lower replay.capacity',
+  ):
     train.check_memory(state, world, mesh)
 
 
@@ -54,7 +77,7 @@ def test_more_devices_share(planned):
   for name in ('frames', 'actions', 'environments'):
     assert 2 * four['bytes'][name] == planned['bytes'][name]
   assert four['bytes']['networks'] == planned['bytes']['networks']
-  assert four['bytes']['activations'] < .7 * planned['bytes']['activations']
+  assert four['bytes']['activations'] < 0.7 * planned['bytes']['activations']
   assert 2 * four['flops']['acting'] == planned['flops']['acting']
 
 
@@ -73,15 +96,18 @@ def test_job(tmp_path, capsys):
   assert 'plan for 8 device(s)' in printed and '0.001 TFLOP/s a device (plan.tflops)' in printed
   # With a benchmark there, its rate counts.
   (tmp_path / 'run' / 'results').mkdir(parents=True)
-  (tmp_path / 'run' / 'results' / 'benchmark.json').write_text(json.dumps(
-      dict(pretrain=dict(flops=dict(whole=6e9), seconds_per_iteration=2.))))
-  result = plan.plan(planning_config(tflops=0.), tmp_path / 'run', devices.make_mesh())
+  (tmp_path / 'run' / 'results' / 'benchmark.json').write_text(
+    json.dumps(dict(pretrain=dict(flops=dict(whole=6e9), seconds_per_iteration=2.0)))
+  )
+  result = plan.plan(planning_config(tflops=0.0), tmp_path / 'run', devices.make_mesh())
   assert result['flops_per_second'] == 3e9
-  assert result['hours'] == pytest.approx(result['iterations'] * result['flops_per_iteration'] / 3e9 / 3600)
+  assert result['hours'] == pytest.approx(
+    result['iterations'] * result['flops_per_iteration'] / 3e9 / 3600
+  )
 
 
 def test_what_does_not_fit_is_refused_with_what_would(tmp_path):
-  config = planning_config(devices=1, memory_gb=.004)
+  config = planning_config(devices=1, memory_gb=0.004)
   config.replay.capacity = 64 * 1000
   words = 'replay.capacity=64000 .* set replay.capacity to .* or less, replay.actions to int8'
   with pytest.raises(UserError, match=words) as caught:

@@ -35,7 +35,7 @@ def digits():
 
 
 def judged(x, y, test_x, test_y, method='lbfgs', num_classes=C, name='raw', **settings):
-  task = probe.Task('fine', 1., 0, slice(None), y, test_y, num_classes)
+  task = probe.Task('fine', 1.0, 0, slice(None), y, test_y, num_classes)
   return probe.judge(probe.Source(name, x, {'clean': test_x}), task, method, **settings)
 
 
@@ -45,13 +45,16 @@ def test_shuffled_test_labels_change_the_score_and_nothing_else(blobs):
   a, b = judged(x, y, test_x, test_y), judged(x, y, test_x, shuffled)
   read_from_test = ('accuracy', 'half_width', 'seconds')
   assert {k: v for k, v in a.items() if k not in read_from_test} == {
-    k: v for k, v in b.items() if k not in read_from_test}
+    k: v for k, v in b.items() if k not in read_from_test
+  }
   assert a['accuracy']['clean'] > b['accuracy']['clean'] + 0.2
 
 
 def vote_in_numpy(train_h, train_y, test_h, k, temperature):
   """PatrickHua/SimSiam's knn_predict, written again in float64."""
-  unit = lambda h: h.astype(np.float64) / np.linalg.norm(h.astype(np.float64), axis=1, keepdims=True)
+  unit = lambda h: (
+    h.astype(np.float64) / np.linalg.norm(h.astype(np.float64), axis=1, keepdims=True)
+  )
   predicted = []
   for cosines in unit(test_h) @ unit(train_h).T:
     nearest = np.argsort(-cosines)[:k]
@@ -62,7 +65,9 @@ def vote_in_numpy(train_h, train_y, test_h, k, temperature):
   return np.array(predicted)
 
 
-@pytest.mark.parametrize('k, temperature', [(1, 0.1), (20, 0.1), (20, 0.01), (200, 0.1), (1000, 0.1)])
+@pytest.mark.parametrize(
+  'k, temperature', [(1, 0.1), (20, 0.1), (20, 0.01), (200, 0.1), (1000, 0.1)]
+)
 def test_knn_equals_a_transcription(blobs, k, temperature):
   x, y, test_x, test_y = blobs
   x, test_x = x / np.logspace(-2, 2, F), test_x / np.logspace(-2, 2, F)
@@ -88,12 +93,21 @@ def test_knn_of_more_rows_than_a_chunk():
 
 def test_digits_pixels(digits):
   train, train_y, test, test_y = digits
-  noise = [np.random.default_rng(seed).normal(size=(len(x), 8)) for seed, x in enumerate((train, test))]
+  noise = [
+    np.random.default_rng(seed).normal(size=(len(x), 8)) for seed, x in enumerate((train, test))
+  ]
   sets = {'pixels': (features.pixels(train), features.pixels(test)), 'noise': noise}
-  rows = [judged(x, train_y, test_x, test_y, method, 10, name) for name, (x, test_x) in sets.items()
-          for method in ('lbfgs', 'knn')]
+  rows = [
+    judged(x, train_y, test_x, test_y, method, 10, name)
+    for name, (x, test_x) in sets.items()
+    for method in ('lbfgs', 'knn')
+  ]
   share = {(row['features'], row['method']): row['accuracy']['clean'] for row in rows}
-  assert share['pixels', 'lbfgs'] > 0.94 and share['pixels', 'knn'] > 0.9 and share['noise', 'lbfgs'] < 0.2
+  assert (
+    share['pixels', 'lbfgs'] > 0.94
+    and share['pixels', 'knn'] > 0.9
+    and share['noise', 'lbfgs'] < 0.2
+  )
   results = dict(rows=rows, protocol=dict(data='scikit-learn digits', split='test', knn_k=200))
   assert json.loads(json.dumps(results)) == results
   assert (rows[0]['n_train'], rows[0]['n_test'], rows[1]['k']) == (1297, 500, 200)
@@ -101,9 +115,17 @@ def test_digits_pixels(digits):
 
   text = probe.table(results)
   lines = text.splitlines()
-  assert [line.split()[0] for line in lines[:5]] == ['features', 'pixels', 'pixels', 'noise', 'noise']
+  assert [line.split()[0] for line in lines[:5]] == [
+    'features',
+    'pixels',
+    'pixels',
+    'noise',
+    'noise',
+  ]
   assert len({len(line) for line in lines[:5]}) == 1
-  assert f'{100 * rows[0]["accuracy"]["clean"]:.2f} +- {100 * rows[0]["half_width"]:.2f}' in lines[1]
+  assert (
+    f'{100 * rows[0]["accuracy"]["clean"]:.2f} +- {100 * rows[0]["half_width"]:.2f}' in lines[1]
+  )
   assert lines[-1].startswith('protocol: ')
   assert all(f'{key}={value}' in lines[-1] for key, value in results['protocol'].items())
 
@@ -111,10 +133,12 @@ def test_digits_pixels(digits):
 def test_wilson_half_width():
   # Roots of (p - share)^2 = z^2 p (1 - p) / n, the interval's definition.
   z = 1.959964
-  for share, n in [(0.5, 100), (0.97, 500), (1., 50), (0., 50)]:
-    low, high = np.sort(np.roots([1 + z ** 2 / n, -(2 * share + z ** 2 / n), share ** 2]).real)
+  for share, n in [(0.5, 100), (0.97, 500), (1.0, 50), (0.0, 50)]:
+    low, high = np.sort(np.roots([1 + z**2 / n, -(2 * share + z**2 / n), share**2]).real)
     assert probe.wilson_half_width(share, n) == pytest.approx((high - low) / 2, rel=1e-9)
-  assert probe.wilson_half_width(0.9, 10000) == pytest.approx(1.96 * np.sqrt(0.09 / 10000), rel=1e-3)
+  assert probe.wilson_half_width(0.9, 10000) == pytest.approx(
+    1.96 * np.sqrt(0.09 / 10000), rel=1e-3
+  )
 
 
 def with_nan(x):
@@ -123,18 +147,24 @@ def with_nan(x):
   return x
 
 
-@pytest.mark.parametrize('change, message', [
-  (lambda x, y, test_x, test_y: (with_nan(x), y, test_x, test_y), 'training features.*row 7'),
-  (lambda x, y, test_x, test_y: (x, y, with_nan(test_x), test_y), 'test features.*row 7'),
-  (lambda x, y, test_x, test_y: (x[1:], y, test_x, test_y), r'training features are \(299, 6\)'),
-  (lambda x, y, test_x, test_y: (x, y, test_x, test_y[1:]), r'test features are \(120, 6\)'),
-  (lambda x, y, test_x, test_y: (x, y, test_x[:, 1:], test_y), 'width 6 and test features 5'),
-  (lambda x, y, test_x, test_y: (x, np.minimum(y, 1), test_x, test_y), 'class 2 has no training example'),
-  (lambda x, y, test_x, test_y: (x, y + 1, test_x, test_y), 'training label is 3'),
-  (lambda x, y, test_x, test_y: (x, y, test_x, test_y + 1), 'test label is 3'),
-  (lambda x, y, test_x, test_y: (x, y - 1, test_x, test_y), 'expected integers from 0'),
-  (lambda x, y, test_x, test_y: (x, y / 2, test_x, test_y), 'expected integers from 0'),
-])
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    (lambda x, y, test_x, test_y: (with_nan(x), y, test_x, test_y), 'training features.*row 7'),
+    (lambda x, y, test_x, test_y: (x, y, with_nan(test_x), test_y), 'test features.*row 7'),
+    (lambda x, y, test_x, test_y: (x[1:], y, test_x, test_y), r'training features are \(299, 6\)'),
+    (lambda x, y, test_x, test_y: (x, y, test_x, test_y[1:]), r'test features are \(120, 6\)'),
+    (lambda x, y, test_x, test_y: (x, y, test_x[:, 1:], test_y), 'width 6 and test features 5'),
+    (
+      lambda x, y, test_x, test_y: (x, np.minimum(y, 1), test_x, test_y),
+      'class 2 has no training example',
+    ),
+    (lambda x, y, test_x, test_y: (x, y + 1, test_x, test_y), 'training label is 3'),
+    (lambda x, y, test_x, test_y: (x, y, test_x, test_y + 1), 'test label is 3'),
+    (lambda x, y, test_x, test_y: (x, y - 1, test_x, test_y), 'expected integers from 0'),
+    (lambda x, y, test_x, test_y: (x, y / 2, test_x, test_y), 'expected integers from 0'),
+  ],
+)
 def test_bad_input_is_named(blobs, change, message):
   x, y, test_x, test_y = change(*blobs)
   with pytest.raises(UserError, match=message) as caught:
@@ -164,10 +194,14 @@ def run(tmp_path_factory):
   labels = np.arange(160) % 3
   images = generator.integers(0, 60, (160, 36, 36, 1))
   for image, label in zip(images, labels, strict=True):
-    image[12 * label:12 * label + 12] += 150
+    image[12 * label : 12 * label + 12] += 150
   images = images.astype(np.uint8)
-  data = Data(Split(images[:120], labels[:120]), Split(images[120:], labels[120:]), ('a', 'b', 'c'), 'stripes')
-  variables = jax.jit(lambda: make_encoder(c.encoder).init(jax.random.key(5), jnp.zeros((1, 36, 36, 1)), train=False))()
+  data = Data(
+    Split(images[:120], labels[:120]), Split(images[120:], labels[120:]), ('a', 'b', 'c'), 'stripes'
+  )
+  variables = jax.jit(
+    lambda: make_encoder(c.encoder).init(jax.random.key(5), jnp.zeros((1, 36, 36, 1)), train=False)
+  )()
   with Checkpoints(workdir / 'pretrain' / 'checkpoints') as checkpoints:
     checkpoints.save(7, {'encoder': variables}, {})
   (workdir / 'config.json').write_text(c.to_json_best_effort())
@@ -183,14 +217,24 @@ def results(run):
 def test_the_job_judges_all_that_was_asked(run, results):
   c, workdir, data = run
   rows = results['rows']
-  assert json.loads((workdir / 'results' / 'probe.json').read_text()) == json.loads(json.dumps(results))
+  assert json.loads((workdir / 'results' / 'probe.json').read_text()) == json.loads(
+    json.dumps(results)
+  )
   ours = {'PALM encoder', 'untrained encoder'}
   names = lambda method: {row['features'] for row in rows if row['method'] == method}
   assert names('lbfgs') == names('knn') == ours | {'pixels'} and names('sgd') == ours
-  assert names('finetune') == {'PALM encoder, fine-tuned'} and names('supervised') == {'supervised from scratch'}
-  pixels = next(row for row in rows if row['features'] == 'pixels' and row['method'] == 'lbfgs' and row['fraction'] == 1)
+  assert names('finetune') == {'PALM encoder, fine-tuned'} and names('supervised') == {
+    'supervised from scratch'
+  }
+  pixels = next(
+    row
+    for row in rows
+    if row['features'] == 'pixels' and row['method'] == 'lbfgs' and row['fraction'] == 1
+  )
   assert pixels['accuracy']['clean'] == 1 and pixels['accuracy']['salt_pepper:1'] < 0.7
-  assert results['protocol']['checkpoint_step'] == 7 and len(results['protocol']['encoder_sha256']) == 64
+  assert (
+    results['protocol']['checkpoint_step'] == 7 and len(results['protocol']['encoder_sha256']) == 64
+  )
   text = probe.table(results)
   assert 'downsample:2' in text.splitlines()[0]
 
@@ -203,22 +247,32 @@ def test_validation_leaves_the_test_images_alone(run, results, tmp_path):
   (tmp_path / 'config.json').write_text(c.to_json_best_effort())
   seen = lambda test: probe.evaluate(c, tmp_path, data._replace(test=test), devices.make_mesh())
   one, two = seen(data.test), seen(Split(data.test.images[::-1] // 2, data.test.labels))
-  strip = lambda result: [{k: v for k, v in row.items() if k != 'seconds'} for row in result['rows']]
+  strip = lambda result: [
+    {k: v for k, v in row.items() if k != 'seconds'} for row in result['rows']
+  ]
   assert strip(one) == strip(two) and {row['n_test'] for row in one['rows']} == {12}
 
 
-def test_features_are_computed_once_and_those_of_another_encoder_are_refused(run, results, monkeypatch):
+def test_features_are_computed_once_and_those_of_another_encoder_are_refused(
+  run, results, monkeypatch
+):
   c, workdir, data = run
   encoder, mesh = features.load_encoder(c, workdir, (36, 36, 1)), devices.make_mesh()
   elsewhere = c.copy_and_resolve_references()
   elsewhere.features.folder = 'shared'
-  assert features.folder_of(c, workdir) == workdir / 'features' != features.folder_of(elsewhere, workdir)
+  assert (
+    features.folder_of(c, workdir) == workdir / 'features' != features.folder_of(elsewhere, workdir)
+  )
   monkeypatch.setattr(features, 'extract', None)  # not called
   h = features.cached(encoder, data.train.images, workdir / 'features', mesh)
   with pytest.raises(TypeError):
     features.cached(encoder, data.train.images[1:], workdir / 'features', mesh)
-  [path] = [path for path in (workdir / 'features').iterdir() if len(np.load(path)['features']) == 120
-            and str(np.load(path)['encoder_sha256']) == encoder.sha256]
+  [path] = [
+    path
+    for path in (workdir / 'features').iterdir()
+    if len(np.load(path)['features']) == 120
+    and str(np.load(path)['encoder_sha256']) == encoder.sha256
+  ]
   np.testing.assert_array_equal(np.load(path)['features'], h)
   other = encoder._replace(sha256='0' * 64)
   path.rename(path.with_name(path.name.replace(encoder.sha256[:12], '0' * 12)))
@@ -231,11 +285,16 @@ def test_damaged_features_are_computed_again(run, results):
   c, workdir, data = run
   encoder, mesh = features.load_encoder(c, workdir, (36, 36, 1)), devices.make_mesh()
   h = features.cached(encoder, data.test.images, workdir / 'features', mesh)
-  path = max((workdir / 'features').glob(f'{encoder.sha256[:12]}_*'), key=lambda path: len(np.load(path)['features']) == 40)
+  path = max(
+    (workdir / 'features').glob(f'{encoder.sha256[:12]}_*'),
+    key=lambda path: len(np.load(path)['features']) == 40,
+  )
   whole = path.read_bytes()
   for damage in (whole[:-200], bytes([*whole[:600], whole[600] ^ 1, *whole[601:]])):
     path.write_bytes(damage)
-    np.testing.assert_allclose(features.cached(encoder, data.test.images, workdir / 'features', mesh), h, atol=1e-6)
+    np.testing.assert_allclose(
+      features.cached(encoder, data.test.images, workdir / 'features', mesh), h, atol=1e-6
+    )
 
 
 def test_foreign_features_stand_beside_ours(run, tmp_path):
@@ -246,10 +305,18 @@ def test_foreign_features_stand_beside_ours(run, tmp_path):
   (tmp_path / 'config.json').write_text(c.to_json_best_effort())
   c.features.path = str(tmp_path / 'foreign.npz')
   one_hot = lambda labels: np.eye(3)[labels]
-  np.savez(c.features.path, train_features=one_hot(data.train.labels), test_features=one_hot(data.test.labels))
+  np.savez(
+    c.features.path,
+    train_features=one_hot(data.train.labels),
+    test_features=one_hot(data.test.labels),
+  )
   rows = probe.evaluate(c, tmp_path, data, devices.make_mesh())['rows']
   assert {row['features']: row['accuracy']['clean'] for row in rows}['foreign features'] == 1
-  np.savez(c.features.path, train_features=one_hot(data.train.labels)[1:], test_features=one_hot(data.test.labels))
+  np.savez(
+    c.features.path,
+    train_features=one_hot(data.train.labels)[1:],
+    test_features=one_hot(data.test.labels),
+  )
   with pytest.raises(UserError, match=r'train_features is \(119, 3\), expected \(120, F\)'):
     probe.evaluate(c, tmp_path, data, devices.make_mesh())
   np.savez(c.features.path, train_features=one_hot(data.train.labels))
@@ -260,13 +327,25 @@ def test_foreign_features_stand_beside_ours(run, tmp_path):
 def test_small_shares_of_labels_are_drawn_several_times(blobs):
   x, y, test_x, test_y = blobs
   c = cifar_config.get_config().probe
-  c.update(dict(label_fractions=(0.1, 0.5, 1.), label_draws=3))
+  c.update(dict(label_fractions=(0.1, 0.5, 1.0), label_draws=3))
   tasks = probe.make_tasks(c, 'fine', y, test_y, C, 0)
-  assert [(task.fraction, task.draw) for task in tasks] == [(0.1, 0), (0.1, 1), (0.1, 2), (0.5, 0), (1., 0)]
-  rows = [probe.judge(probe.Source('raw', x, {'clean': test_x}), task, 'knn', k=5) for task in tasks]
+  assert [(task.fraction, task.draw) for task in tasks] == [
+    (0.1, 0),
+    (0.1, 1),
+    (0.1, 2),
+    (0.5, 0),
+    (1.0, 0),
+  ]
+  rows = [
+    probe.judge(probe.Source('raw', x, {'clean': test_x}), task, 'knn', k=5) for task in tasks
+  ]
   shares = [100 * row['accuracy']['clean'] for row in rows[:3]]
   lines = probe.table(dict(rows=rows, protocol=dict(split='test'))).splitlines()
-  assert [line.split()[3:5] for line in lines[1:4]] == [['fine', '10%'], ['fine', '50%'], ['fine', '100%']]
+  assert [line.split()[3:5] for line in lines[1:4]] == [
+    ['fine', '10%'],
+    ['fine', '50%'],
+    ['fine', '100%'],
+  ]
   assert f'{np.mean(shares):.2f} +- {np.std(shares, ddof=1):.2f}' in lines[1]
   assert set(tasks[0].rows) < set(tasks[3].rows)
 
@@ -278,15 +357,24 @@ def test_nested_rows():
   for label in range(5):
     assert np.sum(labels[small] == label) == round(0.05 * np.sum(labels == label))
   assert set(small) != set(probe.nested_rows(labels, 0.05, 4))
-  assert len(probe.nested_rows(labels, 1e-6, 3)) == 10  # two a class are the least a held-out part can be taken of
+  assert (
+    len(probe.nested_rows(labels, 1e-6, 3)) == 10
+  )  # two a class are the least a held-out part can be taken of
 
 
-@pytest.mark.parametrize('changes, message', [
+@pytest.mark.parametrize(
+  'changes, message',
+  [
     (dict(methods=('lbfgs', 'svm')), "probe.methods has 'svm': choose some of lbfgs, knn, sgd"),
-    (dict(methods=()), 'probe.methods is empty'), (dict(split='train'), "probe.split='train'"),
-    (dict(label_fractions=(0., 1.)), 'label_fractions'), (dict(label_draws=0), 'label_draws=0'),
+    (dict(methods=()), 'probe.methods is empty'),
+    (dict(split='train'), "probe.split='train'"),
+    (dict(label_fractions=(0.0, 1.0)), 'label_fractions'),
+    (dict(label_draws=0), 'label_draws=0'),
     (dict(corruptions=('fog',)), "corruption 'fog' is unknown: expected 'salt_pepper:SHARE'"),
-    (dict(sgd=dict(batch_size=12)), 'probe.sgd.batch_size=12'), (dict(sgd=dict(schedule='linear')), 'probe.sgd.schedule')])
+    (dict(sgd=dict(batch_size=12)), 'probe.sgd.batch_size=12'),
+    (dict(sgd=dict(schedule='linear')), 'probe.sgd.schedule'),
+  ],
+)
 def test_settings_are_checked_before_any_work(changes, message):
   c = cifar_config.get_config()
   c.probe.update(changes)
@@ -295,20 +383,24 @@ def test_settings_are_checked_before_any_work(changes, message):
 
 
 def test_the_two_granularities_of_cifar100(tmp_path):
-  """Pixels and their own labels: the vote of one neighbour among the training images is right in both label sets."""
+  """Pixels and their own labels: the vote of one neighbour among the training images is right in
+  both label sets."""
   files, _, _ = cifar('cifar-100-binary', n=40)
   files['test.bin'] = files['train.bin']
   c = cifar_config.get_config()
   c.data.name, c.encoder.width = str(write_folder(tmp_path / 'cifar-100-binary', files)), 1
   c.probe.update(dict(methods=('knn',), coarse=True))
-  variables = jax.jit(lambda: make_encoder(c.encoder).init(jax.random.key(5), jnp.zeros((1, 32, 32, 3)), train=False))()
+  variables = jax.jit(
+    lambda: make_encoder(c.encoder).init(jax.random.key(5), jnp.zeros((1, 32, 32, 3)), train=False)
+  )()
   with Checkpoints(tmp_path / 'pretrain' / 'checkpoints') as checkpoints:
     checkpoints.save(7, {'encoder': variables}, {})
   (tmp_path / 'config.json').write_text(c.to_json_best_effort())
   rows = probe.evaluate(c, tmp_path, load(c.data.name), devices.make_mesh())['rows']
   pixels = {row['labels']: row for row in rows if row['features'] == 'pixels'}
   assert (pixels['fine']['num_classes'], pixels['coarse']['num_classes']) == (100, 20)
-  # With all 40 training images voting, the class of an image wins by its own vote and those of its class.
+  # With all 40 training images voting, the class of an image wins by its own vote and those of its
+  # class.
   images, coarse = load(c.data.name), load(c.data.name, label_set='coarse')
   for name, labels in (('fine', images.train.labels), ('coarse', coarse.train.labels)):
     flat = features.pixels(images.train.images)

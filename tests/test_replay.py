@@ -1,4 +1,5 @@
 """The ring against a plain list of everything that was ever added."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,10 @@ def block(number):
   row = np.arange(number * BLOCK, (number + 1) * BLOCK)
   frames = np.zeros((BLOCK, ENVS, 2, 2, 1), np.uint8)
   frames[:, :, 0, 0, 0], frames[:, :, 1, 1, 0] = row[:, None], np.arange(ENVS)
-  actions = np.stack([np.broadcast_to(row[:, None], (BLOCK, ENVS)), np.broadcast_to(np.arange(ENVS), (BLOCK, ENVS))], -1)
+  actions = np.stack(
+    [np.broadcast_to(row[:, None], (BLOCK, ENVS)), np.broadcast_to(np.arange(ENVS), (BLOCK, ENVS))],
+    -1,
+  )
   return jnp.asarray(frames), jnp.asarray(actions, jnp.float32)
 
 
@@ -46,12 +50,20 @@ def test_pairs_are_consecutive_inside_an_episode_and_uniform(blocks):
     np.testing.assert_array_equal(s_next[:, 0, 0, 0], row + 1)
     np.testing.assert_array_equal(s_next[:, 1, 1, 0], env)
     np.testing.assert_array_equal(a, np.stack([row, env], -1))
-    assert set(env[:BATCH]) <= {0, 1} and set(env[BATCH:]) <= {2, 3}  # groups sample their own environments
+    assert set(env[:BATCH]) <= {0, 1} and set(env[BATCH:]) <= {
+      2,
+      3,
+    }  # groups sample their own environments
     rows.append(row), envs.append(env)
   row, env = np.concatenate(rows), np.concatenate(envs)
   for e in range(ENVS):
-    # Everything a list of the last ROWS rows would offer: has a successor, and both lie in one episode.
-    valid = [t for t in range(max(0, total - ROWS), total - 1) if (t + int(FIRST[e])) % LENGTH != LENGTH - 1]
+    # Everything a list of the last ROWS rows would offer: has a successor, and both lie in one
+    # episode.
+    valid = [
+      t
+      for t in range(max(0, total - ROWS), total - 1)
+      if (t + int(FIRST[e])) % LENGTH != LENGTH - 1
+    ]
     counts = np.array([np.sum((row == t) & (env == e)) for t in valid])
     assert counts.sum() == np.sum(env == e), 'a pair outside the list'
     assert len(valid) == 1 or stats.chisquare(counts).pvalue > 1e-4
@@ -71,12 +83,14 @@ def test_a_groups_draw_depends_on_its_key_alone():
   for g in range(GROUPS):
     half = slice(g * ENVS // GROUPS, (g + 1) * ENVS // GROUPS)
     part = ring.replace(frames=ring.frames[:, half], actions=ring.actions[:, half])
-    alone = replay.sample(part, keys[g:g + 1], BATCH, FIRST[half], LENGTH, (2, 2, 1))
+    alone = replay.sample(part, keys[g : g + 1], BATCH, FIRST[half], LENGTH, (2, 2, 1))
     for x, y in zip(both, alone, strict=True):
-      np.testing.assert_array_equal(x[g * BATCH:(g + 1) * BATCH], y)
+      np.testing.assert_array_equal(x[g * BATCH : (g + 1) * BATCH], y)
 
 
-@pytest.mark.parametrize('dtype, error', [(jnp.float32, 0), (jnp.bfloat16, 2 ** -9), (jnp.int8, .5 / 127)])
+@pytest.mark.parametrize(
+  'dtype, error', [(jnp.float32, 0), (jnp.bfloat16, 2**-9), (jnp.int8, 0.5 / 127)]
+)
 def test_packed_actions(dtype, error):
   """Rounded to the nearest; what was rounded once stays as it is."""
   actions = jnp.linspace(-1, 1, 1001)

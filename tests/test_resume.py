@@ -1,4 +1,6 @@
-"""A job that is killed, stopped or finds damage, started again by the same command, ends as if nothing had happened."""
+"""A job that is killed, stopped or finds damage, started again by the same command, ends as if
+nothing had happened."""
+
 import json
 import os
 import pathlib
@@ -22,12 +24,27 @@ from palm_jax.metrics import read_jsonl
 
 pytestmark = pytest.mark.filterwarnings('ignore:Sharding info not provided')
 
-GENERATOR = dict(z_dim=4, w_dim=4, mapping_layers=1, channel_base=32, channel_max=4, conv_clamp=0., d_mapping_layers=0,
-                 mbstd_group=2, batch_size=4, r1_gamma=0.1, r1_interval=4, kimg=0.224, ema_kimg=0.1,
-                 iterations_per_call=4, snapshot_kimg=0.1, checkpoint_minutes=0.001)
+GENERATOR = dict(
+  z_dim=4,
+  w_dim=4,
+  mapping_layers=1,
+  channel_base=32,
+  channel_max=4,
+  conv_clamp=0.0,
+  d_mapping_layers=0,
+  mbstd_group=2,
+  batch_size=4,
+  r1_gamma=0.1,
+  r1_interval=4,
+  kimg=0.224,
+  ema_kimg=0.1,
+  iterations_per_call=4,
+  snapshot_kimg=0.1,
+  checkpoint_minutes=0.001,
+)
 
-# Fourteen calls; each is saved, or each few where calls are faster than 60 ms. The monitors look after seven and at the
-# end, so a run stopped between them must take their numbers along.
+# Fourteen calls; each is saved, or each few where calls are faster than 60 ms. The monitors look
+# after seven and at the end, so a run stopped between them must take their numbers along.
 CONFIG = """
 from tests.worlds import tiny_config
 
@@ -52,13 +69,25 @@ class Job:
     self.log = base / f'{workdir}.log'
 
   def start(self):
-    environment = dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS='--xla_backend_optimization_level=0',
-                       JAX_COMPILATION_CACHE_DIR=str(self.base / 'cache'),
-                       JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0')
-    command = [sys.executable, '-m', 'palm_jax.main', f'--config={self.base / "config.py"}', f'--job={self.name}',
-               f'--workdir={self.workdir}']
+    environment = dict(
+      os.environ,
+      JAX_PLATFORMS='cpu',
+      XLA_FLAGS='--xla_backend_optimization_level=0',
+      JAX_COMPILATION_CACHE_DIR=str(self.base / 'cache'),
+      JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
+    )
+    command = [
+      sys.executable,
+      '-m',
+      'palm_jax.main',
+      f'--config={self.base / "config.py"}',
+      f'--job={self.name}',
+      f'--workdir={self.workdir}',
+    ]
     with self.log.open('w') as log:
-      return subprocess.Popen(command, cwd=pathlib.Path(__file__).parents[1], env=environment, stdout=log, stderr=log)
+      return subprocess.Popen(
+        command, cwd=pathlib.Path(__file__).parents[1], env=environment, stdout=log, stderr=log
+      )
 
   def finish(self, process=None):
     """Runs to the end, or waits for the process that does, and returns the log."""
@@ -72,7 +101,8 @@ class Job:
     return log
 
   def interrupt(self, number, moment):
-    """Starts, sends a signal at the first moment at which `moment()` holds, and returns the exit code."""
+    """Starts, sends a signal at the first moment at which `moment()` holds, and returns the exit
+    code."""
     process, deadline = self.start(), time.monotonic() + 300
     try:
       while True:
@@ -103,30 +133,50 @@ class Job:
 
 
 def without_clocks(row):
-  return {name: value for name, value in row.items() if name not in ('seconds', 'images_per_second')}
+  return {
+    name: value for name, value in row.items() if name not in ('seconds', 'images_per_second')
+  }
 
 
 def assert_same_outcome(job, reference):
-  """Every array of the last checkpoint bit for bit, each line of metrics once, the result, the pictures."""
+  """Every array of the last checkpoint bit for bit, each line of metrics once, the result, the
+  pictures."""
   assert list_steps(job.checkpoints)[-1] == list_steps(reference.checkpoints)[-1]
-  got, want = (ocp.load_checkpointables(j.checkpoints / str(list_steps(j.checkpoints)[-1])) for j in (job, reference))
+  got, want = (
+    ocp.load_checkpointables(j.checkpoints / str(list_steps(j.checkpoints)[-1]))
+    for j in (job, reference)
+  )
   assert jax.tree.structure(got) == jax.tree.structure(want)
-  for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(got)[0], jax.tree.leaves(want), strict=True):
+  for (path, a), b in zip(
+    jax.tree_util.tree_flatten_with_path(got)[0], jax.tree.leaves(want), strict=True
+  ):
     if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
       a, b = jax.random.key_data(a), jax.random.key_data(b)
-    assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(path)
+    assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes(), (
+      jax.tree_util.keystr(path)
+    )
 
-  got, want = ([without_clocks(row) for row in read_jsonl(j.folder / 'metrics.jsonl')] for j in (job, reference))
+  got, want = (
+    [without_clocks(row) for row in read_jsonl(j.folder / 'metrics.jsonl')]
+    for j in (job, reference)
+  )
   assert [row['step'] for row in got] == [row['step'] for row in want]
   assert got == want
-  got, want = (json.loads((j.workdir / 'results' / f'{j.name}.json').read_text()) for j in (job, reference))
+  got, want = (
+    json.loads((j.workdir / 'results' / f'{j.name}.json').read_text()) for j in (job, reference)
+  )
   assert without_clocks(dict(got, metrics=without_clocks(got['metrics']))) == without_clocks(
-      dict(want, metrics=without_clocks(want['metrics'])))
-  got, want = ({path.name: path.read_bytes() for path in j.folder.rglob('*.png')} for j in (job, reference))
+    dict(want, metrics=without_clocks(want['metrics']))
+  )
+  got, want = (
+    {path.name: path.read_bytes() for path in j.folder.rglob('*.png')} for j in (job, reference)
+  )
   assert got == want and want
 
 
-@pytest.fixture(scope='module', params=['pretrain', pytest.param('generator', marks=pytest.mark.slow)])
+@pytest.fixture(
+  scope='module', params=['pretrain', pytest.param('generator', marks=pytest.mark.slow)]
+)
 def reference(request, tmp_path_factory):
   """A run that nothing disturbed."""
   base, rng, settings = tmp_path_factory.mktemp(request.param), np.random.default_rng(0), GENERATOR
@@ -138,7 +188,11 @@ def reference(request, tmp_path_factory):
     with Checkpoints(base / 'world' / 'generator' / 'checkpoints') as checkpoints:
       checkpoints.save(1, {'generator': generator}, {})
     write_json_atomic(base / 'world' / 'generator' / 'network.json', train.network_fields(G))
-  np.savez(base / 'data.npz', images=rng.integers(0, 256, (60, 8, 8, 1), dtype=np.uint8), labels=np.arange(60) % 3)
+  np.savez(
+    base / 'data.npz',
+    images=rng.integers(0, 256, (60, 8, 8, 1), dtype=np.uint8),
+    labels=np.arange(60) % 3,
+  )
   (base / 'config.py').write_text(CONFIG.format(data=str(base / 'data.npz'), generator=settings))
   job = Job(request.param, base, 'reference')
   job.finish()
@@ -156,31 +210,38 @@ def kill(job, rng):
       return False
     time.sleep(delay)
     return True
+
   assert job.interrupt(signal.SIGKILL, moment) == -signal.SIGKILL, job.log.read_text()
   assert not (job.workdir / 'results').exists()
 
 
 @pytest.fixture(scope='module')
 def stopped(reference):
-  """A run that was killed within a save, killed again, and then stopped by SIGTERM; tests take a copy."""
+  """A run that was killed within a save, killed again, and then stopped by SIGTERM; tests take a
+  copy."""
   job = Job(reference.name, reference.base, 'stopped')
   code = job.interrupt(signal.SIGKILL, lambda: list_steps(job.checkpoints) and job.saving())
   assert code == -signal.SIGKILL and job.saving()  # for ever
   kill(job, random.Random(0))
   target = max(8, job.num_lines() + 1)
-  code = job.interrupt(signal.SIGTERM, lambda: job.num_lines() >= target and list_steps(job.checkpoints))
+  code = job.interrupt(
+    signal.SIGTERM, lambda: job.num_lines() >= target and list_steps(job.checkpoints)
+  )
   assert code == 0, job.log.read_text()
   return job
 
 
 @pytest.fixture(scope='module')
 def damaged(stopped):
-  """A copy with one bit flipped in the newest checkpoint, going on while the other test works with its own copy."""
+  """A copy with one bit flipped in the newest checkpoint, going on while the other test works with
+  its own copy."""
   job = stopped.copy('damaged')
   before, newest = list_steps(job.checkpoints)
   path = max((job.checkpoints / str(newest) / 'state').rglob('d/*'), key=lambda p: p.stat().st_size)
   data = bytearray(path.read_bytes())
-  data[len(data) // 20] ^= 1  # array data come first; old nodes of the index, which nothing reads, may follow
+  data[len(data) // 20] ^= (
+    1  # array data come first; old nodes of the index, which nothing reads, may follow
+  )
   path.write_bytes(data)
   process = job.start()
   yield job, process, before, newest
@@ -211,4 +272,6 @@ def test_a_flipped_bit_costs_a_checkpoint_only(reference, damaged):
 
 def test_a_complete_job_is_not_run_again(reference):
   before = reference.num_lines()
-  assert f'{reference.name}: complete, skipped' in reference.finish() and reference.num_lines() == before
+  assert (
+    f'{reference.name}: complete, skipped' in reference.finish() and reference.num_lines() == before
+  )

@@ -14,12 +14,15 @@ P = jax.sharding.PartitionSpec
 
 class TinyEncoder(nn.Module):
   """One convolution with batch statistics: enough to tell one view's statistics from another's."""
+
   axis_name: str | None = None
 
   @nn.compact
   def __call__(self, images, train):
     x = nn.Conv(6, (3, 3), use_bias=False, name='conv')(images)
-    x = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name, name='norm')(x)
+    x = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name, name='norm')(
+      x
+    )
     return nn.relu(x).mean(axis=(1, 2))
 
 
@@ -34,7 +37,9 @@ def small_modules(axis_name=None):
 
 
 def count(module, features):
-  variables = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((2, features)), train=False))
+  variables = jax.eval_shape(
+    lambda: module.init(jax.random.key(0), jnp.zeros((2, features)), train=False)
+  )
   return sum(x.size for x in jax.tree.leaves(variables.get('params')))
 
 
@@ -71,7 +76,9 @@ def test_loss_is_negative_cosine(vectors):
   expected = -(cosine(p1, z2).mean() + cosine(p2, z1).mean()) / 2
   np.testing.assert_allclose(simsiam.loss(p1, z1, p2, z2), expected, atol=1e-6)
   np.testing.assert_allclose(simsiam.loss(p2, z2, p1, z1), expected, atol=1e-6)
-  np.testing.assert_allclose(simsiam.loss(p1, z1, p2, z2, symmetric=False), -cosine(p1, z2).mean(), atol=1e-6)
+  np.testing.assert_allclose(
+    simsiam.loss(p1, z1, p2, z2, symmetric=False), -cosine(p1, z2).mean(), atol=1e-6
+  )
   # The ends of its range, at any length of the vectors.
   np.testing.assert_allclose(simsiam.loss(p1, p2, 3 * p2, 1e-3 * p1), -1, atol=1e-6)
   np.testing.assert_allclose(simsiam.loss(p1, -p2, p2, -p1), 1, atol=1e-6)
@@ -80,7 +87,9 @@ def test_loss_is_negative_cosine(vectors):
 
 def test_targets_get_no_gradient(vectors):
   for symmetric in (True, False):
-    gradient = jax.grad(lambda *v, symmetric=symmetric: simsiam.loss(*v, symmetric=symmetric), (0, 1, 2, 3))(*vectors)
+    gradient = jax.grad(
+      lambda *v, symmetric=symmetric: simsiam.loss(*v, symmetric=symmetric), (0, 1, 2, 3)
+    )(*vectors)
     largest = [float(jnp.abs(g).max()) for g in gradient]
     assert largest[1] == largest[3] == 0 and largest[0] > 0
     assert (largest[2] > 0) == symmetric
@@ -88,19 +97,27 @@ def test_targets_get_no_gradient(vectors):
   p, _, _, z = vectors
   gradient = jax.grad(lambda p: simsiam.loss(p, None, None, z, symmetric=False))(jnp.asarray(p))
   length = np.linalg.norm(p, axis=1, keepdims=True)
-  expected = -(z / np.linalg.norm(z, axis=1, keepdims=True) - cosine(p, z)[:, None] * p / length) / length / len(p)
+  expected = (
+    -(z / np.linalg.norm(z, axis=1, keepdims=True) - cosine(p, z)[:, None] * p / length)
+    / length
+    / len(p)
+  )
   np.testing.assert_allclose(gradient, expected, atol=1e-6)
 
 
 def numpy_forward(params, batch_stats, views):
-  """Train-mode forward of the views one after the other, float64 numpy after the encoder's convolution."""
+  """Train-mode forward of the views one after the other, float64 numpy after the encoder's
+  convolution."""
   params, stats = jax.tree.map(lambda x: np.asarray(x, np.float64), (params, batch_stats))
   out = []
 
   def norm(x, name, layer, axes=(0,)):
     mean, var = x.mean(axes), x.var(axes)
     old = stats[name][layer]
-    stats[name][layer] = {'mean': 0.9 * old['mean'] + 0.1 * mean, 'var': 0.9 * old['var'] + 0.1 * var}
+    stats[name][layer] = {
+      'mean': 0.9 * old['mean'] + 0.1 * mean,
+      'var': 0.9 * old['var'] + 0.1 * var,
+    }
     affine = params[name].get(layer, {'scale': 1, 'bias': 0})
     return (x - mean) / np.sqrt(var + 1e-5) * affine['scale'] + affine['bias']
 
@@ -112,23 +129,32 @@ def numpy_forward(params, batch_stats, views):
     x = np.maximum(norm(h @ params['projector']['linear1']['kernel'], 'projector', 'norm1'), 0)
     z = norm(x @ params['projector']['linear2']['kernel'], 'projector', 'norm2')
     x = np.maximum(norm(z @ params['predictor']['linear1']['kernel'], 'predictor', 'norm1'), 0)
-    out.append((h, z, x @ params['predictor']['linear2']['kernel'] + params['predictor']['linear2']['bias']))
+    out.append(
+      (h, z, x @ params['predictor']['linear2']['kernel'] + params['predictor']['linear2']['bias'])
+    )
   return out, stats
 
 
 def test_forward_agrees_with_numpy(setup):
-  """Separate statistics for each view, running statistics one view after the other, loss and every metric."""
+  """Separate statistics for each view, running statistics one view after the other, loss and every
+  metric."""
   modules, params, batch_stats, s, s_next = setup
   ((h, z, p), (h_next, z_next, p_next)), stats = numpy_forward(params, batch_stats, (s, s_next))
   value, aux = jax.jit(lambda p, b: simsiam.forward(modules, p, b, s, s_next))(params, batch_stats)
-  np.testing.assert_allclose(value, -(cosine(p, z_next).mean() + cosine(p_next, z).mean()) / 2, atol=1e-5)
+  np.testing.assert_allclose(
+    value, -(cosine(p, z_next).mean() + cosine(p_next, z).mean()) / 2, atol=1e-5
+  )
   np.testing.assert_allclose(aux.h, h, atol=1e-5)
   np.testing.assert_allclose(aux.h_next, h_next, atol=1e-5)
   np.testing.assert_allclose(aux.z, z, atol=1e-3)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), aux.batch_stats, stats)
   unit = z / np.linalg.norm(z, axis=1, keepdims=True)
-  expected = {'loss': float(value), 'z_std': unit.std(0).mean(), 'z_std_ratio': unit.std(0).mean() * np.sqrt(10),
-              'h_cosine': cosine(h, h_next).mean()}
+  expected = {
+    'loss': float(value),
+    'z_std': unit.std(0).mean(),
+    'z_std_ratio': unit.std(0).mean() * np.sqrt(10),
+    'h_cosine': cosine(h, h_next).mean(),
+  }
   assert set(aux.metrics) == set(expected)
   for name, number in expected.items():
     np.testing.assert_allclose(aux.metrics[name], number, atol=1e-4, err_msg=name)
@@ -144,19 +170,24 @@ def test_views_do_not_share_statistics(setup):
 
 def test_forward_modes(setup):
   modules, params, batch_stats, s, s_next = setup
-  forward = jax.jit(lambda p, **modes: simsiam.forward(modules, p, batch_stats, s, s_next, **modes),
-                    static_argnames=('train', 'symmetric'))
+  forward = jax.jit(
+    lambda p, **modes: simsiam.forward(modules, p, batch_stats, s, s_next, **modes),
+    static_argnames=('train', 'symmetric'),
+  )
   _, aux = forward(params, train=False)
   jax.tree.map(np.testing.assert_array_equal, aux.batch_stats, batch_stats)
-  h = modules.encoder.apply({'params': params['encoder'], 'batch_stats': batch_stats['encoder']}, s, train=False)
+  h = modules.encoder.apply(
+    {'params': params['encoder'], 'batch_stats': batch_stats['encoder']}, s, train=False
+  )
   np.testing.assert_allclose(aux.h, h, atol=1e-6)
 
   ((_, _, p), (_, z_next, _)), _ = numpy_forward(params, batch_stats, (s, s_next))
   value, aux = forward(params, symmetric=False)
   np.testing.assert_allclose(value, -cosine(p, z_next).mean(), atol=1e-5)
   _, stats = numpy_forward(params, batch_stats, (s,))
-  np.testing.assert_allclose(aux.batch_stats['predictor']['norm1']['mean'], stats['predictor']['norm1']['mean'],
-                             atol=1e-5)  # the predictor has seen s alone
+  np.testing.assert_allclose(
+    aux.batch_stats['predictor']['norm1']['mean'], stats['predictor']['norm1']['mean'], atol=1e-5
+  )  # the predictor has seen s alone
 
 
 def test_aux_carries_no_gradient(setup):
@@ -183,10 +214,15 @@ def test_bfloat16_heads_and_encoder_without_statistics(setup):
   for dtype in (None, jnp.bfloat16):
     modules = simsiam.make_modules(FlatEncoder(), small_config(), dtype=dtype)
     params, batch_stats = simsiam.init(modules, jax.random.key(0), s)
-    (value, aux), gradient = jax.jit(jax.value_and_grad(
-      lambda p, m=modules, b=batch_stats: simsiam.forward(m, p, b, s, s_next), has_aux=True))(params)
+    (value, aux), gradient = jax.jit(
+      jax.value_and_grad(
+        lambda p, m=modules, b=batch_stats: simsiam.forward(m, p, b, s, s_next), has_aux=True
+      )
+    )(params)
     assert batch_stats['encoder'] == aux.batch_stats['encoder'] == {}
-    assert {x.dtype for x in jax.tree.leaves((value, gradient, aux.batch_stats))} == {jnp.dtype('float32')}
+    assert {x.dtype for x in jax.tree.leaves((value, gradient, aux.batch_stats))} == {
+      jnp.dtype('float32')
+    }
     results.append(value)
   np.testing.assert_allclose(results[1], results[0], atol=0.02)
 
@@ -194,34 +230,49 @@ def test_bfloat16_heads_and_encoder_without_statistics(setup):
 def test_equal_images_collapse_without_nan(setup):
   modules, params, batch_stats, s, _ = setup
   same = np.broadcast_to(s[:1], s.shape)
-  (value, aux), gradient = jax.jit(jax.value_and_grad(
-    lambda p: simsiam.forward(modules, p, batch_stats, same, same), has_aux=True))(params)
+  (value, aux), gradient = jax.jit(
+    jax.value_and_grad(lambda p: simsiam.forward(modules, p, batch_stats, same, same), has_aux=True)
+  )(params)
   assert aux.metrics['z_std_ratio'] < 1e-3 and np.isfinite(value)
   assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(gradient))
 
 
 def test_eight_devices_are_one():
-  """Loss, metrics, statistics, gradients and the norm of these, in float64; a collective too many would inflate it."""
+  """Loss, metrics, statistics, gradients and the norm of these, in float64; a collective too many
+  would inflate it."""
   with jax.enable_x64(True):
     rng = np.random.default_rng(0)
     s = rng.uniform(-1, 1, (16, 4, 4, 3))
     s_next = 0.5 * s + 0.5 * rng.uniform(-1, 1, s.shape)
-    params, batch_stats = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64),
-                                       simsiam.init(small_modules(), jax.random.key(0), s))
+    params, batch_stats = jax.tree.map(
+      lambda x: jnp.asarray(x, jnp.float64), simsiam.init(small_modules(), jax.random.key(0), s)
+    )
 
     def step(axis_name):
       modules = small_modules(axis_name)
 
       def step(params, batch_stats, s, s_next):
         (_, aux), gradient = jax.value_and_grad(
-          lambda p: simsiam.forward(modules, p, batch_stats, s, s_next, axis_name=axis_name), has_aux=True)(params)
-        return (aux.h, aux.h_next, aux.z), (aux.metrics, aux.batch_stats, gradient, optax.tree.norm(gradient))
+          lambda p: simsiam.forward(modules, p, batch_stats, s, s_next, axis_name=axis_name),
+          has_aux=True,
+        )(params)
+        return (aux.h, aux.h_next, aux.z), (
+          aux.metrics,
+          aux.batch_stats,
+          gradient,
+          optax.tree.norm(gradient),
+        )
+
       return step
 
     mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
-    sharded = jax.shard_map(step('data'), mesh=mesh, in_specs=(P(), P(), P('data'), P('data')),
-                            out_specs=(P('data'), P()))
-    one, eight = jax.jit(step(None))(params, batch_stats, s, s_next), jax.jit(sharded)(params, batch_stats, s, s_next)
+    sharded = jax.shard_map(
+      step('data'), mesh=mesh, in_specs=(P(), P(), P('data'), P('data')), out_specs=(P('data'), P())
+    )
+    one, eight = (
+      jax.jit(step(None))(params, batch_stats, s, s_next),
+      jax.jit(sharded)(params, batch_stats, s, s_next),
+    )
     assert {x.dtype for x in jax.tree.leaves(eight)} == {jnp.dtype('float64')}
     assert one[1][3] > 1e-3
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-10, atol=1e-12), one, eight)
@@ -241,25 +292,38 @@ def test_effective_rank_sees_what_std_does_not():
     assert erank == pytest.approx(1, abs=1e-6) and top == pytest.approx(1, abs=1e-6)
   assert 0.7 < z_std_ratio(rank_one) < 0.9  # nearly healthy, though one number describes a sample
 
-  # Orthonormal directions with equal weights: as many as there are; by numpy's SVD for anything else.
+  # Orthonormal directions with equal weights: as many as there are; by numpy's SVD for anything
+  # else.
   erank, top = simsiam.effective_rank(np.eye(8)[rng.permutation(np.repeat(np.arange(8), 50))])
-  assert erank == pytest.approx(7, rel=1e-6) and top == pytest.approx(1 / 7, rel=1e-6)  # centring takes one away
+  assert erank == pytest.approx(7, rel=1e-6) and top == pytest.approx(
+    1 / 7, rel=1e-6
+  )  # centring takes one away
   for x in (noise @ directions, noise[:40] @ directions):
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     singular = np.linalg.svd(unit - unit.mean(0), compute_uv=False)
     share = singular[singular > 1e-6] / singular.sum()
     erank, top = simsiam.effective_rank(x)
     assert erank == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-6)
-    assert top == pytest.approx(singular[0]**2 / (singular**2).sum(), rel=1e-6)
+    assert top == pytest.approx(singular[0] ** 2 / (singular**2).sum(), rel=1e-6)
   assert simsiam.effective_rank(np.ones((10, 4), np.float32)) == (1, 1)
 
 
 @pytest.fixture(scope='module')
 def tree():
   rng = np.random.default_rng(0)
-  shapes = {'encoder': {'kernel': (3, 2), 'bias': (2,)}, 'projector': {'kernel': (2, 2)}, 'predictor': {'bias': (4,)}}
+  shapes = {
+    'encoder': {'kernel': (3, 2), 'bias': (2,)},
+    'projector': {'kernel': (2, 2)},
+    'predictor': {'bias': (4,)},
+  }
+
   def draw():
-    return jax.tree.map(lambda s: rng.normal(size=s).astype(np.float32), shapes, is_leaf=lambda s: isinstance(s, tuple))
+    return jax.tree.map(
+      lambda s: rng.normal(size=s).astype(np.float32),
+      shapes,
+      is_leaf=lambda s: isinstance(s, tuple),
+    )
+
   return draw(), [draw() for _ in range(3)]
 
 
@@ -275,9 +339,17 @@ def test_optimizer_is_torch_sgd(tree):
     found = optax.apply_updates(found, updates)
     momentum = jax.tree.map(lambda m, g, p: 0.9 * m + g + 5e-4 * p, momentum, gradient, expected)
     cosine_lr = 0.06 * 0.5 * (1 + np.cos(np.pi * t / 4))
-    expected = {name: jax.tree.map(lambda p, m, lr=0.06 if name == 'predictor' else cosine_lr: p - lr * m,
-                                   expected[name], momentum[name]) for name in expected}
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+    expected = {
+      name: jax.tree.map(
+        lambda p, m, lr=0.06 if name == 'predictor' else cosine_lr: p - lr * m,
+        expected[name],
+        momentum[name],
+      )
+      for name in expected
+    }
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected
+    )
 
 
 def test_schedule_ends_at_zero_and_predictor_does_not(tree):
@@ -285,14 +357,20 @@ def test_schedule_ends_at_zero_and_predictor_does_not(tree):
   config = simsiam.default_config()
   config.warmup_updates = 3
   schedule = simsiam.learning_rate(config, 13, 128)
-  np.testing.assert_allclose([schedule(t) for t in (0, 1, 3, 8, 13)], [0, 0.005, 0.015, 0.0075, 0], atol=1e-7)
+  np.testing.assert_allclose(
+    [schedule(t) for t in (0, 1, 3, 8, 13)], [0, 0.005, 0.015, 0.0075, 0], atol=1e-7
+  )
   for fixed in (True, False):
     config.fix_predictor_lr = fixed
     optimizer = simsiam.make_optimizer(config, 13, 128)
     state = optax.tree.set(optimizer.init(params), count=jnp.asarray(13))
     updates, _ = optimizer.update(gradient, state, params)
     assert not np.any(np.abs(updates['encoder']['kernel']) > 1e-8)
-    expected = -0.015 * (gradient['predictor']['bias'] + 5e-4 * params['predictor']['bias']) if fixed else np.zeros(4)
+    expected = (
+      -0.015 * (gradient['predictor']['bias'] + 5e-4 * params['predictor']['bias'])
+      if fixed
+      else np.zeros(4)
+    )
     np.testing.assert_allclose(updates['predictor']['bias'], expected, rtol=1e-5, atol=1e-8)
   for warmup in (-1, 13):
     config.warmup_updates = warmup

@@ -1,7 +1,10 @@
-"""StyleGAN2 against arrays of the official implementation and scipy in float64; its promises on types and devices.
+"""StyleGAN2 against arrays of the official implementation and scipy in float64; its promises on
+types and devices.
 
-The reference arrays (shared/fixtures/stylegan2) come from random weights in which every parameter matters.
+The reference arrays (shared/fixtures/stylegan2) come from random weights in which every parameter
+matters.
 """
+
 import functools
 import re
 import types
@@ -24,8 +27,12 @@ from palm_jax.generator.stylegan2 import (
   minibatch_std,
 )
 
-TINY_G = Generator(z_dim=8, w_dim=8, num_classes=3, channels=(8, 6), image_channels=1, mapping_layers=2)
-TINY_D = Discriminator(num_classes=3, channels=(8, 6), image_channels=1, mapping_layers=2, mbstd_group=2)
+TINY_G = Generator(
+  z_dim=8, w_dim=8, num_classes=3, channels=(8, 6), image_channels=1, mapping_layers=2
+)
+TINY_D = Discriminator(
+  num_classes=3, channels=(8, 6), image_channels=1, mapping_layers=2, mbstd_group=2
+)
 
 
 @pytest.fixture(autouse=True)
@@ -39,34 +46,56 @@ def official(shared):
   """Official networks and arrays, images as NHWC."""
   folder = shared / 'fixtures' / 'stylegan2'
   with np.load(folder / 'a_tiny_cond32.params.npz') as file:
-    states = {network: {name.split('/', 1)[1]: x for name, x in file.items() if name.startswith(network + '/')}
-              for network in ('G_ema', 'D')}
+    states = {
+      network: {
+        name.split('/', 1)[1]: x for name, x in file.items() if name.startswith(network + '/')
+      }
+      for network in ('G_ema', 'D')
+    }
   with np.load(folder / 'a_tiny_cond32.npz') as file:
     arrays = {name: np.moveaxis(x, 1, -1) if x.ndim == 4 else x for name, x in file.items()}
   G, g_variables = generator_from_official(states['G_ema'])
   D, d_variables = discriminator_from_official(states['D'], mbstd_group=4)
-  mapping = jax.jit(functools.partial(G.apply, method='mapping'), static_argnames=('update_w_avg', 'mutable'))
+  mapping = jax.jit(
+    functools.partial(G.apply, method='mapping'), static_argnames=('update_w_avg', 'mutable')
+  )
   synthesis = jax.jit(functools.partial(G.apply, method='synthesis'), static_argnums=2)
   return types.SimpleNamespace(
-    states=states, arrays=arrays, G=G, g_variables=g_variables, D=D, d_variables=d_variables,
-    mapping=functools.partial(mapping, g_variables, arrays['z']), synthesis=functools.partial(synthesis, g_variables))
+    states=states,
+    arrays=arrays,
+    G=G,
+    g_variables=g_variables,
+    D=D,
+    d_variables=d_variables,
+    mapping=functools.partial(mapping, g_variables, arrays['z']),
+    synthesis=functools.partial(synthesis, g_variables),
+  )
 
 
 @pytest.fixture(scope='module')
 def tiny():
-  """Tiny networks whose every parameter is drawn, so that each matters (and no initialisation is compiled)."""
+  """Tiny networks whose every parameter is drawn, so that each matters (and no initialisation is
+  compiled)."""
   rng = np.random.default_rng(0)
   z, labels = rng.normal(size=(8, 8)).astype(np.float32), np.arange(8) % 3
 
   def draw(module, *inputs):
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), shapes)
+
   g_variables = draw(TINY_G, z, labels)
   layers = g_variables['params']['mapping_network']
-  g_variables['params']['mapping_network'] = jax.tree.map(lambda x: 100 * x, layers)  # stored 1 / lr_mult larger
+  g_variables['params']['mapping_network'] = jax.tree.map(
+    lambda x: 100 * x, layers
+  )  # stored 1 / lr_mult larger
   d_variables = draw(TINY_D, jnp.zeros((8, *TINY_G.image_shape)), labels)
-  return types.SimpleNamespace(z=z, labels=labels, g_variables=g_variables, d_variables=d_variables,
-                               images=jax.jit(TINY_G.apply)(g_variables, z, labels))
+  return types.SimpleNamespace(
+    z=z,
+    labels=labels,
+    g_variables=g_variables,
+    d_variables=d_variables,
+    images=jax.jit(TINY_G.apply)(g_variables, z, labels),
+  )
 
 
 def assert_close(actual, expected, tolerance, what='', scale=None):
@@ -83,12 +112,14 @@ def assert_images_close(actual, expected):
 
 def official_leaves(tree, names):
   """The leaves of our gradient tree under the official names."""
+
   def leaf(name):
     node = tree
     for key in name.split('.'):
       key = {'weight': 'kernel'}.get(key, key)
       node = node[key] if key in node else node[f'{key}_network']
     return np.asarray(node)
+
   return [leaf(name) for name in names]
 
 
@@ -96,18 +127,20 @@ def assert_norms_close(tree, names, norms):
   actual = np.array([np.linalg.norm(x) for x in official_leaves(tree, names)])
   assert len(jax.tree.leaves(tree)) == len(names)
   assert_close(actual, norms, 1e-5)
-  # Each on its own too, down to what sums that cancel (a noise strength, R1 on the last bias) lose to rounding.
+  # Each on its own too, down to what sums that cancel (a noise strength, R1 on the last bias) lose
+  # to rounding.
   np.testing.assert_allclose(actual, norms, rtol=1e-4, atol=1e-6 * norms.max())
 
 
 class TestOfficial:
-
   def test_ws(self, official):
     a = official.arrays
     labels = a['labels'].astype(np.int32)
     assert_close(official.mapping(labels), a['ws_psi1'], 1e-5)
-    assert_close(official.mapping(labels, truncation_psi=.7), a['ws_psi07'], 1e-5)
-    assert_close(official.mapping(labels, truncation_psi=.5, truncation_cutoff=4), a['ws_psi05_cutoff4'], 1e-5)
+    assert_close(official.mapping(labels, truncation_psi=0.7), a['ws_psi07'], 1e-5)
+    assert_close(
+      official.mapping(labels, truncation_psi=0.5, truncation_cutoff=4), a['ws_psi05_cutoff4'], 1e-5
+    )
     assert_close(official.mapping(a['c']), a['ws_psi1'], 1e-5, 'labels as vectors')
 
   def test_w_avg(self, official):
@@ -132,6 +165,7 @@ class TestOfficial:
       def scalar(params, z):
         images = official.G.apply({**official.g_variables, 'params': params}, z, a['c'], psi)
         return (images * cotangent).sum(), images
+
       return jax.grad(scalar, (0, 1), has_aux=True)(params, z)
 
     @jax.jit
@@ -139,22 +173,28 @@ class TestOfficial:
       def g_loss(images):
         logits = official.D.apply({'params': params}, images, a['c'])
         return jax.nn.softplus(-logits).mean(), logits
+
       return jax.value_and_grad(g_loss, has_aux=True)(images)
 
     params = official.g_variables['params']
-    (of_params, of_z), images = g_gradients(params, a['z'], 1., a['grad_R'])
+    (of_params, of_z), images = g_gradients(params, a['z'], 1.0, a['grad_R'])
     assert_images_close(images, a['img_psi1_const'])
     assert_close(of_z, a['grad_z_const'], 1e-5)
     assert_norms_close(of_params, a['grad_param_norm_names'], a['grad_param_norms'])
     small = [name for name in a if name.startswith('gradp/')]
     assert small
-    for name, ours in zip(small, official_leaves(of_params, [n[len('gradp/'):] for n in small]), strict=True):
-      # A noise strength's gradient is a sum over all pixels that nearly cancels: judged against what it sums.
+    for name, ours in zip(
+      small, official_leaves(of_params, [n[len('gradp/') :] for n in small]), strict=True
+    ):
+      # A noise strength's gradient is a sum over all pixels that nearly cancels: judged against
+      # what it sums.
       scale = max(np.abs(a[name]).max(), a['grad_param_norms'].max() / 100)
       assert_close(ours, a[name], 1e-4, name, scale)
 
-    silent = jax.tree.map(lambda x: jnp.zeros_like(x) if x.ndim == 0 else x, params)  # noise_strength 0: no noise
-    (_, of_z), images = g_gradients(silent, a['z'], .7, a['grad_R'])
+    silent = jax.tree.map(
+      lambda x: jnp.zeros_like(x) if x.ndim == 0 else x, params
+    )  # noise_strength 0: no noise
+    (_, of_z), images = g_gradients(silent, a['z'], 0.7, a['grad_R'])
     assert_images_close(images, a['img_psi07_none'])
     assert_close(of_z, a['grad_z_none_psi07'], 1e-5)
 
@@ -162,7 +202,7 @@ class TestOfficial:
     assert_close(fake_logits, a['d_logits_fake'][:, 0], 1e-5)
     assert_close(loss, a['loss_G'], 1e-5)
     assert_close(jax.nn.softplus(fake_logits).mean(), a['loss_D_fake'], 1e-5)
-    (_, of_z), _ = g_gradients(params, a['z'], 1., cotangent)
+    (_, of_z), _ = g_gradients(params, a['z'], 1.0, cotangent)
     assert_close(of_z, a['grad_z_lossG'], 1e-5)
 
   def test_real_logits_and_r1(self, official):
@@ -177,7 +217,8 @@ class TestOfficial:
       def loss(params):
         gradient, logits = jax.grad(logit_sum, has_aux=True)(a['d_img'], params)
         penalty = jnp.square(gradient).sum((1, 2, 3))
-        return penalty.mean() * .01 / 2, (gradient, penalty, logits)
+        return penalty.mean() * 0.01 / 2, (gradient, penalty, logits)
+
       return jax.value_and_grad(loss, has_aux=True)(params)
 
     (loss, (gradient, penalty, logits)), of_params = r1(official.d_variables['params'])
@@ -196,13 +237,16 @@ class TestOfficial:
       def loss(params):
         variables = {**official.g_variables, 'params': params}
         ws = official.G.apply(variables, a['z'], a['c'], method='mapping')
-        picture = lambda ws: (official.G.apply(variables, ws, method='synthesis') * a['pl_noise_unit']).sum() / 32
+        picture = lambda ws: (
+          (official.G.apply(variables, ws, method='synthesis') * a['pl_noise_unit']).sum() / 32
+        )
         lengths = jnp.sqrt(jnp.square(jax.grad(picture)(ws)).sum(2).mean(1))
-        new_mean = pl_mean + .01 * (lengths.mean() - pl_mean)
+        new_mean = pl_mean + 0.01 * (lengths.mean() - pl_mean)
         return 2 * jnp.square(lengths - new_mean).mean(), (lengths, new_mean)
+
       return jax.value_and_grad(loss, has_aux=True)(params)
 
-    for start, suffix in ((0., '0'), (.5, '05')):
+    for start, suffix in ((0.0, '0'), (0.5, '05')):
       (loss, (lengths, mean)), of_params = path_length(official.g_variables['params'], start)
       assert_close(lengths, a['pl_lengths'], 1e-5)
       assert_close(mean, a[f'pl_mean_after_from{suffix}'], 1e-5)
@@ -210,13 +254,28 @@ class TestOfficial:
       if start == 0:
         assert_norms_close(of_params, a['pl_param_names'], a['pl_param_grad_norms'])
 
-  @pytest.mark.parametrize('change, message', [
-    (lambda state: state.pop('synthesis.b16.conv1.bias'), 'synthesis_network.b16.conv1.bias is missing'),
-    (lambda state: state.pop('mapping.w_avg'), 'mapping.w_avg is missing'),
-    (lambda state: state.update({'synthesis.b8.conv0.bias': np.zeros(5)}), 'b8.conv0.bias has shape'),
-    (lambda state: state.update({'synthesis.b8.skip.weight': np.zeros((32, 32, 1, 1))}), 'not supported'),
-    (lambda state: state.update({'synthesis.b8.resample_filter': np.ones((4, 4)) / 16}), 'resample_filter'),
-  ])
+  @pytest.mark.parametrize(
+    'change, message',
+    [
+      (
+        lambda state: state.pop('synthesis.b16.conv1.bias'),
+        'synthesis_network.b16.conv1.bias is missing',
+      ),
+      (lambda state: state.pop('mapping.w_avg'), 'mapping.w_avg is missing'),
+      (
+        lambda state: state.update({'synthesis.b8.conv0.bias': np.zeros(5)}),
+        'b8.conv0.bias has shape',
+      ),
+      (
+        lambda state: state.update({'synthesis.b8.skip.weight': np.zeros((32, 32, 1, 1))}),
+        'not supported',
+      ),
+      (
+        lambda state: state.update({'synthesis.b8.resample_filter': np.ones((4, 4)) / 16}),
+        'resample_filter',
+      ),
+    ],
+  )
   def test_unfit_weights(self, official, change, message):
     state = dict(official.states['G_ema'])
     change(state)
@@ -247,7 +306,9 @@ class TestResampling:
 
   def test_upsample(self, drawn):
     x, _ = drawn
-    assert_close(ops.upsample(x.astype(np.float32)), self.filtered(self.inserted(x), (2, 1)) * 4, 1e-6)
+    assert_close(
+      ops.upsample(x.astype(np.float32)), self.filtered(self.inserted(x), (2, 1)) * 4, 1e-6
+    )
 
   def test_downsample(self, drawn):
     x, _ = drawn
@@ -255,28 +316,56 @@ class TestResampling:
 
   def test_up_conv(self, drawn):
     x, kernel = drawn
-    # A transposed convolution of stride 2 is the full true convolution with the zero-inserted image.
+    # A transposed convolution of stride 2 is the full true convolution with the zero-inserted
+    # image.
     inserted = self.inserted(x)[:, :-1, :-1]
-    transposed = np.stack([
-      sum(np.stack([scipy.signal.convolve2d(image[..., i], kernel[..., i, o]) for image in inserted]) for i in range(3))
-      for o in range(5)], -1)
+    transposed = np.stack(
+      [
+        sum(
+          np.stack(
+            [scipy.signal.convolve2d(image[..., i], kernel[..., i, o]) for image in inserted]
+          )
+          for i in range(3)
+        )
+        for o in range(5)
+      ],
+      -1,
+    )
     assert transposed.shape[1:3] == (2 * 6 + 1, 2 * 4 + 1)
     expected = self.filtered(transposed, (1, 1)) * 4
-    assert_close(jax.jit(ops.up_conv)(x.astype(np.float32), kernel.astype(np.float32)), expected, 1e-6)
+    assert_close(
+      jax.jit(ops.up_conv)(x.astype(np.float32), kernel.astype(np.float32)), expected, 1e-6
+    )
 
   def test_down_conv(self, drawn):
     x, kernel = drawn
     smooth = self.filtered(x, (2, 2))
-    expected = np.stack([
-      sum(np.stack([scipy.signal.correlate2d(image[..., i], kernel[..., i, o], 'valid') for image in smooth])
-          for i in range(3)) for o in range(5)], -1)[:, ::2, ::2]
-    assert_close(jax.jit(ops.down_conv)(x.astype(np.float32), kernel.astype(np.float32)), expected, 1e-6)
+    expected = np.stack(
+      [
+        sum(
+          np.stack(
+            [
+              scipy.signal.correlate2d(image[..., i], kernel[..., i, o], 'valid')
+              for image in smooth
+            ]
+          )
+          for i in range(3)
+        )
+        for o in range(5)
+      ],
+      -1,
+    )[:, ::2, ::2]
+    assert_close(
+      jax.jit(ops.down_conv)(x.astype(np.float32), kernel.astype(np.float32)), expected, 1e-6
+    )
 
   def test_no_dilated_or_grouped_convolution(self, tiny):
     """Those are what makes the gradients many times slower on CPU."""
+
     def loss(variables):
       images = TINY_G.apply(variables, tiny.z, tiny.labels)
       return TINY_D.apply(tiny.d_variables, images, tiny.labels).sum()
+
     text = jax.jit(jax.grad(loss)).lower(tiny.g_variables).as_text()
     for setting in ('lhs_dilate = ', 'rhs_dilate = ', '_group_count = '):
       assert set(re.findall(setting + r'\[?([\d, ]+)', text)) <= {'1, 1', '1 '}, setting
@@ -284,7 +373,6 @@ class TestResampling:
 
 
 class TestNetworks:
-
   def test_minibatch_std(self):
     x = np.random.default_rng(0).normal(size=(6, 4, 4, 3))
     for group in (3, 2, 8):
@@ -292,7 +380,7 @@ class TestNetworks:
       y = np.asarray(minibatch_std(jnp.asarray(x, jnp.float32), group))
       np.testing.assert_array_equal(y[..., :3], x.astype(np.float32))
       for n in range(6):
-        members = x[n % (6 // size)::6 // size]
+        members = x[n % (6 // size) :: 6 // size]
         assert len(members) == size
         expected = np.sqrt(members.var(0) + 1e-8).mean()
         np.testing.assert_allclose(y[n, ..., 3], expected, rtol=1e-5)
@@ -303,23 +391,32 @@ class TestNetworks:
     x = np.random.default_rng(0).normal(size=(4, 2, 2, 6))
     y = np.asarray(minibatch_std(jnp.asarray(x, jnp.float32), 4, 3))
     for f in range(3):  # a statistic sees its own third of the channels
-      expected = np.sqrt(x[..., 2 * f:2 * f + 2].var(0) + 1e-8).mean()
+      expected = np.sqrt(x[..., 2 * f : 2 * f + 2].var(0) + 1e-8).mean()
       np.testing.assert_allclose(y[..., 6 + f], np.full((4, 2, 2), expected), rtol=1e-5)
     assert minibatch_std(jnp.asarray(x), 4, 0).shape == x.shape
 
-  @pytest.mark.parametrize('resolution, base_size, layers', [(8, 4, 2), (16, 4, 3), (32, 4, 4), (64, 4, 5), (96, 3, 6)])
+  @pytest.mark.parametrize(
+    'resolution, base_size, layers', [(8, 4, 2), (16, 4, 3), (32, 4, 4), (64, 4, 5), (96, 3, 6)]
+  )
   def test_shapes_grey_unconditional(self, resolution, base_size, layers):
     channels = channels_for(resolution, 128, 8, base_size)
     assert len(channels) == layers and channels[-1] == min(128 // resolution, 8)
-    G = Generator(z_dim=4, w_dim=5, num_classes=0, channels=channels, image_channels=1, base_size=base_size)
+    G = Generator(
+      z_dim=4, w_dim=5, num_classes=0, channels=channels, image_channels=1, base_size=base_size
+    )
     D = Discriminator(num_classes=0, channels=channels, image_channels=1, base_size=base_size)
-    assert G.resolution == D.resolution == resolution and G.image_shape == (resolution, resolution, 1)
+    assert G.resolution == D.resolution == resolution and G.image_shape == (
+      resolution,
+      resolution,
+      1,
+    )
 
     def run(key, z):
       variables = G.init(key, z)
       images = G.apply(variables, z)
       ws = G.apply(variables, z, method='mapping')
       return ws, images, D.init_with_output(key, images)[0]
+
     ws, images, logits = jax.eval_shape(run, jax.random.key(0), jnp.zeros((3, 4)))
     assert ws.shape == (3, G.num_ws, 5) and G.num_ws == 2 * layers
     assert images.shape == (3, resolution, resolution, 1) and logits.shape == (3,)
@@ -328,6 +425,7 @@ class TestNetworks:
     def count(module, *inputs):
       shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
       return sum(x.size for x in jax.tree.leaves(shapes['params']))
+
     channels, labels = channels_for(32), jnp.zeros(1, int)
     assert channels == (512,) * 4
     G = Generator(z_dim=512, w_dim=512, num_classes=10, channels=channels, mapping_layers=2)
@@ -340,28 +438,36 @@ class TestNetworks:
 
   def test_initial_laws(self):
     G = Generator(z_dim=64, w_dim=64, num_classes=4, channels=(64, 32), mapping_layers=2)
-    variables = jax.jit(G.init)(jax.random.key(0, impl='rbg'), jnp.zeros((1, 64)), jnp.zeros(1, int))
+    variables = jax.jit(G.init)(
+      jax.random.key(0, impl='rbg'), jnp.zeros((1, 64)), jnp.zeros(1, int)
+    )
     params, buffers = variables['params'], variables['buffers']
     mapping, block = params['mapping_network'], params['synthesis_network']['b8']
-    for kernel, std in ((mapping['fc0']['kernel'], 100.), (mapping['embed']['kernel'], 1.),
-                        (block['conv0']['kernel'], 1.), (block['conv0']['affine']['kernel'], 1.)):
-      np.testing.assert_allclose(kernel.std() / std, 1, atol=.15)
+    for kernel, std in (
+      (mapping['fc0']['kernel'], 100.0),
+      (mapping['embed']['kernel'], 1.0),
+      (block['conv0']['kernel'], 1.0),
+      (block['conv0']['affine']['kernel'], 1.0),
+    ):
+      np.testing.assert_allclose(kernel.std() / std, 1, atol=0.15)
     for name, layer in block.items():
       assert (layer['affine']['bias'] == 1).all() and (layer['bias'] == 0).all()
       if name != 'torgb':
         assert layer['noise_strength'] == 0
     assert (buffers['w_avg'] == 0).all()
     noise = buffers['synthesis_network']['b8']
-    np.testing.assert_allclose(noise['conv0']['noise_const'].std(), 1, atol=.3)
+    np.testing.assert_allclose(noise['conv0']['noise_const'].std(), 1, atol=0.3)
     assert (noise['conv0']['noise_const'] != noise['conv1']['noise_const']).any()
 
   def test_clamp(self, tiny):
-    clamped = jax.jit(TINY_G.clone(conv_clamp=.01).apply)(tiny.g_variables, tiny.z, tiny.labels)
+    clamped = jax.jit(TINY_G.clone(conv_clamp=0.01).apply)(tiny.g_variables, tiny.z, tiny.labels)
     # Two pictures of at most .01; the up-sampling filter's weights are positive and sum to one.
-    assert .01 < jnp.abs(clamped).max() <= .02 + 1e-6 < jnp.abs(tiny.images).max()
+    assert 0.01 < jnp.abs(clamped).max() <= 0.02 + 1e-6 < jnp.abs(tiny.images).max()
 
   def test_random_noise_belongs_to_the_sample(self, tiny):
-    synthesis = jax.jit(functools.partial(TINY_G.apply, tiny.g_variables, tiny.z, tiny.labels, noise='random'))
+    synthesis = jax.jit(
+      functools.partial(TINY_G.apply, tiny.g_variables, tiny.z, tiny.labels, noise='random')
+    )
     keys = jax.random.split(jax.random.key(3), 8)
     images = synthesis(noise_keys=keys)
     np.testing.assert_array_equal(synthesis(noise_keys=keys), images)
@@ -370,8 +476,10 @@ class TestNetworks:
     np.testing.assert_array_equal(changed, np.arange(8) == 2)
 
   def test_truncation_may_be_traced(self, tiny):
-    psis = jnp.array([0., .5, 1.])
-    mapping = lambda psi: TINY_G.apply(tiny.g_variables, tiny.z, tiny.labels, truncation_psi=psi, method='mapping')
+    psis = jnp.array([0.0, 0.5, 1.0])
+    mapping = lambda psi: TINY_G.apply(
+      tiny.g_variables, tiny.z, tiny.labels, truncation_psi=psi, method='mapping'
+    )
     ws = jax.jit(jax.vmap(mapping))(psis)
     w_avg = tiny.g_variables['buffers']['w_avg']
     np.testing.assert_allclose(ws[0], jnp.broadcast_to(w_avg, ws[0].shape), atol=1e-6)
@@ -382,15 +490,20 @@ class TestNetworks:
     images = jax.jit(G.apply)(tiny.g_variables, tiny.z, tiny.labels)
     assert images.dtype == jnp.float32
     error = jnp.abs(images - tiny.images).max() / jnp.ptp(tiny.images)
-    assert 1e-5 < error < .03  # above the lower limit: the convolutions did run in bfloat16
-    logits, expected = (jax.jit(d.apply)(tiny.d_variables, tiny.images, tiny.labels) for d in (D, TINY_D))
+    assert 1e-5 < error < 0.03  # above the lower limit: the convolutions did run in bfloat16
+    logits, expected = (
+      jax.jit(d.apply)(tiny.d_variables, tiny.images, tiny.labels) for d in (D, TINY_D)
+    )
     assert logits.dtype == jnp.float32
-    assert 0 < jnp.abs(logits - expected).max() < .05 * jnp.abs(expected).max()
-    r1 = lambda x: jnp.square(jax.grad(lambda x: D.apply(tiny.d_variables, x, tiny.labels).sum())(x)).sum()
+    assert 0 < jnp.abs(logits - expected).max() < 0.05 * jnp.abs(expected).max()
+    r1 = lambda x: jnp.square(
+      jax.grad(lambda x: D.apply(tiny.d_variables, x, tiny.labels).sum())(x)
+    ).sum()
     assert jax.eval_shape(jax.grad(r1), tiny.images).dtype == jnp.float32
 
   def test_float64_and_devices(self, tiny):
-    """In float64 eight devices and one compute the same images, w_avg and gradients of R1 through both networks."""
+    """In float64 eight devices and one compute the same images, w_avg and gradients of R1 through
+    both networks."""
     with jax.enable_x64(True):
       to64 = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
       g_variables, d_variables = to64(tiny.g_variables), to64(tiny.d_variables)
@@ -403,12 +516,20 @@ class TestNetworks:
 
         def loss(params):
           variables = {**g_variables, 'params': params['G']}
-          ws, updated = TINY_G.apply(variables, z, labels, update_w_avg=True, axis_name=axis_name, method='mapping',
-                                     mutable=['buffers'])
+          ws, updated = TINY_G.apply(
+            variables,
+            z,
+            labels,
+            update_w_avg=True,
+            axis_name=axis_name,
+            method='mapping',
+            mutable=['buffers'],
+          )
           images = TINY_G.apply(variables, ws, 'random', keys, method='synthesis')
           logit_sum = lambda images: D.apply({'params': params['D']}, images, labels).sum()
           slope = jax.grad(logit_sum)(images)
           return mean(jnp.square(slope).sum((1, 2, 3))), (images, updated['buffers']['w_avg'])
+
         gradient, (images, w_avg) = jax.grad(loss, has_aux=True)(params)
         return images, (w_avg, gradient)
 
@@ -416,8 +537,14 @@ class TestNetworks:
       inputs = np.asarray(tiny.z, np.float64), np.asarray(tiny.labels), keys
       alone = jax.jit(functools.partial(step, axis_name=None))(params, *inputs)
       mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
-      spread = jax.jit(jax.shard_map(functools.partial(step, axis_name='data'), mesh=mesh,
-                                     in_specs=(P(), P('data'), P('data'), P('data')), out_specs=(P('data'), P())))
+      spread = jax.jit(
+        jax.shard_map(
+          functools.partial(step, axis_name='data'),
+          mesh=mesh,
+          in_specs=(P(), P('data'), P('data'), P('data')),
+          out_specs=(P('data'), P()),
+        )
+      )
       together = spread(params, *inputs)
       for one, eight in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
         assert one.dtype == np.float64
@@ -425,7 +552,6 @@ class TestNetworks:
 
 
 class TestErrors:
-
   @pytest.mark.parametrize('resolution', [0, 4, 12, 28, 33])
   def test_resolution(self, resolution):
     with pytest.raises(UserError, match=f'resolution {resolution}'):
@@ -449,7 +575,9 @@ class TestErrors:
 
   def test_discriminator(self, tiny):
     with pytest.raises(UserError, match='architecture'):
-      TINY_D.clone(architecture='skip').apply(tiny.d_variables, jnp.zeros((8, 8, 8, 1)), tiny.labels)
+      TINY_D.clone(architecture='skip').apply(
+        tiny.d_variables, jnp.zeros((8, 8, 8, 1)), tiny.labels
+      )
     with pytest.raises(UserError, match='images of shape'):
       TINY_D.apply(tiny.d_variables, jnp.zeros((8, 28, 28, 1)), tiny.labels)
     with pytest.raises(UserError, match='channels'):

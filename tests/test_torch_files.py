@@ -1,4 +1,6 @@
-"""The reader of PyTorch's files: truths of torch itself, hostile files, and damage of every kind."""
+"""The reader of PyTorch's files: truths of torch itself, hostile files, and damage of every
+kind."""
+
 import base64
 import builtins
 import io
@@ -18,7 +20,8 @@ from palm_jax.generator import load_generator
 from palm_jax.torch_files import LEAST_BUDGET, Module, SnapshotError, modules, read, state_dict
 from tests import snapshot_files as files
 
-# Files that torch 2.15 wrote of a Linear and a BatchNorm1d (of torch.jit.save's, the entries that are not compressed).
+# Files that torch 2.15 wrote of a Linear and a BatchNorm1d (of torch.jit.save's, the entries that
+# are not compressed).
 REAL = {  # zlib, base85
   'legacy': (
     'c-nQ7$!^p@5Qc4!CqoP&VGD#c>>ifE<IKvI03jE%noD1h<?%FQgJY-cau7%(<w68J0}sGs@F-k)1SAfWmt;V4T5_pfUH$#lUDaFCSH=JHZSD8s'
@@ -28,7 +31,8 @@ REAL = {  # zlib, base85
     'a4b9MAlNzRd?~Ko?`ypt94~Mu3fw|!PUg5%2&YXrljTOZEVr|J!Mb`6&K0o50(L$%7joD|gi9t|X0tggN`k-(M%Fr~;$JC+b~LTkX~ES3sus|C'
     'YOdwb>j*bYxS4JH2fArT(AbOF(Ry&JU}^=knHoK3E+Mo`XtVj886@l0z(&XAv4xTCyyHXY<m{pwo=_9+HbeJ+IbCZ~&3c7gpXBQGT;?{y9TV;*'
     'W4M>qi*5q#p^Y}&&(@b!MqU9{#_%Akz|I4DXoxYBvUY(-V_0=}9fJTKk711*Qk=vCdJ?bGXIRoiVp%IlWhJeYl|(MP(`wntr^?<&jW<MLXRNGD'
-    '=3C2?xgbpDKlhADhcuZk)A!>q>ew5J'),
+    '=3C2?xgbpDKlhADhcuZk)A!>q>ew5J'
+  ),
   'zip': (
     'c-qBQ%a7Yc7@s`W$%bxrw?LOJWuc`&7TRp$#CdeL%@P)0jKnrP6mc<*<Hl|sr=LC93ZzAqP%HHSe*zLGE^y$)m4BgC4;(-(LPFwzxN>C1<GA*$'
     'wkcU8M)Fu1&+jqc%=e9Vl~fv`Y!)48OXxV#T-~(xjE%mAwc_<_w%pF6k7Dg+QrAbeZRpq<IbQBvw{N&cf5*~s4$yiB5{2$OA-kd%Zy46V#E{hS'
@@ -41,7 +45,8 @@ REAL = {  # zlib, base85
     '?F{;rqw7<>O!m}+ozpYuSC6j$(2xJe!{6s;(3k$__}Bi6_)qr0dT_>=e*PEHX6PX-XZ2Z4RB}}L?pK2krq`b}Bt9yD{_;J;wMYg0RHJ_ns@0d<'
     '#eZp}RBJRPu_@K6^@b#tYLZlMlq9KHmnxM~vr!kzO){hDm+3Fg3f~ookAm+qLCuCfqgTSx0q6XG5RZ;t04p(MB83jSM0k>D5nqjwT#k|)xH)*9'
     'XdzyX@!X5>gckr0k5<uq4E|vnakZPrMyp^P`xB2X^Vnzx#j)?taafVZMypR8d!NTvcx<$CaJmAAtv<Qu`#e_SvC(YhbTb^b#$%)Twiu6d1bfIi'
-    'i>AR^4BW}0DG9o(2*SBZI;YNu$OZ0QPqFvk*-3d4=<gcZI2NRZKQ<>Y%z{6k&HV>Tn90-'),
+    'i>AR^4BW}0DG9o(2*SBZI;YNu$OZ0QPqFvk*-3d4=<gcZI2NRZKQ<>Y%z{6k&HV>Tn90-'
+  ),
   'torchscript': (
     'c-obe$#2s@6vpku-Q3cJE>I|imMy)c&gM1;)CyI-qzY*f!hn!*>}l-Au{-uS6-Y?sfYe+#AkIjfxbR1Sgy;>aLL5;+mAG+3oS8||IvzJHj-F<0'
     'eZM!8nfJazF3OEC<k`LB-G7#x`_hf)B>HhEj;b3~Fsms@nHBJd1srb+0j9S1?KOwz+;L2TVHOvI`i+fOZ`$gU470ru)KBa$O|{jhh$^UmQ2E}|'
@@ -52,10 +57,18 @@ REAL = {  # zlib, base85
     '18@djXu?xrcv>3963eT|^?wdr8JC$_1{%EBNYcF1727HuUFoHIUJ+hy=DmXRqS#T+t4C)Z!!Z*Nwm@aJ=k{TnjkdIaitimM7IGVXKx2C^OSi}c'
     'k{D>gs=#q^$)xz8{OPrWaZ=4BhFavshX~lDxJ&~f69l1;pO!zw@SMbC3ly)nv<n<VF^xwGDN)(b5~7&RiphkS6vR{}Ev5xg6htAD6f*Ookey4<'
     '&u7yaAz8?=k&$S7Z#{gr$)QqCOS81c`fNJnxHL=qo6l+?_oZ3ddwupr$cbr|_F<oWA9Ce?-}BFqL(?qn&pvyJrQMolX`l94i4D6pP17ar)AzVG'
-    '1y84-%iT}$oC_5{4b#Q%!|%9bT7kytHt_LZ+~1m_kn13;GJW{>18@Fr2YLGqfkF9A'),
+    '1y84-%iT}$oC_5{4b#Q%!|%9bT7kytHt_LZ+~1m_kn13;GJW{>18@Fr2YLGqfkF9A'
+  ),
 }
-REAL_STATE = {'fc.weight': [[.5, -2.]], 'fc.bias': [3.], 'bn.weight': [1.], 'bn.bias': [0.], 'bn.running_mean': [7.],
-              'bn.running_var': [1.], 'bn.num_batches_tracked': 0}
+REAL_STATE = {
+  'fc.weight': [[0.5, -2.0]],
+  'fc.bias': [3.0],
+  'bn.weight': [1.0],
+  'bn.bias': [0.0],
+  'bn.running_mean': [7.0],
+  'bn.running_var': [1.0],
+  'bn.num_batches_tracked': 0,
+}
 
 
 @pytest.fixture
@@ -63,12 +76,14 @@ def write(tmp_path):
   def write(content, name='file.pkl'):
     (tmp_path / name).write_bytes(content)
     return tmp_path / name
+
   return write
 
 
 @pytest.fixture(scope='module')
 def snapshot():
-  """(bytes, {network: {name: array}}) of tiny networks; float16 networks keep their weights channels-last."""
+  """(bytes, {network: {name: array}}) of tiny networks; float16 networks keep their weights
+  channels-last."""
   made, truth = files.small_snapshot(fp16=True)
   return files.pickled(made, 4), truth
 
@@ -89,7 +104,9 @@ def test_official_snapshot_is_bit_equal(shared):
   with np.load(folder / 'a_tiny_cond32.params.npz') as file:
     for network in ('G', 'D', 'G_ema', 'augment_pipe'):
       prefix = f'{network}/'
-      truth = {name.removeprefix(prefix): file[name] for name in file.files if name.startswith(prefix)}
+      truth = {
+        name.removeprefix(prefix): file[name] for name in file.files if name.startswith(prefix)
+      }
       assert len(truth) > 2
       assert_equal_bits(state_dict(content[network]), truth)
   assert content['training_set_kwargs']['resolution'] == 32
@@ -116,14 +133,22 @@ def test_protocols_and_layouts(protocol, write):
     state = state_dict(content[network])
     assert_equal_bits({name: state[name] for name in tensors}, tensors)
     assert len(state) == len(tensors)
-  assert content['augment_pipe'] is None and content['training_set_kwargs'] == made['training_set_kwargs']
+  assert (
+    content['augment_pipe'] is None
+    and content['training_set_kwargs'] == made['training_set_kwargs']
+  )
 
 
 @pytest.mark.parametrize('container', [files.legacy, files.zipped, files.pickled])
 def test_types_and_views(container, write):
   numbers = np.arange(24).reshape(2, 3, 4)
-  tensors = {name: (numbers % 2).astype(ml_dtypes.bfloat16 if name == 'bfloat16' else name) for name in files.STORAGES}
-  tensors |= dict(scalar=np.float32(3.5), empty=np.zeros((0, 3), np.float32), one=np.ones((1, 1, 1), np.float32))
+  tensors = {
+    name: (numbers % 2).astype(ml_dtypes.bfloat16 if name == 'bfloat16' else name)
+    for name in files.STORAGES
+  }
+  tensors |= dict(
+    scalar=np.float32(3.5), empty=np.zeros((0, 3), np.float32), one=np.ones((1, 1, 1), np.float32)
+  )
   state = read(write(container({name: files.Tensor(x) for name, x in tensors.items()}), 'x.pth'))
   assert_equal_bits(state, {name: np.asarray(x) for name, x in tensors.items()})
 
@@ -136,10 +161,15 @@ def test_types_and_views(container, write):
 
 
 def test_state_dict_follows_torch(write):
-  inner = files.Persistent('Inner', dict(weight=files.Tensor(np.ones(2, np.float32)), bias=None),
-                           dict(kept=files.Tensor(np.zeros(1, np.float32)), hidden=files.Tensor(np.zeros(1, np.float32))))
+  inner = files.Persistent(
+    'Inner',
+    dict(weight=files.Tensor(np.ones(2, np.float32)), bias=None),
+    dict(kept=files.Tensor(np.zeros(1, np.float32)), hidden=files.Tensor(np.zeros(1, np.float32))),
+  )
   inner.state['_non_persistent_buffers_set'] = {'hidden'}
-  outer = files.Persistent('Outer', {}, dict(own=files.Tensor(np.ones((), np.float32))), dict(a=inner, none=None, b=inner))
+  outer = files.Persistent(
+    'Outer', {}, dict(own=files.Tensor(np.ones((), np.float32))), dict(a=inner, none=None, b=inner)
+  )
   module = read(write(files.pickled(outer)))
   assert list(state_dict(module)) == ['own', 'a.weight', 'a.kept', 'b.weight', 'b.kept']
   plain = {'x': np.ones(3)}
@@ -168,8 +198,25 @@ class Forged:
     self.code = b'\x80\x02'
 
   def __getattr__(self, name):
-    codes = dict(reduce=b'R', build=b'b', new=b'\x81', empty=b')', dict=b'}', list=b']', mark=b'(', tuple=b't', set=b's',
-                 pair=b'\x86', single=b'\x85', none=b'N', stop=b'.', append=b'a', dup=b'2', inst=b'i', obj=b'o')
+    codes = dict(
+      reduce=b'R',
+      build=b'b',
+      new=b'\x81',
+      empty=b')',
+      dict=b'}',
+      list=b']',
+      mark=b'(',
+      tuple=b't',
+      set=b's',
+      pair=b'\x86',
+      single=b'\x85',
+      none=b'N',
+      stop=b'.',
+      append=b'a',
+      dup=b'2',
+      inst=b'i',
+      obj=b'o',
+    )
     self.code += codes[name]
     return self
 
@@ -194,7 +241,11 @@ class Forged:
 def tensor(offset=0, size=(2,), stride=(1,), numel=2, data=None, storage=None):
   """A pickle of one tensor with numbers to choose; its storage holds `data`."""
   inner = files.legacy(files.Storage(np.zeros(numel, np.float32))) if storage is None else storage
-  forged = Forged().name('torch._utils', '_rebuild_tensor_v2').mark.name('torch.storage', '_load_from_bytes')
+  forged = (
+    Forged()
+    .name('torch._utils', '_rebuild_tensor_v2')
+    .mark.name('torch.storage', '_load_from_bytes')
+  )
   forged.raw(b'B' + struct.pack('<I', len(inner)) + inner).single.reduce.number(offset)
   for numbers in (size, stride):
     forged = forged.mark
@@ -209,7 +260,9 @@ def storage_claiming(numel):
   size = struct.pack('<q', 2)
   assert whole.count(size) == 1
   # The count stands in the persistent id, as one byte, and before the data.
-  return whole.replace(b'K\x02N', b'\x8a\x08' + struct.pack('<q', numel) + b'N').replace(size, struct.pack('<q', numel))
+  return whole.replace(b'K\x02N', b'\x8a\x08' + struct.pack('<q', numel) + b'N').replace(
+    size, struct.pack('<q', numel)
+  )
 
 
 def deep_modules():
@@ -225,9 +278,14 @@ def in_a_storage(payload):
 
 def nested_storages():
   inner = files.legacy(files.Storage(np.zeros(2, np.float32)))
-  call = Forged().name('torch.storage', '_load_from_bytes').raw(b'B' + struct.pack('<I', len(inner)) + inner).single.reduce
+  call = (
+    Forged()
+    .name('torch.storage', '_load_from_bytes')
+    .raw(b'B' + struct.pack('<I', len(inner)) + inner)
+    .single.reduce
+  )
   system = dict(protocol_version=1001, little_endian=True, type_sizes={})
-  head = b''.join(pickle.dumps(x, 2) for x in (0x1950a86a20f9469cfc6c, 1001, system))
+  head = b''.join(pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, system))
   return tensor(storage=head + call.stop.code + pickle.dumps([], 2))
 
 
@@ -240,33 +298,73 @@ def hostile(marker):
     'system by protocol 4': (pickle.dumps(system, 4), "asks for 'posix.system'"),
     'eval': (pickle.dumps(Call(eval, f"open('{marker}', 'w')"), 2), "asks for '__builtin__.eval'"),
     'exec': (pickle.dumps(Call(exec, f"open('{marker}', 'w')"), 4), "asks for 'builtins.exec'"),
-    'open': (pickle.dumps(opened, 4), "asks for"),
-    'getattr': (pickle.dumps(Call(getattr, Call(__import__, 'os'), 'system'), 4), "asks for 'builtins.getattr'"),
+    'open': (pickle.dumps(opened, 4), 'asks for'),
+    'getattr': (
+      pickle.dumps(Call(getattr, Call(__import__, 'os'), 'system'), 4),
+      "asks for 'builtins.getattr'",
+    ),
     'dotted': (b'\x80\x04\x8c\x02os\x8c\x0bpath.exists\x93.', "asks for 'os.path.exists'"),
-    'dotted below what is known': (b'\x80\x04\x8c\x0ctorch._utils\x8c\x0d_rebuild_para\x93.', 'asks for'),
+    'dotted below what is known': (
+      b'\x80\x04\x8c\x0ctorch._utils\x8c\x0d_rebuild_para\x93.',
+      'asks for',
+    ),
     'attribute of what is known': (
-      b'\x80\x04\x8c\x0ctorch._utils\x8c\x1e_rebuild_parameter.__globals__\x93.', "asks for 'torch._utils._rebuild_param"),
+      b'\x80\x04\x8c\x0ctorch._utils\x8c\x1e_rebuild_parameter.__globals__\x93.',
+      "asks for 'torch._utils._rebuild_param",
+    ),
     'torch.load': (Forged().name('torch', 'load').stop.code, "asks for 'torch.load'"),
-    'numpy objects': (Forged().name('numpy.core.multiarray', '_reconstruct').stop.code, '_reconstruct'),
-    'object dtype': (Forged().name('numpy', 'dtype').text('O8').raw(b'\x89\x88\x87').reduce.stop.code, "'O8'"),
-    'a class beyond TorchScript': (Forged().name('__torch__', 'Net').stop.code, "asks for '__torch__.Net'"),
-    'call of a string': (Forged().text('os.system').text(command).single.reduce.stop.code, 'not a known function'),
-    'call of a type': (Forged().name('torch', 'FloatStorage').empty.reduce.stop.code, 'not a known function'),
-    'object of a function': (Forged().name('_codecs', 'encode').empty.new.stop.code, 'class that is not known'),
+    'numpy objects': (
+      Forged().name('numpy.core.multiarray', '_reconstruct').stop.code,
+      '_reconstruct',
+    ),
+    'object dtype': (
+      Forged().name('numpy', 'dtype').text('O8').raw(b'\x89\x88\x87').reduce.stop.code,
+      "'O8'",
+    ),
+    'a class beyond TorchScript': (
+      Forged().name('__torch__', 'Net').stop.code,
+      "asks for '__torch__.Net'",
+    ),
+    'call of a string': (
+      Forged().text('os.system').text(command).single.reduce.stop.code,
+      'not a known function',
+    ),
+    'call of a type': (
+      Forged().name('torch', 'FloatStorage').empty.reduce.stop.code,
+      'not a known function',
+    ),
+    'object of a function': (
+      Forged().name('_codecs', 'encode').empty.new.stop.code,
+      'class that is not known',
+    ),
     'attributes for a function': (
-      Forged().name('torch._utils', '_rebuild_parameter').dict.text('__code__').none.set.build.stop.code,
-      'attributes to what has none'),
+      Forged()
+      .name('torch._utils', '_rebuild_parameter')
+      .dict.text('__code__')
+      .none.set.build.stop.code,
+      'attributes to what has none',
+    ),
     'attributes for a dict': (
-      Forged().name('collections', 'OrderedDict').empty.reduce.dict.text('update').none.set.build.stop.code,
-      'attributes to what has none'),
+      Forged()
+      .name('collections', 'OrderedDict')
+      .empty.reduce.dict.text('update')
+      .none.set.build.stop.code,
+      'attributes to what has none',
+    ),
     'INST': (Forged().mark.raw(b'ios\nsystem\n').stop.code, '0x69'),
     'OBJ': (Forged().mark.name('dnnlib.util', 'EasyDict').obj.stop.code, '0x6f'),
     'extension registry': (Forged().raw(b'\x82\x01').stop.code, '0x82'),
     'buffers out of band': (Forged().raw(b'\x97').stop.code, '0x97'),
     'persistent id': (Forged().text('x').raw(b'Q').stop.code, 'unknown storage'),
     'persistent id of protocol 0': (Forged().raw(b'Px\n').stop.code, '0x50'),
-    'bytes of a size': (Forged().name('__builtin__', 'bytes').number(10 ** 12).single.reduce.stop.code, 'other arguments'),
-    'encoding': (Forged().name('_codecs', 'encode').text('x').text('zlib').pair.reduce.stop.code, 'not latin1'),
+    'bytes of a size': (
+      Forged().name('__builtin__', 'bytes').number(10**12).single.reduce.stop.code,
+      'other arguments',
+    ),
+    'encoding': (
+      Forged().name('_codecs', 'encode').text('x').text('zlib').pair.reduce.stop.code,
+      'not latin1',
+    ),
     'protocol 0': (pickle.dumps([1], 0), 'not a PyTorch file'),
     'protocol 6': (b'\x80\x06N.', 'protocol 6'),
     'tuple as key': (pickle.dumps({(1,): 2}), 'a key in it is a tuple'),
@@ -284,30 +382,74 @@ def hostile(marker):
     'overlap': (tensor(size=(2, 2), stride=(1, 1), numel=3), 'overlaps'),
     'size beyond': (tensor(size=(3,)), 'beyond its storage'),
     'huge size': (tensor(size=(1 << 40,)), 'beyond its storage'),
-    'size and stride that wrap around': (tensor(size=(1 << 33, 1 << 33), stride=(1 << 33, 1)), 'beyond its storage'),
+    'size and stride that wrap around': (
+      tensor(size=(1 << 33, 1 << 33), stride=(1 << 33, 1)),
+      'beyond its storage',
+    ),
     'empty but huge': (tensor(size=(0, 1 << 60), stride=(1, 1)), 'impossible size'),
     'ranks': (tensor(size=(2, 1), stride=(1,)), 'impossible offset'),
     'huge storage': (tensor(storage=storage_claiming(1 << 60)), 'beyond the end'),
     'negative storage': (tensor(storage=storage_claiming(-4)), 'unknown storage'),
-    'big-endian': (tensor(storage=files.legacy(files.Storage(np.zeros(2, np.float32))).replace(b'q\x02\x88', b'q\x02\x89')),
-                   'big-endian'),
+    'big-endian': (
+      tensor(
+        storage=files.legacy(files.Storage(np.zeros(2, np.float32))).replace(
+          b'q\x02\x88', b'q\x02\x89'
+        )
+      ),
+      'big-endian',
+    ),
     'huge string': (b'\x80\x04\x8d' + struct.pack('<Q', 1 << 60) + b'abc.', 'beyond its end'),
     'huge bytes': (b'\x80\x04\x8e' + struct.pack('<Q', 1 << 62) + b'abc.', 'beyond its end'),
     'huge frame': (b'\x80\x04\x95' + struct.pack('<Q', 1 << 60) + b'N.', 'frame'),
-    'bytes beyond the end': (b'\x80\x02B' + struct.pack('<I', 0xffffffff) + b'abc.', 'beyond its end'),
-    'TensorFlow': (Forged().name('dnnlib.tflib.network', 'Network').empty.new.stop.code, 'legacy.py'),
+    'bytes beyond the end': (
+      b'\x80\x02B' + struct.pack('<I', 0xFFFFFFFF) + b'abc.',
+      'beyond its end',
+    ),
+    'TensorFlow': (
+      Forged().name('dnnlib.tflib.network', 'Network').empty.new.stop.code,
+      'legacy.py',
+    ),
   }
   zips = {
     'a program in a zip': (files.zipped(system), "asks for 'posix.system'"),
     'big-endian zip': (files.zipped({}, byteorder='big'), 'big-endian'),
     'compressed zip': (files.zipped({}, compression=zipfile.ZIP_DEFLATED), 'compressed'),
     'a zip of something else': (zip_of({'a.txt': b'x'}), 'without <name>/data.pkl'),
-    'a zip without its end': (files.zipped({'a': files.Tensor(np.ones(3, np.float32))})[:-30], 'without its end'),
-    'a zip without a storage': (zip_of({'x/data.pkl': Forged().mark.text('storage').name('torch', 'FloatStorage').text('0')
-                                        .text('cpu').number(1 << 50).tuple.raw(b'Q').stop.code}), 'is missing'),
-    'a zip whose storage is short': (zip_of({
-      'x/data.pkl': Forged().mark.text('storage').name('torch', 'FloatStorage').text('0').text('cpu').number(1 << 50)
-      .tuple.raw(b'Q').stop.code, 'x/data/0': b'1234'}), 'of another size'),
+    'a zip without its end': (
+      files.zipped({'a': files.Tensor(np.ones(3, np.float32))})[:-30],
+      'without its end',
+    ),
+    'a zip without a storage': (
+      zip_of(
+        {
+          'x/data.pkl': Forged()
+          .mark.text('storage')
+          .name('torch', 'FloatStorage')
+          .text('0')
+          .text('cpu')
+          .number(1 << 50)
+          .tuple.raw(b'Q')
+          .stop.code
+        }
+      ),
+      'is missing',
+    ),
+    'a zip whose storage is short': (
+      zip_of(
+        {
+          'x/data.pkl': Forged()
+          .mark.text('storage')
+          .name('torch', 'FloatStorage')
+          .text('0')
+          .text('cpu')
+          .number(1 << 50)
+          .tuple.raw(b'Q')
+          .stop.code,
+          'x/data/0': b'1234',
+        }
+      ),
+      'of another size',
+    ),
   }
   return pickles | zips
 
@@ -321,7 +463,8 @@ def zip_of(entries):
 
 
 def read_within_bounds(path):
-  """read, which must take no more than three times the file's size, or a little more than it for small files."""
+  """read, which must take no more than three times the file's size, or a little more than it for
+  small files."""
   size = path.stat().st_size
   tracemalloc.start()
   try:
@@ -342,7 +485,11 @@ def test_hostile_files_are_refused_and_nothing_runs(name, write, tmp_path):
   assert str(caught.value).startswith(f'{path}: ') and '\n' not in str(caught.value)
   assert not marker.exists()
   if name in ('system', 'system by protocol 4', 'eval', 'exec', 'open', 'a program in a storage'):
-    dangerous = content if name != 'a program in a storage' else pickle.dumps(Call(os.system, f'touch {marker}'))
+    dangerous = (
+      content
+      if name != 'a program in a storage'
+      else pickle.dumps(Call(os.system, f'touch {marker}'))
+    )
     try:
       pickle.loads(dangerous)
     finally:
@@ -363,15 +510,36 @@ BOMBS = {
   'nested lists': lambda n: b'\x80\x02' + b']' * n + b'a' * n + b'.',
   'nested tuples': lambda n: b'\x80\x02)' + b'\x85' * n + b'.',
   'memo': lambda n: b'\x80\x04]' + b'\x94' * n + b'.',
-  'sparse memo': lambda n: b'\x80\x02]' + b''.join(b'r' + struct.pack('<I', 7919 * i % (1 << 32)) for i in range(n // 5)) + b'.',
-  'one long string': lambda n: b'\x80\x02X' + struct.pack('<I', n) + b'a' * (n - 4) + '🙂'.encode() + b'.',
-  'one long key': lambda n: b'\x80\x02}X' + struct.pack('<I', n) + b'\1' * n + b'NsX' + struct.pack('<I', 1) + b'a.',
+  'sparse memo': lambda n: (
+    b'\x80\x02]'
+    + b''.join(b'r' + struct.pack('<I', 7919 * i % (1 << 32)) for i in range(n // 5))
+    + b'.'
+  ),
+  'one long string': lambda n: (
+    b'\x80\x02X' + struct.pack('<I', n) + b'a' * (n - 4) + '🙂'.encode() + b'.'
+  ),
+  'one long key': lambda n: (
+    b'\x80\x02}X' + struct.pack('<I', n) + b'\1' * n + b'NsX' + struct.pack('<I', 1) + b'a.'
+  ),
   'one long name': lambda n: b'\x80\x04X' + struct.pack('<I', n) + b'\1' * n + b'\x94h\0\x93.',
   'a list of one list': lambda n: b'\x80\x02]q\0' + b'h\0a' * (n // 3) + b'.',
-  'copies of a set': lambda n: (b'\x80\x02](' + b''.join(b'X\4\0\0\0%04d' % (i % 10000) for i in range(n // 40)) + b'eq\0'
-                                + b'c__builtin__\nset\nq\1' + b'h\1h\0\x85R' * (n // 20) + b'.'),
-  'copies of bytes': lambda n: (b'\x80\x02X' + struct.pack('<I', n // 2) + b'a' * (n // 2) + b'q\0c_codecs\nencode\nq\1'
-                                + b'X\6\0\0\0latin1q\2' + b'h\1h\0h\2\x86R' * (n // 18) + b'.'),
+  'copies of a set': lambda n: (
+    b'\x80\x02]('
+    + b''.join(b'X\4\0\0\0%04d' % (i % 10000) for i in range(n // 40))
+    + b'eq\0'
+    + b'c__builtin__\nset\nq\1'
+    + b'h\1h\0\x85R' * (n // 20)
+    + b'.'
+  ),
+  'copies of bytes': lambda n: (
+    b'\x80\x02X'
+    + struct.pack('<I', n // 2)
+    + b'a' * (n // 2)
+    + b'q\0c_codecs\nencode\nq\1'
+    + b'X\6\0\0\0latin1q\2'
+    + b'h\1h\0h\2\x86R' * (n // 18)
+    + b'.'
+  ),
   'many tensors': lambda n: tensor(numel=n // 8)[:-1] + b'0.',
 }
 
@@ -388,7 +556,8 @@ def test_memory_is_bounded(name, size, write):
 
 @pytest.mark.parametrize('kind', ['_parameters', '_buffers', '_modules'])
 def test_modules_that_share_modules_are_not_gone_through_for_ever(kind):
-  """A few modules, each twice in the next, are millions of names; what they carry is looked at as often."""
+  """A few modules, each twice in the next, are millions of names; what they carry is looked at as
+  often."""
   module = Module('Leaf', dict(_parameters={}, _buffers={}, _modules={}))
   for _ in range(40):
     state = dict(_parameters={}, _buffers={}, _modules={})
@@ -420,7 +589,9 @@ def test_long_names_are_not_put_together():
 def test_what_doubles_stays_small(write):
   laughs = b'\x80\x02()q\0' + b'h\0h\0\x86q\0' * 200 + b't.'
   assert len(read_within_bounds(write(laughs))) == 201
-  with pytest.raises(SnapshotError, match='a key in it is a tuple'):  # whose hash would take 2 ** 200 steps
+  with pytest.raises(
+    SnapshotError, match='a key in it is a tuple'
+  ):  # whose hash would take 2 ** 200 steps
     read_within_bounds(write(b'\x80\x02}' + laughs[2:-1] + b'Ns.'))
   with pytest.raises(SnapshotError, match='nested too deeply'):
     state_dict(read_within_bounds(write(files.pickled(deep_modules()))))
@@ -444,12 +615,15 @@ def test_a_large_file_costs_itself(write):
     assert not state['a'].flags.writeable and state['b'][-1] == 2_999_999
 
 
-@pytest.mark.parametrize('content, words', [
-  (b'', 'is empty'),
-  (b'\n<!DOCTYPE html><html><body>Sign in</body></html>', 'is a web page'),
-  (b'version https://git-lfs.github.com/spec/v1\noid sha256:00\n', 'git lfs pull'),
-  (b'\x1f\x8b\x08\0', 'is not a PyTorch file'),
-])
+@pytest.mark.parametrize(
+  'content, words',
+  [
+    (b'', 'is empty'),
+    (b'\n<!DOCTYPE html><html><body>Sign in</body></html>', 'is a web page'),
+    (b'version https://git-lfs.github.com/spec/v1\noid sha256:00\n', 'git lfs pull'),
+    (b'\x1f\x8b\x08\0', 'is not a PyTorch file'),
+  ],
+)
 def test_other_files(content, words, write):
   with pytest.raises(SnapshotError, match=words):
     read(write(content))
@@ -469,7 +643,7 @@ def damaged(content, rng):
   """(bytes, how many were touched; None where the file was cut)."""
   kind = rng.integers(3)
   if kind == 0:
-    return content[:rng.integers(len(content))], None
+    return content[: rng.integers(len(content))], None
   data = bytearray(content)
   if kind == 1:
     where = rng.choice(len(data), rng.integers(1, 4), replace=False)
@@ -477,19 +651,22 @@ def damaged(content, rng):
       data[i] ^= 1 << rng.integers(8)
     return bytes(data), len(where)
   start, length = rng.integers(len(data)), rng.integers(1, 64)
-  run = rng.bytes(length)[:len(data) - start]
-  data[start:start + len(run)] = run
+  run = rng.bytes(length)[: len(data) - start]
+  data[start : start + len(run)] = run
   return bytes(data), len(run)
 
 
 def check_damage(whole, truth, count, seed, path):
-  """Each damage ends in SnapshotError, or the tensors differ in no more numbers than bytes were touched."""
+  """Each damage ends in SnapshotError, or the tensors differ in no more numbers than bytes were
+  touched."""
   rng, outcomes = np.random.default_rng(seed), {'refused': 0, 'read': 0, 'loaded': 0}
   for i in range(count):
     data, touched = damaged(whole, rng)
     path.write_bytes(data)
     try:
-      content = (read if i % 5 else read_within_bounds)(path)  # measuring takes ten times as long as reading
+      content = (read if i % 5 else read_within_bounds)(
+        path
+      )  # measuring takes ten times as long as reading
       outcomes['read'] += 1
       generator = load_generator(path)
       outcomes['loaded'] += 1
@@ -523,22 +700,32 @@ def test_damage(snapshot, tmp_path):
 @pytest.mark.parametrize('protocol', [2, 3, 4])
 def test_a_thousand_damages_of_small_files(protocol, tmp_path):
   made, truth = files.small_snapshot()
-  outcomes = check_damage(files.pickled(made, protocol), truth['G_ema'], 334, protocol, tmp_path / 'x.pkl')
+  outcomes = check_damage(
+    files.pickled(made, protocol), truth['G_ema'], 334, protocol, tmp_path / 'x.pkl'
+  )
   assert outcomes['loaded'] > 20, outcomes
 
 
 @pytest.mark.slow
 def test_a_thousand_damages_of_the_official_file(shared, tmp_path):
   path = shared / 'fixtures' / 'stylegan2' / 'a_tiny_cond32.nosrc.pkl'
-  outcomes = check_damage(path.read_bytes(), state_dict(read(path)['G_ema']), 1000, 9, tmp_path / 'x.pkl')
+  outcomes = check_damage(
+    path.read_bytes(), state_dict(read(path)['G_ema']), 1000, 9, tmp_path / 'x.pkl'
+  )
   assert outcomes['loaded'] > 50, outcomes
 
 
 @pytest.mark.parametrize('container', [files.legacy, files.zipped])
 def test_damage_of_other_containers(container, tmp_path):
   """A zip archive has checksums, so what is read of it is right."""
-  rng, truth = np.random.default_rng(1), {f'layer{i}.weight': np.full((5, 7), i, np.float32) for i in range(6)}
-  content, path = container({name: files.Tensor(x) for name, x in truth.items()}), tmp_path / 'x.pth'
+  rng, truth = (
+    np.random.default_rng(1),
+    {f'layer{i}.weight': np.full((5, 7), i, np.float32) for i in range(6)},
+  )
+  content, path = (
+    container({name: files.Tensor(x) for name, x in truth.items()}),
+    tmp_path / 'x.pth',
+  )
   loaded = 0
   for i in range(200):
     data, touched = damaged(content, rng)

@@ -1,17 +1,19 @@
-"""When does it work? Data size, share of labels, granularity and corruption, after Cole et al., arXiv 2105.05837.
+"""When does it work? Data size, share of labels, granularity and corruption, after Cole et al.,
+arXiv 2105.05837.
 
   python -m palm_jax.main --config=configs/studies/contours.py:smoke
   python -m palm_jax.main --config=configs/studies/contours.py:laptop --config.data.name=train.npz,test.npz
   python -m palm_jax.main --config=configs/studies/contours.py:paper,cifar100
 
-laptop: 5 arms x 3 seeds x 8 minutes, and the supervised trainings on shares of labels: about 2.5 hours. PALM at a part of the
-samples has as many updates as with all. Corrupted are the test images; probes learn on clean ones. 20 superclasses beside 100
-classes with cifar100 only.
+laptop: 5 arms x 3 seeds x 8 minutes, and the supervised trainings on shares of labels: about 2.5
+hours. PALM at a part of the samples has as many updates as with all. Corrupted are the test images;
+probes learn on clean ones. 20 superclasses beside 100 classes with cifar100 only.
 """
+
 from configs.studies import scales
 
 TIMES = {'smoke': (2,), 'laptop': (3, 11), 'paper': (7, 84)}
-SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 1.)
+SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
 SALT_AND_PEPPER = (0.01, 0.05, 0.2)
 PIXELS = {'smoke': (4, 6), 'laptop': (8, 16, 24), 'paper': (8, 16, 24)}
 
@@ -19,14 +21,25 @@ PIXELS = {'smoke': (4, 6), 'laptop': (8, 16, 24), 'paper': (8, 16, 24)}
 def get_config(variant='laptop'):
   b = scales.base('contours', variant)
   c = b.config
-  c.probe.update(dict(methods=(b.method,), label_fractions=SHARES, coarse='cifar100' in c.data.name, corruptions=(
-      *(f'salt_pepper:{share}' for share in SALT_AND_PEPPER), *(f'downsample:{size}' for size in PIXELS[b.scale]))))
+  c.probe.update(
+    dict(
+      methods=(b.method,),
+      label_fractions=SHARES,
+      coarse='cifar100' in c.data.name,
+      corruptions=(
+        *(f'salt_pepper:{share}' for share in SALT_AND_PEPPER),
+        *(f'downsample:{size}' for size in PIXELS[b.scale]),
+      ),
+    )
+  )
   c.study.arms = (
-      ('PALM', f'probe.methods={(b.method, "supervised")}'),
-      *((f'PALM, {samples:,} samples', settings)
-        for samples, settings in (scales.with_samples(c, times) for times in TIMES[b.scale])),
-      ('PALM + data aug', 'simsiam.augment=simsiam'),
-      ('SimSiam', 'pairs.source=two_views simsiam.augment=simsiam'),
+    ('PALM', f'probe.methods={(b.method, "supervised")}'),
+    *(
+      (f'PALM, {samples:,} samples', settings)
+      for samples, settings in (scales.with_samples(c, times) for times in TIMES[b.scale])
+    ),
+    ('PALM + data aug', 'simsiam.augment=simsiam'),
+    ('SimSiam', 'pairs.source=two_views simsiam.augment=simsiam'),
   )
 
   def measures(**chosen):
@@ -34,14 +47,28 @@ def get_config(variant='laptop'):
     row = lambda share, labels: b.row(**chosen, rest=f', fraction={share}, labels={labels}')
     corrupted = lambda kind, strength: row(1, 'fine').replace('/clean', f'/{kind}:{strength}')
     found = [('accuracy by share of labels', row(share, 'fine'), share) for share in SHARES]
-    found += [('accuracy by salt and pepper', corrupted('salt_pepper', share), share) for share in SALT_AND_PEPPER]
-    found += [('accuracy by pixels left', corrupted('downsample', size), size) for size in PIXELS[b.scale]]
+    found += [
+      ('accuracy by salt and pepper', corrupted('salt_pepper', share), share)
+      for share in SALT_AND_PEPPER
+    ]
+    found += [
+      ('accuracy by pixels left', corrupted('downsample', size), size) for size in PIXELS[b.scale]
+    ]
     if c.probe.coarse:
-      found += [('accuracy by classes', row(1, labels), classes) for labels, classes in (('fine', 100), ('coarse', 20))]
+      found += [
+        ('accuracy by classes', row(1, labels), classes)
+        for labels, classes in (('fine', 100), ('coarse', 20))
+      ]
     return found
+
   c.study.measures = tuple(measures())
-  c.study.references = tuple((name, 'PALM', measure, path, x) for name, chosen in (
-      ('supervised', dict(method='supervised')), ('untrained', dict(features='untrained encoder')))
-                             for measure, path, x in measures(**chosen))
+  c.study.references = tuple(
+    (name, 'PALM', measure, path, x)
+    for name, chosen in (
+      ('supervised', dict(method='supervised')),
+      ('untrained', dict(features='untrained encoder')),
+    )
+    for measure, path, x in measures(**chosen)
+  )
   c.study.orderings = ('PALM > untrained', 'supervised > PALM', 'PALM > SimSiam')
   return c

@@ -6,15 +6,22 @@
 
 laptop: 6 lengths x 3 seeds x 6 minutes: about 2 hours. Each length compiles its own program.
 """
+
 from configs.studies import scales
 
-LENGTHS = {'smoke': (4, 64), 'laptop': (4, 8, 16, 64, 256, 1024), 'paper': (4, 8, 16, 64, 256, 1024)}
+LENGTHS = {
+  'smoke': (4, 64),
+  'laptop': (4, 8, 16, 64, 256, 1024),
+  'paper': (4, 8, 16, 64, 256, 1024),
+}
 
 
 def get_config(variant='laptop'):
   b = scales.base('episode_length', variant)
   c = b.config
-  c.study.arms = tuple(('PALM', f'environment.episode_length={length}', length) for length in LENGTHS[b.scale])
+  c.study.arms = tuple(
+    ('PALM', f'environment.episode_length={length}', length) for length in LENGTHS[b.scale]
+  )
   c.study.reference, c.study.axis = 'PALM @ 64', 'frames an episode'
   c.study.orderings = ('PALM @ 64 > PALM @ 4',)
   return c

@@ -1,12 +1,15 @@
-"""Figure 3: labels in the features, beside SimSiam and SimCLR on real images, and supervised training.
+"""Figure 3: labels in the features, beside SimSiam and SimCLR on real images, and supervised
+training.
 
   python -m palm_jax.main --config=configs/studies/figure3.py:smoke
   python -m palm_jax.main --config=configs/studies/figure3.py:laptop --config.data.name=train.npz,test.npz
   python -m palm_jax.main --config=configs/studies/figure3.py:paper,cifar100
 
-laptop: 4 arms x 3 seeds x 6 minutes, and 3 supervised trainings: about 1.5 hours. The paper has three seeds, CIFAR-10 and
-CIFAR-100. All arms have the same number of updates and pairs; SimSiam and SimCLR see two augmented views of real images.
+laptop: 4 arms x 3 seeds x 6 minutes, and 3 supervised trainings: about 1.5 hours. The paper has
+three seeds, CIFAR-10 and CIFAR-100. All arms have the same number of updates and pairs; SimSiam and
+SimCLR see two augmented views of real images.
 """
+
 from configs.studies import scales
 
 
@@ -15,11 +18,17 @@ def get_config(variant='laptop'):
   c = b.config
   methods = (*c.probe.methods, 'supervised')
   c.study.arms = (
-      ('PALM', f'probe.methods={methods}'),
-      ('PALM + data aug', 'simsiam.augment=simsiam'),
-      ('SimSiam', 'pairs.source=two_views simsiam.augment=simsiam'),
-      ('SimCLR', 'pairs.source=two_views simsiam.augment=simsiam simsiam.objective=simclr'),
+    ('PALM', f'probe.methods={methods}'),
+    ('PALM + data aug', 'simsiam.augment=simsiam'),
+    ('SimSiam', 'pairs.source=two_views simsiam.augment=simsiam'),
+    ('SimCLR', 'pairs.source=two_views simsiam.augment=simsiam simsiam.objective=simclr'),
   )
   c.study.references += (('supervised', 'PALM', 'linear accuracy', b.row(method='supervised')),)
-  c.study.orderings = ('PALM > untrained', 'PALM > SimSiam', 'PALM > SimCLR', 'PALM + data aug > PALM', 'supervised > PALM')
+  c.study.orderings = (
+    'PALM > untrained',
+    'PALM > SimSiam',
+    'PALM > SimCLR',
+    'PALM + data aug > PALM',
+    'supervised > PALM',
+  )
   return c

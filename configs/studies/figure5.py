@@ -4,27 +4,36 @@
   python -m palm_jax.main --config=configs/studies/figure5.py:laptop --config.data.name=train.npz,test.npz
   python -m palm_jax.main --config=configs/studies/figure5.py:paper,cifar100
 
-laptop: 16 cells x 3 seeds x 6 minutes: about 5 hours. All cells compile one program. The paper has CIFAR-100, three seeds.
+laptop: 16 cells x 3 seeds x 6 minutes: about 5 hours. All cells compile one program. The paper has
+CIFAR-100, three seeds.
 """
+
 from configs.studies import scales
 
 GRID = {
-    'smoke': ((0., 0.95), (0., 0.5)),
-    'laptop': ((0., 0.5, 0.95, 1.), (0., 0.5, 0.75, 0.95)),
-    'paper': ((0., 0.25, 0.5, 0.75, 0.95, 1.), (0., 0.25, 0.5, 0.75, 0.95)),
+  'smoke': ((0.0, 0.95), (0.0, 0.5)),
+  'laptop': ((0.0, 0.5, 0.95, 1.0), (0.0, 0.5, 0.75, 0.95)),
+  'paper': ((0.0, 0.25, 0.5, 0.75, 0.95, 1.0), (0.0, 0.25, 0.5, 0.75, 0.95)),
 }
 
 
 def get_config(variant='laptop'):
   b = scales.base('figure5', variant)
   c, (alphas, betas) = b.config, GRID[b.scale]
-  c.study.arms = tuple((f'alpha {alpha}', f'environment.alpha={alpha} environment.beta={beta}', beta)
-                       for alpha in alphas for beta in betas)
+  c.study.arms = tuple(
+    (f'alpha {alpha}', f'environment.alpha={alpha} environment.beta={beta}', beta)
+    for alpha in alphas
+    for beta in betas
+  )
   c.study.references = ()
   c.study.reference = 'alpha 0.95 @ 0.5'
   c.study.orderings = ('alpha 0.95 @ 0.5 > alpha 0.95 @ 0', 'alpha 0.95 > alpha 0.0')
   if b.scale != 'smoke':
-    c.study.orderings += ('alpha 0.95 > alpha 1.0', 'alpha 0.95 > alpha 0.5', 'alpha 0.95 @ 0.5 > alpha 0.95 @ 0.95',
-                          'alpha 0.95 @ 0.75 > alpha 0.95 @ 0.95')
+    c.study.orderings += (
+      'alpha 0.95 > alpha 1.0',
+      'alpha 0.95 > alpha 0.5',
+      'alpha 0.95 @ 0.5 > alpha 0.95 @ 0.95',
+      'alpha 0.95 @ 0.75 > alpha 0.95 @ 0.95',
+    )
   c.study.axis, c.study.grid = 'beta', True
   return c

@@ -1,13 +1,16 @@
-"""What the studies start from, at three scales; a study's variant is one of them, and any of configs/cifar.py behind it.
+"""What the studies start from, at three scales; a study's variant is one of them, and any of
+configs/cifar.py behind it.
 
   smoke   digits of scikit-learn, seconds a run: to see that a study works; its numbers say nothing
   laptop  configs/cifar.py:small on two CPU cores, about 6 minutes a run (5 of pretraining, 1 of probe); needs --config.data.name
   paper   configs/cifar.py: accelerators; trains its generator first
 
-For example configs/studies/figure3.py:paper,cifar100. PALM is alpha 0.95 and beta 0.75 in all studies, the best cell of the
-paper's Figure 5; configs/studies/figure3.py:paper,paper_text takes the numbers of its text instead. Some arms have budgets that
-are worked out from the scale's, so change the config file, not --config.pretrain.env_steps.
+For example configs/studies/figure3.py:paper,cifar100. PALM is alpha 0.95 and beta 0.75 in all
+studies, the best cell of the paper's Figure 5; configs/studies/figure3.py:paper,paper_text takes
+the numbers of its text instead. Some arms have budgets that are worked out from the scale's, so
+change the config file, not --config.pretrain.env_steps.
 """
+
 import math
 from typing import NamedTuple
 
@@ -28,17 +31,29 @@ class Base(NamedTuple):
 
   def row(self, features='PALM encoder', method=None, rest=''):
     """Path of an accuracy in results/probe.json."""
-    chosen = f'method={method}' if method == 'supervised' else f'features={features}, method={method or self.method}'
+    chosen = (
+      f'method={method}'
+      if method == 'supervised'
+      else f'features={features}, method={method or self.method}'
+    )
     return f'probe/rows[{chosen}{rest}]/accuracy/clean'
 
 
 def base(name, variant):
-  """The Base of the study `name` at the scale that its variant begins with; UserError where it begins with none."""
+  """The Base of the study `name` at the scale that its variant begins with; UserError where it
+  begins with none."""
   scale, *words = variant.split(',')
   if scale not in SCALES or (scale == 'smoke' and words):
-    raise UserError(f'configs/studies/{name}.py:{variant} is unknown: scales are {", ".join(SCALES)}, the last two followed by '
-                    'variants of configs/cifar.py')
-  c = smoke() if scale == 'smoke' else cifar.get_config(','.join(['small'] * (scale == 'laptop') + words))
+    raise UserError(
+      f'configs/studies/{name}.py:{variant} is unknown: scales are {", ".join(SCALES)}, the last '
+      'two followed by '
+      'variants of configs/cifar.py'
+    )
+  c = (
+    smoke()
+    if scale == 'smoke'
+    else cifar.get_config(','.join(['small'] * (scale == 'laptop') + words))
+  )
   if not set(words) & set(cifar.PRESETS):
     c.environment.alpha, c.environment.beta = cifar.PRESETS['paper_fig5']
   if scale != 'paper':
@@ -49,24 +64,49 @@ def base(name, variant):
   b = Base(c, scale, 1437 if scale == 'smoke' else 50_000, 'sgd' if scale == 'paper' else 'lbfgs')
   if scale == 'smoke':
     c.study.seeds = (0, 1)
-  c.study.measures = (('linear accuracy', b.row()), ('kNN accuracy', b.row(method='knn')),
-                      ('effective rank of h', 'pretrain/metrics/h_effective_rank'))
-  c.study.references = (('untrained', 'PALM', 'linear accuracy', b.row('untrained encoder')),
-                        ('untrained', 'PALM', 'kNN accuracy', b.row('untrained encoder', 'knn')))
+  c.study.measures = (
+    ('linear accuracy', b.row()),
+    ('kNN accuracy', b.row(method='knn')),
+    ('effective rank of h', 'pretrain/metrics/h_effective_rank'),
+  )
+  c.study.references = (
+    ('untrained', 'PALM', 'linear accuracy', b.row('untrained encoder')),
+    ('untrained', 'PALM', 'kNN accuracy', b.row('untrained encoder', 'knn')),
+  )
   return b
 
 
 def smoke():
   """Digits, everything small: the generator trains for seconds."""
   c = digits.get_config()
-  c.generator.update(dict(z_dim=8, w_dim=8, mapping_layers=2, channel_base=64, channel_max=8, d_channel_base=64,
-                          d_channel_max=8, kimg=3.2, ema_kimg=1., iterations_per_call=20))
+  c.generator.update(
+    dict(
+      z_dim=8,
+      w_dim=8,
+      mapping_layers=2,
+      channel_base=64,
+      channel_max=8,
+      d_channel_base=64,
+      d_channel_max=8,
+      kimg=3.2,
+      ema_kimg=1.0,
+      iterations_per_call=20,
+    )
+  )
   c.replay.capacity = 8192
   c.encoder.width = 4
   c.simsiam.update(dict(proj_hidden=32, proj_dim=32, pred_hidden=16))
   c.sac.update(dict(hidden=(32, 32), trunk=16))
-  c.pretrain.update(dict(env_steps=7168, batch_size=64, updates_per_iteration=2, warmup_steps=1024, iterations_per_call=4,
-                         monitor_fraction=1.))
+  c.pretrain.update(
+    dict(
+      env_steps=7168,
+      batch_size=64,
+      updates_per_iteration=2,
+      warmup_steps=1024,
+      iterations_per_call=4,
+      monitor_fraction=1.0,
+    )
+  )
   for method in ('finetune', 'supervised'):
     c.probe[method].update(dict(epochs=2, warmup=0.2))
   c.diversity.num_images = 300
@@ -74,7 +114,8 @@ def smoke():
 
 
 def with_samples(c, times):
-  """The run with a `times`-th of the samples, each seen `times` as often: the same number of updates.
+  """The run with a `times`-th of the samples, each seen `times` as often: the same number of
+  updates.
 
   Returns:
     (env steps, settings of a study's arm).
@@ -88,9 +129,15 @@ def with_samples(c, times):
   warm = math.ceil(p.warmup_steps / block)
   blocks, rest = divmod(iterations - warm, times)
   if rest:
-    raise UserError(f'{iterations - warm} iterations with updates are no multiple of {times}: choose other sizes')
+    raise UserError(
+      f'{iterations - warm} iterations with updates are no multiple of {times}: choose other sizes'
+    )
   iterations = blocks + warm
-  most = max(1, p.iterations_per_call // times)  # no more updates a call, and a line of progress, than the base run's
+  most = max(
+    1, p.iterations_per_call // times
+  )  # no more updates a call, and a line of progress, than the base run's
   per_call = max(n for n in range(1, most + 1) if iterations % n == 0)
-  return iterations * block, (f'pretrain.env_steps={iterations * block} pretrain.iterations_per_call={per_call} '
-                              f'pretrain.updates_per_iteration={times * p.updates_per_iteration}')
+  return iterations * block, (
+    f'pretrain.env_steps={iterations * block} pretrain.iterations_per_call={per_call} '
+    f'pretrain.updates_per_iteration={times * p.updates_per_iteration}'
+  )

@@ -1,12 +1,15 @@
-"""Table 3: how many training images are the nearest of something explored, beside random actions and independent latents.
+"""Table 3: how many training images are the nearest of something explored, beside random actions
+and independent latents.
 
   python -m palm_jax.main --config=configs/studies/table3.py:smoke
   python -m palm_jax.main --config=configs/studies/table3.py:laptop --config.data.name=train.npz,test.npz
   python -m palm_jax.main --config=configs/studies/table3.py:paper --config.quality.inception_path=FILE
 
-laptop: 2 arms x 3 seeds x 8 minutes: under an hour, in each run's own features, so that arms differ in what they are measured
-with, too: compare within an arm. paper: Inception features, of a weight file that you give.
+laptop: 2 arms x 3 seeds x 8 minutes: under an hour, in each run's own features, so that arms differ
+in what they are measured with, too: compare within an arm. paper: Inception features, of a weight
+file that you give.
 """
+
 from configs import cifar
 from configs.studies import scales
 
@@ -22,10 +25,19 @@ def get_config(variant='laptop'):
   path = lambda name, metric: f'diversity/rows[set={name}]/{prefix}{metric}'
   alpha, beta = cifar.PRESETS['paper_text']
   c.study.jobs = ('pretrain', 'diversity')
-  c.study.arms = (('PALM', ''), ('paper_text', f'environment.alpha={alpha} environment.beta={beta}'))
-  c.study.measures = (('coverage', path('explored', 'unique_nn')), ('precision', path('explored', 'precision')),
-                      ('FID', path('explored', 'FID')))
-  c.study.references = tuple((name, 'PALM', measure, path(name, metric)) for name in SETS for measure, metric in (
-      ('coverage', 'unique_nn'), ('precision', 'precision'), ('FID', 'FID')))
+  c.study.arms = (
+    ('PALM', ''),
+    ('paper_text', f'environment.alpha={alpha} environment.beta={beta}'),
+  )
+  c.study.measures = (
+    ('coverage', path('explored', 'unique_nn')),
+    ('precision', path('explored', 'precision')),
+    ('FID', path('explored', 'FID')),
+  )
+  c.study.references = tuple(
+    (name, 'PALM', measure, path(name, metric))
+    for name in SETS
+    for measure, metric in (('coverage', 'unique_nn'), ('precision', 'precision'), ('FID', 'FID'))
+  )
   c.study.orderings = ('PALM > independent', 'PALM > random actions', 'test images > PALM')
   return c

@@ -1,4 +1,5 @@
 """Double DQN on stacks of frames as pure functions; its keys also describe DrQ (see drq.py)."""
+
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +17,8 @@ OPTIMIZERS = ('adam', 'rmsprop')
 
 
 def default_config():
-  return ConfigDict(dict(
+  return ConfigDict(
+    dict(
       features=512,  # Mnih et al. 2015
       dueling=False,  # dqn_zoo double_q
       n_step=1,  # dqn_zoo double_q
@@ -30,38 +32,69 @@ def default_config():
       epsilon_decay=250_000,  # agent steps from 1, after min_history: dopamine dqn.gin
       optimizer='adam',  # rmsprop: centred, decay 0.95, dqn_zoo double_q
       lr=6.25e-5,  # dopamine dqn.gin
-      hidden_scale=1.,  # of lr, for the layer between trunk and heads
-      trunk_scale=1.,  # of lr, for the convolutions; 0 freezes them
+      hidden_scale=1.0,  # of lr, for the layer between trunk and heads
+      trunk_scale=1.0,  # of lr, for the convolutions; 0 freezes them
       adam_eps=1.5e-4,  # dopamine dqn.gin
       rmsprop_eps=0.01 / 32**2,  # dqn_zoo double_q
-  ))
+    )
+  )
 
 
 def dqn_zoo_config():
-  """dqn_zoo's double_q/run_atari.py, "tuned", in agent steps of four frames. Its shared bias of the last layer is left out."""
+  """dqn_zoo's double_q/run_atari.py, "tuned", in agent steps of four frames. Its shared bias of the
+  last layer is left out."""
   config = default_config()
-  config.update(dict(target_period=30_000, min_history=50_000, epsilon_decay=1_000_000, optimizer='rmsprop', lr=2.5e-4))
+  config.update(
+    dict(
+      target_period=30_000,
+      min_history=50_000,
+      epsilon_decay=1_000_000,
+      optimizer='rmsprop',
+      lr=2.5e-4,
+    )
+  )
   return config
 
 
 def check_config(section, c):
-  """Raises UserError on settings of an agent (`section` is its name in messages) that cannot work."""
+  """Raises UserError on settings of an agent (`section` is its name in messages) that cannot
+  work."""
   if c.optimizer not in OPTIMIZERS:
-    raise UserError(f'{section}.optimizer={c.optimizer!r} is unknown: choose {" or ".join(OPTIMIZERS)}')
-  for name in ('features', 'n_step', 'batch_size', 'learn_period', 'target_period', 'epsilon_decay', 'lr', 'hidden_scale',
-               'adam_eps', 'rmsprop_eps'):
+    raise UserError(
+      f'{section}.optimizer={c.optimizer!r} is unknown: choose {" or ".join(OPTIMIZERS)}'
+    )
+  for name in (
+    'features',
+    'n_step',
+    'batch_size',
+    'learn_period',
+    'target_period',
+    'epsilon_decay',
+    'lr',
+    'hidden_scale',
+    'adam_eps',
+    'rmsprop_eps',
+  ):
     if not c[name] > 0:
       raise UserError(f'{section}.{name}={c[name]} is not positive: set it above 0')
   if not c.trunk_scale >= 0:
-    raise UserError(f'{section}.trunk_scale={c.trunk_scale} is negative: set it to 0 (frozen) or more')
+    raise UserError(
+      f'{section}.trunk_scale={c.trunk_scale} is negative: set it to 0 (frozen) or more'
+    )
   for name in ('gamma', 'epsilon'):
     if not 0 <= c[name] <= 1:
       raise UserError(f'{section}.{name}={c[name]} is not in [0, 1]')
   if c.target_period % c.learn_period:
-    raise UserError(f'{section}.target_period={c.target_period} is not a multiple of learn_period={c.learn_period}: set it to '
-                    f'{max(1, round(c.target_period / c.learn_period)) * c.learn_period}, for example')
+    raise UserError(
+      f'{section}.target_period={c.target_period} is not a multiple of '
+      f'learn_period={c.learn_period}: set it to '
+      f'{max(1, round(c.target_period / c.learn_period)) * c.learn_period}, for example'
+    )
   if c.min_history > c.capacity:
-    raise UserError(f'{section}.min_history={c.min_history} is above capacity={c.capacity}: updates would never begin')
+    raise UserError(
+      f'{section}.min_history={c.min_history} is above capacity={c.capacity}: updates would never '
+      'begin'
+    )
 
 
 class QNetwork(nn.Module):
@@ -72,6 +105,7 @@ class QNetwork(nn.Module):
     features: width of the dense layer, which value and advantage share.
     dueling: add a value and take the mean from the advantages (Wang et al. 2016, equation 9).
   """
+
   num_actions: int
   features: int = 512
   dueling: bool = False
@@ -81,7 +115,9 @@ class QNetwork(nn.Module):
     """stacks (B, H, W, 4), uint8 or floats in [-1, 1] -> (B, A)."""
     h = NatureCNN(self.features, name='encoder')(stacks, train=False)
     q = nn.Dense(self.num_actions, name='advantage')(h)
-    return q if not self.dueling else nn.Dense(1, name='value')(h) + q - q.mean(axis=-1, keepdims=True)
+    return (
+      q if not self.dueling else nn.Dense(1, name='value')(h) + q - q.mean(axis=-1, keepdims=True)
+    )
 
 
 @flax.struct.dataclass
@@ -90,10 +126,12 @@ class Agent:
 
   Attributes:
     params: of QNetwork.
-    target: the copy that values s'; None where target_period is learn_period, so that params are their own target.
+    target: the copy that values s'; None where target_period is learn_period, so that params are
+      their own target.
     opt_state: of the optimizer.
     updates: () int32.
   """
+
   params: Any
   target: Any
   opt_state: Any
@@ -105,15 +143,27 @@ def _network(params, config):
 
 
 def _optimizer(config):
-  """Adam or RMSProp, then a learning rate for trunk, dense layer and heads. `update` needs no parameters."""
+  """Adam or RMSProp, then a learning rate for trunk, dense layer and heads. `update` needs no
+  parameters."""
+
   def by_group(updates, _):
     descend = lambda lr, tree: jax.tree.map(lambda u: -lr * u, tree)
-    encoder = {name: descend(config.lr * (config.trunk_scale if name in TRUNK else config.hidden_scale), tree)
-               for name, tree in updates['encoder'].items()}
-    return {name: encoder if name == 'encoder' else descend(config.lr, tree) for name, tree in updates.items()}
+    encoder = {
+      name: descend(
+        config.lr * (config.trunk_scale if name in TRUNK else config.hidden_scale), tree
+      )
+      for name, tree in updates['encoder'].items()
+    }
+    return {
+      name: encoder if name == 'encoder' else descend(config.lr, tree)
+      for name, tree in updates.items()
+    }
 
-  scale = (optax.scale_by_adam(eps=config.adam_eps) if config.optimizer == 'adam'
-           else optax.scale_by_stddev(decay=0.95, eps=config.rmsprop_eps))
+  scale = (
+    optax.scale_by_adam(eps=config.adam_eps)
+    if config.optimizer == 'adam'
+    else optax.scale_by_stddev(decay=0.95, eps=config.rmsprop_eps)
+  )
   return optax.chain(scale, optax.stateless(by_group))
 
 
@@ -125,7 +175,8 @@ def init(key, stack_shape, num_actions, config, trunk=None):
     stack_shape: (H, W, 4).
     num_actions: A.
     config: attributes of `default_config()`.
-    trunk: parameters {'conv1', 'conv2', 'conv3'} of a NatureCNN to begin with, leaf for leaf; all else is fresh.
+    trunk: parameters {'conv1', 'conv2', 'conv3'} of a NatureCNN to begin with, leaf for leaf; all
+      else is fresh.
 
   Returns:
     Agent.
@@ -133,10 +184,19 @@ def init(key, stack_shape, num_actions, config, trunk=None):
   network = QNetwork(num_actions, config.features, config.dueling)
   params = network.init(key, jnp.zeros((1, *stack_shape)))['params']
   if trunk:
-    params = dict(params, encoder=dict(params['encoder'], **{name: jax.tree.map(jnp.asarray, trunk[name]) for name in TRUNK}))
+    params = dict(
+      params,
+      encoder=dict(
+        params['encoder'], **{name: jax.tree.map(jnp.asarray, trunk[name]) for name in TRUNK}
+      ),
+    )
   own_target = config.target_period == config.learn_period
-  return Agent(params=params, target=None if own_target else jax.tree.map(jnp.copy, params),
-               opt_state=_optimizer(config).init(params), updates=jnp.zeros((), jnp.int32))
+  return Agent(
+    params=params,
+    target=None if own_target else jax.tree.map(jnp.copy, params),
+    opt_state=_optimizer(config).init(params),
+    updates=jnp.zeros((), jnp.int32),
+  )
 
 
 def q_values(params, stacks, config):
@@ -145,19 +205,27 @@ def q_values(params, stacks, config):
 
 
 def act(params, stacks, epsilon, key, config):
-  """Actions (E,) int32 for stacks (E, H, W, 4): random with probability epsilon, else the best. Row e draws by (key, e)."""
+  """Actions (E,) int32 for stacks (E, H, W, 4): random with probability epsilon, else the best. Row
+  e draws by (key, e)."""
   q = q_values(params, stacks, config)
 
   def one(e, best):
     explore_key, action_key = jax.random.split(jax.random.fold_in(key, e))
-    return jnp.where(jax.random.uniform(explore_key) < epsilon, jax.random.randint(action_key, (), 0, q.shape[1]), best)
+    return jnp.where(
+      jax.random.uniform(explore_key) < epsilon,
+      jax.random.randint(action_key, (), 0, q.shape[1]),
+      best,
+    )
+
   return jax.vmap(one)(jnp.arange(len(q)), jnp.argmax(q, axis=1))
 
 
 def targets(next_q_online, next_q_target, returns, discounts):
-  """Double Q-learning's targets (B,): the online network chooses, the other values (van Hasselt et al. 2016, equation 4).
+  """Double Q-learning's targets (B,): the online network chooses, the other values (van Hasselt et
+  al. 2016, equation 4).
 
-  next_q_online and next_q_target are (B, A), returns and discounts (B,) as in palm_jax.atari.replay.Batch.
+  next_q_online and next_q_target are (B, A), returns and discounts (B,) as in
+  palm_jax.atari.replay.Batch.
   """
   chosen = jnp.argmax(next_q_online, axis=1)
   return returns + discounts * jnp.take_along_axis(next_q_target, chosen[:, None], axis=1)[:, 0]
@@ -171,7 +239,8 @@ def update(agent, batches, key, config, augment=None):
     batches: Batch of arrays (U, B, ...).
     key: one typed key; update u of an agent's life draws by (key, u).
     config: attributes of `default_config()`.
-    augment: (keys (B,), stacks (B, H, W, 4) uint8) -> floats in [-1, 1]; s and s' are drawn independently.
+    augment: (keys (B,), stacks (B, H, W, 4) uint8) -> floats in [-1, 1]; s and s' are drawn
+      independently.
 
   Returns:
     Agent, and a dict of scalars, means over the U updates: loss, q, target_q, grad_norm.
@@ -188,24 +257,35 @@ def update(agent, batches, key, config, augment=None):
       stacks, next_stacks = augment(keys[:size], stacks), augment(keys[size:], next_stacks)
 
     next_q = network.apply({'params': agent.params}, next_stacks)
-    next_q_target = next_q if agent.target is None else network.apply({'params': agent.target}, next_stacks)
+    next_q_target = (
+      next_q if agent.target is None else network.apply({'params': agent.target}, next_stacks)
+    )
     target_q = targets(next_q, next_q_target, batch.returns, batch.discounts)
 
     def loss_fn(params):
       if not config.trunk_scale:  # spares the gradients of a frozen trunk
-        params = dict(params, encoder={name: jax.lax.stop_gradient(tree) if name in TRUNK else tree
-                                       for name, tree in params['encoder'].items()})
+        params = dict(
+          params,
+          encoder={
+            name: jax.lax.stop_gradient(tree) if name in TRUNK else tree
+            for name, tree in params['encoder'].items()
+          },
+        )
       q = network.apply({'params': params}, stacks)
       q = jnp.take_along_axis(q, batch.actions[:, None], axis=1)[:, 0]
-      return jnp.mean(optax.huber_loss(q, target_q, delta=1.)), q
+      return jnp.mean(optax.huber_loss(q, target_q, delta=1.0)), q
 
     (loss, q), grads = jax.value_and_grad(loss_fn, has_aux=True)(agent.params)
     steps, opt_state = optimizer.update(grads, agent.opt_state)
     params, updates = optax.apply_updates(agent.params, steps), agent.updates + 1
     target = agent.target
     if target is not None:
-      target = jax.tree.map(lambda new, old: jnp.where(updates % copy_every == 0, new, old), params, target)
-    metrics = dict(loss=loss, q=q.mean(), target_q=target_q.mean(), grad_norm=optax.tree.norm(grads))
+      target = jax.tree.map(
+        lambda new, old: jnp.where(updates % copy_every == 0, new, old), params, target
+      )
+    metrics = dict(
+      loss=loss, q=q.mean(), target_q=target_q.mean(), grad_norm=optax.tree.norm(grads)
+    )
     return Agent(params=params, target=target, opt_state=opt_state, updates=updates), metrics
 
   agent, metrics = jax.lax.scan(one, agent, batches)
@@ -213,6 +293,7 @@ def update(agent, batches, key, config, augment=None):
 
 
 def epsilon_at(step, config):
-  """Share of random actions at an agent step: 1 until min_history, then linearly to config.epsilon (dopamine)."""
+  """Share of random actions at an agent step: 1 until min_history, then linearly to config.epsilon
+  (dopamine)."""
   done = (step - config.min_history) / config.epsilon_decay
-  return 1 - (1 - config.epsilon) * min(max(done, 0.), 1.)
+  return 1 - (1 - config.epsilon) * min(max(done, 0.0), 1.0)

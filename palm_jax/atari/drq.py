@@ -1,10 +1,13 @@
-"""DrQ for Atari-100k: a dueling double DQN of n-step returns whose pictures are shifted and dimmed at random.
+"""DrQ for Atari-100k: a dueling double DQN of n-step returns whose pictures are shifted and dimmed
+at random.
 
-Source: google/dopamine, labs/atari_100k/configs/DrQ.gin; update and network are those of palm_jax.atari.dqn.
-Here the convolutions have no padding (there SAME), so that a pretrained Nature CNN fits; pictures are in [-1, 1], as that has
-seen them (there [0, 1]); shifts reach +4 (there only +3); a stack is kept over a lost life (there it begins anew); and a window
-that a game's cut-off shortens bootstraps from its last picture.
+Source: google/dopamine, labs/atari_100k/configs/DrQ.gin; update and network are those of
+palm_jax.atari.dqn. Here the convolutions have no padding (there SAME), so that a pretrained Nature
+CNN fits; pictures are in [-1, 1], as that has seen them (there [0, 1]); shifts reach +4 (there only
++3); a stack is kept over a lost life (there it begins anew); and a window that a game's cut-off
+shortens bootstraps from its last picture.
 """
+
 import jax
 import jax.numpy as jnp
 
@@ -18,7 +21,8 @@ INTENSITY = 0.05  # spr src/models.py, dopamine; DrQ's appendix may mean 0.1
 
 def default_config():
   config = dqn.default_config()
-  config.update(dict(
+  config.update(
+    dict(
       dueling=True,  # DrQ.gin
       n_step=10,  # DrQ.gin
       learn_period=1,  # DrQ.gin
@@ -28,36 +32,42 @@ def default_config():
       epsilon=0.1,  # DrQ.gin
       epsilon_decay=5000,  # DrQ.gin
       lr=1e-4,  # DrQ.gin
-  ))
+    )
+  )
   config.eval_epsilon = 0.05  # DrQ.gin
   config.augment = True  # DrQ; PALM section 5.3 can be read either way
   return config
 
 
 def epsilon_config():
-  """DrQ(eps) of Agarwal et al. 2021 (arXiv 2108.13264): the same with other shares of random actions."""
+  """DrQ(eps) of Agarwal et al. 2021 (arXiv 2108.13264): the same with other shares of random
+  actions."""
   config = default_config()
   config.update(dict(epsilon=0.01, eval_epsilon=0.001))
   return config
 
 
 def sgi_config():
-  """The learning rates of SGI (Schwarzer et al. 2021, scripts/experiments/sgim_finetune.sh) for a pretrained trunk."""
+  """The learning rates of SGI (Schwarzer et al. 2021, scripts/experiments/sgim_finetune.sh) for a
+  pretrained trunk."""
   config = default_config()
   config.update(dict(lr=1e-4, hidden_scale=0.3, trunk_scale=0.01))
   return config
 
 
 def augment(keys, stacks):
-  """Shift by up to 4 pixels each way, edges repeated, the same for all frames of a stack; then one factor on the brightness.
+  """Shift by up to 4 pixels each way, edges repeated, the same for all frames of a stack; then one
+  factor on the brightness.
 
   Args:
     keys: (B,) typed keys, one a stack.
     stacks: (B, H, W, 4) uint8.
 
   Returns:
-    (B, H, W, 4) float32 around [-1, 1]: bright pictures may exceed it by the factor, 1 + 0.05 clip(N(0, 1), -2, 2).
+    (B, H, W, 4) float32 around [-1, 1]: bright pictures may exceed it by the factor, 1 + 0.05
+    clip(N(0, 1), -2, 2).
   """
+
   def one(key, stack):
     crop_key, intensity_key = jax.random.split(key)
     top, left = jax.random.randint(crop_key, (2,), 0, 2 * PAD + 1)
@@ -65,6 +75,7 @@ def augment(keys, stacks):
     picture = jax.lax.dynamic_slice(padded, (top, left, 0), stack.shape).astype(jnp.float32) / 255
     factor = 1 + INTENSITY * jnp.clip(jax.random.normal(intensity_key, dtype=jnp.float32), -2, 2)
     return 2 * picture * factor - 1
+
   return jax.vmap(one)(keys, stacks)
 
 
@@ -80,9 +91,15 @@ def load_trunk(workdir):
   config, variables, step = load_encoder(workdir)
   name = config.get('encoder', {}).get('name')
   if name != 'nature':
-    raise UserError(f"the encoder of {workdir} is {name!r}, expected 'nature': pretrain with encoder.name='nature'")
+    raise UserError(
+      f"the encoder of {workdir} is {name!r}, expected 'nature': pretrain with "
+      "encoder.name='nature'"
+    )
   channels = variables['params']['conv1']['kernel'].shape[2]
   if channels != 4:
-    raise UserError(f'the encoder of {workdir} takes pictures of {channels} channel(s), expected 4, the frames of a stack: '
-                    'pretrain in a generator of stacks')
+    raise UserError(
+      f'the encoder of {workdir} takes pictures of {channels} channel(s), expected 4, the frames '
+      'of a stack: '
+      'pretrain in a generator of stacks'
+    )
   return {name: variables['params'][name] for name in dqn.TRUNK}, step

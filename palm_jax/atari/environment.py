@@ -1,10 +1,11 @@
 """The 26 games of Atari-100k, many at a time, with the settings of the DQN line of work.
 
-A step is four frames with one action; an observation is the maximum of the last two, grey, 84x84; a stack is four of them.
-No FIRE is pressed at a reset and actions are not sticky, as in dopamine (labs/atari_100k), dqn_zoo, SPR and SGI.
-The emulator is ale-py with the games in its wheel, an optional extra: its licence is the GPL-2.0, so it is imported only
-when a game is opened.
+A step is four frames with one action; an observation is the maximum of the last two, grey, 84x84; a
+stack is four of them. No FIRE is pressed at a reset and actions are not sticky, as in dopamine
+(labs/atari_100k), dqn_zoo, SPR and SGI. The emulator is ale-py with the games in its wheel, an
+optional extra: its licence is the GPL-2.0, so it is imported only when a game is opened.
 """
+
 import difflib
 import re
 from typing import NamedTuple
@@ -13,21 +14,50 @@ import numpy as np
 
 from palm_jax.errors import UserError
 
-GAMES = ('Alien', 'Amidar', 'Assault', 'Asterix', 'BankHeist', 'BattleZone', 'Boxing', 'Breakout', 'ChopperCommand',
-         'CrazyClimber', 'DemonAttack', 'Freeway', 'Frostbite', 'Gopher', 'Hero', 'Jamesbond', 'Kangaroo', 'Krull',
-         'KungFuMaster', 'MsPacman', 'Pong', 'PrivateEye', 'Qbert', 'RoadRunner', 'Seaquest', 'UpNDown')
+GAMES = (
+  'Alien',
+  'Amidar',
+  'Assault',
+  'Asterix',
+  'BankHeist',
+  'BattleZone',
+  'Boxing',
+  'Breakout',
+  'ChopperCommand',
+  'CrazyClimber',
+  'DemonAttack',
+  'Freeway',
+  'Frostbite',
+  'Gopher',
+  'Hero',
+  'Jamesbond',
+  'Kangaroo',
+  'Krull',
+  'KungFuMaster',
+  'MsPacman',
+  'Pong',
+  'PrivateEye',
+  'Qbert',
+  'RoadRunner',
+  'Seaquest',
+  'UpNDown',
+)
 FRAMES_A_STEP = 4
 SETTINGS = 'frame skip 4, maximum of the last 2, cut off after 27,000 steps, 0..29 noops, no FIRE at reset, no sticky actions'
 
 
 class Step(NamedTuple):
-  """What a step of N games gave. A transition goes from the stacks before to these, unless `first`."""
+  """What a step of N games gave. A transition goes from the stacks before to these, unless
+  `first`."""
+
   stacks: np.ndarray  # (N, 84, 84, 4) uint8, oldest frame first; zeros before a game's first frame
   reward: np.ndarray  # (N,) float32, as the game counts: neither clipped nor scaled
   life_lost: np.ndarray  # (N,) bool, the last life too; the game goes on unless `game_over`
   game_over: np.ndarray  # (N,) bool, the game ended by its own rules
   truncated: np.ndarray  # (N,) bool, cut off at max_steps and not over
-  first: np.ndarray  # (N,) bool, row is a new game's first stack: its action was ignored, no reward; store no transition
+  # (N,) bool, row is a new game's first stack: its action was ignored, no reward; store no
+  # transition
+  first: np.ndarray
   score: np.ndarray  # (N,) float64, sum of the game's rewards so far
 
 
@@ -44,46 +74,70 @@ def rom_id(game):
 class Environment:
   """N games side by side; a context manager.
 
-  A new game follows a game over or a truncation: the next step only starts it (`first`). Everything is a function of seed,
-  a game's number in the batch, and the actions; game i is the same whatever num_envs is.
+  A new game follows a game over or a truncation: the next step only starts it (`first`). Everything
+  is a function of seed, a game's number in the batch, and the actions; game i is the same whatever
+  num_envs is.
 
   Args:
     game: one of GAMES.
     num_envs: N.
-    seed: whole number of at least 0. It decides how many frames without action a game starts with, and sticky actions.
-    max_steps: agent steps after which a game is cut off; 27,000 are the 108,000 frames, or half an hour, of the literature.
-    noop_max: a game starts with 0 to noop_max - 1 frames without action, evenly (dqn_zoo and SPR have 1 to 30).
-    sticky: probability that a frame repeats the action before; 0 in Atari-100k, dopamine's 200M frames have 0.25.
+    seed: whole number of at least 0. It decides how many frames without action a game starts with,
+      and sticky actions.
+    max_steps: agent steps after which a game is cut off; 27,000 are the 108,000 frames, or half an
+      hour, of the literature.
+    noop_max: a game starts with 0 to noop_max - 1 frames without action, evenly (dqn_zoo and SPR
+      have 1 to 30).
+    sticky: probability that a frame repeats the action before; 0 in Atari-100k, dopamine's 200M
+      frames have 0.25.
 
   Attributes:
-    num_actions: of the game's own minimal set, 3 to 18; actions are 0 to num_actions - 1, and 0 does nothing.
+    num_actions: of the game's own minimal set, 3 to 18; actions are 0 to num_actions - 1, and 0
+      does nothing.
 
   Raises:
     UserError: an unknown game, settings that cannot be, or no ale-py.
   """
 
-  def __init__(self, game, num_envs, seed, max_steps=27_000, noop_max=30, sticky=0.):
+  def __init__(self, game, num_envs, seed, max_steps=27_000, noop_max=30, sticky=0.0):
     rom = rom_id(game)
-    for name, value, least in (('num_envs', num_envs, 1), ('seed', seed, 0), ('max_steps', max_steps, 1),
-                               ('noop_max', noop_max, 0)):
+    for name, value, least in (
+      ('num_envs', num_envs, 1),
+      ('seed', seed, 0),
+      ('max_steps', max_steps, 1),
+      ('noop_max', noop_max, 0),
+    ):
       if not isinstance(value, (int, np.integer)) or value < least:
-        raise UserError(f'{name}={value!r} of the Atari environment: expected a whole number of at least {least}')
+        raise UserError(
+          f'{name}={value!r} of the Atari environment: expected a whole number of at least {least}'
+        )
     if not 0 <= sticky <= 1:
       raise UserError(f'sticky={sticky!r} of the Atari environment: expected a probability, 0 to 1')
     try:
       from ale_py.vector_env import AtariVectorEnv
     except ImportError as e:
-      raise UserError(f"Atari games need ale-py 0.12 and gymnasium ({e}): pip install 'ale-py>=0.12' 'gymnasium>=1.0', "
-                      'or this package with its extra, palm_jax[atari]') from e
+      raise UserError(
+        f"Atari games need ale-py 0.12 and gymnasium ({e}): pip install 'ale-py>=0.12' "
+        "'gymnasium>=1.0', "
+        'or this package with its extra, palm_jax[atari]'
+      ) from e
     self._emulator = AtariVectorEnv(
-        rom, int(num_envs), frameskip=FRAMES_A_STEP, max_num_frames_per_episode=FRAMES_A_STEP * int(max_steps),
-        noop_max=int(noop_max), repeat_action_probability=float(sticky), autoreset_mode='NextStep',
-        life_loss_info=True,  # episodic_life=True would start the whole game anew at each lost life
-        use_fire_reset=False, reward_clipping=False)
+      rom,
+      int(num_envs),
+      frameskip=FRAMES_A_STEP,
+      max_num_frames_per_episode=FRAMES_A_STEP * int(max_steps),
+      noop_max=int(noop_max),
+      repeat_action_probability=float(sticky),
+      autoreset_mode='NextStep',
+      life_loss_info=True,  # episodic_life=True would start the whole game anew at each lost life
+      use_fire_reset=False,
+      reward_clipping=False,
+    )
     self.num_actions = int(self._emulator.single_action_space.n)
     self._max_steps, self._num_envs = max_steps, int(num_envs)
     # ale-py's own seeds, seed + i, would give runs with neighbouring seeds the same games.
-    self._seeds = np.random.SeedSequence(seed).generate_state(self._num_envs).astype(np.int64) % 2**31
+    self._seeds = (
+      np.random.SeedSequence(seed).generate_state(self._num_envs).astype(np.int64) % 2**31
+    )
 
   def reset(self):
     """Starts all games, each time in the same way. Returns stacks (N, 84, 84, 4) uint8."""
@@ -102,21 +156,36 @@ class Environment:
     """
     actions = np.asarray(actions)
     if actions.shape != (self._num_envs,) or not np.issubdtype(actions.dtype, np.integer):
-      raise UserError(f'actions are {actions.dtype} {actions.shape}, expected whole numbers ({self._num_envs},): one a game')
+      raise UserError(
+        f'actions are {actions.dtype} {actions.shape}, expected whole numbers '
+        f'({self._num_envs},): one a game'
+      )
     if not ((0 <= actions) & (actions < self.num_actions)).all():
-      raise UserError(f'actions {actions.min()} to {actions.max()}, expected 0 to {self.num_actions - 1}: '
-                      'the game has no others')
+      raise UserError(
+        f'actions {actions.min()} to {actions.max()}, expected 0 to {self.num_actions - 1}: '
+        'the game has no others'
+      )
     observations, reward, terminated, _, info = self._emulator.step(actions.astype(np.int64))
     first, lives = self._ended, info['lives'].copy()
-    # ale-py says nothing when lives fall to 0 and play goes on, as in BankHeist; dopamine counts that as a lost life, too.
+    # ale-py says nothing when lives fall to 0 and play goes on, as in BankHeist; dopamine counts
+    # that as a lost life, too.
     life_lost = terminated | (lives < self._lives) & ~first
     game_over = terminated & ((lives == 0) | (lives >= self._lives))
     self._steps = np.where(first, 0, self._steps + 1)
-    # Counted here: ale-py ends the game but does not call it truncated when a life is lost in the last step.
+    # Counted here: ale-py ends the game but does not call it truncated when a life is lost in the
+    # last step.
     truncated = (self._steps >= self._max_steps) & ~game_over
-    self._score = np.where(first, 0., self._score + reward)
+    self._score = np.where(first, 0.0, self._score + reward)
     self._lives, self._ended = lives, game_over | truncated
-    return Step(_stacks(observations), reward.astype(np.float32), life_lost, game_over, truncated, first, self._score.copy())
+    return Step(
+      _stacks(observations),
+      reward.astype(np.float32),
+      life_lost,
+      game_over,
+      truncated,
+      first,
+      self._score.copy(),
+    )
 
   def close(self):
     """Ends the emulators' threads; there are no steps after it."""

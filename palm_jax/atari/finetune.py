@@ -1,4 +1,6 @@
-"""The job of fine-tuning: Atari-100k with DrQ, from a pretrained trunk or from scratch, and the score of what was learned."""
+"""The job of fine-tuning: Atari-100k with DrQ, from a pretrained trunk or from scratch, and the
+score of what was learned."""
+
 import functools
 import pathlib
 import time
@@ -18,16 +20,22 @@ from palm_jax.metrics import Progress
 
 
 def default_config():
-  return ConfigDict(dict(
-      trunk='own',  # convolutions to begin with: 'own': of this workdir's pretraining; 'scratch': fresh; or another workdir
+  return ConfigDict(
+    dict(
+      # convolutions to begin with: 'own': of this workdir's pretraining; 'scratch': fresh; or
+      # another workdir
+      trunk='own',
       agent_steps=100_000,  # Atari-100k (SimPLe): 400,000 frames
       num_envs=1,  # the same: one game at a time
-      eval_episodes=100,  # dopamine labs/atari_100k: at the end only, all side by side, one game each
+      # dopamine labs/atari_100k: at the end only, all side by side, one game each
+      eval_episodes=100,
       log_steps=1000,  # agent steps a point of the curve
-      checkpoint_minutes=5.,
-      # drq.epsilon_config(): DrQ(eps); drq.sgi_config(): SGI's learning rates. From scratch the scales are 1.
+      checkpoint_minutes=5.0,
+      # drq.epsilon_config(): DrQ(eps); drq.sgi_config(): SGI's learning rates. From scratch the
+      # scales are 1.
       agent=drq.default_config(),
-  ))
+    )
+  )
 
 
 def check_config(config, num_devices):
@@ -38,24 +46,36 @@ def check_config(config, num_devices):
   if not 0 <= c.agent.eval_epsilon <= 1:
     raise UserError(f'finetune.agent.eval_epsilon={c.agent.eval_epsilon} is not in [0, 1]')
   if c.trunk == 'own' and config.encoder.name != 'nature':
-    raise UserError(f"finetune.trunk='own' with encoder.name={config.encoder.name!r}: only convolutions of 'nature' fit; "
-                    "pretrain that, or set finetune.trunk='scratch'")
-  if c.trunk not in ('own', 'scratch') and not (pathlib.Path(c.trunk).expanduser() / 'config.json').is_file():
-    raise UserError(f"finetune.trunk={c.trunk!r} has no config.json: expected 'own', 'scratch' or the workdir of a pretraining")
+    raise UserError(
+      f"finetune.trunk='own' with encoder.name={config.encoder.name!r}: only convolutions of "
+      "'nature' fit; "
+      "pretrain that, or set finetune.trunk='scratch'"
+    )
+  if (
+    c.trunk not in ('own', 'scratch')
+    and not (pathlib.Path(c.trunk).expanduser() / 'config.json').is_file()
+  ):
+    raise UserError(
+      f"finetune.trunk={c.trunk!r} has no config.json: expected 'own', 'scratch' or the workdir "
+      'of a pretraining'
+    )
 
 
 def finetune(config, workdir, mesh, make_environment=Environment):
-  """The job: DrQ on config.atari.game for finetune.agent_steps, then the mean raw score of finetune.eval_episodes games.
+  """The job: DrQ on config.atari.game for finetune.agent_steps, then the mean raw score of
+  finetune.eval_episodes games.
 
-  Writes checkpoints and metrics under <workdir>/finetune and, when complete, <workdir>/results/finetune.json; then the replay
-  is removed. The emulator cannot be saved: after a stop agent, replay and counters go on from the checkpoint, and a new game
-  is begun; `resumes` in the results counts that.
+  Writes checkpoints and metrics under <workdir>/finetune and, when complete,
+  <workdir>/results/finetune.json; then the replay is removed. The emulator cannot be saved: after a
+  stop agent, replay and counters go on from the checkpoint, and a new game is begun; `resumes` in
+  the results counts that.
 
   Args:
     config: the whole config; read are seed, atari.game and finetune.
     workdir: pathlib.Path.
     mesh: its first device is used.
-    make_environment: (game, num_envs, seed) -> an environment as palm_jax.atari.environment.Environment.
+    make_environment: (game, num_envs, seed) -> an environment as
+      palm_jax.atari.environment.Environment.
 
   Returns:
     True when complete, False when stopped by SIGTERM; then everything is saved.
@@ -74,46 +94,91 @@ def finetune(config, workdir, mesh, make_environment=Environment):
     about = dict(workdir=str(path), checkpoint_step=step, sha256=digest(trunk, {}))
     logging.info('finetune: trunk of %s, step %d', path, step)
   with Preemption() as preemption:
-    played = play('finetune', c, c.agent_steps, make_environment, config.seed, folder, mesh, preemption, trunk,
-                  drq.augment if c.agent.augment else None, origin=about)
+    played = play(
+      'finetune',
+      c,
+      c.agent_steps,
+      make_environment,
+      config.seed,
+      folder,
+      mesh,
+      preemption,
+      trunk,
+      drq.augment if c.agent.augment else None,
+      origin=about,
+    )
     began = time.monotonic()
     scores = played and evaluate(played.agent.params, c, make_environment, config.seed, preemption)
   if scores is None:
     return False
   results = dict(
-      job='finetune', game=game, seed=config.seed, variant='pretrained' if trunk else 'scratch', score=float(np.mean(scores)),
-      episodes=len(scores), scores=scores, agent_steps=played.agent_steps, frames=played.agent_steps * FRAMES_A_STEP,
-      updates=played.updates, training_games=played.games, resumes=played.resumes,
-      seconds=played.seconds + time.monotonic() - began, protocol=dict(
-          score='mean over evaluation games of the sum of raw rewards, one game an environment, after the last update',
-          trunk=played.origin or 'fresh', convolutions='VALID, Nature CNN', pictures='84x84 grey in [-1, 1], stacks of 4',
-          shifts=f'0..{2 * drq.PAD} pixels', intensity=drq.INTENSITY, emulator=SETTINGS, num_envs=c.num_envs,
-          rewards='clipped to [-1, 1] for learning', life='a lost life ends the return, the game goes on',
-          agent=c.agent.to_dict()),
-      **devices.describe(mesh))
+    job='finetune',
+    game=game,
+    seed=config.seed,
+    variant='pretrained' if trunk else 'scratch',
+    score=float(np.mean(scores)),
+    episodes=len(scores),
+    scores=scores,
+    agent_steps=played.agent_steps,
+    frames=played.agent_steps * FRAMES_A_STEP,
+    updates=played.updates,
+    training_games=played.games,
+    resumes=played.resumes,
+    seconds=played.seconds + time.monotonic() - began,
+    protocol=dict(
+      score='mean over evaluation games of the sum of raw rewards, one game an environment, after '
+      'the last update',
+      trunk=played.origin or 'fresh',
+      convolutions='VALID, Nature CNN',
+      pictures='84x84 grey in [-1, 1], stacks of 4',
+      shifts=f'0..{2 * drq.PAD} pixels',
+      intensity=drq.INTENSITY,
+      emulator=SETTINGS,
+      num_envs=c.num_envs,
+      rewards='clipped to [-1, 1] for learning',
+      life='a lost life ends the return, the game goes on',
+      agent=c.agent.to_dict(),
+    ),
+    **devices.describe(mesh),
+  )
   write_json_atomic(workdir / 'results' / 'finetune.json', results)
   (folder / 'replay.dat').unlink()  # after the results, as in collect
-  print(f'finetune: {game}, seed {config.seed}, {results["variant"]}: score {results["score"]:.1f} over {len(scores)} games '
-        f'after {played.agent_steps:,} agent steps ({results["frames"]:,} frames); epsilon {c.agent.eval_epsilon}', flush=True)
+  print(
+    f'finetune: {game}, seed {config.seed}, {results["variant"]}: score {results["score"]:.1f} '
+    f'over {len(scores)} games '
+    f'after {played.agent_steps:,} agent steps ({results["frames"]:,} frames); epsilon '
+    f'{c.agent.eval_epsilon}',
+    flush=True,
+  )
   return True
 
 
 def settle(c):
-  """The section with the learning rates that count: from scratch all layers have one, as no layer knows anything yet."""
+  """The section with the learning rates that count: from scratch all layers have one, as no layer
+  knows anything yet."""
   c = c.copy_and_resolve_references()
   if c.trunk == 'scratch':
-    c.agent.update(dict(trunk_scale=1., hidden_scale=1.))
+    c.agent.update(dict(trunk_scale=1.0, hidden_scale=1.0))
   return c
 
 
 def evaluate(params, c, make_environment, seed, preemption):
-  """Raw scores, a list of c.eval_episodes floats, of the first game in as many environments; None if stopped before.
+  """Raw scores, a list of c.eval_episodes floats, of the first game in as many environments; None
+  if stopped before.
 
-  A game counts in whole whatever its length: with fewer environments and several games each, short ones would come first.
+  A game counts in whole whatever its length: with fewer environments and several games each, short
+  ones would come first.
   """
   n, key = c.eval_episodes, jax.random.key(seed)
-  act = jax.jit(lambda params, stacks, step: dqn.act(
-      params, stacks, c.agent.eval_epsilon, jax.random.fold_in(jax.random.fold_in(key, 3), step), c.agent))
+  act = jax.jit(
+    lambda params, stacks, step: dqn.act(
+      params,
+      stacks,
+      c.agent.eval_epsilon,
+      jax.random.fold_in(jax.random.fold_in(key, 3), step),
+      c.agent,
+    )
+  )
   scores, ended, count = np.zeros(n), np.zeros(n, bool), 0
   progress = Progress('finetune: evaluation', n, 'games')
   with make_environment(n, draw_seed(seed, 'evaluation')) as environment:
@@ -125,5 +190,8 @@ def evaluate(params, c, make_environment, seed, preemption):
       over = (step.game_over | step.truncated) & ~ended
       scores[over] = step.score[over]
       ended, stacks, count = ended | over, step.stacks, count + 1
-      progress.update(int(ended.sum()), dict(agent_steps=count * n, score=float(scores[ended].mean()) if ended.any() else 0.))
+      progress.update(
+        int(ended.sum()),
+        dict(agent_steps=count * n, score=float(scores[ended].mean()) if ended.any() else 0.0),
+      )
   return scores.tolist()

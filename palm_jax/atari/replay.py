@@ -1,14 +1,17 @@
-"""A ring of single uint8 frames on the disk, mapped into memory: each frame once, stacks and n-step returns on reading.
+"""A ring of single uint8 frames on the disk, mapped into memory: each frame once, stacks and n-step
+returns on reading.
 
-All environments add one row a step, side by side. A row is what was seen and what came of it; the last picture of a game
-has a row too, whose action led nowhere, so that a game which is only cut off (27,000 steps, or a stop of the program) has
-the successor that its last transition bootstraps from.
+All environments add one row a step, side by side. A row is what was seen and what came of it; the
+last picture of a game has a row too, whose action led nowhere, so that a game which is only cut off
+(27,000 steps, or a stop of the program) has the successor that its last transition bootstraps from.
 
-The file is the ring itself, so a checkpoint keeps only the number of rows. Rows added after it are added again after a
-kill. They must not have taken the place of rows that the checkpoint still counts on: the file has a margin beyond
-the capacity, and `must_commit` asks for a checkpoint before half of it is used (half, because the newest checkpoint may be
-half-written or damaged, and then the one before it is read).
+The file is the ring itself, so a checkpoint keeps only the number of rows. Rows added after it are
+added again after a kill. They must not have taken the place of rows that the checkpoint still
+counts on: the file has a margin beyond the capacity, and `must_commit` asks for a checkpoint before
+half of it is used (half, because the newest checkpoint may be half-written or damaged, and then the
+one before it is read).
 """
+
 import os
 import pathlib
 from typing import NamedTuple
@@ -28,9 +31,11 @@ class Batch(NamedTuple):
     stacks: (B, H, W, 4) uint8, oldest frame first, zeros before a game's first frame.
     actions: (B,) int32.
     returns: (B,) float32, sum of gamma^i r_i over the window.
-    discounts: (B,) float32, weight of the value of next_stacks: gamma^(length of the window), 0 after a lost life.
+    discounts: (B,) float32, weight of the value of next_stacks: gamma^(length of the window), 0
+      after a lost life.
     next_stacks: (B, H, W, 4) uint8.
   """
+
   stacks: np.ndarray
   actions: np.ndarray
   returns: np.ndarray
@@ -42,8 +47,11 @@ def rows_of(capacity, num_envs, n_step=1):
   """Rows for each environment; UserError where they are too few for windows of n_step."""
   rows, least = capacity // num_envs, max(64, n_step + STACK + 1)
   if rows < least:
-    raise UserError(f'a replay of capacity={capacity} has {rows} rows for each of {num_envs} environments, expected {least} '
-                    'or more: raise capacity or lower num_envs')
+    raise UserError(
+      f'a replay of capacity={capacity} has {rows} rows for each of {num_envs} environments, '
+      f'expected {least} '
+      'or more: raise capacity or lower num_envs'
+    )
   return rows
 
 
@@ -51,7 +59,8 @@ class Replay:
   """The rows of `num_envs` games side by side.
 
   Args:
-    path: of the file; made, or taken over as it is. All its space is reserved at once (7 GB for a million frames).
+    path: of the file; made, or taken over as it is. All its space is reserved at once (7 GB for a
+      million frames).
     capacity: frames over all environments that are sampled from.
     num_envs: E.
     frame_shape: (H, W).
@@ -65,15 +74,27 @@ class Replay:
     self.rows = rows_of(capacity, num_envs)
     self.num_envs, self.total = num_envs, 0
     self._margin, self._committed = max(16, self.rows // 8), 0
-    record = np.dtype([('frame', np.uint8, frame_shape), ('action', np.int32), ('reward', np.float32), ('alive', np.bool_),
-                       ('start', np.bool_), ('transition', np.bool_)])
+    record = np.dtype(
+      [
+        ('frame', np.uint8, frame_shape),
+        ('action', np.int32),
+        ('reward', np.float32),
+        ('alive', np.bool_),
+        ('start', np.bool_),
+        ('transition', np.bool_),
+      ]
+    )
     self._file_rows = self.rows + self._margin
     path, size = pathlib.Path(path), self._file_rows * num_envs * record.itemsize
     self._path, self._is_whole = path, path.exists() and path.stat().st_size == size
     if not self._is_whole:
-      with replacing(path, 'w+b') as file:  # folders of some networks reserve by reading and writing
+      with replacing(
+        path, 'w+b'
+      ) as file:  # folders of some networks reserve by reading and writing
         file.truncate(size)
-        if hasattr(os, 'posix_fallocate'):  # a full disk must be an error here, not a SIGBUS on some later row
+        if hasattr(
+          os, 'posix_fallocate'
+        ):  # a full disk must be an error here, not a SIGBUS on some later row
           os.posix_fallocate(file.fileno(), 0, size)
     self._records = np.memmap(path, record, 'r+', shape=(self._file_rows, num_envs))
 
@@ -91,16 +112,24 @@ class Replay:
       rewards: (E,) as they are to be learned from (clipped).
       alive: (E,) bool, False where the action cost a life or the game.
       starts: (E,) bool, the frame is the first of a game.
-      transitions: (E,) bool, False where the action was ignored because the frame is the last of a game.
+      transitions: (E,) bool, False where the action was ignored because the frame is the last of a
+        game.
     """
     row = self._records[self.total % self._file_rows]
-    for name, values in dict(frame=frames, action=actions, reward=rewards, alive=alive, start=starts,
-                             transition=transitions).items():
+    for name, values in dict(
+      frame=frames,
+      action=actions,
+      reward=rewards,
+      alive=alive,
+      start=starts,
+      transition=transitions,
+    ).items():
       row[name] = values
     self.total += 1
 
   def cut(self):
-    """Ends all games at the newest row, for games that cannot be gone on with. The row's own transition is given up."""
+    """Ends all games at the newest row, for games that cannot be gone on with. The row's own
+    transition is given up."""
     if self.total:
       self._records['transition'][(self.total - 1) % self._file_rows] = False
 
@@ -110,18 +139,23 @@ class Replay:
     self._committed = self.total
 
   def restore(self, total):
-    """Goes back to `total` rows, the number at a commit; UserError where the file was not there, or not whole."""
+    """Goes back to `total` rows, the number at a commit; UserError where the file was not there, or
+    not whole."""
     if total and not self._is_whole:
       self._path.unlink()
-      raise UserError(f'{self._path} is missing or cut short, but the checkpoint beside it counts on {total} rows: restore '
-                      f'both, or remove {self._path.parent} to begin anew')
+      raise UserError(
+        f'{self._path} is missing or cut short, but the checkpoint beside it counts on {total} '
+        'rows: restore '
+        f'both, or remove {self._path.parent} to begin anew'
+      )
     self.total = self._committed = total
 
   def sample(self, generator, batch_size, n_step, gamma):
     """Transitions drawn uniformly, with replacement.
 
-    A window ends after n steps, with a lost life (no value beyond it), or on the last picture of a game that was cut off,
-    from where its shorter return bootstraps: to leave such starts out would hide what is seen late in long games.
+    A window ends after n steps, with a lost life (no value beyond it), or on the last picture of a
+    game that was cut off, from where its shorter return bootstraps: to leave such starts out would
+    hide what is seen late in long games.
 
     Args:
       generator: numpy.random.Generator.
@@ -136,10 +170,16 @@ class Replay:
       ValueError: fewer than n_step + 1 rows.
     """
     # Frames before the oldest row may be gone, and a stack reaches three back.
-    low, high = (0 if self.total <= self.rows else self.total - self.rows + STACK - 1), self.total - n_step
+    low, high = (
+      (0 if self.total <= self.rows else self.total - self.rows + STACK - 1),
+      self.total - n_step,
+    )
     if low >= high:
       raise ValueError(f'{self.total} rows hold no window of {n_step} steps')
-    draw = lambda count: (generator.integers(low, high, count), generator.integers(0, self.num_envs, count))
+    draw = lambda count: (
+      generator.integers(low, high, count),
+      generator.integers(0, self.num_envs, count),
+    )
     rows, envs = draw(batch_size)
     while (ended := ~self._get('transition', rows, envs)).any():
       rows[ended], envs[ended] = draw(ended.sum())
@@ -152,9 +192,14 @@ class Replay:
     powers = gamma ** np.arange(n_step)
     returns = (self._get('reward', *window) * counted * powers).sum(1)
     length = counted.sum(1)
-    discounts = gamma ** length * (alive | ~counted).all(1)
-    return Batch(self._stacks(rows, envs), self._get('action', rows, envs), returns.astype(np.float32),
-                 discounts.astype(np.float32), self._stacks(rows + length, envs))
+    discounts = gamma**length * (alive | ~counted).all(1)
+    return Batch(
+      self._stacks(rows, envs),
+      self._get('action', rows, envs),
+      returns.astype(np.float32),
+      discounts.astype(np.float32),
+      self._stacks(rows + length, envs),
+    )
 
   def _get(self, name, rows, envs):
     return self._records[name][rows % self._file_rows, envs]
@@ -162,7 +207,8 @@ class Replay:
   def _stacks(self, rows, envs):
     """(B, H, W, 4): the frames of `rows` and the three before in the same game."""
     back = rows[:, None] + np.arange(1 - STACK, 1)  # (B, 4), oldest first
-    # Beyond a start, counted from the newest frame, all is of another game. Rows before the first wrap into rows not written.
+    # Beyond a start, counted from the newest frame, all is of another game. Rows before the first
+    # wrap into rows not written.
     starts = self._get('start', back[:, 1:], envs[:, None]) | (back[:, 1:] <= 0)
     same_game = np.ones(back.shape, bool)
     same_game[:, :-1] = ~np.logical_or.accumulate(starts[:, ::-1], axis=1)[:, ::-1]

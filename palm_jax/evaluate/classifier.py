@@ -1,4 +1,6 @@
-"""Image classifiers trained end to end by SGD: supervised from scratch, or an encoder fine-tuned."""
+"""Image classifiers trained end to end by SGD: supervised from scratch, or an encoder
+fine-tuned."""
+
 import functools
 import hashlib
 import json
@@ -28,13 +30,26 @@ STEPS_PER_CALL = 64  # at most: between two calls progress is told
 
 
 def default_config():
-  """OpenOOD's recipe for CIFAR: configs/pipelines/train/baseline.yml, configs/preprocessors/base_preprocessor.yml."""
-  return ConfigDict(dict(lr=0.1, momentum=0.9, weight_decay=5e-4, batch_size=128, epochs=100, schedule='cosine', warmup=0.,
-                         augment='shift_flip', checkpoint_minutes=5.))
+  """OpenOOD's recipe for CIFAR: configs/pipelines/train/baseline.yml,
+  configs/preprocessors/base_preprocessor.yml."""
+  return ConfigDict(
+    dict(
+      lr=0.1,
+      momentum=0.9,
+      weight_decay=5e-4,
+      batch_size=128,
+      epochs=100,
+      schedule='cosine',
+      warmup=0.0,
+      augment='shift_flip',
+      checkpoint_minutes=5.0,
+    )
+  )
 
 
 class Classifier(nn.Module):
   """An encoder and a linear layer: images (B, H, W, C) -> logits (B, num_classes)."""
+
   encoder: nn.Module
   num_classes: int
 
@@ -46,10 +61,11 @@ class Classifier(nn.Module):
 
 
 def fit(config, c, split, num_classes, seed, mesh, workdir, name, start=None):
-  """Trains config.encoder and a linear head on labels, or reads what the same call left in the workdir.
+  """Trains config.encoder and a linear head on labels, or reads what the same call left in the
+  workdir.
 
-  A killed training goes on from its last saved epoch (every c.checkpoint_minutes). The folder is named by a digest of all
-  that makes the result: settings, seed, images, labels and start.
+  A killed training goes on from its last saved epoch (every c.checkpoint_minutes). The folder is
+  named by a digest of all that makes the result: settings, seed, images, labels and start.
 
   Args:
     config: the whole config; its section encoder is read.
@@ -69,17 +85,28 @@ def fit(config, c, split, num_classes, seed, mesh, workdir, name, start=None):
     NonFiniteError: the training diverges.
   """
   if num_classes < 2:
-    raise UserError(f'{name} learns from labels, but the data have one class: give labelled data of two classes or more')
+    raise UserError(
+      f'{name} learns from labels, but the data have one class: give labelled data of two classes '
+      'or more'
+    )
   shape = (1, *split.images.shape[1:])
   network = Classifier(make_encoder(config.encoder), num_classes)
-  settings = dict(c.to_dict(), encoder=config.encoder.to_dict(), seed=seed, num_classes=num_classes,
-                  start=start.sha256 if start else 'random weights',
-                  data_sha256=hashlib.sha256(split.images.tobytes() + split.labels.tobytes()).hexdigest())
+  settings = dict(
+    c.to_dict(),
+    encoder=config.encoder.to_dict(),
+    seed=seed,
+    num_classes=num_classes,
+    start=start.sha256 if start else 'random weights',
+    data_sha256=hashlib.sha256(split.images.tobytes() + split.labels.tobytes()).hexdigest(),
+  )
   digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
   def init(key, encoder):
     variables = network.init(key, jnp.zeros(shape))
-    return {part: {**tree, **({'encoder': encoder[part]} if encoder else {})} for part, tree in variables.items()}
+    return {
+      part: {**tree, **({'encoder': encoder[part]} if encoder else {})}
+      for part, tree in variables.items()
+    }
 
   init = jax.jit(init, out_shardings=NamedSharding(mesh, P()))
   variables = init(jax.random.key(seed), start.apply.args[0] if start else None)
@@ -88,24 +115,36 @@ def fit(config, c, split, num_classes, seed, mesh, workdir, name, start=None):
     variables = train(in_step, variables, c, split, seed, mesh, name, checkpoints)
   variables = jax.device_get(variables)
   of_encoder = {part: tree['encoder'] for part, tree in variables.items()}
-  about = dict(network=f'{config.encoder.name} trained end to end on the labels of these training images', **settings)
+  about = dict(
+    network=f'{config.encoder.name} trained end to end on the labels of these training images',
+    **settings,
+  )
   head = variables['params']['head']
   zeros = np.zeros(len(head['kernel']), np.float32)
-  encoder = features.Encoder(name, jax.tree_util.Partial(functools.partial(network.encoder.apply, train=False), of_encoder),
-                             features.digest(of_encoder, config.encoder.to_dict()), about)
+  encoder = features.Encoder(
+    name,
+    jax.tree_util.Partial(functools.partial(network.encoder.apply, train=False), of_encoder),
+    features.digest(of_encoder, config.encoder.to_dict()),
+    about,
+  )
   return encoder, LinearModel(head['kernel'], head['bias'], zeros, zeros + 1)
 
 
 def train(network, variables, c, split, seed, mesh, name, checkpoints=None):
-  """SGD on all of a classifier's variables -> the variables afterwards. Arguments and errors as in `fit`.
+  """SGD on all of a classifier's variables -> the variables afterwards. Arguments and errors as in
+  `fit`.
 
-  An epoch is a pass in a new order without the last incomplete batch, in compiled calls of at most STEPS_PER_CALL updates.
+  An epoch is a pass in a new order without the last incomplete batch, in compiled calls of at most
+  STEPS_PER_CALL updates.
   """
   check_sgd(c, name)
   images, labels = split.images, split.labels.astype(np.int32)
   batch = min(c.batch_size, len(images)) // mesh.size * mesh.size
   if not batch:
-    raise UserError(f'{name}: batches of {c.batch_size} from {len(images)} images on {mesh.size} devices: need one a device')
+    raise UserError(
+      f'{name}: batches of {c.batch_size} from {len(images)} images on {mesh.size} devices: need '
+      'one a device'
+    )
   calls = -(-(len(images) // batch) // STEPS_PER_CALL)
   steps, augment = len(images) // batch // calls, make_augment(c.augment)
   optimizer = sgd(c, calls * steps, nesterov=True)
@@ -118,7 +157,9 @@ def train(network, variables, c, split, seed, mesh, name, checkpoints=None):
 
     def loss_fn(params):
       params = jax.lax.pcast(params, 'data', to='varying')  # at once: one all-reduce a parameter
-      logits, updated = network.apply({**variables, 'params': params}, x, True, mutable=['batch_stats'])
+      logits, updated = network.apply(
+        {**variables, 'params': params}, x, True, mutable=['batch_stats']
+      )
       losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows])
       return jax.lax.pmean(losses.mean(), 'data'), updated
 
@@ -129,9 +170,17 @@ def train(network, variables, c, split, seed, mesh, name, checkpoints=None):
   def call(carry, images, labels, rows, keys):
     return jax.lax.scan(lambda carry, x: update(carry, x, images, labels), carry, (rows, keys))
 
-  sharded = jax.shard_map(call, mesh=mesh, in_specs=(P(), P(), P(), P(None, 'data'), P()), out_specs=P())
+  sharded = jax.shard_map(
+    call, mesh=mesh, in_specs=(P(), P(), P(), P(None, 'data'), P()), out_specs=P()
+  )
   call = jax.jit(sharded, donate_argnums=0)
-  carry, done = (variables, jax.jit(optimizer.init, out_shardings=NamedSharding(mesh, P()))(variables['params'])), 0
+  carry, done = (
+    (
+      variables,
+      jax.jit(optimizer.init, out_shardings=NamedSharding(mesh, P()))(variables['params']),
+    ),
+    0,
+  )
   restored = checkpoints.restore({'classifier': carry}) if checkpoints else None
   if restored:
     carry, done = restored.items['classifier'], restored.step
@@ -139,13 +188,17 @@ def train(network, variables, c, split, seed, mesh, name, checkpoints=None):
   images, labels = devices.replicate(mesh, (images, labels))
   progress, saved = Progress(name, c.epochs * calls * steps * batch, 'images'), time.monotonic()
   for epoch in range(done, c.epochs):
-    order = np.random.default_rng([seed, epoch]).permutation(len(images))[:calls * steps * batch]
+    order = np.random.default_rng([seed, epoch]).permutation(len(images))[: calls * steps * batch]
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), epoch), (calls, steps))
     for i, rows in enumerate(order.reshape(calls, steps, batch).astype(np.int32)):
-      carry, losses = call(carry, images, labels, devices.shard(mesh, rows, P(None, 'data')), keys[i])
+      carry, losses = call(
+        carry, images, labels, devices.shard(mesh, rows, P(None, 'data')), keys[i]
+      )
       loss = float(losses.mean())
       if not math.isfinite(loss):
-        raise NonFiniteError(f'{name}: the loss became {loss} in epoch {epoch + 1}: lower lr={c.lr}')
+        raise NonFiniteError(
+          f'{name}: the loss became {loss} in epoch {epoch + 1}: lower lr={c.lr}'
+        )
       progress.update(((epoch * calls + i + 1) * steps) * batch, dict(loss=loss))
     due = time.monotonic() - saved > 60 * c.checkpoint_minutes
     if checkpoints and any_process(due or epoch + 1 == c.epochs):

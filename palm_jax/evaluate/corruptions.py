@@ -1,4 +1,6 @@
-"""What is done to test images to see how far a probe that learned on clean ones holds (arXiv 2105.05837, section 5)."""
+"""What is done to test images to see how far a probe that learned on clean ones holds (arXiv
+2105.05837, section 5)."""
+
 import numpy as np
 from PIL import Image
 
@@ -9,30 +11,41 @@ def check(name, size=None):
   """(kind, strength) of 'salt_pepper:SHARE' or 'downsample:PIXELS'.
 
   Raises:
-    UserError: another kind, a share outside (0, 1], or fewer pixels than 1 or, where size is given, more than that.
+    UserError: another kind, a share outside (0, 1], or fewer pixels than 1 or, where size is given,
+      more than that.
   """
   kind, _, value = str(name).partition(':')
   try:
     strength = {'salt_pepper': float, 'downsample': int}[kind](value)
   except (KeyError, ValueError):
-    raise UserError(f"corruption {name!r} is unknown: expected 'salt_pepper:SHARE' or 'downsample:PIXELS'") from None
+    raise UserError(
+      f"corruption {name!r} is unknown: expected 'salt_pepper:SHARE' or 'downsample:PIXELS'"
+    ) from None
   if not 0 < strength <= (1 if kind == 'salt_pepper' else size or strength):
-    raise UserError(f'corruption {name!r}: expected a share in (0, 1], or 1 to {size or "the side of the images"} pixels')
+    raise UserError(
+      f'corruption {name!r}: expected a share in (0, 1], or 1 to '
+      f'{size or "the side of the images"} pixels'
+    )
   return kind, strength
 
 
 def corrupt(name, images, seed):
   """Corrupted copies of images (N, H, W, C) uint8.
 
-  'salt_pepper:p' makes each pixel black or white, all channels together, with probability p in all; 'downsample:s' resizes
-  to s x s and back, both by Pillow's bilinear filter, which antialiases. Raises UserError as `check`.
+  'salt_pepper:p' makes each pixel black or white, all channels together, with probability p in all;
+  'downsample:s' resizes to s x s and back, both by Pillow's bilinear filter, which antialiases.
+  Raises UserError as `check`.
   """
   kind, strength = check(name, min(images.shape[1:3]))
   if kind == 'salt_pepper':
     drawn = np.random.default_rng(seed).random(images.shape[:3])[..., None]
-    return np.where(drawn < strength / 2, 0, np.where(drawn < strength, 255, images)).astype(np.uint8)
+    return np.where(drawn < strength / 2, 0, np.where(drawn < strength, 255, images)).astype(
+      np.uint8
+    )
   out = np.empty_like(images)
   for i, image in enumerate(images):
     small = Image.fromarray(image.squeeze()).resize((strength, strength), Image.Resampling.BILINEAR)
-    out[i] = np.asarray(small.resize(image.shape[1::-1], Image.Resampling.BILINEAR)).reshape(image.shape)
+    out[i] = np.asarray(small.resize(image.shape[1::-1], Image.Resampling.BILINEAR)).reshape(
+      image.shape
+    )
   return out

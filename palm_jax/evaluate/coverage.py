@@ -1,8 +1,11 @@
-"""How much of a data set pictures of another source lie near to: nearest-neighbour coverage, and PRDC.
+"""How much of a data set pictures of another source lie near to: nearest-neighbour coverage, and
+PRDC.
 
-Neighbours are exact: squared distances are sifted by a Gram matrix in float64 with a bound of its errors, and those too
-close to call are computed again by differences. A block of distances at a time is in memory.
+Neighbours are exact: squared distances are sifted by a Gram matrix in float64 with a bound of its
+errors, and those too close to call are computed again by differences. A block of distances at a
+time is in memory.
 """
+
 import numpy as np
 
 from palm_jax.errors import UserError
@@ -12,8 +15,8 @@ from palm_jax.evaluate import distances
 def unique_nearest(real, fake):
   """Share of reals that are the nearest real of at least one fake (PALM, Table 3).
 
-  Uniformly spread hits give 1 - (1 - 1/N)^M. It measures neither fidelity nor independence of M: noise raises it, and so do
-  more fakes.
+  Uniformly spread hits give 1 - (1 - 1/N)^M. It measures neither fidelity nor independence of M:
+  noise raises it, and so do more fakes.
 
   Args:
     real, fake: (N, F) and (M, F) features; distances are Euclidean, without normalisation.
@@ -31,8 +34,10 @@ def coverage(real, fake):
   """`unique_nearest` and the other readings of Table 3's caption.
 
   Returns:
-    {'unique_nn': `unique_nearest`; 'symmetric': its mean with the share of fakes that are the nearest of at least one real;
-    'hit_once': share of reals that are the nearest of exactly one fake, 1/e where hits are uniform and M = N}.
+    {'unique_nn': `unique_nearest`; 'symmetric': its mean with the share of fakes that are the
+    nearest of at least one real;
+    'hit_once': share of reals that are the nearest of exactly one fake, 1/e where hits are uniform
+      and M = N}.
   """
   real, fake = _prepared(real, fake)
   unique, once = _shares(real, fake)
@@ -40,25 +45,30 @@ def coverage(real, fake):
 
 
 def prdc(real, fake, k=5):
-  """Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797), as the package prdc has them.
+  """Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797), as the
+  package prdc has them.
 
-  Balls reach from a point to its k-th nearest other point of its own set; points on their surface are outside, so features
-  that are all equal score 0.
+  Balls reach from a point to its k-th nearest other point of its own set; points on their surface
+  are outside, so features that are all equal score 0.
 
   Args:
     real, fake: (N, F) and (M, F) features.
     k: neighbours, fewer than N and M.
 
   Returns:
-    {'precision': share of fakes in any real's ball; 'recall': share of reals in any fake's ball; 'density': mean number of
-    real balls that a fake is in, over k, beyond 1 where fakes crowd; 'coverage': share of reals whose ball holds any fake}.
+    {'precision': share of fakes in any real's ball; 'recall': share of reals in any fake's ball;
+    'density': mean number of real balls that a fake is in, over k, beyond 1 where fakes crowd;
+    'coverage': share of reals whose ball holds any fake}.
 
   Raises:
     UserError: as `unique_nearest`, or k out of range.
   """
   real, fake = _prepared(real, fake)
   if not 1 <= k < min(len(real), len(fake)):
-    raise UserError(f'k is {k}, expected 1 to {min(len(real), len(fake)) - 1}, fewer than the rows of the smaller set')
+    raise UserError(
+      f'k is {k}, expected 1 to {min(len(real), len(fake)) - 1}, fewer than the rows of the '
+      'smaller set'
+    )
   real_radii, fake_radii = distances.neighbour_radii(real, k), distances.neighbour_radii(fake, k)
   precise, memberships, recalled, covered = np.zeros(len(fake), bool), 0, 0, 0
   for rows, rough, error in distances.rough_distances(real, fake):
@@ -67,19 +77,26 @@ def prdc(real, fake, k=5):
     memberships += inside.sum()
     covered += inside.any(1).sum()
     recalled += _inside(rough, error, fake_radii, real[rows], fake).any(1).sum()
-  return dict(precision=float(precise.mean()), recall=float(recalled / len(real)), density=float(memberships / k / len(fake)),
-              coverage=float(covered / len(real)))
+  return dict(
+    precision=float(precise.mean()),
+    recall=float(recalled / len(real)),
+    density=float(memberships / k / len(fake)),
+    coverage=float(covered / len(real)),
+  )
 
 
 def nearest(points, centres):
-  """(M,) int: for each of (M, F) points the row of the nearest of (N, F) centres, the smallest of equals. float64."""
+  """(M,) int: for each of (M, F) points the row of the nearest of (N, F) centres, the smallest of
+  equals. float64."""
   found = np.empty(len(points), np.int64)
   for rows, rough, error in distances.rough_distances(points, centres):
     found[rows] = rough.argmin(1)
     close = rough <= rough.min(1, keepdims=True) + 2 * error
     for i in np.flatnonzero(np.count_nonzero(close, 1) > 1):
       candidates = np.flatnonzero(close[i])
-      found[rows[i]] = candidates[distances.exact_distances(points[rows[i]], centres[candidates]).argmin()]
+      found[rows[i]] = candidates[
+        distances.exact_distances(points[rows[i]], centres[candidates]).argmin()
+      ]
   return found
 
 
@@ -97,8 +114,10 @@ def _inside(rough, error, radii, points, centres):
   doubtful = np.nonzero(gap <= error)
   step = max(distances.PAIRS_AT_ONCE // points.shape[1], 1)
   for start in range(0, len(doubtful[0]), step):
-    i, j = (index[start:start + step] for index in doubtful)
-    inside[i, j] = distances.exact_distances(points[i], centres[j]) < np.broadcast_to(radii, gap.shape)[i, j]
+    i, j = (index[start : start + step] for index in doubtful)
+    inside[i, j] = (
+      distances.exact_distances(points[i], centres[j]) < np.broadcast_to(radii, gap.shape)[i, j]
+    )
   return inside
 
 
@@ -107,6 +126,10 @@ def _prepared(real, fake):
   distances.check_features(real, fake)
   real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
   if not (real.size and fake.size and np.isfinite(real).all() and np.isfinite(fake).all()):
-    raise UserError(f'features {real.shape} and {fake.shape} are empty or not finite: check what made them')
-  shift = real.mean(0).astype(np.float32)  # of few bits: differences of float32 features stay exact, so ties stay ties
+    raise UserError(
+      f'features {real.shape} and {fake.shape} are empty or not finite: check what made them'
+    )
+  shift = real.mean(0).astype(
+    np.float32
+  )  # of few bits: differences of float32 features stay exact, so ties stay ties
   return real - shift, fake - shift

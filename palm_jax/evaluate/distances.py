@@ -1,4 +1,6 @@
-"""Distances between two sets of features, in float64 on the host: Frechet, kernel, precision and recall."""
+"""Distances between two sets of features, in float64 on the host: Frechet, kernel, precision and
+recall."""
+
 from typing import NamedTuple
 
 import numpy as np
@@ -6,7 +8,7 @@ import scipy.linalg
 
 from palm_jax.errors import UserError
 
-PAIRS_AT_ONCE = 2 ** 22  # distances held at a time: 32 MB, some times over
+PAIRS_AT_ONCE = 2**22  # distances held at a time: 32 MB, some times over
 
 
 class Moments(NamedTuple):
@@ -16,12 +18,13 @@ class Moments(NamedTuple):
 
 
 def moments(batches):
-  """Mean and covariance of features that come in batches (n, F), accumulated in float64 (Chan et al. 1979).
+  """Mean and covariance of features that come in batches (n, F), accumulated in float64 (Chan et
+  al. 1979).
 
   Raises:
     UserError: fewer than two rows in all.
   """
-  count, mean, scatter = 0, 0., 0.
+  count, mean, scatter = 0, 0.0, 0.0
   for x in batches:
     x = np.asarray(x, np.float64)
     centre, total = x.mean(0), count + len(x)
@@ -34,10 +37,12 @@ def moments(batches):
 
 
 def frechet_distance(mean_a, cov_a, mean_b, cov_b):
-  """Squared Frechet distance of two normal distributions: |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)).
+  """Squared Frechet distance of two normal distributions: |mean_a - mean_b|^2 + tr(A + B - 2 (A
+  B)^(1/2)).
 
-  Heusel et al. 2017 (arXiv 1706.08500). tr (A B)^(1/2) is the sum of the singular values of B^(1/2)' A^(1/2) for any
-  roots of A and B: real, and accurate where fewer samples than features leave A and B singular.
+  Heusel et al. 2017 (arXiv 1706.08500). tr (A B)^(1/2) is the sum of the singular values of
+  B^(1/2)' A^(1/2) for any roots of A and B: real, and accurate where fewer samples than features
+  leave A and B singular.
 
   Args:
     mean_a, mean_b: (F,).
@@ -51,21 +56,31 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
   """
   parts = [np.asarray(x, np.float64) for x in (mean_a, cov_a, mean_b, cov_b)]
   size = parts[0].size
-  if [x.shape for x in parts] != [(size,), (size, size)] * 2 or not all(np.isfinite(x).all() for x in parts):
-    raise UserError(f'means and covariances have shapes {[x.shape for x in parts]}, expected finite (F,), (F, F), twice')
+  if [x.shape for x in parts] != [(size,), (size, size)] * 2 or not all(
+    np.isfinite(x).all() for x in parts
+  ):
+    raise UserError(
+      f'means and covariances have shapes {[x.shape for x in parts]}, expected finite (F,), (F, '
+      'F), twice'
+    )
   mean_a, cov_a, mean_b, cov_b = parts
 
   def root(cov):
     values, vectors = scipy.linalg.eigh(cov, driver='evd')  # three times faster than the default
-    values[values <= size * np.finfo(np.float64).eps * max(values[-1], 0)] = 0  # the rounding of zeros
+    values[values <= size * np.finfo(np.float64).eps * max(values[-1], 0)] = (
+      0  # the rounding of zeros
+    )
     return vectors * np.sqrt(values)
 
   cross = scipy.linalg.svdvals(root(cov_b).T @ root(cov_a)).sum()
-  return max(float(np.sum((mean_a - mean_b) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2 * cross), 0.)
+  return max(
+    float(np.sum((mean_a - mean_b) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2 * cross), 0.0
+  )
 
 
 def kernel_distance(a, b, subset_size, num_subsets, seed):
-  """Kernel distance: the unbiased squared MMD under (x.y / F + 1)^3, over random subsets (arXiv 1801.01401).
+  """Kernel distance: the unbiased squared MMD under (x.y / F + 1)^3, over random subsets (arXiv
+  1801.01401).
 
   Args:
     a, b: (N, F) and (M, F) features.
@@ -73,14 +88,18 @@ def kernel_distance(a, b, subset_size, num_subsets, seed):
     num_subsets, seed: of the subsets.
 
   Returns:
-    (mean, standard deviation) over the subsets; around zero, also below it, for equal distributions.
+    (mean, standard deviation) over the subsets; around zero, also below it, for equal
+    distributions.
 
   Raises:
     UserError: features that do not match, or a subset that is larger than a or b, or below 2.
   """
   check_features(a, b)
   if not 2 <= subset_size <= min(len(a), len(b)):
-    raise UserError(f'subset_size is {subset_size}, expected 2 to {min(len(a), len(b))}, the rows of the smaller set')
+    raise UserError(
+      f'subset_size is {subset_size}, expected 2 to {min(len(a), len(b))}, the rows of the '
+      'smaller set'
+    )
   generator, m, distances = np.random.default_rng(seed), subset_size, []
 
   def kernel(x, y):
@@ -98,8 +117,9 @@ def kernel_distance(a, b, subset_size, num_subsets, seed):
 def precision_recall(real, fake, k=3):
   """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991).
 
-  Precision is the share of fakes in the union of the balls around reals that reach to their k-th nearest other real;
-  recall the same with the sides exchanged. A point on a ball's surface is in it.
+  Precision is the share of fakes in the union of the balls around reals that reach to their k-th
+  nearest other real; recall the same with the sides exchanged. A point on a ball's surface is in
+  it.
 
   Args:
     real, fake: (N, F) and (M, F) features.
@@ -113,14 +133,22 @@ def precision_recall(real, fake, k=3):
   """
   check_features(real, fake)
   if not 1 <= k < min(len(real), len(fake)):
-    raise UserError(f'k is {k}, expected 1 to {min(len(real), len(fake)) - 1}, fewer than the rows of the smaller set')
-  centre = np.mean(real, axis=0, dtype=np.float64)  # far from the origin, Gram matrices lose what is near
+    raise UserError(
+      f'k is {k}, expected 1 to {min(len(real), len(fake)) - 1}, fewer than the rows of the '
+      'smaller set'
+    )
+  centre = np.mean(
+    real, axis=0, dtype=np.float64
+  )  # far from the origin, Gram matrices lose what is near
   real, fake = np.asarray(real, np.float64) - centre, np.asarray(fake, np.float64) - centre
-  return _covered(fake, real, neighbour_radii(real, k)), _covered(real, fake, neighbour_radii(fake, k))
+  return _covered(fake, real, neighbour_radii(real, k)), _covered(
+    real, fake, neighbour_radii(fake, k)
+  )
 
 
 def rough_distances(points, centres):
-  """Yields (rows of points, their squared distances to all centres (n, N), a bound of these distances' errors (n, 1))."""
+  """Yields (rows of points, their squared distances to all centres (n, N), a bound of these
+  distances' errors (n, 1))."""
   squares = np.sum(centres * centres, 1)
   relative = 4 * points.shape[1] * np.finfo(np.float64).eps
   step = max(PAIRS_AT_ONCE // len(centres), 1)
@@ -139,18 +167,20 @@ def exact_distances(x, y):
 
 
 def neighbour_radii(x, k):
-  """(N,) squared distances to the k-th nearest other row, among all that may be it, computed exactly."""
+  """(N,) squared distances to the k-th nearest other row, among all that may be it, computed
+  exactly."""
   radii = np.empty(len(x))
   for rows, distances, error in rough_distances(x, x):
     distances[np.arange(len(rows)), rows] = np.inf
-    farthest = np.partition(distances, k - 1, 1)[:, k - 1:k] + 2 * error
+    farthest = np.partition(distances, k - 1, 1)[:, k - 1 : k] + 2 * error
     for row, candidates in zip(rows, distances <= farthest, strict=True):
       radii[row] = np.partition(exact_distances(x[row], x[candidates]), k - 1)[k - 1]
   return radii
 
 
 def _covered(points, centres, radii):
-  """Share of points within the squared radius of any centre. Pairs too close to call are computed exactly."""
+  """Share of points within the squared radius of any centre. Pairs too close to call are computed
+  exactly."""
   covered = 0
   for rows, distances, error in rough_distances(points, centres):
     distances -= radii

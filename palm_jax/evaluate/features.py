@@ -1,4 +1,6 @@
-"""Features of whole image sets under a frozen encoder: computed once, then shared by every probe."""
+"""Features of whole image sets under a frozen encoder: computed once, then shared by every
+probe."""
+
 import functools
 import hashlib
 import pathlib
@@ -21,17 +23,26 @@ from palm_jax.files import replacing
 
 
 def default_config():
-  return ConfigDict(dict(
-      path='',  # .npz of another encoder's features, judged beside ours: train_features, test_features, ood_<set>
+  return ConfigDict(
+    dict(
+      # .npz of another encoder's features, judged beside ours: train_features, test_features,
+      # ood_<set>
+      path='',
       batch_size=512,  # images a step over all devices
-      folder='',  # where features are kept, named by what they are of; '': <workdir>/features. A study's runs share one
-  ))
+      # where features are kept, named by what they are of; '': <workdir>/features. A study's runs
+      # share one
+      folder='',
+    )
+  )
 
 
 class Encoder(NamedTuple):
   """A frozen encoder and where it comes from."""
+
   name: str
-  apply: jax.tree_util.Partial  # Partial(function, variables): images (B, H, W, C) -> (B, F), batch statistics fixed
+  apply: (
+    jax.tree_util.Partial
+  )  # Partial(function, variables): images (B, H, W, C) -> (B, F), batch statistics fixed
   sha256: str  # of variables and settings
   about: dict  # for protocols
 
@@ -46,27 +57,46 @@ def load_encoder(config, workdir, image_shape):
     UserError: no encoder in the workdir, or one for other images.
   """
   _, variables, step = checkpoint.load_encoder(workdir)
-  shapes = lambda tree: {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  shapes = lambda tree: {
+    jax.tree_util.keystr(path): np.shape(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
   there = shapes(variables)
-  differ = [name for name, shape in shapes(jax.eval_shape(_init(config, image_shape))).items() if there.get(name) != shape]
+  differ = [
+    name
+    for name, shape in shapes(jax.eval_shape(_init(config, image_shape))).items()
+    if there.get(name) != shape
+  ]
   if differ:
-    raise UserError(f'the encoder of {workdir} does not take images of shape {image_shape}: {differ[0]} is '
-                    f'{there.get(differ[0], "absent")}; give the data it was pretrained for')
+    raise UserError(
+      f'the encoder of {workdir} does not take images of shape {image_shape}: {differ[0]} is '
+      f'{there.get(differ[0], "absent")}; give the data it was pretrained for'
+    )
   return _make(config, 'PALM encoder', variables, dict(checkpoint_step=step))
 
 
 def untrained_encoder(config, image_shape):
   """The same network with the weights that config.seed draws."""
-  return _make(config, 'untrained encoder', jax.device_get(jax.jit(_init(config, image_shape))()), dict(weights_seed=config.seed))
+  return _make(
+    config,
+    'untrained encoder',
+    jax.device_get(jax.jit(_init(config, image_shape))()),
+    dict(weights_seed=config.seed),
+  )
 
 
 def _init(config, image_shape):
-  return lambda: make_encoder(config.encoder).init(jax.random.key(config.seed), jnp.zeros((1, *image_shape)), train=False)
+  return lambda: make_encoder(config.encoder).init(
+    jax.random.key(config.seed), jnp.zeros((1, *image_shape)), train=False
+  )
 
 
 def _make(config, name, variables, about):
   apply = functools.partial(make_encoder(config.encoder).apply, train=False)
-  sha256, about = digest(variables, config.encoder.to_dict()), dict(about, layer='h, batch statistics fixed')
+  sha256, about = (
+    digest(variables, config.encoder.to_dict()),
+    dict(about, layer='h, batch statistics fixed'),
+  )
   return Encoder(name, jax.tree_util.Partial(apply, variables), sha256, about)
 
 
@@ -74,11 +104,17 @@ def assert_frozen(before, after):
   """Raises AssertionError, naming the leaf, unless two trees of variables are bit-identical.
 
   Args:
-    before: parameters and batch statistics as they were, copied to the host (`jax.device_get`) before the probe.
+    before: parameters and batch statistics as they were, copied to the host (`jax.device_get`)
+      before the probe.
     after: the same tree after it.
   """
-  leaves = [{jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-            for tree in (before, after)]
+  leaves = [
+    {
+      jax.tree_util.keystr(path): np.asarray(leaf)
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    for tree in (before, after)
+  ]
   unmatched = sorted(leaves[0].keys() ^ leaves[1].keys())
   if unmatched:
     raise AssertionError(f'{unmatched[0]} is in one tree only: the encoder was not frozen')
@@ -94,10 +130,12 @@ def folder_of(config, workdir):
 
 
 def cached(encoder, images, folder, mesh, batch_size=512):
-  """`extract`, once for an encoder and its images: kept in a folder, in a file named by digests of both.
+  """`extract`, once for an encoder and its images: kept in a folder, in a file named by digests of
+  both.
 
   Raises:
-    UserError: a file there holds features of another encoder or other images; and what `extract` raises.
+    UserError: a file there holds features of another encoder or other images; and what `extract`
+      raises.
   """
   images = np.asarray(images)
   _check_images(images)
@@ -114,11 +152,16 @@ def cached(encoder, images, folder, mesh, batch_size=512):
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
       damage = error
     if checkpoint.any_process(damage):  # all together, as they compute together
-      logging.warning('%s: damaged (%s), computed again', path, damage or 'another process says why')
+      logging.warning(
+        '%s: damaged (%s), computed again', path, damage or 'another process says why'
+      )
     else:
       for name, value in about.items():
         if saved[name] != value:
-          raise UserError(f'{path} holds features whose {name} is {saved[name][:12]}..., expected {value[:12]}...: remove it')
+          raise UserError(
+            f'{path} holds features whose {name} is {saved[name][:12]}..., expected '
+            f'{value[:12]}...: remove it'
+          )
       return h
   h = extract(encoder.apply, images, batch_size, mesh)
   if jax.process_index() == 0:
@@ -128,14 +171,17 @@ def cached(encoder, images, folder, mesh, batch_size=512):
 
 
 def load_foreign(config, counts):
-  """Features of another encoder, from the .npz that config.features.path names: {part: (N, F) float32}; {} without one.
+  """Features of another encoder, from the .npz that config.features.path names: {part: (N, F)
+  float32}; {} without one.
 
-  The file holds train_features, test_features and, for --job=ood, an ood_<set> for each of its sets.
+  The file holds train_features, test_features and, for --job=ood, an ood_<set> for each of its
+  sets.
 
   Args:
     counts: {'train': images, 'test': images, 'ood_<set>': images, ...}, the parts that are needed.
   Raises:
-    UserError: no such file, a damaged one, one without a part, or features that are not (images of that part, F).
+    UserError: no such file, a damaged one, one without a part, or features that are not (images of
+      that part, F).
   """
   path, parts = config.features.path, {}
   if not path:
@@ -144,16 +190,24 @@ def load_foreign(config, counts):
     with np.load(path, allow_pickle=False) as file:
       arrays = dict(file)
   except (OSError, ValueError, zipfile.BadZipFile) as error:
-    raise UserError(f'features.path={path} cannot be read ({" ".join(str(error).split())}): give an .npz file with '
-                    'train_features and test_features') from error
+    raise UserError(
+      f'features.path={path} cannot be read ({" ".join(str(error).split())}): give an .npz file '
+      'with '
+      'train_features and test_features'
+    ) from error
   for part, count in counts.items():
     name = part if part.startswith('ood_') else f'{part}_features'
     if name not in arrays:
-      raise UserError(f'features.path={path} holds {", ".join(sorted(arrays))}: expected also {name}')
+      raise UserError(
+        f'features.path={path} holds {", ".join(sorted(arrays))}: expected also {name}'
+      )
     parts[part] = arrays[name].astype(np.float32)
     if parts[part].ndim != 2 or parts[part].shape != (count, parts['train'].shape[1]):
-      raise UserError(f'features.path={path}: {name} is {arrays[name].shape}, expected ({count}, F), a row for each image in '
-                      'order, with the same F in all')
+      raise UserError(
+        f'features.path={path}: {name} is {arrays[name].shape}, expected ({count}, F), a row for '
+        'each image in '
+        'order, with the same F in all'
+      )
   return parts
 
 
@@ -161,17 +215,20 @@ def extract(apply_fn, images, batch_size=512, mesh=None):
   """Features of `images`, in their order.
 
   Args:
-    apply_fn: images (B, H, W, C) uint8 -> features (B, F), with its variables frozen and batch normalisation in
-      evaluation mode. Either a plain function or `jax.tree_util.Partial(function, variables)`; the second is compiled
-      once for all values of `variables`, so a monitor that is called again during training should use it.
+    apply_fn: images (B, H, W, C) uint8 -> features (B, F), with its variables frozen and batch
+      normalisation in evaluation mode. Either a plain function or `jax.tree_util.Partial(function,
+      variables)`; the second is compiled once for all values of `variables`, so a monitor that is
+      called again during training should use it.
     images: (N, H, W, C) uint8, the whole set on every process.
-    batch_size: images a step, over all devices together; rounded up to a multiple of the mesh's size.
-    mesh: a mesh with the axis 'data', over which a batch is split; None computes on the default device.
+    batch_size: images a step, over all devices together; rounded up to a multiple of the mesh's
+      size.
+    mesh: a mesh with the axis 'data', over which a batch is split; None computes on the default
+      device.
   Returns:
     (N, F) float32, on the host of every process.
   Raises:
-    UserError: images that are not (N, H, W, C) uint8, an empty set, a batch size below 1, or features that are not
-      (B, F).
+    UserError: images that are not (N, H, W, C) uint8, an empty set, a batch size below 1, or
+      features that are not (B, F).
   """
   images = np.asarray(images)
   _check_images(images)
@@ -187,23 +244,26 @@ def extract(apply_fn, images, batch_size=512, mesh=None):
 
   features = []
   for start in range(0, len(images), batch_size):
-    batch = images[start:start + batch_size]
+    batch = images[start : start + batch_size]
     missing = batch_size - len(batch)
     batch = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))  # one shape, so one compilation
     if mesh is not None:
       batch = devices.shard(mesh, batch, PartitionSpec('data'))
     features.append(_apply(apply_fn, batch))
     if features[-1].ndim != 2:
-      raise UserError(f'the encoder returned features of shape {features[-1].shape}, expected (batch, F): '
-                      'pool or flatten them first')
+      raise UserError(
+        f'the encoder returned features of shape {features[-1].shape}, expected (batch, F): '
+        'pool or flatten them first'
+      )
     if len(features) > 1:  # fetched one step late: the device computes while the host copies
       features[-2] = _fetch(features[-2])
   features[-1] = _fetch(features[-1])
-  return np.concatenate(features)[:len(images)]
+  return np.concatenate(features)[: len(images)]
 
 
 def pixels(images):
-  """The images themselves as features, x / 127.5 - 1: (N, H, W, C) uint8 -> (N, H * W * C) float32."""
+  """The images themselves as features, x / 127.5 - 1: (N, H, W, C) uint8 -> (N, H * W * C)
+  float32."""
   images = np.asarray(images)
   _check_images(images)
   return images.reshape(len(images), -1).astype(np.float32) / np.float32(127.5) - np.float32(1)
@@ -222,4 +282,6 @@ def _fetch(features):
 
 def _check_images(images):
   if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
-    raise UserError(f'images are {images.shape} {images.dtype}, expected a non-empty (N, H, W, C) uint8 array')
+    raise UserError(
+      f'images are {images.shape} {images.dtype}, expected a non-empty (N, H, W, C) uint8 array'
+    )

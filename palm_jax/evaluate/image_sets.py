@@ -1,4 +1,6 @@
-"""Unlabelled image sets to compare a labelled one with: files, folders, named data sets, and interpolations of its own images."""
+"""Unlabelled image sets to compare a labelled one with: files, folders, named data sets, and
+interpolations of its own images."""
+
 import pathlib
 
 import numpy as np
@@ -33,34 +35,46 @@ def image_set(source, id_split, data_dir=None):
     return interpolate(id_split, source.removeprefix('interp:'))
   height, width, channels = id_split.images.shape[1:]
   if height != width:
-    raise UserError(f'{source}: the in-distribution images are {height}x{width}, expected square ones for sets other than '
-                    f'{" and ".join(INTERP)}')
+    raise UserError(
+      f'{source}: the in-distribution images are {height}x{width}, expected square ones for sets '
+      'other than '
+      f'{" and ".join(INTERP)}'
+    )
   return load_images(source, height, data_dir, channels)
 
 
 def check_source(source):
   """Raises UserError where a source cannot be read for sure: before hours of other work."""
   if source.startswith('interp:') and source not in INTERP:
-    raise UserError(f'image set {source!r} is unknown: expected {" or ".join(INTERP)}, or where images lie')
+    raise UserError(
+      f'image set {source!r} is unknown: expected {" or ".join(INTERP)}, or where images lie'
+    )
   path = pathlib.Path(source.removeprefix('celeba:')).expanduser()
   looks_like_a_path = source.startswith('celeba:') or path.suffix or '/' in source
-  if looks_like_a_path and not (',' in source or source.startswith(('interp:', 'tfds:')) or path.exists()):
-    raise UserError(f'{path}: no such file or folder (working folder: {pathlib.Path.cwd()}); an image set may be '
-                    f'{" or ".join(INTERP)}, x.npz with images, a folder of images, celeba:FOLDER, or a data set with labels')
+  if looks_like_a_path and not (
+    ',' in source or source.startswith(('interp:', 'tfds:')) or path.exists()
+  ):
+    raise UserError(
+      f'{path}: no such file or folder (working folder: {pathlib.Path.cwd()}); an image set may be '
+      f'{" or ".join(INTERP)}, x.npz with images, a folder of images, celeba:FOLDER, or a data '
+      'set with labels'
+    )
 
 
 def load_images(path_or_name, size, data_dir=None, channels=3):
   """Images whose labels do not matter, all of one shape.
 
-  A folder's pictures are cropped to their central square and then resized by Pillow's bilinear filter, which
-  averages over all pixels when it makes pictures smaller. Of LSUN, whose shorter side is 256, that makes the very pictures of
-  CSI's LSUN_FIX. Images of all other sources must have the right size.
+  A folder's pictures are cropped to their central square and then resized by Pillow's bilinear
+  filter, which averages over all pixels when it makes pictures smaller. Of LSUN, whose shorter side
+  is 256, that makes the very pictures of CSI's LSUN_FIX. Images of all other sources must have the
+  right size.
 
   Args:
-    path_or_name: `x.npz` with `images` (all are taken, whatever `labels` are) or `test_images`; a folder with
-      PNG/JPEG/WEBP files at any depth, of which `test/` or `val/` is taken if `train/` is beside it; `celeba:FOLDER`, the same
-      with the central 178x178 pixels, of the test part if list_eval_partition.txt is in the folder or beside it; or
-      anything that palm_jax.data.load understands, its test part.
+    path_or_name: `x.npz` with `images` (all are taken, whatever `labels` are) or `test_images`; a
+      folder with PNG/JPEG/WEBP files at any depth, of which `test/` or `val/` is taken if `train/`
+      is beside it; `celeba:FOLDER`, the same with the central 178x178 pixels, of the test part if
+      list_eval_partition.txt is in the folder or beside it; or anything that palm_jax.data.load
+      understands, its test part.
     size: height and width of the result.
     data_dir: where bare names lie, see palm_jax.data.load.
     channels: of the result, 3 or 1.
@@ -78,7 +92,10 @@ def load_images(path_or_name, size, data_dir=None, channels=3):
   if files:
     images, described = _read_folder(path, files, size, channels, celeba)
   elif celeba:
-    raise UserError(f'{path} holds no {", ".join(data._IMAGE_SUFFIXES)} files: name the folder of the aligned CelebA pictures')
+    raise UserError(
+      f'{path} holds no {", ".join(data._IMAGE_SUFFIXES)} files: name the folder of the aligned '
+      'CelebA pictures'
+    )
   elif path.suffix == '.npz' and ',' not in path_or_name:
     images, described = _read_npz(path)
   else:
@@ -86,26 +103,32 @@ def load_images(path_or_name, size, data_dir=None, channels=3):
       loaded = data.load(path_or_name, data_dir=data_dir)
     except UserError as error:
       if path.is_dir():
-        raise UserError(f'{path} holds no {", ".join(data._IMAGE_SUFFIXES)} files, nor labelled data: {error}') from error
+        raise UserError(
+          f'{path} holds no {", ".join(data._IMAGE_SUFFIXES)} files, nor labelled data: {error}'
+        ) from error
       raise
     images, described = loaded.test.images, f'test part of {loaded.source}'
   if images.shape[1:] != (size, size, channels):
     colour = 'make colour of grey in' if channels == 3 else 'make grey of colour in'
     what = 'resize' if images.shape[1:3] != (size, size) else colour
-    raise UserError(f'{path_or_name}: images are {images.shape[1:]}, expected {(size, size, channels)} as the in-distribution '
-                    f'images are: {what} them first, or give a folder of pictures, where that is done')
+    raise UserError(
+      f'{path_or_name}: images are {images.shape[1:]}, expected {(size, size, channels)} as the '
+      'in-distribution '
+      f'images are: {what} them first, or give a folder of pictures, where that is done'
+    )
   return images, f'{described}; {len(images)} images'
 
 
 def interpolate(split, mode):
-  """Averages of two images each, of which none is a picture of one thing (alinlab/CSI's set "Interp.").
+  """Averages of two images each, of which none is a picture of one thing (alinlab/CSI's set
+  "Interp.").
 
-  'pairs': every image with the one before it on a fixed random cycle through all images, so that the order of the data (sorted
-  by class, in some) means nothing.
-  'csi': image i with image i - 100, but the first 100 stay as they are: with its batches of 100 in the order of the test
-  set, CSI averages each with the one before. Those are not out of distribution: an AUROC of A becomes .99 A + .005 at
-  N = 10,000.
-  Averages are rounded to whole levels, halves to the even one (CSI averages floats, and does not round).
+  'pairs': every image with the one before it on a fixed random cycle through all images, so that
+  the order of the data (sorted by class, in some) means nothing.
+  'csi': image i with image i - 100, but the first 100 stay as they are: with its batches of 100 in
+  the order of the test set, CSI averages each with the one before. Those are not out of
+  distribution: an AUROC of A becomes .99 A + .005 at N = 10,000. Averages are rounded to whole
+  levels, halves to the even one (CSI averages floats, and does not round).
 
   Args:
     split: palm_jax.data.Split, N images; labels only for the description.
@@ -119,23 +142,34 @@ def interpolate(split, mode):
   """
   images, count, least = split.images, len(split.images), {'pairs': 2, 'csi': BATCH + 1}[mode]
   if count < least:
-    raise UserError(f'interp:{mode} needs {least} in-distribution test images or more, but there are {count}: give more of them, '
-                    'or leave that set out')
+    raise UserError(
+      f'interp:{mode} needs {least} in-distribution test images or more, but there are {count}: '
+      'give more of them, '
+      'or leave that set out'
+    )
   rows = np.arange(count)
   if mode == 'pairs':
-    order = np.argsort(np.random.PCG64(0).random_raw(count))  # raw bits are the same in all versions of numpy
+    order = np.argsort(
+      np.random.PCG64(0).random_raw(count)
+    )  # raw bits are the same in all versions of numpy
     partners, how = np.empty_like(order), 'each image with another, on a fixed random cycle'
     partners[order] = np.roll(order, 1)
   else:
-    partners, how = np.maximum(rows - BATCH, 0), f'images i and i - {BATCH}, the first {BATCH} as they are'
+    partners, how = (
+      np.maximum(rows - BATCH, 0),
+      f'images i and i - {BATCH}, the first {BATCH} as they are',
+    )
     partners[:BATCH] = rows[:BATCH]
   mixed = np.empty_like(images)
   for start in range(0, count, 1024):
     part = slice(start, start + 1024)
     mixed[part] = np.rint((images[part].astype(np.float32) + images[partners[part]]) / 2)
   within = np.mean((split.labels == split.labels[partners])[partners != rows])
-  return mixed, (f'averages of in-distribution test images, {how}, halves rounded to even; {within:.1%} of the pairs '
-                 f'within one class; {count} images')
+  return mixed, (
+    f'averages of in-distribution test images, {how}, halves rounded to even; {within:.1%} of the '
+    'pairs '
+    f'within one class; {count} images'
+  )
 
 
 def _read_npz(path):
@@ -144,20 +178,29 @@ def _read_npz(path):
       key = next((key for key in ('images', 'test_images') if key in file), None)
       found, images = ', '.join(file.files), file[key] if key else None
   except Exception as error:  # a damaged zip or header raises nearly anything
-    raise UserError(f'{path}: not a readable .npz of plain arrays ({data._one_line(error)}); '
-                    'write it again with numpy.savez_compressed') from error
+    raise UserError(
+      f'{path}: not a readable .npz of plain arrays ({data._one_line(error)}); '
+      'write it again with numpy.savez_compressed'
+    ) from error
   if images is None:
     raise UserError(f'{path} holds {found or "nothing"}; expected images (N, H, W, C) uint8')
   unlabelled = data.Split(images, np.zeros(images.shape[:1], np.int64))
-  return data._checked_split(str(path), unlabelled, None).images, f'{key} of {data._described(path)}'
+  return data._checked_split(
+    str(path), unlabelled, None
+  ).images, f'{key} of {data._described(path)}'
 
 
 def _image_files(root):
   """All picture files below `root`, sorted; those of test/ or val/ where train/ is beside it."""
   if (root / 'train').is_dir():
     root = next((root / part for part in ('test', 'val') if (root / part).is_dir()), root)
-  return sorted(path for path in root.rglob('*') if path.suffix.lower() in data._IMAGE_SUFFIXES and path.is_file()
-                and not any(part.startswith(('.', '__MACOSX')) for part in path.relative_to(root).parts))
+  return sorted(
+    path
+    for path in root.rglob('*')
+    if path.suffix.lower() in data._IMAGE_SUFFIXES
+    and path.is_file()
+    and not any(part.startswith(('.', '__MACOSX')) for part in path.relative_to(root).parts)
+  )
 
 
 def _read_folder(root, files, size, channels, celeba):
@@ -165,31 +208,47 @@ def _read_folder(root, files, size, channels, celeba):
   if celeba:
     files, part = _celeba_test(root, files)
   images = np.empty((len(files), size, size, channels), np.uint8)
-  mode, sides, progress = 'L' if channels == 1 else 'RGB', set(), Progress(f'reading {root.name}', len(files), 'pictures')
+  mode, sides, progress = (
+    'L' if channels == 1 else 'RGB',
+    set(),
+    Progress(f'reading {root.name}', len(files), 'pictures'),
+  )
   for i, file in enumerate(files):
     pixels = data._pixels(file, mode)
     side = CELEBA_SIDE if celeba else min(pixels.shape[:2])
     if side > min(pixels.shape[:2]):
-      raise UserError(f'{file} is {pixels.shape[1]}x{pixels.shape[0]}, expected {side}x{side} or more: '
-                      'give the aligned CelebA pictures (178x218), or leave out `celeba:`')
+      raise UserError(
+        f'{file} is {pixels.shape[1]}x{pixels.shape[0]}, expected {side}x{side} or more: '
+        'give the aligned CelebA pictures (178x218), or leave out `celeba:`'
+      )
     # Halves go to the even number, as in torchvision's CenterCrop.
     top, left = (round((length - side) / 2) for length in pixels.shape[:2])
-    square = Image.fromarray(pixels[top:top + side, left:left + side])
-    images[i] = np.asarray(square.resize((size, size), Image.Resampling.BILINEAR)).reshape(size, size, channels)
+    square = Image.fromarray(pixels[top : top + side, left : left + side])
+    images[i] = np.asarray(square.resize((size, size), Image.Resampling.BILINEAR)).reshape(
+      size, size, channels
+    )
     sides.add(side)
     progress.update(i + 1, {})
   span = f'{min(sides)}' if len(sides) == 1 else f'{min(sides)} to {max(sides)}'
-  how = 'as they are' if sides == {size} else f'central squares of side {span}, then Pillow bilinear (antialiased) to {size}'
+  how = (
+    'as they are'
+    if sides == {size}
+    else f'central squares of side {span}, then Pillow bilinear (antialiased) to {size}'
+  )
   return images, f'folder {part}, {how}'
 
 
 def _celeba_test(root, files):
-  lists = [folder / CELEBA_PARTS for folder in (root, root.parent) if (folder / CELEBA_PARTS).is_file()]
+  lists = [
+    folder / CELEBA_PARTS for folder in (root, root.parent) if (folder / CELEBA_PARTS).is_file()
+  ]
   if not lists:
     return files, f'{root.name}, all pictures ({CELEBA_PARTS} not found)'
   parts = dict(line.split() for line in lists[0].read_text().splitlines() if len(line.split()) == 2)
   chosen = [file for file in files if parts.get(file.name) == '2']
   if not chosen:
-    raise UserError(f'{root} holds none of the test pictures that {lists[0]} names: '
-                    'give the folder of the aligned CelebA pictures')
+    raise UserError(
+      f'{root} holds none of the test pictures that {lists[0]} names: '
+      'give the folder of the aligned CelebA pictures'
+    )
   return chosen, f'{root.name}, test part of {CELEBA_PARTS}'

@@ -1,10 +1,12 @@
-"""Inception-v3 of 2015-12-05, the network of the Frechet Inception distance, for inference; weights come from a file.
+"""Inception-v3 of 2015-12-05, the network of the Frechet Inception distance, for inference; weights
+come from a file.
 
 Units and their names are those of pytorch-fid (src/pytorch_fid/inception.py) and torch-fidelity
-(torch_fidelity/feature_extractor_inceptionv3.py), so a tensor's place in the network is its name in the file. It differs
-from the Inception-v3 of torchvision: average pools leave the padding out of the count, the last block pools by maximum,
-and there are 1008 classes.
+(torch_fidelity/feature_extractor_inceptionv3.py), so a tensor's place in the network is its name in
+the file. It differs from the Inception-v3 of torchvision: average pools leave the padding out of
+the count, the last block pools by maximum, and there are 1008 classes.
 """
+
 import pathlib
 from collections.abc import Callable
 
@@ -23,9 +25,11 @@ SIDE = 299
 
 
 class Inception(nn.Module):
-  """images (N, H, W, 1 or 3) uint8 -> the last pooled features (N, 2048), at least float32; convolutions in full float32.
+  """images (N, H, W, 1 or 3) uint8 -> the last pooled features (N, 2048), at least float32;
+  convolutions in full float32.
 
-  Variables: of `load` or `convert`; every unit is a convolution with its batch normalisation folded in, then ReLU.
+  Variables: of `load` or `convert`; every unit is a convolution with its batch normalisation folded
+  in, then ReLU.
   """
 
   @nn.compact
@@ -50,7 +54,8 @@ class Inception(nn.Module):
 
 
 def prepare(images):
-  """images (N, H, W, 1 or 3) uint8 -> (N, 299, 299, 3) float32 in [-1, 1): torch-fidelity; grey is repeated."""
+  """images (N, H, W, 1 or 3) uint8 -> (N, 299, 299, 3) float32 in [-1, 1): torch-fidelity; grey is
+  repeated."""
   x = images.astype(jnp.float32)
   if x.shape[-1] == 1:
     x = jnp.repeat(x, 3, -1)  # stylegan2-ada-pytorch, metrics/metric_utils.py
@@ -58,10 +63,13 @@ def prepare(images):
 
 
 def resize(images, size):
-  """TensorFlow 1's bilinear resize, corners not aligned: output i lies at i * input size / size, without half pixels.
+  """TensorFlow 1's bilinear resize, corners not aligned: output i lies at i * input size / size,
+  without half pixels.
 
-  images (N, H, W, C) float -> (N, size, size, C). Enlarging repeats the last row and column; reducing is not smoothed.
+  images (N, H, W, C) float -> (N, size, size, C). Enlarging repeats the last row and column;
+  reducing is not smoothed.
   """
+
   def along(x, axis):
     length = x.shape[axis]
     position = np.arange(size, dtype=np.float32) * np.float32(length / size)  # float32, as there
@@ -70,6 +78,7 @@ def resize(images, size):
     fraction = (position - low).reshape(shape)
     before, after = jnp.take(x, low, axis), jnp.take(x, np.minimum(low + 1, length - 1), axis)
     return before + (after - before) * fraction
+
   return along(along(images, 2), 1)
 
 
@@ -84,9 +93,12 @@ def max_pool(x):
 
 
 def _unit(x, name, features, kernel=(1, 1), stride=1, padding=None):
-  # An accelerator's default precision would round the inputs to about 10 bits, which moves the distance.
+  # An accelerator's default precision would round the inputs to about 10 bits, which moves the
+  # distance.
   padding = padding or ('SAME' if stride == 1 else 'VALID')
-  return nn.relu(nn.Conv(features, kernel, stride, padding, precision=jax.lax.Precision.HIGHEST, name=name)(x))
+  return nn.relu(
+    nn.Conv(features, kernel, stride, padding, precision=jax.lax.Precision.HIGHEST, name=name)(x)
+  )
 
 
 def _chain(x, *units):
@@ -100,20 +112,35 @@ class BlockA(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    return jnp.concatenate([
+    return jnp.concatenate(
+      [
         _unit(x, 'branch1x1', 64),
         _chain(x, ('branch5x5_1', 48), ('branch5x5_2', 64, (5, 5))),
-        _chain(x, ('branch3x3dbl_1', 64), ('branch3x3dbl_2', 96, (3, 3)), ('branch3x3dbl_3', 96, (3, 3))),
-        _unit(average_pool(x), 'branch_pool', self.pool_features)], -1)
+        _chain(
+          x, ('branch3x3dbl_1', 64), ('branch3x3dbl_2', 96, (3, 3)), ('branch3x3dbl_3', 96, (3, 3))
+        ),
+        _unit(average_pool(x), 'branch_pool', self.pool_features),
+      ],
+      -1,
+    )
 
 
 class BlockB(nn.Module):
   @nn.compact
   def __call__(self, x):
-    return jnp.concatenate([
+    return jnp.concatenate(
+      [
         _unit(x, 'branch3x3', 384, (3, 3), 2),
-        _chain(x, ('branch3x3dbl_1', 64), ('branch3x3dbl_2', 96, (3, 3)), ('branch3x3dbl_3', 96, (3, 3), 2)),
-        nn.max_pool(x, (3, 3), (2, 2))], -1)
+        _chain(
+          x,
+          ('branch3x3dbl_1', 64),
+          ('branch3x3dbl_2', 96, (3, 3)),
+          ('branch3x3dbl_3', 96, (3, 3), 2),
+        ),
+        nn.max_pool(x, (3, 3), (2, 2)),
+      ],
+      -1,
+    )
 
 
 class BlockC(nn.Module):
@@ -122,22 +149,43 @@ class BlockC(nn.Module):
   @nn.compact
   def __call__(self, x):
     width, row, column = self.width, (1, 7), (7, 1)
-    return jnp.concatenate([
+    return jnp.concatenate(
+      [
         _unit(x, 'branch1x1', 192),
-        _chain(x, ('branch7x7_1', width), ('branch7x7_2', width, row), ('branch7x7_3', 192, column)),
-        _chain(x, ('branch7x7dbl_1', width), ('branch7x7dbl_2', width, column), ('branch7x7dbl_3', width, row),
-               ('branch7x7dbl_4', width, column), ('branch7x7dbl_5', 192, row)),
-        _unit(average_pool(x), 'branch_pool', 192)], -1)
+        _chain(
+          x, ('branch7x7_1', width), ('branch7x7_2', width, row), ('branch7x7_3', 192, column)
+        ),
+        _chain(
+          x,
+          ('branch7x7dbl_1', width),
+          ('branch7x7dbl_2', width, column),
+          ('branch7x7dbl_3', width, row),
+          ('branch7x7dbl_4', width, column),
+          ('branch7x7dbl_5', 192, row),
+        ),
+        _unit(average_pool(x), 'branch_pool', 192),
+      ],
+      -1,
+    )
 
 
 class BlockD(nn.Module):
   @nn.compact
   def __call__(self, x):
-    return jnp.concatenate([
+    return jnp.concatenate(
+      [
         _chain(x, ('branch3x3_1', 192), ('branch3x3_2', 320, (3, 3), 2)),
-        _chain(x, ('branch7x7x3_1', 192), ('branch7x7x3_2', 192, (1, 7)), ('branch7x7x3_3', 192, (7, 1)),
-               ('branch7x7x3_4', 192, (3, 3), 2)),
-        nn.max_pool(x, (3, 3), (2, 2))], -1)
+        _chain(
+          x,
+          ('branch7x7x3_1', 192),
+          ('branch7x7x3_2', 192, (1, 7)),
+          ('branch7x7x3_3', 192, (7, 1)),
+          ('branch7x7x3_4', 192, (3, 3), 2),
+        ),
+        nn.max_pool(x, (3, 3), (2, 2)),
+      ],
+      -1,
+    )
 
 
 class BlockE(nn.Module):
@@ -147,19 +195,27 @@ class BlockE(nn.Module):
   def __call__(self, x):
     once = _unit(x, 'branch3x3_1', 384)
     twice = _chain(x, ('branch3x3dbl_1', 448), ('branch3x3dbl_2', 384, (3, 3)))
-    return jnp.concatenate([
+    return jnp.concatenate(
+      [
         _unit(x, 'branch1x1', 320),
-        _unit(once, 'branch3x3_2a', 384, (1, 3)), _unit(once, 'branch3x3_2b', 384, (3, 1)),
-        _unit(twice, 'branch3x3dbl_3a', 384, (1, 3)), _unit(twice, 'branch3x3dbl_3b', 384, (3, 1)),
-        _unit(self.pool(x), 'branch_pool', 192)], -1)
+        _unit(once, 'branch3x3_2a', 384, (1, 3)),
+        _unit(once, 'branch3x3_2b', 384, (3, 1)),
+        _unit(twice, 'branch3x3dbl_3a', 384, (1, 3)),
+        _unit(twice, 'branch3x3dbl_3b', 384, (3, 1)),
+        _unit(self.pool(x), 'branch_pool', 192),
+      ],
+      -1,
+    )
 
 
 def convert(state):
-  """{name in the PyTorch ports: array} -> variables of `Inception`. The logits' layer is looked at and left out.
+  """{name in the PyTorch ports: array} -> variables of `Inception`. The logits' layer is looked at
+  and left out.
 
   Raises:
     UserError: a tensor is missing or has another shape; the first is named.
   """
+
   def tensor(name, shape):
     found = np.shape(state[name]) if name in state else 'absent'
     if found != shape:
@@ -167,14 +223,22 @@ def convert(state):
     return np.asarray(state[name], np.float64)
 
   tensor('fc.weight', (1008, 2048))  # torchvision's own weights fit everywhere else
-  template = jax.eval_shape(Inception().init, jax.random.key(0), np.zeros((1, 8, 8, 3), np.uint8))['params']
-  units = {path[:-1]: kernel for path, kernel in traverse_util.flatten_dict(template).items() if path[-1] == 'kernel'}
+  template = jax.eval_shape(Inception().init, jax.random.key(0), np.zeros((1, 8, 8, 3), np.uint8))[
+    'params'
+  ]
+  units = {
+    path[:-1]: kernel
+    for path, kernel in traverse_util.flatten_dict(template).items()
+    if path[-1] == 'kernel'
+  }
   params = {}
   for path, kernel in units.items():
     name, (height, width, inputs, outputs) = '.'.join(path), kernel.shape
     weight = tensor(f'{name}.conv.weight', (outputs, inputs, height, width))
-    gain, bias, mean, variance = (tensor(f'{name}.bn.{part}', (outputs,))
-                                  for part in ('weight', 'bias', 'running_mean', 'running_var'))
+    gain, bias, mean, variance = (
+      tensor(f'{name}.bn.{part}', (outputs,))
+      for part in ('weight', 'bias', 'running_mean', 'running_var')
+    )
     scale = gain / np.sqrt(variance + EPSILON)
     params[*path, 'kernel'] = (weight.transpose(2, 3, 1, 0) * scale).astype(kernel.dtype)
     params[*path, 'bias'] = (bias - mean * scale).astype(kernel.dtype)
@@ -184,8 +248,11 @@ def convert(state):
 def check_file(path):
   """Raises UserError, saying which file is meant and who publishes it, unless `path` is a file."""
   if not path or not pathlib.Path(path).is_file():
-    raise UserError(f'quality.inception_path={str(path)!r} is no file: give {FILES}, fetched by hand from the releases of '
-                    "that project, or set quality.features to 'proxy'")
+    raise UserError(
+      f'quality.inception_path={str(path)!r} is no file: give {FILES}, fetched by hand from the '
+      'releases of '
+      "that project, or set quality.features to 'proxy'"
+    )
 
 
 def load(path):

@@ -1,8 +1,11 @@
-"""How much a picture looks in-distribution, from logits or features, and how well that tells two sets apart.
+"""How much a picture looks in-distribution, from logits or features, and how well that tells two
+sets apart.
 
-Every score is higher for in-distribution (ID) pictures, and computed in float64 on the host. Names and settings are those
-of OpenOOD's postprocessors (msp, mls, ebo, knn, mds), and of SSD (inspire-group/SSD, eval_ssd.py).
+Every score is higher for in-distribution (ID) pictures, and computed in float64 on the host. Names
+and settings are those of OpenOOD's postprocessors (msp, mls, ebo, knn, mds), and of SSD
+(inspire-group/SSD, eval_ssd.py).
 """
+
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,7 +16,7 @@ import scipy.stats
 
 from palm_jax.errors import UserError
 
-PAIRS_AT_ONCE = 2 ** 23  # similarities held at a time: 64 MB, twice over
+PAIRS_AT_ONCE = 2**23  # similarities held at a time: 64 MB, twice over
 
 
 # ---- scores of logits (N, K) -> (N,)
@@ -34,7 +37,8 @@ def mls(logits):
 
 
 def energy(logits):
-  """Negative energy, log sum exp of the logits at temperature 1 (Liu et al. 2020, arXiv 2010.03759)."""
+  """Negative energy, log sum exp of the logits at temperature 1 (Liu et al. 2020, arXiv
+  2010.03759)."""
   return scipy.special.logsumexp(_rows(logits, 'logits'), axis=1)
 
 
@@ -42,7 +46,8 @@ def energy(logits):
 
 
 def knn(train_h, k=50):
-  """Minus the squared distance to the k-th nearest training feature, all l2-normalised (Sun et al. 2022, arXiv 2204.06507).
+  """Minus the squared distance to the k-th nearest training feature, all l2-normalised (Sun et al.
+  2022, arXiv 2204.06507).
 
   Args:
     train_h: (N, F), every training feature.
@@ -59,14 +64,16 @@ def knn(train_h, k=50):
     h = _unit(_rows(h, 'features', train_h.shape[1]))
     nearest, step = np.empty(len(h), np.intp), max(PAIRS_AT_ONCE // len(train_h), 1)
     for start in range(0, len(h), step):
-      cosines = h[start:start + step] @ train_h.T
-      nearest[start:start + step] = np.argpartition(cosines, -k, axis=1)[:, -k]
+      cosines = h[start : start + step] @ train_h.T
+      nearest[start : start + step] = np.argpartition(cosines, -k, axis=1)[:, -k]
     return -np.sum((h - train_h[nearest]) ** 2, 1)  # 2 - 2 cosine would lose what is near
+
   return score
 
 
 def mahalanobis(train_h, train_labels):
-  """Minus the squared Mahalanobis distance to the nearest class mean, one covariance for all (Lee et al. 2018, 1807.03888).
+  """Minus the squared Mahalanobis distance to the nearest class mean, one covariance for all (Lee
+  et al. 2018, 1807.03888).
 
   Args:
     train_h, train_labels: (N, F) features and their (N,) labels.
@@ -76,7 +83,10 @@ def mahalanobis(train_h, train_labels):
   """
   train_h, train_labels = _rows(train_h, 'training features'), np.asarray(train_labels)
   if train_labels.shape != train_h.shape[:1]:
-    raise UserError(f'training features are {train_h.shape} and labels {train_labels.shape}, expected (N, F) and (N,)')
+    raise UserError(
+      f'training features are {train_h.shape} and labels {train_labels.shape}, expected (N, F) '
+      'and (N,)'
+    )
   classes, index = np.unique(train_labels, return_inverse=True)
   means = np.stack([train_h[train_labels == label].mean(0) for label in classes])
   whiten = _whitening(train_h - means[index])
@@ -84,40 +94,52 @@ def mahalanobis(train_h, train_labels):
   def score(h):
     h = _rows(h, 'features', train_h.shape[1])
     return np.max([-np.sum(((h - mean) @ whiten) ** 2, 1) for mean in means], axis=0)
+
   return score
 
 
 def ssd(train_h):
-  """Minus the squared Mahalanobis distance to the training set as one cluster, without labels (Sehwag et al. 2021, 2103.12051).
+  """Minus the squared Mahalanobis distance to the training set as one cluster, without labels
+  (Sehwag et al. 2021, 2103.12051).
 
-  Features are l2-normalised, then standardised by training mean and deviation; a constant one is left out.
+  Features are l2-normalised, then standardised by training mean and deviation; a constant one is
+  left out.
 
   Raises:
     UserError: features that are not finite (N, F).
   """
   train_h = _unit(_rows(train_h, 'training features'))
   mean, scale = train_h.mean(0), train_h.std(0)
-  scale[scale <= 1e-10] = np.inf  # SSD adds 1e-10, and the rounding of what never varies would count as a direction
+  scale[scale <= 1e-10] = (
+    np.inf
+  )  # SSD adds 1e-10, and the rounding of what never varies would count as a direction
   whiten = _whitening((train_h - mean) / scale)
 
   def score(h):
-    return -np.sum(((_unit(_rows(h, 'features', train_h.shape[1])) - mean) / scale @ whiten) ** 2, 1)
+    return -np.sum(
+      ((_unit(_rows(h, 'features', train_h.shape[1])) - mean) / scale @ whiten) ** 2, 1
+    )
+
   return score
 
 
 class Score(NamedTuple):
-  """One way to score: of `logits`, function(logits); of `features`, function(train_h, train_labels, k)(h)."""
+  """One way to score: of `logits`, function(logits); of `features`, function(train_h, train_labels,
+  k)(h)."""
+
   needs: str
   function: Callable
 
 
 SCORES = {
-    'msp': Score('logits', msp),
-    'mls': Score('logits', mls),
-    'energy': Score('logits', energy),
-    'knn': Score('features', lambda train_h, train_labels, k: knn(train_h, k)),
-    'mahalanobis': Score('features', lambda train_h, train_labels, k: mahalanobis(train_h, train_labels)),
-    'ssd': Score('features', lambda train_h, train_labels, k: ssd(train_h)),
+  'msp': Score('logits', msp),
+  'mls': Score('logits', mls),
+  'energy': Score('logits', energy),
+  'knn': Score('features', lambda train_h, train_labels, k: knn(train_h, k)),
+  'mahalanobis': Score(
+    'features', lambda train_h, train_labels, k: mahalanobis(train_h, train_labels)
+  ),
+  'ssd': Score('features', lambda train_h, train_labels, k: ssd(train_h)),
 }
 
 
@@ -133,7 +155,8 @@ def auroc(id_scores, ood_scores):
 
 
 def aupr_in(id_scores, ood_scores):
-  """Average precision with ID as the positives: the area in steps, as in scikit-learn; OpenOOD's trapezoids are larger."""
+  """Average precision with ID as the positives: the area in steps, as in scikit-learn; OpenOOD's
+  trapezoids are larger."""
   return _average_precision(*_scores(id_scores, ood_scores))
 
 
@@ -146,8 +169,9 @@ def aupr_out(id_scores, ood_scores):
 def fpr_at_95_tpr(id_scores, ood_scores):
   """Share of OOD at or above the highest threshold at or above which at least 95% of ID are.
 
-  ID is positive, as in SSD and most papers (OpenOOD keeps 95% of OOD: another number). The threshold is one of the ID
-  scores, and pictures of one score fall on one side together, as in scikit-learn's roc_curve.
+  ID is positive, as in SSD and most papers (OpenOOD keeps 95% of OOD: another number). The
+  threshold is one of the ID scores, and pictures of one score fall on one side together, as in
+  scikit-learn's roc_curve.
   """
   id_scores, ood_scores = _scores(id_scores, ood_scores)
   kept = -(-95 * len(id_scores) // 100)
@@ -161,7 +185,7 @@ def _average_precision(positive, negative):
   """Sum over distinct scores, from the top, of (recall gained) * (precision down to there)."""
   values, where = np.unique(np.concatenate([positive, negative]), return_inverse=True)
   counts = lambda part: np.bincount(part, minlength=len(values))[::-1]
-  hits, misses = counts(where[:len(positive)]), counts(where[len(positive):])
+  hits, misses = counts(where[: len(positive)]), counts(where[len(positive) :])
   precision = hits.cumsum() / (hits + misses).cumsum()
   return float(np.sum(hits * precision) / len(positive))
 
@@ -170,8 +194,11 @@ def _scores(*parts):
   parts = [np.asarray(part, np.float64) for part in parts]
   for name, part in zip(('ID', 'OOD'), parts, strict=True):
     if part.ndim != 1 or not part.size or np.isnan(part).any():
-      raise UserError(f'{name} scores are {part.shape} with {np.isnan(part).sum()} NaN, expected (N,) with N of at least 1 and '
-                      'no NaN: check the network that made them')
+      raise UserError(
+        f'{name} scores are {part.shape} with {np.isnan(part).sum()} NaN, expected (N,) with N of '
+        'at least 1 and '
+        'no NaN: check the network that made them'
+      )
   return parts
 
 
@@ -182,8 +209,11 @@ def _rows(x, what, width=None):
     raise UserError(f'{what} are {x.shape}, expected (N, {width or "F"}) with N of at least 1')
   finite = np.isfinite(x).all(1)
   if not finite.all():
-    raise UserError(f'{what} are NaN or infinite in {np.sum(~finite)} of {len(x)} rows, first in row {np.argmin(finite)}: '
-                    'check the network that made them')
+    raise UserError(
+      f'{what} are NaN or infinite in {np.sum(~finite)} of {len(x)} rows, first in row '
+      f'{np.argmin(finite)}: '
+      'check the network that made them'
+    )
   return x
 
 
@@ -198,7 +228,8 @@ def _unit(h):
 
 
 def _whitening(centred):
-  """(F, R): |x @ it|^2 is x' C^+ x, C the covariance (divided by N) of rows of mean zero (N, F), ^+ as in scipy's pinvh."""
+  """(F, R): |x @ it|^2 is x' C^+ x, C the covariance (divided by N) of rows of mean zero (N, F), ^+
+  as in scipy's pinvh."""
   values, vectors = scipy.linalg.eigh(centred.T @ centred / len(centred), driver='evd')
   kept = values > len(values) * np.finfo(np.float64).eps * np.abs(values).max()
   return vectors[:, kept] / np.sqrt(values[kept])

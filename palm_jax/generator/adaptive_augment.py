@@ -1,8 +1,11 @@
-"""Adaptive discriminator augmentation (StyleGAN2-ADA, arXiv 2006.06676; stylegan2-ada-pytorch, training/augment.py).
+"""Adaptive discriminator augmentation (StyleGAN2-ADA, arXiv 2006.06676; stylegan2-ada-pytorch,
+training/augment.py).
 
-Draws and their execution are apart: `draw` turns keys into the parameters of every operation, zero being the identity;
-`geometry` and `colour` turn those into matrices; `apply_geometry` and `apply_colour` resample and recolour by a matrix.
+Draws and their execution are apart: `draw` turns keys into the parameters of every operation, zero
+being the identity; `geometry` and `colour` turn those into matrices; `apply_geometry` and
+`apply_colour` resample and recolour by a matrix.
 """
+
 import difflib
 import functools
 import math
@@ -18,12 +21,26 @@ BLIT = 'xflip', 'rotate90', 'xint'
 GEOMETRY = 'scale', 'rotate', 'aniso', 'xfrac'
 COLOUR = 'brightness', 'contrast', 'lumaflip', 'hue', 'saturation'
 OPS = BLIT + GEOMETRY + COLOUR
-PIPES = dict(none=(), blit=BLIT, geom=GEOMETRY, color=COLOUR, bg=BLIT + GEOMETRY, bgc=OPS)  # augpipe_specs of train.py
+PIPES = dict(
+  none=(), blit=BLIT, geom=GEOMETRY, color=COLOUR, bg=BLIT + GEOMETRY, bgc=OPS
+)  # augpipe_specs of train.py
 
-# Low-pass of sym6, Daubechies' least asymmetric wavelet with six vanishing moments (PyWavelets' sym6.dec_lo).
-SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
-        0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
-        0.0017677118642428036, -0.007800708325034148)
+# Low-pass of sym6, Daubechies' least asymmetric wavelet with six vanishing moments (PyWavelets'
+# sym6.dec_lo).
+SYM6 = (
+  0.015404109327027373,
+  0.0034907120842174702,
+  -0.11799011114819057,
+  -0.048311742585633,
+  0.4910559419267466,
+  0.787641141030194,
+  0.3379294217276218,
+  -0.07263752278646252,
+  -0.021060292512300564,
+  0.04472490177066578,
+  0.0017677118642428036,
+  -0.007800708325034148,
+)
 MARGIN = len(SYM6) // 4  # pixels around the output, for the filter of the way down
 
 
@@ -38,14 +55,16 @@ def pipe(name):
 
 
 def augment(images, keys, p, ops):
-  """Augments every image for itself; what happens to one depends on its key and p only, not on its batch.
+  """Augments every image for itself; what happens to one depends on its key and p only, not on its
+  batch.
 
-  With p == 0 the images come back as they are. It may be differentiated any number of times with respect to images.
-  Without three channels (grey, or a stack of grey frames) colour operations act on all channels alike, as the original
-  does on one; hue and saturation then have no effect.
+  With p == 0 the images come back as they are. It may be differentiated any number of times with
+  respect to images. Without three channels (grey, or a stack of grey frames) colour operations act
+  on all channels alike, as the original does on one; hue and saturation then have no effect.
 
   Args:
-    images: (N, H, W, C) float, of zero-centred range, best [-1, 1]. Inside shard_map, as varying as the keys.
+    images: (N, H, W, C) float, of zero-centred range, best [-1, 1]. Inside shard_map, as varying as
+      the keys.
     keys: (N,) typed keys, one a sample.
     p: () probability of every operation, at least 0; above 1 is as 1. May be traced.
     ops: names out of `OPS`; their order has no effect.
@@ -59,13 +78,16 @@ def augment(images, keys, p, ops):
   for op in ops:
     _check('augmentation', op, OPS)
   if not jnp.issubdtype(images.dtype, jnp.floating):
-    raise UserError(f'images to augment of type {images.dtype}: expected floats in [-1, 1]; scale them before')
+    raise UserError(
+      f'images to augment of type {images.dtype}: expected floats in [-1, 1]; scale them before'
+    )
   if not ops:
     return images
   draws = draw(keys, p, ops, images.shape[1:3])
   G_inv, C = geometry(draws), colour(draws)
 
-  # Rematerialised, or the gradient would store an index and weights for every sample of the doubled images.
+  # Rematerialised, or the gradient would store an index and weights for every sample of the doubled
+  # images.
   @jax.checkpoint
   def changed(images):
     x = images.astype(at_least_float32(images))
@@ -74,6 +96,7 @@ def augment(images, keys, p, ops):
     if set(ops) & {*COLOUR}:
       x = apply_colour(x, C)
     return x.astype(images.dtype)
+
   return jax.lax.cond(p > 0, changed, lambda images: images, images)
 
 
@@ -90,14 +113,19 @@ def draw(keys, p, ops, size):
 
   Returns:
     Dictionary from each of `ops` to (N, k) parameters, by name:
-      xflip, lumaflip: whether, 0 or 1. rotate90: quarter turns. xint, xfrac: shift (x, y) in pixels.
-      scale, aniso, contrast, saturation: log2 of the factor. rotate: radians before and after the anisotropic scaling.
+      xflip, lumaflip: whether, 0 or 1. rotate90: quarter turns. xint, xfrac: shift (x, y) in
+        pixels.
+      scale, aniso, contrast, saturation: log2 of the factor. rotate: radians before and after the
+        anisotropic scaling.
       brightness: offset. hue: radians.
   """
-  # One flat call for everything: XLA on CPU takes about a second to compile each call for random numbers.
+  # One flat call for everything: XLA on CPU takes about a second to compile each call for random
+  # numbers.
   dtype = jnp.result_type(float)
   above = np.nextafter(np.array(-1, dtype), np.array(0, dtype))
-  numbers = jax.vmap(lambda key: jax.random.uniform(key, (4 * len(OPS),), dtype, above, 1))(keys)  # in (-1, 1)
+  numbers = jax.vmap(lambda key: jax.random.uniform(key, (4 * len(OPS),), dtype, above, 1))(
+    keys
+  )  # in (-1, 1)
   value, gate = jnp.moveaxis(numbers.reshape(len(keys), len(OPS), 2, 2), 2, 0)  # (N, ops, 2)
   uniform = {op: value[:, k] for k, op in enumerate(OPS)}
   normal = {op: math.sqrt(2) * jax.lax.erf_inv(u) for op, u in uniform.items()}
@@ -114,14 +142,18 @@ def draw(keys, p, ops, size):
     contrast=0.5 * normal['contrast'][:, :1],
     lumaflip=uniform['lumaflip'][:, :1] > 0,
     hue=math.pi * uniform['hue'][:, :1],
-    saturation=normal['saturation'][:, :1])
+    saturation=normal['saturation'][:, :1],
+  )
 
   def gated(op):
-    if op == 'rotate':  # two rotations, each for itself, of which at least one happens with probability p
+    if (
+      op == 'rotate'
+    ):  # two rotations, each for itself, of which at least one happens with probability p
       probability, happened = 1 - jnp.sqrt(1 - jnp.clip(p, 0, 1)), gate[:, OPS.index(op)]
     else:
       probability, happened = p, gate[:, OPS.index(op), :1]
     return jnp.where(happened < 2 * probability - 1, parameters[op], 0).astype(dtype)
+
   return {op: gated(op) for op in ops}
 
 
@@ -141,10 +173,19 @@ def _geometry_one(draws):
   value = _or_identity(draws)
   factor, aspect = jnp.exp2(-value('scale')[0]), jnp.exp2(-value('aniso')[0])
   before, after = value('rotate')
-  return functools.reduce(_product, (
-    _scaling(1 - 2 * value('xflip')[0], 1.), _rotation(value('rotate90')[0] * (math.pi / 2)), _shift(-value('xint')),
-    _scaling(factor, factor), _rotation(before), _scaling(aspect, 1 / aspect), _rotation(after),
-    _shift(-value('xfrac'))))
+  return functools.reduce(
+    _product,
+    (
+      _scaling(1 - 2 * value('xflip')[0], 1.0),
+      _rotation(value('rotate90')[0] * (math.pi / 2)),
+      _shift(-value('xint')),
+      _scaling(factor, factor),
+      _rotation(before),
+      _scaling(aspect, 1 / aspect),
+      _rotation(after),
+      _shift(-value('xfrac')),
+    ),
+  )
 
 
 def colour(draws):
@@ -162,13 +203,19 @@ def colour(draws):
 def _colour_one(draws):
   value = _or_identity(draws)
   grey = np.full((3, 3), 1 / 3)  # projection on the grey axis (1, 1, 1)
-  turn = np.cross(np.eye(3), np.full(3, 3 ** -0.5))  # its quarter turn, seen along that axis
+  turn = np.cross(np.eye(3), np.full(3, 3**-0.5))  # its quarter turn, seen along that axis
   rest = np.eye(3) - grey
   factor, angle = jnp.exp2(value('saturation')[0]), value('hue')[0]
-  return functools.reduce(lambda C, step: _product(step, C), (
-    _shift(jnp.repeat(value('brightness')[:1], 3)), _linear(np.eye(3) * jnp.exp2(value('contrast')[0])),
-    _linear(np.eye(3) - 2 * grey * value('lumaflip')[0]),
-    _linear(grey + rest * jnp.cos(angle) + turn * jnp.sin(angle)), _linear(grey + rest * factor)))
+  return functools.reduce(
+    lambda C, step: _product(step, C),
+    (
+      _shift(jnp.repeat(value('brightness')[:1], 3)),
+      _linear(np.eye(3) * jnp.exp2(value('contrast')[0])),
+      _linear(np.eye(3) - 2 * grey * value('lumaflip')[0]),
+      _linear(grey + rest * jnp.cos(angle) + turn * jnp.sin(angle)),
+      _linear(grey + rest * factor),
+    ),
+  )
 
 
 def _or_identity(draws):
@@ -194,15 +241,18 @@ def _shift(offset):
 
 
 def _product(a, b):
-  # Written out: a matrix product would round angles to 8 bits or so on accelerators, and be slower this small.
+  # Written out: a matrix product would round angles to 8 bits or so on accelerators, and be slower
+  # this small.
   return (a[:, :, None] * b).sum(1)
 
 
 def apply_geometry(images, G_inv):
-  """Resamples images by affine transforms: doubled in size by a wavelet filter, sampled bilinearly, and halved.
+  """Resamples images by affine transforms: doubled in size by a wavelet filter, sampled bilinearly,
+  and halved.
 
-  Outside, an image goes on by reflection for its size - 1 pixels and then with zeros: the original's margin, which
-  follows the largest transform of a batch, at its upper limit, so that shapes are fixed and samples independent.
+  Outside, an image goes on by reflection for its size - 1 pixels and then with zeros: the
+  original's margin, which follows the largest transform of a batch, at its upper limit, so that
+  shapes are fixed and samples independent.
 
   Args:
     images: (N, H, W, C) float32 or float64.
@@ -215,9 +265,11 @@ def apply_geometry(images, G_inv):
     UserError: so many or so large images that their doubled pixels cannot be numbered in 32 bits.
   """
   count, height, width, channels = images.shape
-  if 36 * count * height * width >= 2 ** 31:
-    raise UserError(f'{count} images of {height}x{width} to augment at once: expected at most '
-                    f'{(2 ** 31 - 1) // (36 * height * width)} a device; lower the batch size or take more devices')
+  if 36 * count * height * width >= 2**31:
+    raise UserError(
+      f'{count} images of {height}x{width} to augment at once: expected at most '
+      f'{(2**31 - 1) // (36 * height * width)} a device; lower the batch size or take more devices'
+    )
   resize = functools.partial(jnp.einsum, 'yi,nijc,xj->nyxc', precision='highest')
   matrix = lambda make, size: make(size).astype(images.dtype)
   doubled = resize(matrix(_upsampling, height), images, matrix(_upsampling, width))
@@ -230,30 +282,38 @@ def apply_geometry(images, G_inv):
   # One index into all images: as a batch of gathers the gradient is twice as slow on CPU.
   index = (jnp.arange(count)[:, None, None] * rows + row) * columns + column
   pixels = doubled.reshape(-1, channels)
-  at = lambda down, across: pixels.at[index + (down * columns + across)].get(mode='promise_in_bounds')
+  at = lambda down, across: pixels.at[index + (down * columns + across)].get(
+    mode='promise_in_bounds'
+  )
   below, right = below[..., None], right[..., None]
-  sampled = ((1 - below) * ((1 - right) * at(0, 0) + right * at(0, 1))
-             + below * ((1 - right) * at(1, 0) + right * at(1, 1)))
+  sampled = (1 - below) * ((1 - right) * at(0, 0) + right * at(0, 1)) + below * (
+    (1 - right) * at(1, 0) + right * at(1, 1)
+  )
   return resize(matrix(_downsampling, height), sampled, matrix(_downsampling, width))
 
 
 def _positions(size):
-  """Where the doubled output is sampled, in pixels of the output from its centre; even ones are pixel centres."""
+  """Where the doubled output is sampled, in pixels of the output from its centre; even ones are
+  pixel centres."""
   return (np.arange(2 * size + len(SYM6) - 2) - (size + len(SYM6) // 2 - 2)) / 2
 
 
 def _neighbours(position, size):
-  """Row of `_upsampling` at or before a position in pixels from the centre, and the share of the next one."""
+  """Row of `_upsampling` at or before a position in pixels from the centre, and the share of the
+  next one."""
   position = 2 * position + (3 * size - 1)
   before = jnp.floor(position)
   return jnp.clip(before, 0, 6 * size - 2).astype(jnp.int32), position - before
 
 
 def _upsampling(size):
-  """Reflection by size - 1 on both sides, zeros between, the filter, two rows of zeros on both sides: (6 size, size)."""
+  """Reflection by size - 1 on both sides, zeros between, the filter, two rows of zeros on both
+  sides: (6 size, size)."""
   padded = np.pad(np.eye(size), ((size - 1, size - 1), (0, 0)), mode='reflect')
   spread = np.stack([padded, np.zeros_like(padded)], 1).reshape(-1, size)
-  filtered = np.stack([np.convolve(column, 2 * _taps())[5:-6] for column in spread.T], 1)  # upfirdn2d.upsample2d
+  filtered = np.stack(
+    [np.convolve(column, 2 * _taps())[5:-6] for column in spread.T], 1
+  )  # upfirdn2d.upsample2d
   return np.pad(filtered, ((2, 2), (0, 0)))
 
 
@@ -267,7 +327,8 @@ def _taps():
 
 
 def apply_colour(images, C):
-  """Maps every pixel by its image's matrix; where there are not three channels, all by the mean of its three rows.
+  """Maps every pixel by its image's matrix; where there are not three channels, all by the mean of
+  its three rows.
 
   Args:
     images: (N, H, W, C) float.
@@ -283,12 +344,14 @@ def apply_colour(images, C):
   return images * grey[..., :3].sum(-1, keepdims=True) + grey[..., 3:]
 
 
-def update_p(p, sign_mean, batch_size, interval, target=0.6, kimg=500.):
-  """Moves the probability towards where D's sign on real images has the wanted mean (arXiv 2006.06676, section 3.2).
+def update_p(p, sign_mean, batch_size, interval, target=0.6, kimg=500.0):
+  """Moves the probability towards where D's sign on real images has the wanted mean (arXiv
+  2006.06676, section 3.2).
 
   Args:
     p: () probability.
-    sign_mean: () mean sign of D's logits on augmented real images since the last update: r_t of the paper.
+    sign_mean: () mean sign of D's logits on augmented real images since the last update: r_t of the
+      paper.
     batch_size: images an iteration.
     interval: iterations between updates.
     target: of sign_mean.
@@ -303,4 +366,6 @@ def update_p(p, sign_mean, batch_size, interval, target=0.6, kimg=500.):
 def _check(what, name, known):
   if name not in known:
     nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0)[0]
-    raise UserError(f'{what} {name!r}: expected one of {", ".join(known)}; did you mean {nearest!r}?')
+    raise UserError(
+      f'{what} {name!r}: expected one of {", ".join(known)}; did you mean {nearest!r}?'
+    )

@@ -1,4 +1,5 @@
 """How fast a generator trains, and where the time is spent."""
+
 import jax
 import numpy as np
 from absl import logging
@@ -18,9 +19,10 @@ PHASES = dict(g_main='Gmain', d_main='Dmain', r1='R1', path_lengths='path length
 def measure(config, data, mesh):
   """Speed of the generator's training, and the share of its phases.
 
-  Whole calls, as training makes them, give the speed. The phases are compiled and timed apart, each weighted by how
-  often it runs; what augmentation takes is the difference to phases without it. Each measure is the median of REPEATS,
-  after a run that is not counted and in which compilation falls.
+  Whole calls, as training makes them, give the speed. The phases are compiled and timed apart, each
+  weighted by how often it runs; what augmentation takes is the difference to phases without it.
+  Each measure is the median of REPEATS, after a run that is not counted and in which compilation
+  falls.
 
   Args:
     config: the whole config; read are seed and generator.
@@ -28,8 +30,9 @@ def measure(config, data, mesh):
     mesh: one-dimensional, axis 'data'.
 
   Returns:
-    images_per_second and seconds_per_iteration of whole calls; phase_seconds, {phase: seconds an iteration}, those of
-    PHASES that the config has, and phase_shares of their sum; compile_seconds of the whole call; settings.
+    images_per_second and seconds_per_iteration of whole calls; phase_seconds, {phase: seconds an
+    iteration}, those of PHASES that the config has, and phase_shares of their sum; compile_seconds
+    of the whole call; settings.
 
   Raises:
     UserError: settings that cannot work.
@@ -46,34 +49,57 @@ def measure(config, data, mesh):
   fresh = lambda: init(jax.random.key(config.seed))
 
   call = make_train_call(c, G, D, mesh)
-  compile_seconds, call = timing.seconds(lambda: call.lower(fresh(), *training_set, indices).compile())
+  compile_seconds, call = timing.seconds(
+    lambda: call.lower(fresh(), *training_set, indices).compile()
+  )
   seconds = median_seconds(call, fresh(), *training_set, indices) / c.iterations_per_call
 
   def phase_seconds(config):
     """Seconds an iteration of each phase."""
     found = {}
     for name, (interval, phase) in make_phases(config, G, D, mesh.size).items():
-      compiled = jax.jit(jax.shard_map(phase, mesh=mesh, in_specs=P(), out_specs=P()), donate_argnums=0)
+      compiled = jax.jit(
+        jax.shard_map(phase, mesh=mesh, in_specs=P(), out_specs=P()), donate_argnums=0
+      )
       found[name] = median_seconds(compiled, fresh(), *training_set, indices[0]) / interval
     return found
 
   found = phase_seconds(c)
   if c.augment != 'none':
-    without = phase_seconds(ConfigDict(dict(c, augment='none', pl_weight=0.)))  # path lengths know no augmentation
-    ada = sum(max(found[name] - without[name], 0.) for name in without)
-    found = {name: min(found[name], without.get(name, found[name])) for name in found} | dict(ada=ada)
+    without = phase_seconds(
+      ConfigDict(dict(c, augment='none', pl_weight=0.0))
+    )  # path lengths know no augmentation
+    ada = sum(max(found[name] - without[name], 0.0) for name in without)
+    found = {name: min(found[name], without.get(name, found[name])) for name in found} | dict(
+      ada=ada
+    )
   total = sum(found.values())
   shares = {name: value / total for name, value in found.items()}
   logging.info('%s', table(c, mesh, c.batch_size / seconds, seconds, found, shares))
-  return dict(images_per_second=c.batch_size / seconds, seconds_per_iteration=seconds, phase_seconds=found,
-              phase_shares=shares, compile_seconds=compile_seconds, repeats=REPEATS, settings=c.to_dict())
+  return dict(
+    images_per_second=c.batch_size / seconds,
+    seconds_per_iteration=seconds,
+    phase_seconds=found,
+    phase_shares=shares,
+    compile_seconds=compile_seconds,
+    repeats=REPEATS,
+    settings=c.to_dict(),
+  )
 
 
 def table(config, mesh, images_per_second, seconds, found, shares):
   """The measures in lines of text."""
   about = devices.describe(mesh)
-  lines = [f'generator training on {about["devices"]}, jax {about["versions"]["jax"]}, {config.dtype}, batch '
-           f'{config.batch_size}: {images_per_second:,.1f} images/s, {seconds * 1000:,.1f} ms an iteration',
-           f'  {"phase":14}{"ms/iteration":>14}{"share":>8}']
-  lines += [f'  {PHASES[name]:14}{found[name] * 1000:14,.2f}{shares[name]:8.1%}' for name in PHASES if name in found]
+  lines = [
+    f'generator training on {about["devices"]}, jax {about["versions"]["jax"]}, {config.dtype}, '
+    'batch '
+    f'{config.batch_size}: {images_per_second:,.1f} images/s, {seconds * 1000:,.1f} ms an '
+    'iteration',
+    f'  {"phase":14}{"ms/iteration":>14}{"share":>8}',
+  ]
+  lines += [
+    f'  {PHASES[name]:14}{found[name] * 1000:14,.2f}{shares[name]:8.1%}'
+    for name in PHASES
+    if name in found
+  ]
   return '\n'.join([*lines, f'  median of {REPEATS}, first run left out; phases timed apart'])

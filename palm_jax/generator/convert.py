@@ -1,8 +1,11 @@
-"""python -m palm_jax.generator.convert network.pkl out/   (or out.safetensors) [--which=G] [--about=words]
+"""python -m palm_jax.generator.convert network.pkl out/   (or out.safetensors) [--which=G]
+[--about=words]
 
-Writes a generator that `load_generator` reads in a form of ours: a folder with a checkpoint in full precision, which
---config.generator.path takes, or one .safetensors file of half the size in float16.
+Writes a generator that `load_generator` reads in a form of ours: a folder with a checkpoint in full
+precision, which --config.generator.path takes, or one .safetensors file of half the size in
+float16.
 """
+
 import logging as python_logging
 import os
 import pathlib
@@ -32,25 +35,36 @@ def convert(source, target, network='G_ema', about=''):
   target, source = pathlib.Path(target), pathlib.Path(source)
   in_file = target.suffix == '.safetensors'
   if target.is_dir() and (in_file or any(target.iterdir())) or target.is_file() and not in_file:
-    raise UserError(f'{target} holds something already: name an empty or new folder, or a new .safetensors file')
+    raise UserError(
+      f'{target} holds something already: name an empty or new folder, or a new .safetensors file'
+    )
   generator = load_generator(source, network)
   if in_file:
-    save_safetensors(target, generator.network, generator.variables, about or f'{network} of {source.name}')
+    save_safetensors(
+      target, generator.network, generator.variables, about or f'{network} of {source.name}'
+    )
     return
   part = target.with_name(f'.{target.name}.{os.getpid()}.part')
   try:
     write_json_atomic(part / 'network.json', network_fields(generator.network))
     with Checkpoints(part / 'checkpoints') as checkpoints:
-      checkpoints.save(0, {'generator': generator.variables}, dict(source=source.name, network=network))
+      checkpoints.save(
+        0, {'generator': generator.variables}, dict(source=source.name, network=network)
+      )
     os.rename(part, target)
   finally:
     shutil.rmtree(part, ignore_errors=True)
 
 
 def parse_flags(argv):
-  """Defines the flags and reads them; returns what absl leaves of argv. Raises UserError, in one line."""
-  flags.DEFINE_string('about', '', 'Words into a .safetensors file: where it comes from, under which licence.')
-  flags.DEFINE_string('which', 'G_ema', 'Network to convert: G_ema (the average over the training) or G.')
+  """Defines the flags and reads them; returns what absl leaves of argv. Raises UserError, in one
+  line."""
+  flags.DEFINE_string(
+    'about', '', 'Words into a .safetensors file: where it comes from, under which licence.'
+  )
+  flags.DEFINE_string(
+    'which', 'G_ema', 'Network to convert: G_ema (the average over the training) or G.'
+  )
   try:
     return flags.FLAGS(argv)
   except flags.Error as e:
@@ -59,7 +73,10 @@ def parse_flags(argv):
 
 def main(argv):
   if len(argv) != 3:
-    raise UserError(f'{len(argv) - 1} arguments: expected two, the network to read and the folder or .safetensors to write')
+    raise UserError(
+      f'{len(argv) - 1} arguments: expected two, the network to read and the folder or '
+      '.safetensors to write'
+    )
   devices.configure()
   python_logging.getLogger('jax').setLevel(python_logging.WARNING)
   convert(argv[1], argv[2], flags.FLAGS.which, flags.FLAGS.about)

@@ -1,8 +1,9 @@
 """Losses of StyleGAN2 (arXiv 1912.04958, appendix B; stylegan2-ada-pytorch, training/loss.py).
 
-Logits are (N,), before any sigmoid. A loss is the mean over the local batch: who calls it inside shard_map takes the
-pmean of the loss and differentiates that, never the pmean of gradients.
+Logits are (N,), before any sigmoid. A loss is the mean over the local batch: who calls it inside
+shard_map takes the pmean of the loss and differentiates that, never the pmean of gradients.
 """
+
 import jax
 import jax.numpy as jnp
 
@@ -13,7 +14,8 @@ def generator_loss(fake_logits):
 
 
 def discriminator_loss(real_logits, fake_logits):
-  """Logistic loss of D, mean softplus(D(fake)) + mean softplus(-D(real)): () from two (N,) logits."""
+  """Logistic loss of D, mean softplus(D(fake)) + mean softplus(-D(real)): () from two (N,)
+  logits."""
   return jax.nn.softplus(fake_logits).mean() + jax.nn.softplus(-real_logits).mean()
 
 
@@ -27,9 +29,11 @@ def r1_penalty(discriminate, images):
   Returns:
     (N,) penalties, without gamma / 2, and the (N,) logits.
   """
+
   def total(x):
     logits = discriminate(x)
     return logits.sum(), logits
+
   gradient, logits = jax.grad(total, has_aux=True)(images)
   return jnp.square(gradient).sum((1, 2, 3)), logits
 
@@ -43,7 +47,8 @@ def path_lengths(synthesize, ws, directions):
     directions: (N, H, W, C) standard normal noise.
 
   Returns:
-    (N,) root of the mean over the L layers of the squared norm of d(sum images * directions / sqrt(H W)) / d ws.
+    (N,) root of the mean over the L layers of the squared norm of d(sum images * directions /
+    sqrt(H W)) / d ws.
   """
   scale = (directions.shape[1] * directions.shape[2]) ** -0.5
   gradient = jax.grad(lambda w: (synthesize(w) * directions).sum() * scale)(ws)
@@ -53,7 +58,8 @@ def path_lengths(synthesize, ws, directions):
 def path_length_penalty(lengths, pl_mean, decay=0.01, axis_name=None):
   """Squared distance of the path lengths from their running mean.
 
-  The mean moves first, and the penalty's gradient flows through the share that the batch has in it, as in the original.
+  The mean moves first, and the penalty's gradient flows through the share that the batch has in it,
+  as in the original.
 
   Args:
     lengths: (N,) local path lengths.

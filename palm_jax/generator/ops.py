@@ -1,9 +1,11 @@
 """Resampling, convolutions and layers of StyleGAN2, on NHWC images and HWIO kernels.
 
-Everywhere the filter is the separable [1, 3, 3, 1] of StyleGAN2 (arXiv 1912.04958). It is written as shifted sums, and
-resampled convolutions as dense products without inserted zeros: XLA on CPU runs depthwise and dilated convolutions, and
-above all their gradients, many times slower. Everything here can be differentiated any number of times.
+Everywhere the filter is the separable [1, 3, 3, 1] of StyleGAN2 (arXiv 1912.04958). It is written
+as shifted sums, and resampled convolutions as dense products without inserted zeros: XLA on CPU
+runs depthwise and dilated convolutions, and above all their gradients, many times slower.
+Everything here can be differentiated any number of times.
 """
+
 from typing import Any
 
 import jax
@@ -17,12 +19,15 @@ from palm_jax.convolution import conv
 TAPS = (1 / 8, 3 / 8, 3 / 8, 1 / 8)
 
 
-def fir(x, pad, stride=1, gain=1.):
-  """Pads both image axes by pad = (before, after) zeros, filters, keeps every stride-th sample. gain is per axis."""
+def fir(x, pad, stride=1, gain=1.0):
+  """Pads both image axes by pad = (before, after) zeros, filters, keeps every stride-th sample.
+  gain is per axis."""
   for axis in (1, 2):
     x = _pad(x, axis, pad)
     last = x.shape[axis] - len(TAPS)
-    x = sum(tap * gain * lax.slice_in_dim(x, k, k + last + 1, stride, axis) for k, tap in enumerate(TAPS))
+    x = sum(
+      tap * gain * lax.slice_in_dim(x, k, k + last + 1, stride, axis) for k, tap in enumerate(TAPS)
+    )
   return x
 
 
@@ -32,7 +37,7 @@ def upsample(x):
     size = x.shape[axis]
     padded = _pad(x, axis, (1, 1))
     before, here, after = (lax.slice_in_dim(padded, k, k + size, axis=axis) for k in range(3))
-    x = _interleave(.25 * before + .75 * here, .75 * here + .25 * after, axis)
+    x = _interleave(0.25 * before + 0.75 * here, 0.75 * here + 0.25 * after, axis)
   return x
 
 
@@ -44,8 +49,9 @@ def downsample(x):
 def up_conv(x, kernel):
   """Transposed 3x3 convolution of stride 2, then the filter: (N, H, W, I) -> (N, 2H, 2W, O).
 
-  Transposing makes the kernel a true convolution, hence the flip; without it images are wrong but still plausible.
-  Even output rows see two taps of the kernel and odd ones one, so four small convolutions do the work of nine taps.
+  Transposing makes the kernel a true convolution, hence the flip; without it images are wrong but
+  still plausible. Even output rows see two taps of the kernel and odd ones one, so four small
+  convolutions do the work of nine taps.
   """
   kernel = kernel[::-1, ::-1]
   padded = _pad(_pad(x, 1, (1, 1)), 2, (1, 1))
@@ -53,24 +59,28 @@ def up_conv(x, kernel):
   for i in (0, 1):
     even, odd = (conv(padded[:, i:, j:], kernel[i::2, j::2], 'VALID') for j in (0, 1))
     rows.append(_interleave(even, odd, 2))
-  y = _interleave(*rows, axis=1)  # (N, 2H + 2, 2W + 2, O), last row and column zero: they are the filter's padding
-  return fir(y, (1, 0), gain=2.)
+  y = _interleave(
+    *rows, axis=1
+  )  # (N, 2H + 2, 2W + 2, O), last row and column zero: they are the filter's padding
+  return fir(y, (1, 0), gain=2.0)
 
 
 def down_conv(x, kernel):
-  """The filter, then a 3x3 correlation of stride 2 as one matrix product: (N, H, W, I) -> (N, H/2, W/2, O)."""
+  """The filter, then a 3x3 correlation of stride 2 as one matrix product: (N, H, W, I) -> (N, H/2,
+  W/2, O)."""
   x = fir(x, (2, 2))
   size = x.shape[1] - 2, x.shape[2] - 2
-  patches = [x[:, i:i + size[0]:2, j:j + size[1]:2] for i in range(3) for j in range(3)]
+  patches = [x[:, i : i + size[0] : 2, j : j + size[1] : 2] for i in range(3) for j in range(3)]
   return jnp.concatenate(patches, -1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 class Dense(nn.Module):
   """Equalised fully connected layer: parameters are stored 1 / lr_mult larger than they act."""
+
   features: int
-  lr_mult: float = 1.
+  lr_mult: float = 1.0
   activate: bool = False
-  bias_init: float = 0.
+  bias_init: float = 0.0
 
   @nn.compact
   def __call__(self, x):
@@ -83,10 +93,13 @@ class Dense(nn.Module):
 
 
 class StyleLayer(nn.Module):
-  """Modulated 3x3 convolution in the scaled form (scale inputs, one shared kernel, scale outputs), noise, activation.
+  """Modulated 3x3 convolution in the scaled form (scale inputs, one shared kernel, scale outputs),
+  noise, activation.
 
-  The grouped form, one kernel a sample, gives the same numbers and is slower (arXiv 1912.04958, section 2.2).
+  The grouped form, one kernel a sample, gives the same numbers and is slower (arXiv 1912.04958,
+  section 2.2).
   """
+
   features: int
   up: bool
   conv_clamp: float | None
@@ -94,57 +107,68 @@ class StyleLayer(nn.Module):
 
   @nn.compact
   def __call__(self, x, w, noise, noise_keys):
-    style = Dense(x.shape[-1], bias_init=1., name='affine')(w)
-    kernel = self.param('kernel', nn.initializers.normal(1.), (3, 3, x.shape[-1], self.features))
+    style = Dense(x.shape[-1], bias_init=1.0, name='affine')(w)
+    kernel = self.param('kernel', nn.initializers.normal(1.0), (3, 3, x.shape[-1], self.features))
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
     strength = self.param('noise_strength', nn.initializers.zeros, ())
     size = x.shape[1] * (2 if self.up else 1)
     picture = self.variable(
-      'buffers', 'noise_const', lambda: jax.random.normal(self.make_rng('params'), (size, size)))
-    demodulation = jax.lax.rsqrt(style ** 2 @ (kernel ** 2).sum((0, 1)) + 1e-8)
+      'buffers', 'noise_const', lambda: jax.random.normal(self.make_rng('params'), (size, size))
+    )
+    demodulation = jax.lax.rsqrt(style**2 @ (kernel**2).sum((0, 1)) + 1e-8)
 
     x, kernel, style, demodulation, bias = nn.dtypes.promote_dtype(
-      x, kernel, style, demodulation, bias, dtype=self.dtype)
-    x = (up_conv if self.up else conv)(x * style[:, None, None], kernel) * demodulation[:, None, None]
+      x, kernel, style, demodulation, bias, dtype=self.dtype
+    )
+    x = (up_conv if self.up else conv)(x * style[:, None, None], kernel) * demodulation[
+      :, None, None
+    ]
     if noise == 'const':
       x += (strength * picture.value)[..., None].astype(x.dtype)
     elif noise == 'random':
-      drawn = jax.vmap(lambda key: jax.random.normal(key, (size, size, 1), strength.dtype))(noise_keys)
+      drawn = jax.vmap(lambda key: jax.random.normal(key, (size, size, 1), strength.dtype))(
+        noise_keys
+      )
       x += (strength * drawn).astype(x.dtype)
     return _clamp(_activate(x + bias), self.conv_clamp)
 
 
 class ToRGB(nn.Module):
   """Modulated 1x1 convolution without demodulation; the result is at least float32."""
+
   features: int
   conv_clamp: float | None
   dtype: Any
 
   @nn.compact
   def __call__(self, x, w):
-    style = Dense(x.shape[-1], bias_init=1., name='affine')(w) / np.sqrt(x.shape[-1]).item()
-    kernel = self.param('kernel', nn.initializers.normal(1.), (1, 1, x.shape[-1], self.features))
+    style = Dense(x.shape[-1], bias_init=1.0, name='affine')(w) / np.sqrt(x.shape[-1]).item()
+    kernel = self.param('kernel', nn.initializers.normal(1.0), (1, 1, x.shape[-1], self.features))
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
     x, kernel, style = nn.dtypes.promote_dtype(x, kernel, style, dtype=self.dtype)
-    x = jnp.matmul(x * style[:, None, None], kernel[0, 0], preferred_element_type=at_least_float32(x))
+    x = jnp.matmul(
+      x * style[:, None, None], kernel[0, 0], preferred_element_type=at_least_float32(x)
+    )
     return _clamp(x + bias, self.conv_clamp)
 
 
 class ConvLayer(nn.Module):
-  """Equalised convolution of D, halving the resolution with down. gain scales the result and the clamp."""
+  """Equalised convolution of D, halving the resolution with down. gain scales the result and the
+  clamp."""
+
   features: int
   size: int
   down: bool = False
   activate: bool = True
   use_bias: bool = True
-  gain: float = 1.
+  gain: float = 1.0
   conv_clamp: float | None = None
   dtype: Any = None
 
   @nn.compact
   def __call__(self, x):
     shape = self.size, self.size, x.shape[-1], self.features
-    kernel = self.param('kernel', nn.initializers.normal(1.), shape)
+    kernel = self.param('kernel', nn.initializers.normal(1.0), shape)
     bias = self.param('bias', nn.initializers.zeros, (self.features,)) if self.use_bias else None
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
     kernel *= 1 / np.sqrt(np.prod(shape[:3])).item()
@@ -164,7 +188,7 @@ def at_least_float32(x):
 
 
 def _activate(x):
-  return nn.leaky_relu(x, .2) * 2 ** .5
+  return nn.leaky_relu(x, 0.2) * 2**0.5
 
 
 def _clamp(x, limit):

@@ -1,7 +1,10 @@
-"""python -m palm_jax.generator.sample --network=network.pkl --classes=0,1,2 --truncation=0.7 --seed=0 out.png
+"""python -m palm_jax.generator.sample --network=network.pkl --classes=0,1,2 --truncation=0.7
+--seed=0 out.png
 
-Pictures of a generator, to look at: a grid (.png), or the latent world's films under random actions (.webp).
+Pictures of a generator, to look at: a grid (.png), or the latent world's films under random actions
+(.webp).
 """
+
 import logging as python_logging
 import math
 import pathlib
@@ -17,7 +20,9 @@ from palm_jax.generator import load_generator
 from palm_jax.main import exit_on_user_error
 
 
-def sample(network, out, classes=None, truncation=1., seed=0, columns=10, steps=64, alpha=.5, beta=.95):
+def sample(
+  network, out, classes=None, truncation=1.0, seed=0, columns=10, steps=64, alpha=0.5, beta=0.95
+):
   """Draws a grid or a film into a file.
 
   Args:
@@ -37,9 +42,16 @@ def sample(network, out, classes=None, truncation=1., seed=0, columns=10, steps=
   if out.suffix not in ('.png', '.webp'):
     raise UserError(f'{out}: expected a name that ends in .png (a grid) or .webp (a film)')
   if not math.isfinite(truncation):
-    raise UserError(f'truncation={truncation}: expected a number, from 0 (the mean picture) to 1 (no truncation)')
-  for name, value, least, most in (('seed', seed, 0, 2 ** 32 - 1), ('columns', columns, 1, 100),
-                                   ('steps', steps, 1, 10_000), ('alpha', alpha, 0, 1), ('beta', beta, 0, 1)):
+    raise UserError(
+      f'truncation={truncation}: expected a number, from 0 (the mean picture) to 1 (no truncation)'
+    )
+  for name, value, least, most in (
+    ('seed', seed, 0, 2**32 - 1),
+    ('columns', columns, 1, 100),
+    ('steps', steps, 1, 10_000),
+    ('alpha', alpha, 0, 1),
+    ('beta', beta, 0, 1),
+  ):
     if not least <= value <= most:
       raise UserError(f'{name}={value}: expected {least} to {most}')
   generator = load_generator(network)
@@ -48,8 +60,14 @@ def sample(network, out, classes=None, truncation=1., seed=0, columns=10, steps=
     classes = list(range(min(count, 10)))
   wrong = [c for c in classes if not 0 <= c < count]
   if wrong:
-    raise UserError(f'class {wrong[0]}: ' + (f'expected 0 to {count - 1}' if count else 'the generator has no classes; '
-                                             'leave --classes away'))
+    raise UserError(
+      f'class {wrong[0]}: '
+      + (
+        f'expected 0 to {count - 1}'
+        if count
+        else 'the generator has no classes; leave --classes away'
+      )
+    )
 
   @jax.jit
   def draw(variables, z, labels):
@@ -60,17 +78,24 @@ def sample(network, out, classes=None, truncation=1., seed=0, columns=10, steps=
   with jax.default_matmul_precision('highest'):
     if out.suffix == '.png':
       z = jax.random.normal(jax.random.key(seed), (columns, generator.z_dim))
-      images = np.stack([draw(variables, z, np.full(columns, label)) for label in rows])  # (R, columns, H, W, C)
+      images = np.stack(
+        [draw(variables, z, np.full(columns, label)) for label in rows]
+      )  # (R, columns, H, W, C)
       pictures.save_png(out, pictures.grid(images, labels=classes or None))
     else:
-      walk = jax.jit(latent_walk, static_argnums=(1, 2))(jax.random.key(seed), steps, generator.z_dim, alpha, beta)
+      walk = jax.jit(latent_walk, static_argnums=(1, 2))(
+        jax.random.key(seed), steps, generator.z_dim, alpha, beta
+      )
       films = [draw(variables, jnp.tile(z, (len(rows), 1)), rows) for z in walk]
       pictures.save_webp(out, [pictures.grid(np.asarray(frames)[None]) for frames in films])
 
 
 def latent_walk(key, steps, z_dim, alpha, beta):
   """The latents of one environment under random actions, uniform in [-1, 1]: (steps, z_dim)."""
-  dynamics, ids = environment.Dynamics(jnp.float32(alpha), jnp.float32(beta)), jnp.zeros(1, jnp.int32)
+  dynamics, ids = (
+    environment.Dynamics(jnp.float32(alpha), jnp.float32(beta)),
+    jnp.zeros(1, jnp.int32),
+  )
 
   def step(state, key):
     key_action, key_step = jax.random.split(key)
@@ -83,11 +108,12 @@ def latent_walk(key, steps, z_dim, alpha, beta):
 
 
 def parse_flags(argv):
-  """Defines the flags and reads them; returns what absl leaves of argv. Raises UserError, in one line."""
+  """Defines the flags and reads them; returns what absl leaves of argv. Raises UserError, in one
+  line."""
   world = environment.default_config()
   flags.DEFINE_string('network', None, 'File, folder or name of the generator.', required=True)
   flags.DEFINE_list('classes', None, 'Class numbers, such as 0,1,2; default all (at most 10).')
-  flags.DEFINE_float('truncation', 1., 'Truncation psi.')
+  flags.DEFINE_float('truncation', 1.0, 'Truncation psi.')
   flags.DEFINE_integer('seed', 0, 'Of the latents and actions.')
   flags.DEFINE_integer('columns', 10, 'Of the grid.')
   flags.DEFINE_integer('steps', world.episode_length, 'Frames of the film.')
@@ -101,12 +127,16 @@ def parse_flags(argv):
 
 def main(argv):
   if len(argv) != 2:
-    raise UserError(f'{len(argv) - 1} arguments besides the flags: expected one, the .png or .webp to write')
+    raise UserError(
+      f'{len(argv) - 1} arguments besides the flags: expected one, the .png or .webp to write'
+    )
   f = flags.FLAGS
   try:
     classes = None if f.classes is None else [int(c) for c in f.classes]
   except ValueError as e:
-    raise UserError(f'--classes={",".join(f.classes)}: expected class numbers, such as 0,1,2') from e
+    raise UserError(
+      f'--classes={",".join(f.classes)}: expected class numbers, such as 0,1,2'
+    ) from e
   devices.configure()
   python_logging.getLogger('jax').setLevel(python_logging.WARNING)
   sample(f.network, argv[1], classes, f.truncation, f.seed, f.columns, f.steps, f.alpha, f.beta)

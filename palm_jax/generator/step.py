@@ -1,8 +1,10 @@
-"""One iteration of StyleGAN2's training, compiled: the loop of stylegan2-ada-pytorch (training/training_loop.py).
+"""One iteration of StyleGAN2's training, compiled: the loop of stylegan2-ada-pytorch
+(training/training_loop.py).
 
-An iteration is Gmain, [path lengths every 4], Dmain, [R1 every 16], the moving average of G, [every 4 the strength of
-augmentation]. What it computes does not depend on the number of devices.
+An iteration is Gmain, [path lengths every 4], Dmain, [R1 every 16], the moving average of G, [every
+4 the strength of augmentation]. What it computes does not depend on the number of devices.
 """
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -25,9 +27,11 @@ class State:
     opt_g, opt_d: Adam's states, each shared by a network's main and regularisation steps.
     pl_mean: () running mean of the path lengths.
     augment_p: () probability of each augmentation.
-    sign_sum, sign_count: () sum of mean sign(D(real)) over the batches since augment_p last moved, and their number.
+    sign_sum, sign_count: () sum of mean sign(D(real)) over the batches since augment_p last moved,
+      and their number.
     key: typed key; every draw is a function of (key, step, phase, global sample id).
   """
+
   step: jax.Array
   G: dict
   G_ema: dict
@@ -48,17 +52,28 @@ def init_state(config, G, D, key):
   generator = G.init(key_g, jnp.zeros((1, config.z_dim)), label)
   discriminator = D.init(key_d, jnp.zeros((1, *G.image_shape)), label)['params']
   opt_g, opt_d = make_optimizers(config)
-  return State(step=jnp.zeros((), jnp.int32), G=generator, G_ema=jax.tree.map(jnp.copy, generator), D=discriminator,
-               opt_g=opt_g.init(generator['params']), opt_d=opt_d.init(discriminator), pl_mean=zero, augment_p=zero,
-               sign_sum=zero, sign_count=zero, key=key)
+  return State(
+    step=jnp.zeros((), jnp.int32),
+    G=generator,
+    G_ema=jax.tree.map(jnp.copy, generator),
+    D=discriminator,
+    opt_g=opt_g.init(generator['params']),
+    opt_d=opt_d.init(discriminator),
+    pl_mean=zero,
+    augment_p=zero,
+    sign_sum=zero,
+    sign_count=zero,
+    key=key,
+  )
 
 
 def ema_decay(config, step):
-  """Decay of G_ema after iteration `step`: () float. With a ramp it is zero at step 0: the first average is a copy.
+  """Decay of G_ema after iteration `step`: () float. With a ramp it is zero at step 0: the first
+  average is a copy.
 
   A run that goes out from trained networks has no ramp, as in the original.
   """
-  half_life = config.ema_kimg * 1000.
+  half_life = config.ema_kimg * 1000.0
   if config.ema_rampup and not config.init_from:
     half_life = jnp.minimum(half_life, step * float(config.batch_size) * config.ema_rampup)
   return 0.5 ** (config.batch_size / jnp.maximum(half_life, 1e-8))
@@ -68,8 +83,8 @@ def make_iteration(config, G, D, num_devices):
   """One iteration on one device of the mesh axis 'data'.
 
   Returns:
-    f(state, images, labels, indices) -> (state, metrics): arguments as of the phases of `make_phases`; metrics are
-    {phase: its metrics}, zero where the phase did not run.
+    f(state, images, labels, indices) -> (state, metrics): arguments as of the phases of
+    `make_phases`; metrics are {phase: its metrics}, zero where the phase did not run.
   """
   phases = make_phases(config, G, D, num_devices)
 
@@ -80,12 +95,21 @@ def make_iteration(config, G, D, num_devices):
     return state.replace(G_ema=dict(params=params, buffers=state.G['buffers']))
 
   def adjust(state):
-    p = adaptive_augment.update_p(state.augment_p, state.sign_sum / state.sign_count, config.batch_size,
-                                  config.ada_interval, config.ada_target, config.ada_kimg)
+    p = adaptive_augment.update_p(
+      state.augment_p,
+      state.sign_sum / state.sign_count,
+      config.batch_size,
+      config.ada_interval,
+      config.ada_target,
+      config.ada_kimg,
+    )
     due = (state.step + 1) % config.ada_interval == 0
     keep_or = lambda new, old: jnp.where(due, new, old).astype(old.dtype)
-    return state.replace(augment_p=keep_or(p, state.augment_p), sign_sum=keep_or(0, state.sign_sum),
-                         sign_count=keep_or(0, state.sign_count))
+    return state.replace(
+      augment_p=keep_or(p, state.augment_p),
+      sign_sum=keep_or(0, state.sign_sum),
+      sign_count=keep_or(0, state.sign_count),
+    )
 
   def iteration(state, images, labels, indices):
     metrics = {}
@@ -96,7 +120,8 @@ def make_iteration(config, G, D, num_devices):
       else:
         zeros = jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), jax.eval_shape(run, state)[1])
         state, metrics[name] = jax.lax.cond(
-            state.step % interval == 0, run, lambda s, zeros=zeros: (s, zeros), state)
+          state.step % interval == 0, run, lambda s, zeros=zeros: (s, zeros), state
+        )
     state = average(state)
     if config.augment != 'none':
       state = adjust(state)
@@ -114,10 +139,11 @@ def make_train_call(config, G, D, mesh):
     mesh: one-dimensional, axis 'data'.
 
   Returns:
-    f(state, images, labels, indices) -> (state, metrics), everything replicated. The state is donated; images
-    (N, H, W, C) uint8 and labels (N,) int32 are the training set, indices (iterations, B) int32 of `batch_indices`.
-    Metrics are scalars, means over the iterations of the call in which their phase ran, and augment_p after the last.
-    Any D that divides B / (rounds * mbstd_group) devices compute the same up to rounding.
+    f(state, images, labels, indices) -> (state, metrics), everything replicated. The state is
+    donated; images (N, H, W, C) uint8 and labels (N,) int32 are the training set, indices
+    (iterations, B) int32 of `batch_indices`. Metrics are scalars, means over the iterations of the
+    call in which their phase ran, and augment_p after the last. Any D that divides B / (rounds *
+    mbstd_group) devices compute the same up to rounding.
   """
   iteration = make_iteration(config, G, D, mesh.size)
   phases = make_phases(config, G, D, mesh.size)

@@ -1,4 +1,5 @@
 """Training that goes out from trained networks, as --resume of stylegan2-ada-pytorch does."""
+
 import pathlib
 
 import jax
@@ -16,8 +17,8 @@ def load_networks(path, template):
   """The networks to start from; optimisers, augmentation and path lengths begin anew.
 
   Args:
-    path: workdir of a palm_jax run whose generator job has saved at least once, or a snapshot of stylegan2-ada-pytorch
-      (see `snapshots.load_snapshot`) with G, G_ema and D.
+    path: workdir of a palm_jax run whose generator job has saved at least once, or a snapshot of
+      stylegan2-ada-pytorch (see `snapshots.load_snapshot`) with G, G_ema and D.
     template: shapes, dtypes and shardings of the `step.State` that they go into.
 
   Returns:
@@ -30,25 +31,37 @@ def load_networks(path, template):
   if path.suffix in FILES:
     found = {name: snapshots.load_snapshot(path, name)[1] for name in ('G', 'G_ema')}
     found['D'] = snapshots.load_discriminator(path)[1]['params']
-    networks = {name: fit(f'{path}: {name}', tree, getattr(template, name)) for name, tree in found.items()}
+    networks = {
+      name: fit(f'{path}: {name}', tree, getattr(template, name)) for name, tree in found.items()
+    }
     step = 'its training'
   else:
     try:
       step, state = load_item(path / 'generator' / 'checkpoints', 'state', template=template)
     except UserError as e:
-      raise UserError(f'generator.init_from={path} is no run with networks of this size: {e}') from e
+      raise UserError(
+        f'generator.init_from={path} is no run with networks of this size: {e}'
+      ) from e
     networks, step = dict(G=state.G, G_ema=state.G_ema, D=state.D), f'iteration {step}'
   logging.info('generator: starts from the networks of %s after %s', path, step)
   return networks
 
 
 def fit(name, tree, template):
-  """The arrays of `tree` placed as `template` says. Raises UserError unless they have its names and shapes."""
-  shapes = lambda t: {jax.tree_util.keystr(where, simple=True, separator='/'): np.shape(x)
-                      for where, x in jax.tree.leaves_with_path(t)}
+  """The arrays of `tree` placed as `template` says. Raises UserError unless they have its names and
+  shapes."""
+  shapes = lambda t: {
+    jax.tree_util.keystr(where, simple=True, separator='/'): np.shape(x)
+    for where, x in jax.tree.leaves_with_path(t)
+  }
   there, expected = shapes(tree), shapes(template)
   for leaf in [*expected, *(there.keys() - expected.keys())]:
     if there.get(leaf) != expected.get(leaf):
-      raise UserError(f'{name} has {leaf} of shape {there.get(leaf, "(none)")}, this config {expected.get(leaf, "(none)")}: '
-                      'set the sizes in config.generator to those of the file')
-  return jax.tree.map(lambda x, like: jax.device_put(np.asarray(x, like.dtype), like.sharding), tree, template)
+      raise UserError(
+        f'{name} has {leaf} of shape {there.get(leaf, "(none)")}, this config '
+        f'{expected.get(leaf, "(none)")}: '
+        'set the sizes in config.generator to those of the file'
+      )
+  return jax.tree.map(
+    lambda x, like: jax.device_put(np.asarray(x, like.dtype), like.sharding), tree, template
+  )
