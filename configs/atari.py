@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from configs import generator
 from palm_jax.atari import collect, dqn, drq, environment, finetune, scores
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 
 WORDS = 'rmsprop', 'sgi', 'eps', 'single', 'laptop'
 

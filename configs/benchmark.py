@@ -9,7 +9,7 @@ environments and one update.
 """
 
 from configs import cifar
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 
 SIZES = {
   'tiny': dict(image_size=16, channels=32, z=32, width=16, proj=256, hidden=256, num_envs=16),

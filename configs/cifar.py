@@ -18,21 +18,11 @@ pixels 41.2% (one seed; three in the README's studies). The full size was not ru
 
 from ml_collections import ConfigDict
 
-from palm_jax import (
-  encoder,
-  environment,
-  pairs,
-  plan,
-  pretrain,
-  replay,
-  report,
-  reward,
-  sac,
-  simsiam,
-)
-from palm_jax.errors import UserError
+from palm_jax import encoder, environment, pairs, pretrain, replay, report, reward, sac, simsiam
+from palm_jax.base.errors import UserError
 from palm_jax.evaluate import diversity, features, ood, probe, quality
 from palm_jax.generator import train
+from palm_jax.speed import plan
 
 PRESETS = {'paper_text': (0.5, 0.95), 'paper_fig5': (0.95, 0.75)}
 

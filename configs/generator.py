@@ -17,7 +17,7 @@ The full sizes were not run yet.
 import re
 
 from configs import cifar, digits
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 
 VARIANTS = 'cifar, paper256, auto<resolution>[x<devices>], atari, digits'
 

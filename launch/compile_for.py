@@ -34,9 +34,10 @@ from jax.sharding import PartitionSpec as P
 
 from launch.compiled_text import analyse, parse
 from palm_jax import main as palm_main
-from palm_jax import plan, pretrain
+from palm_jax import pretrain
+from palm_jax.base.errors import UserError
 from palm_jax.checkpoint import write_json_atomic
-from palm_jax.errors import UserError
+from palm_jax.speed import plan
 
 HOP_SECONDS = 1e-6  # jax-ml.github.io/scaling-book, chapter 3: about a microsecond a hop
 SCALED = (

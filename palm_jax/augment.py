@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 
 ASPECT = (3 / 4, 4 / 3)  # torchvision RandomResizedCrop
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, PIL's convert('L')

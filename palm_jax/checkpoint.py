@@ -27,8 +27,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
-from palm_jax.errors import UserError
-from palm_jax.files import replacing, sync
+from palm_jax.base.errors import UserError
+from palm_jax.base.files import replacing, sync
 
 
 class Restored(NamedTuple):

@@ -8,9 +8,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from palm_jax.convolution import flax_conv
-from palm_jax.errors import UserError
-from palm_jax.normalization import BatchNorm
+from palm_jax.base.errors import UserError
+from palm_jax.layers.convolution import flax_conv
+from palm_jax.layers.normalization import BatchNorm
 
 KAIMING = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')  # torchvision/models/resnet.py
 # Both sides by one, as in torch; 'SAME' would pad only bottom and right when the stride is 2.

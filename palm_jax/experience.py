@@ -13,9 +13,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from palm_jax.base.errors import UserError
+from palm_jax.base.files import replacing
 from palm_jax.checkpoint import any_process
-from palm_jax.errors import UserError
-from palm_jax.files import replacing
 
 NAME = re.compile(r'(\d{10})_(\d{6})\.npz')  # first row, first environment
 

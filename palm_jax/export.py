@@ -24,11 +24,12 @@ from absl import app, flags
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from palm_jax import devices, onnx_file
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
+from palm_jax.base.files import replacing
 from palm_jax.checkpoint import digest, load_encoder
 from palm_jax.encoder import make_encoder
-from palm_jax.errors import UserError
-from palm_jax.files import replacing
+from palm_jax.formats import onnx_file
 from palm_jax.generator.snapshots import read_arrays
 from palm_jax.main import exit_on_user_error, nearest
 

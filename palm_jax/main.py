@@ -16,8 +16,8 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from palm_jax import devices
-from palm_jax.errors import UserError
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
 
 DEFAULT_CONFIG = 'configs/digits.py'
 PATIENCE = 120  # seconds: so long a file server may hold what a lost machine had
@@ -219,7 +219,7 @@ def flatten(tree, prefix=''):
 
 
 def load_data(config, download):
-  from palm_jax import data
+  from palm_jax.data.load import load as data
 
   return data.load(config.data.name, download=download, data_dir=config.data.dir or None)
 
@@ -264,7 +264,7 @@ def check_data(config, jobs, data, workdir):
 
 def load_collected(workdir, newest=False):
   """The Data that the job `collect` left: stacks of frames, or the newest frame of each."""
-  from palm_jax import data
+  from palm_jax.data.load import load as data
 
   path = workdir / COLLECTED / 'stacks.npz'
   if not path.exists():
@@ -307,7 +307,7 @@ def run_job(job, config, workdir, data, mesh):
     from palm_jax import report
 
     return report.evaluate(config, workdir, data, mesh)
-  from palm_jax import benchmark
+  from palm_jax.speed import benchmark
 
   return benchmark.benchmark(config, workdir, data, mesh)
 
@@ -328,7 +328,7 @@ def needs_data(job, config):
     from palm_jax import pairs
 
     return pairs.SOURCES[config.pairs.source].needs == 'images'
-  from palm_jax.benchmark import trains_generator
+  from palm_jax.speed.benchmark import trains_generator
 
   return trains_generator(config) if job == 'benchmark' else True
 
@@ -395,7 +395,7 @@ def run(config, job, workdir, download=False):
   mesh = devices.make_mesh()
   check(config, jobs, mesh.size)
   if 'plan' in jobs:  # leaves no trace in a workdir that other settings may be for
-    from palm_jax import plan
+    from palm_jax.speed import plan
 
     plan.plan(config, workdir, mesh)
     jobs = [name for name in jobs if name != 'plan']
@@ -440,8 +440,8 @@ def only_one(workdir, job):
   would overwrite the other's."""
   import jax
 
+  from palm_jax.base.files import locked
   from palm_jax.checkpoint import any_process
-  from palm_jax.files import locked
 
   path = workdir / f'.{job}.lock'
   with locked(path, PATIENCE) if jax.process_index() == 0 else contextlib.nullcontext(True) as mine:

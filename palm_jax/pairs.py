@@ -18,8 +18,9 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from palm_jax import devices, experience, replay
-from palm_jax.errors import UserError
+from palm_jax import experience, replay
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
 
 
 def default_config():
@@ -158,7 +159,7 @@ def load(config, generator, mesh, data=None):
     config: the whole config.
     generator: as for pretrain.make_program.
     mesh: one-dimensional mesh, axis 'data'.
-    data: palm_jax.data.Data, for sources that need images.
+    data: palm_jax.data.load.Data, for sources that need images.
 
   Returns:
     Images on every device; an experience.Experience (R, E, ...) with environments sharded; the data

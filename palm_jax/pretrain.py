@@ -19,9 +19,10 @@ from absl import logging
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from palm_jax import augment, devices, environment, pairs, replay, reward, sac, simsiam
+from palm_jax import augment, environment, pairs, replay, reward, sac, simsiam
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
 from palm_jax.encoder import make_encoder
-from palm_jax.errors import UserError
 from palm_jax.experience import Experience
 from palm_jax.generator import load_generator
 from palm_jax.generator.views import cropped, w_latents
@@ -159,7 +160,7 @@ def seen_shape(config, generator):
 
 
 def make_world(config, generator, mesh, data=None):
-  """World on the mesh; `data`, palm_jax.data.Data, is for pairs of real images."""
+  """World on the mesh; `data`, palm_jax.data.load.Data, is for pairs of real images."""
   return devices.replicate(mesh, host_world(config, generator))._replace(
     material=pairs.load(config, generator, mesh, data)
   )

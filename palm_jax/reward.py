@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 
 LOG_FLOOR = 1e-6  # log d has no bound on identical frames
 TRANSFORMS = {

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from palm_jax.base.errors import UserError
 from palm_jax.contrastive import normalize, supcon
-from palm_jax.errors import UserError
 
 OBJECTIVES = 'simsiam', 'simclr', 'supcon'
 # torch's nn.Linear: uniform within 1 / sqrt(fan_in).

@@ -6,11 +6,13 @@ import jax
 import numpy as np
 from absl import logging
 
-from palm_jax import cost, devices, experience, pairs, pictures, pretrain
+from palm_jax import experience, pairs, pretrain
+from palm_jax.base import devices, pictures
+from palm_jax.base.errors import NonFiniteError, UserError
+from palm_jax.base.metrics import MetricWriter, Progress
 from palm_jax.checkpoint import Checkpoints, Preemption, any_process, digest, write_json_atomic
-from palm_jax.errors import NonFiniteError, UserError
-from palm_jax.metrics import MetricWriter, Progress
 from palm_jax.monitors import make_monitors
+from palm_jax.speed import cost
 
 PROGRESS_METRICS = (
   'loss',
@@ -34,7 +36,7 @@ def train(config, workdir, mesh, data=None):
     config: the whole config.
     workdir: pathlib.Path.
     mesh: one-dimensional mesh, axis 'data'.
-    data: palm_jax.data.Data, for pairs of real images.
+    data: palm_jax.data.load.Data, for pairs of real images.
 
   Returns:
     True when complete, False when stopped by SIGTERM; then everything is saved.

@@ -16,7 +16,7 @@ import scipy.special
 import scipy.stats
 from jax.sharding import PartitionSpec as P
 
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 from palm_jax.generator import adaptive_augment as ada
 
 GEOMETRIC = ada.PIPES['bg']

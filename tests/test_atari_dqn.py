@@ -5,7 +5,7 @@ import pytest
 
 from palm_jax.atari import dqn
 from palm_jax.atari.replay import Batch
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 
 SHAPE, ACTIONS, B = (36, 36, 4), 3, 6
 

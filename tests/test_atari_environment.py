@@ -8,7 +8,7 @@ import pytest
 
 from palm_jax.atari import environment
 from palm_jax.atari.environment import GAMES, Environment, rom_id
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 
 
 def play(game, steps, num_envs=2, seed=0, actions=None, until=None, **settings):

@@ -11,12 +11,13 @@ from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from configs import atari, cifar
-from palm_jax import devices, main
+from palm_jax import main
 from palm_jax.atari import collect, dqn, drq, finetune
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
+from palm_jax.base.metrics import read_jsonl
 from palm_jax.checkpoint import Checkpoints, Preemption, load_item
 from palm_jax.encoder import NatureCNN
-from palm_jax.errors import UserError
-from palm_jax.metrics import read_jsonl
 from tests.catch import Catch
 
 SHAPE = (36, 36, 4)

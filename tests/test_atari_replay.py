@@ -6,7 +6,7 @@ import scipy.stats
 
 from palm_jax.atari.collect import remember
 from palm_jax.atari.replay import Replay, rows_of
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 from tests.catch import Catch
 
 SIZE, ENVS = 12, 3

@@ -9,10 +9,10 @@ import pytest
 import scipy.stats
 from ml_collections import ConfigDict
 
-from palm_jax import devices
 from palm_jax.atari import scores
 from palm_jax.atari.environment import GAMES
-from palm_jax.errors import UserError
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
 
 
 @pytest.fixture(scope='module')

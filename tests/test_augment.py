@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from palm_jax import augment
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 
 N = 20_000
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from palm_jax import benchmark, devices
-from palm_jax.data import Data, Split
-from palm_jax.errors import UserError
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
+from palm_jax.data.load import Data, Split
 from palm_jax.generator import train
+from palm_jax.speed import benchmark
 from tests.worlds import LargeGenerator, nature_config, tiny_config
 
 

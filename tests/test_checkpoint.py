@@ -25,8 +25,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from palm_jax import checkpoint
+from palm_jax.base.errors import UserError
 from palm_jax.checkpoint import Checkpoints, Preemption, load_encoder, write_json_atomic
-from palm_jax.errors import UserError
 
 # Orbax leaves its coroutines behind where they fail.
 pytestmark = pytest.mark.filterwarnings(

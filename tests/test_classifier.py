@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from configs import cifar
-from palm_jax import checkpoint, devices
-from palm_jax.data import Split
+from palm_jax import checkpoint
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
+from palm_jax.data.load import Split
 from palm_jax.encoder import make_encoder
-from palm_jax.errors import UserError
 from palm_jax.evaluate import classifier, features, linear
 
 

@@ -12,8 +12,10 @@ import pytest
 
 from configs import cifar
 from launch import compile_for
-from palm_jax import devices, plan, pretrain
-from palm_jax.errors import UserError
+from palm_jax import pretrain
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
+from palm_jax.speed import plan
 from tests.worlds import LinearGenerator, tiny_config
 
 F32 = 4

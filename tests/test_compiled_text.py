@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from launch import compiled_text
-from palm_jax import devices
+from palm_jax.base import devices
 
 F32 = 4
 

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from palm_jax import contrastive, devices
+from palm_jax import contrastive
+from palm_jax.base import devices
 
 B, D = 16, 5
 Z1, Z2 = np.random.default_rng(0).normal(size=(2, B, D))

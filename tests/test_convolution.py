@@ -10,7 +10,8 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from palm_jax import convolution, cost
+from palm_jax.layers import convolution
+from palm_jax.speed import cost
 
 
 def xla(x, kernel, stride, padding):

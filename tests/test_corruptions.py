@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 from palm_jax.evaluate.corruptions import check, corrupt
 
 IMAGES = np.random.default_rng(0).integers(1, 255, (50, 16, 16, 3), dtype=np.uint8)

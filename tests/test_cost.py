@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from palm_jax import cost, devices
-from palm_jax.convolution import conv
+from palm_jax.base import devices
+from palm_jax.layers.convolution import conv
+from palm_jax.speed import cost
 
 zeros = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
 

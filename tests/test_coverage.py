@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 from palm_jax.evaluate import coverage, distances
 
 

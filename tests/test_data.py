@@ -20,8 +20,8 @@ import scipy.io
 import sklearn.datasets
 from PIL import Image
 
-from palm_jax import data
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
+from palm_jax.data.load import load as data
 
 TEN = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
 

@@ -8,7 +8,8 @@ import jax.monitoring
 import numpy as np
 import pytest
 
-from palm_jax import devices, pretrain
+from palm_jax import pretrain
+from palm_jax.base import devices
 from tests.worlds import LinearGenerator, tiny_config
 
 

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from palm_jax import devices, pretrain
+from palm_jax import pretrain
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
+from palm_jax.base.metrics import read_jsonl
 from palm_jax.checkpoint import Checkpoints, Preemption, list_steps
-from palm_jax.errors import UserError
-from palm_jax.metrics import read_jsonl
 from tests.worlds import LargeGenerator, nature_config
 
 ROOT = pathlib.Path(__file__).parents[1]

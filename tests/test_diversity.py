@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from palm_jax import devices, environment, experience, pretrain
+from palm_jax import environment, experience, pretrain
+from palm_jax.base import devices
+from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.checkpoint import Checkpoints, list_steps
-from palm_jax.data import Data, Split
-from palm_jax.errors import NonFiniteError, UserError
+from palm_jax.data.load import Data, Split
 from palm_jax.evaluate import diversity, play, quality
 from palm_jax.evaluate.extractors import Extractor
 from palm_jax.experience import Experience

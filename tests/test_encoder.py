@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 from scipy.signal import correlate
 
 from palm_jax import encoder
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 
 P = jax.sharding.PartitionSpec
 

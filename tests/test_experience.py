@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from palm_jax import devices, environment, experience, pretrain, replay
-from palm_jax.errors import UserError
+from palm_jax import environment, experience, pretrain, replay
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
 from palm_jax.experience import Experience
 from tests.worlds import LargeGenerator, nature_config
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 from palm_jax.evaluate import features
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (37, 4, 4, 3), dtype=np.uint8)

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from palm_jax import devices
+from palm_jax.base import devices
 from palm_jax.generator import losses, phases, step, train
 
 BATCH = 32

@@ -14,14 +14,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import generator as presets
-from palm_jax import devices
+from palm_jax.base import devices
+from palm_jax.base.errors import NonFiniteError, UserError
+from palm_jax.base.metrics import read_jsonl
 from palm_jax.checkpoint import Checkpoints, load_item
-from palm_jax.data import Data, Split
-from palm_jax.errors import NonFiniteError, UserError
+from palm_jax.data.load import Data, Split
 from palm_jax.generator import load_generator, train
 from palm_jax.generator.snapshots import load_discriminator, load_snapshot
 from palm_jax.generator.warm_start import load_networks
-from palm_jax.metrics import read_jsonl
 
 COLOURS = np.array([[230, 40, 40], [40, 230, 40], [40, 40, 230]], np.uint8)
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from palm_jax import devices, environment, experience, pretrain
-from palm_jax.errors import UserError
+from palm_jax import environment, experience, pretrain
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
 from palm_jax.generator import LoadedGenerator
 from palm_jax.generator.stylegan2 import Generator
 from palm_jax.generator.views import WLatents, cropped, prompts, w_latents

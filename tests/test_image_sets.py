@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from palm_jax.data import Split
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
+from palm_jax.data.load import Split
 from palm_jax.evaluate.image_sets import check_source, image_set, interpolate, load_images
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 from palm_jax.evaluate import inception
 
 REFERENCE = pathlib.Path(__file__).parent / 'reference' / 'inception.npz'

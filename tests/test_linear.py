@@ -4,8 +4,8 @@ import pytest
 from ml_collections import ConfigDict
 from sklearn.linear_model import LogisticRegression
 
-from palm_jax import devices
-from palm_jax.errors import NonFiniteError, UserError
+from palm_jax.base import devices
+from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.evaluate import features, linear
 from tests import worlds
 

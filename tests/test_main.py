@@ -12,11 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-import palm_jax.files
+import palm_jax.base.files
 from palm_jax import main
+from palm_jax.base.errors import UserError
+from palm_jax.base.files import locked
 from palm_jax.checkpoint import Checkpoints, list_steps, write_json_atomic
-from palm_jax.errors import UserError
-from palm_jax.files import locked
 from palm_jax.generator import train
 from tests.worlds import COMPILED, tiny_config
 
@@ -372,7 +372,7 @@ def test_a_job_is_run_by_one_command_at_a_time(capfd, files, tmp_path, monkeypat
       write_json_atomic(tmp_path / 'results' / 'generator.json', {})
       stack.close()
 
-    monkeypatch.setattr(palm_jax.files.time, 'sleep', sleep)
+    monkeypatch.setattr(palm_jax.base.files.time, 'sleep', sleep)
     main.run(config, 'generator', str(tmp_path))
   assert slept == [1.0] and not (tmp_path / 'generator').exists()
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from absl import logging
 
-from palm_jax import metrics
-from palm_jax.metrics import MetricWriter, Progress
+from palm_jax.base import metrics
+from palm_jax.base.metrics import MetricWriter, Progress
 
 
 def steps_in(folder):

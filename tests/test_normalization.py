@@ -11,8 +11,8 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from palm_jax import cost
-from palm_jax.normalization import BatchNorm, channel_sums
+from palm_jax.layers.normalization import BatchNorm, channel_sums
+from palm_jax.speed import cost
 
 
 def variables_of(channels, dtype):

@@ -10,11 +10,11 @@ import pytest
 from ml_collections import ConfigDict
 from sklearn.metrics import roc_auc_score
 
-from palm_jax import devices
 from palm_jax import encoder as encoders
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
 from palm_jax.checkpoint import Checkpoints
-from palm_jax.data import Data, Split
-from palm_jax.errors import UserError
+from palm_jax.data.load import Data, Split
 from palm_jax.evaluate import features, linear, ood, scores
 
 CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')

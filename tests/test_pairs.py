@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from palm_jax import devices, environment, experience, pairs, pretrain
-from palm_jax.data import Data, Split
-from palm_jax.errors import UserError
+from palm_jax import environment, experience, pairs, pretrain
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
+from palm_jax.data.load import Data, Split
 from tests.worlds import LargeGenerator, LinearGenerator, nature_config
 
 GENERATOR = LinearGenerator()

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from palm_jax import pictures
-from palm_jax.errors import UserError
+from palm_jax.base import pictures
+from palm_jax.base.errors import UserError
 
 
 @pytest.fixture(scope='module')

@@ -5,9 +5,11 @@ import json
 import jax
 import pytest
 
-from palm_jax import cost, devices, plan, pretrain, train
-from palm_jax.errors import UserError
+from palm_jax import pretrain, train
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
 from palm_jax.main import run
+from palm_jax.speed import cost, plan
 from tests.worlds import LinearGenerator, tiny_config
 
 

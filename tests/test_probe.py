@@ -8,11 +8,11 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
 from configs import cifar as cifar_config
-from palm_jax import devices
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
 from palm_jax.checkpoint import Checkpoints
-from palm_jax.data import Data, Split, load
+from palm_jax.data.load import Data, Split, load
 from palm_jax.encoder import make_encoder
-from palm_jax.errors import UserError
 from palm_jax.evaluate import features, probe
 from tests import worlds
 from tests.test_data import cifar, write_folder

@@ -13,11 +13,11 @@ from ml_collections import ConfigDict
 from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.neighbors import NearestNeighbors
 
-from palm_jax import devices
+from palm_jax.base import devices
+from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.checkpoint import Checkpoints
-from palm_jax.data import Data, Split
+from palm_jax.data.load import Data, Split
 from palm_jax.encoder import ResNet18
-from palm_jax.errors import NonFiniteError, UserError
 from palm_jax.evaluate import classifier, distances, extractors, quality
 from palm_jax.generator.stylegan2 import Generator
 

@@ -16,21 +16,17 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
-from palm_jax import data as image_data
-from palm_jax import (
-  devices,
-  pictures,
-  report,
-  report_map,
-  report_page,
-  report_sections,
-  study,
-  study_figures,
-)
+from palm_jax import report, study
+from palm_jax.base import devices, pictures
+from palm_jax.base.errors import UserError
 from palm_jax.checkpoint import Checkpoints
+from palm_jax.data.load import load as image_data
 from palm_jax.encoder import make_encoder
-from palm_jax.errors import UserError
 from palm_jax.evaluate import features
+from palm_jax.report import map as report_map
+from palm_jax.report import page as report_page
+from palm_jax.report import sections as report_sections
+from palm_jax.study import figure as study_figures
 from tests.worlds import nature_config
 
 HOSTILE = '<script>alert("x")</script> & \'<b>'

@@ -18,9 +18,9 @@ import pytest
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
+from palm_jax.base.metrics import read_jsonl
 from palm_jax.checkpoint import Checkpoints, list_steps, write_json_atomic
 from palm_jax.generator import train
-from palm_jax.metrics import read_jsonl
 
 pytestmark = pytest.mark.filterwarnings('ignore:Sharding info not provided')
 

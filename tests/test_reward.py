@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from palm_jax import reward
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 
 OPTIONS = ('k', 'average', 'transform', 'include_self', 'clip')
 entropy = jax.jit(reward.entropy_reward, static_argnames=OPTIONS)

@@ -8,7 +8,7 @@ from sklearn import metrics
 from sklearn.covariance import EmpiricalCovariance
 from sklearn.neighbors import NearestNeighbors
 
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 from palm_jax.evaluate import scores
 
 F, C = 6, 3

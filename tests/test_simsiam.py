@@ -7,7 +7,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from palm_jax import simsiam
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 
 P = jax.sharding.PartitionSpec
 

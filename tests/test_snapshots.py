@@ -22,12 +22,12 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 from palm_jax import generator as generators
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
+from palm_jax.formats.torch_files import SnapshotError
 from palm_jax.generator import load_generator, network_fields, save_safetensors
 from palm_jax.generator.convert import convert
 from palm_jax.generator.sample import latent_walk, sample
 from palm_jax.generator.snapshots import load_discriminator, load_snapshot
-from palm_jax.torch_files import SnapshotError
 from tests import snapshot_files as files
 from tests.worlds import COMPILED
 

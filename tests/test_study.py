@@ -16,10 +16,11 @@ import pytest
 import scipy.stats
 from PIL import Image
 
-from palm_jax import main, study, study_figures
+from palm_jax import main, study
+from palm_jax.base.errors import UserError
 from palm_jax.checkpoint import Checkpoints, write_json_atomic
-from palm_jax.errors import UserError
 from palm_jax.generator import train
+from palm_jax.study import figure as study_figures
 from tests.worlds import COMPILED, nature_config, tiny_config
 
 NAMES = (

@@ -16,7 +16,7 @@ import pytest
 import scipy.signal
 from jax.sharding import PartitionSpec as P
 
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 from palm_jax.generator import ops
 from palm_jax.generator.stylegan2 import (
   Discriminator,

@@ -16,8 +16,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from palm_jax.formats.torch_files import (
+  LEAST_BUDGET,
+  Module,
+  SnapshotError,
+  modules,
+  read,
+  state_dict,
+)
 from palm_jax.generator import load_generator
-from palm_jax.torch_files import LEAST_BUDGET, Module, SnapshotError, modules, read, state_dict
 from tests import snapshot_files as files
 
 # Files that torch 2.15 wrote of a Linear and a BatchNorm1d (of torch.jit.save's, the entries that

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from configs import cifar, digits
 from palm_jax import study
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 
 SCALES = ('smoke', 'laptop', 'paper')
 

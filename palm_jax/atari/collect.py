@@ -19,14 +19,14 @@ from absl import logging
 from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from palm_jax import devices
 from palm_jax.atari import dqn
 from palm_jax.atari.environment import FRAMES_A_STEP, SETTINGS, Environment, rom_id
 from palm_jax.atari.replay import Batch, Replay, rows_of
+from palm_jax.base import devices
+from palm_jax.base.errors import NonFiniteError, UserError
+from palm_jax.base.files import replacing
+from palm_jax.base.metrics import MetricWriter, Progress
 from palm_jax.checkpoint import Checkpoints, Preemption, write_json_atomic
-from palm_jax.errors import NonFiniteError, UserError
-from palm_jax.files import replacing
-from palm_jax.metrics import MetricWriter, Progress
 
 STACKS_IN_SHARD = 1024
 RECENT_GAMES = 100  # that the score of a learner is the mean of

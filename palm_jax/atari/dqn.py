@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from palm_jax.base.errors import UserError
 from palm_jax.encoder import NatureCNN
-from palm_jax.errors import UserError
 
 TRUNK = ('conv1', 'conv2', 'conv3')
 OPTIMIZERS = ('adam', 'rmsprop')

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from palm_jax.atari import dqn
+from palm_jax.base.errors import UserError
 from palm_jax.checkpoint import load_encoder
-from palm_jax.errors import UserError
 
 PAD = 4  # Kostrikov et al. 2020 (DrQ), and spr src/models.py
 INTENSITY = 0.05  # spr src/models.py, dopamine; DrQ's appendix may mean 0.1

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 
 GAMES = (
   'Alien',

@@ -10,13 +10,13 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from palm_jax import devices
 from palm_jax.atari import dqn, drq
 from palm_jax.atari.collect import check_play, draw_seed, play
 from palm_jax.atari.environment import FRAMES_A_STEP, SETTINGS, Environment
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
+from palm_jax.base.metrics import Progress
 from palm_jax.checkpoint import Preemption, digest, write_json_atomic
-from palm_jax.errors import UserError
-from palm_jax.metrics import Progress
 
 
 def default_config():

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from palm_jax.errors import UserError
-from palm_jax.files import replacing
+from palm_jax.base.errors import UserError
+from palm_jax.base.files import replacing
 
 STACK = 4
 

@@ -20,11 +20,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from palm_jax import devices
 from palm_jax.atari.environment import GAMES, rom_id
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
+from palm_jax.base.tables import aligned, protocol_line
 from palm_jax.checkpoint import write_json_atomic
-from palm_jax.errors import UserError
-from palm_jax.tables import aligned, protocol_line
 
 STATISTICS = 'median', 'mean', 'iqm', 'gap'
 FEWEST_RUNS = 3  # for an interval: of two runs there are three resamples

@@ -17,14 +17,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from palm_jax import devices
 from palm_jax.augment import make_augment
+from palm_jax.base import devices
+from palm_jax.base.errors import NonFiniteError, UserError
+from palm_jax.base.metrics import Progress
 from palm_jax.checkpoint import Checkpoints, any_process
 from palm_jax.encoder import make_encoder
-from palm_jax.errors import NonFiniteError, UserError
 from palm_jax.evaluate import features
 from palm_jax.evaluate.linear import LinearModel, check_sgd, sgd
-from palm_jax.metrics import Progress
 
 STEPS_PER_CALL = 64  # at most: between two calls progress is told
 
@@ -70,7 +70,7 @@ def fit(config, c, split, num_classes, seed, mesh, workdir, name, start=None):
   Args:
     config: the whole config; its section encoder is read.
     c: see `default_config`; `warmup` is the share of the run in which the rate rises.
-    split: palm_jax.data.Split, labels in [0, num_classes).
+    split: palm_jax.data.load.Split, labels in [0, num_classes).
     seed: of the weights, the order and the augmentation.
     mesh: one-dimensional mesh, axis 'data'.
     workdir: pathlib.Path.

@@ -4,7 +4,7 @@
 import numpy as np
 from PIL import Image
 
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 
 
 def check(name, size=None):

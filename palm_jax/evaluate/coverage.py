@@ -8,7 +8,7 @@ time is in memory.
 
 import numpy as np
 
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 from palm_jax.evaluate import distances
 
 

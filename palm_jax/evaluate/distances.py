@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.linalg
 
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 
 PAIRS_AT_ONCE = 2**22  # distances held at a time: 32 MB, some times over
 

@@ -13,14 +13,15 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from palm_jax import devices, pretrain
+from palm_jax import pretrain
+from palm_jax.base import devices
+from palm_jax.base.errors import NonFiniteError, UserError
+from palm_jax.base.metrics import Progress
+from palm_jax.base.tables import aligned, protocol_line
 from palm_jax.checkpoint import write_json_atomic
-from palm_jax.errors import NonFiniteError, UserError
 from palm_jax.evaluate import extractors, features, play, quality
 from palm_jax.evaluate.coverage import coverage, prdc
 from palm_jax.evaluate.distances import frechet_distance, moments
-from palm_jax.metrics import Progress
-from palm_jax.tables import aligned, protocol_line
 
 PREFIX = quality.PREFIX | {'encoder': 'encoder-'}
 SETS = ('explored', 'random actions', 'independent', 'other training images', 'test images')
@@ -77,7 +78,7 @@ def evaluate(config, workdir, data, mesh):
     config: the whole config; read are seed, generator.path, diversity, quality (settings of
       features) and what pretraining reads.
     workdir: pathlib.Path of a run with a checkpoint of its pretraining.
-    data: palm_jax.data.Data.
+    data: palm_jax.data.load.Data.
     mesh: one-dimensional mesh, axis 'data'.
 
   Returns:

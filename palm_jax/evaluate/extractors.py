@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from palm_jax import devices, encoder
-from palm_jax.errors import UserError
+from palm_jax import encoder
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
 from palm_jax.evaluate import classifier, features, inception, linear
 
 

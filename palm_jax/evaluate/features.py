@@ -15,11 +15,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from palm_jax import checkpoint, devices
+from palm_jax import checkpoint
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
+from palm_jax.base.files import replacing
 from palm_jax.checkpoint import digest
 from palm_jax.encoder import make_encoder
-from palm_jax.errors import UserError
-from palm_jax.files import replacing
 
 
 def default_config():

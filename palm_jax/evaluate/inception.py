@@ -16,8 +16,8 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from palm_jax import torch_files
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
+from palm_jax.formats import torch_files
 
 FILES = 'pt_inception-2015-12-05-6726825d.pth (project pytorch-fid) or weights-inception-2015-12-05-6726825d.pth (torch-fidelity)'
 EPSILON = 1e-3  # of all its batch normalisations

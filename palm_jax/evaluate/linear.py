@@ -11,10 +11,10 @@ import scipy.optimize
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
-from palm_jax import devices
 from palm_jax.augment import make_augment
-from palm_jax.errors import NonFiniteError, UserError
-from palm_jax.metrics import Progress
+from palm_jax.base import devices
+from palm_jax.base.errors import NonFiniteError, UserError
+from palm_jax.base.metrics import Progress
 
 L2_GRID = tuple(10.0**e for e in range(-6, 3))
 VALIDATION_FRACTION = 0.1

@@ -19,15 +19,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from palm_jax import data as data_sets
-from palm_jax import devices
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
+from palm_jax.base.metrics import Progress
+from palm_jax.base.tables import aligned, protocol_line
 from palm_jax.checkpoint import write_json_atomic
-from palm_jax.errors import UserError
+from palm_jax.data.load import load as data_sets
 from palm_jax.evaluate import classifier, features, linear
 from palm_jax.evaluate.image_sets import check_source, image_set
 from palm_jax.evaluate.scores import METRICS, SCORES
-from palm_jax.metrics import Progress
-from palm_jax.tables import aligned, protocol_line
 
 # Liu et al. 2022, arXiv 2210.10913v2, Table 1: AUROC in percent, mean and standard deviation of
 # five trials where given; classifiers (ResNet-18) of CIFAR-10. LSUN is ODIN's LSUN_resize, which
@@ -150,7 +150,7 @@ def named_sources(sets):
 
 def download(config):
   """Fetches the published sets among config.ood.sets that are not there yet; UserError as of
-  palm_jax.data.fetch."""
+  palm_jax.data.load.fetch."""
   for source in named_sources(config.ood.sets).values():
     data_sets.fetch_missing(source, config.data.dir or None)
 
@@ -171,7 +171,7 @@ def evaluate(config, workdir, data, mesh):
   Args:
     config: the whole config; read are seed, data.dir, encoder, features and ood.
     workdir: pathlib.Path of a run with a checkpoint of its pretraining.
-    data: palm_jax.data.Data.
+    data: palm_jax.data.load.Data.
     mesh: one-dimensional mesh, axis 'data'.
 
   Returns:

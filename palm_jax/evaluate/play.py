@@ -11,8 +11,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
-from palm_jax import devices, environment, experience, pretrain, replay, sac
-from palm_jax.errors import UserError
+from palm_jax import environment, experience, pretrain, replay, sac
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
 
 
 def actor_template(config, generator, program, mesh):

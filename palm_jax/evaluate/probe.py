@@ -16,12 +16,12 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from palm_jax import data as image_data
-from palm_jax import devices
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
+from palm_jax.base.tables import aligned, protocol_line
 from palm_jax.checkpoint import write_json_atomic
-from palm_jax.errors import UserError
+from palm_jax.data.load import load as image_data
 from palm_jax.evaluate import classifier, corruptions, features, linear
-from palm_jax.tables import aligned, protocol_line
 
 KNN_K = 200  # PatrickHua/SimSiam tools/knn_monitor.py; lightly's benchmarks
 KNN_TEMPERATURE = 0.1  # the same
@@ -313,7 +313,7 @@ def evaluate(config, workdir, dataset, mesh):
   Args:
     config: the whole config; read are seed, data, encoder, features and probe.
     workdir: pathlib.Path of a run with a checkpoint of its pretraining.
-    dataset: palm_jax.data.Data.
+    dataset: palm_jax.data.load.Data.
     mesh: one-dimensional mesh, axis 'data'.
   Returns:
     The dict that was written: `rows`, see `judge`; `protocol`; `seconds`.

@@ -17,16 +17,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from palm_jax import devices
+from palm_jax.base import devices
+from palm_jax.base.errors import NonFiniteError, UserError
+from palm_jax.base.metrics import Progress
+from palm_jax.base.tables import aligned, protocol_line
 from palm_jax.checkpoint import list_steps, write_json_atomic
 from palm_jax.environment import to_uint8
-from palm_jax.errors import NonFiniteError, UserError
 from palm_jax.evaluate import extractors, features, inception
 from palm_jax.evaluate.distances import frechet_distance, kernel_distance, moments, precision_recall
 from palm_jax.generator import load_generator
 from palm_jax.generator.train import padded
-from palm_jax.metrics import Progress
-from palm_jax.tables import aligned, protocol_line
 
 PREFIX = {'inception': '', 'proxy': 'proxy-', 'pixels': 'pixel-'}
 
@@ -104,7 +104,7 @@ def evaluate(config, workdir, data, mesh):
   Args:
     config: the whole config; read are seed, generator.path and quality.
     workdir: pathlib.Path.
-    data: palm_jax.data.Data.
+    data: palm_jax.data.load.Data.
     mesh: one-dimensional mesh, axis 'data'.
 
   Returns:

@@ -14,7 +14,7 @@ import scipy.linalg
 import scipy.special
 import scipy.stats
 
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 
 PAIRS_AT_ONCE = 2**23  # similarities held at a time: 64 MB, twice over
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 from palm_jax.generator.ops import at_least_float32
 
 BLIT = 'xflip', 'rotate90', 'xint'

@@ -7,11 +7,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from palm_jax import devices, timing
+from palm_jax.base import devices
 from palm_jax.generator import train
 from palm_jax.generator.phases import make_phases
 from palm_jax.generator.step import init_state, make_train_call
-from palm_jax.timing import REPEATS, median_seconds
+from palm_jax.speed import timing
+from palm_jax.speed.timing import REPEATS, median_seconds
 
 PHASES = dict(g_main='Gmain', d_main='Dmain', r1='R1', path_lengths='path lengths', ada='ADA')
 

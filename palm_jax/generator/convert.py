@@ -13,9 +13,9 @@ import shutil
 
 from absl import app, flags
 
-from palm_jax import devices
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
 from palm_jax.checkpoint import Checkpoints, write_json_atomic
-from palm_jax.errors import UserError
 from palm_jax.generator import load_generator, network_fields, save_safetensors
 from palm_jax.main import exit_on_user_error
 

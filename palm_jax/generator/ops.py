@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from palm_jax.convolution import conv
+from palm_jax.layers.convolution import conv
 
 TAPS = (1 / 8, 3 / 8, 3 / 8, 1 / 8)
 

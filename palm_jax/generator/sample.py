@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from palm_jax import devices, environment, pictures
-from palm_jax.errors import UserError
+from palm_jax import environment
+from palm_jax.base import devices, pictures
+from palm_jax.base.errors import UserError
 from palm_jax.generator import load_generator
 from palm_jax.main import exit_on_user_error
 

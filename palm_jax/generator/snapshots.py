@@ -19,10 +19,17 @@ import numpy as np
 import safetensors
 from absl import logging
 
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
+from palm_jax.formats.pickle_machine import Module, short
+from palm_jax.formats.torch_files import (
+  MAX_NAME,
+  SnapshotError,
+  check_file,
+  modules,
+  read,
+  state_dict,
+)
 from palm_jax.generator.stylegan2 import discriminator_from_official, generator_from_official
-from palm_jax.pickle_machine import Module, short
-from palm_jax.torch_files import MAX_NAME, SnapshotError, check_file, modules, read, state_dict
 
 FLOATS = 'bfloat16', 'float16', 'float32', 'float64'
 MAX_RESOLUTION = 2048

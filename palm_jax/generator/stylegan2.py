@@ -17,7 +17,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 from palm_jax.generator import ops
 
 W_AVG_MOMENTUM = 0.995  # stylegan2-ada-pytorch, MappingNetwork w_avg_beta

@@ -18,16 +18,17 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from palm_jax import devices, environment, pictures
+from palm_jax import environment
+from palm_jax.base import devices, pictures
+from palm_jax.base.errors import NonFiniteError, UserError
+from palm_jax.base.metrics import MetricWriter, Progress
 from palm_jax.checkpoint import Checkpoints, Preemption, any_process, write_json_atomic
-from palm_jax.errors import NonFiniteError, UserError
 from palm_jax.generator import network_fields
 from palm_jax.generator.adaptive_augment import PIPES
 from palm_jax.generator.phases import round_sizes
 from palm_jax.generator.step import init_state, make_train_call
 from palm_jax.generator.stylegan2 import Discriminator, Generator, channels_for
 from palm_jax.generator.warm_start import load_networks
-from palm_jax.metrics import MetricWriter, Progress
 
 LOSSES = 'loss_g', 'loss_d', 'r1', 'pl'
 ROWS = 10  # of a grid of pictures, at most

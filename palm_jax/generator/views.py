@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

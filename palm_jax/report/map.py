@@ -9,10 +9,12 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
-from palm_jax import encoder, pictures, report_page
+from palm_jax import encoder
+from palm_jax.base import pictures
+from palm_jax.base.errors import UserError
 from palm_jax.checkpoint import list_steps
-from palm_jax.errors import UserError
 from palm_jax.evaluate import features
+from palm_jax.report import page as report_page
 
 NEIGHBOURS, QUERIES = 7, 8
 RIGHT, WRONG, GREY = (

@@ -11,11 +11,13 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
-from palm_jax import cost, devices, pretrain, simsiam, timing, workload
+from palm_jax import pretrain, simsiam
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
 from palm_jax.encoder import make_encoder
-from palm_jax.errors import UserError
 from palm_jax.generator import LoadedGenerator, load_generator
 from palm_jax.generator.train import make_networks
+from palm_jax.speed import cost, timing, workload
 
 USUAL_SHARE = 0.4  # of a large matrix product's speed that well-filled convolutional networks reach
 

@@ -13,8 +13,8 @@ import zlib
 
 import numpy as np
 
-from palm_jax.errors import UserError
-from palm_jax.pickle_machine import (
+from palm_jax.base.errors import UserError
+from palm_jax.formats.pickle_machine import (
   MAGIC,
   Budget,
   Machine,

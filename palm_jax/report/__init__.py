@@ -16,10 +16,13 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
-from palm_jax import metrics, report_map, report_page, report_study
-from palm_jax import report_sections as show
-from palm_jax.errors import UserError
-from palm_jax.files import replacing
+from palm_jax.base import metrics
+from palm_jax.base.errors import UserError
+from palm_jax.base.files import replacing
+from palm_jax.report import map as report_map
+from palm_jax.report import page as report_page
+from palm_jax.report import sections as show
+from palm_jax.report import study as report_study
 
 PICTURE_BYTES = 6_000_000  # of all films, strips and grids together; a third more as text
 
@@ -162,7 +165,7 @@ def evaluate(config, workdir, data, mesh):
   Args:
     config: the whole config; read are seed, features and report.
     workdir: pathlib.Path.
-    data: palm_jax.data.Data, whose test images are mapped by each run's encoder; None leaves the
+    data: palm_jax.data.load.Data, whose test images are mapped by each run's encoder; None leaves the
       map out.
     mesh: one-dimensional mesh, axis 'data'.
 

@@ -20,11 +20,12 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from palm_jax import devices, study_figures
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
+from palm_jax.base.metrics import Progress
 from palm_jax.checkpoint import any_process, write_json_atomic
-from palm_jax.errors import UserError
-from palm_jax.metrics import Progress
-from palm_jax.study_figures import RESAMPLES, at, same
+from palm_jax.study import figure as study_figures
+from palm_jax.study.figure import RESAMPLES, at, same
 
 GENERATOR = 'base'  # folder of the generator that all arms share, where the config names none
 TAKEN = (GENERATOR, 'features', 'results', 'compilation_cache')  # folders that no arm can have

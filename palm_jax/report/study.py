@@ -1,8 +1,8 @@
 """The report's section on a study: its means with intervals, and what they say of the claims."""
 
-from palm_jax import report_page
-from palm_jax.report_page import Row
-from palm_jax.report_sections import cell, protocols, several, source_of
+from palm_jax.report import page as report_page
+from palm_jax.report.page import Row
+from palm_jax.report.sections import cell, protocols, several, source_of
 
 
 def study_section(runs):

@@ -4,8 +4,8 @@ before."""
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from palm_jax.errors import UserError
-from palm_jax.files import replacing
+from palm_jax.base.errors import UserError
+from palm_jax.base.files import replacing
 
 CELL = 64  # pixels that a small image is enlarged to, at least
 WIDTH = 1600  # pixels that enlarging keeps a grid within

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from palm_jax.devices import platform, vary_alike
+from palm_jax.base.devices import platform, vary_alike
 
 CHUNK = 16  # pictures
 

@@ -10,7 +10,7 @@ import time
 import numpy as np
 from absl import logging
 
-from palm_jax.files import replacing
+from palm_jax.base.files import replacing
 
 
 class MetricWriter:

@@ -8,9 +8,9 @@ import numpy as np
 from absl import logging
 from scipy import special
 
-from palm_jax.errors import UserError
-from palm_jax.files import replacing
-from palm_jax.tables import aligned, protocol_line
+from palm_jax.base.errors import UserError
+from palm_jax.base.files import replacing
+from palm_jax.base.tables import aligned, protocol_line
 
 RESAMPLES = 10_000  # of a bootstrap interval
 COLUMNS = ('study', 'arm', 'x', 'seed', 'measure', 'value', 'run')

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 
 OPSET, IR_VERSION = (
   17,

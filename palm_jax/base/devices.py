@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 
 # A process that is silent for so long is taken for dead, and all others end. JAX's 100 s would
 # spend more of a pod's time.

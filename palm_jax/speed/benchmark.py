@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from palm_jax import cost, devices, plan, pretrain, timing, workload
+from palm_jax import pretrain
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
 from palm_jax.checkpoint import write_json_atomic
-from palm_jax.errors import UserError
 from palm_jax.generator import benchmark as generator_benchmark
+from palm_jax.speed import cost, plan, timing, workload
 
 ROWS = dict(
   generator='generator',

@@ -26,7 +26,7 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-from palm_jax.errors import UserError
+from palm_jax.base.errors import UserError
 
 _KRIZ = 'https://www.cs.toronto.edu/~kriz/'
 _HOUSENUMBERS = 'http://ufldl.stanford.edu/housenumbers/'

@@ -4,19 +4,10 @@ computed anew."""
 import json
 import math
 
-from palm_jax import (
-  encoder,
-  environment,
-  pairs,
-  pretrain,
-  replay,
-  report_page,
-  reward,
-  sac,
-  simsiam,
-)
+from palm_jax import encoder, environment, pairs, pretrain, replay, reward, sac, simsiam
 from palm_jax.checkpoint import list_steps
-from palm_jax.report_page import Cell, Row
+from palm_jax.report import page as report_page
+from palm_jax.report.page import Cell, Row
 
 # Sections of the config that make a run what it is, in the order of the table, with the modules of
 # their defaults.

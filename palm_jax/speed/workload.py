@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from palm_jax import devices, environment, replay, reward, sac, simsiam
+from palm_jax import environment, replay, reward, sac, simsiam
+from palm_jax.base import devices
 from palm_jax.pretrain import DTYPES, State, seen_shape
 
 UNAVOIDABLE = 'generator', 'acting', 'simsiam'

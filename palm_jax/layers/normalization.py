@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from palm_jax.devices import platform, vary_alike
+from palm_jax.base.devices import platform, vary_alike
 
 CHUNK = 2**19  # numbers of an array: with what is made of them they stay in the cache
 FOLD = 8  # pictures: XLA:CPU is fast at sums over few leading entries only
