@@ -27,16 +27,16 @@ import time
 from typing import NamedTuple
 
 import jax
-from absl import app, flags
+from absl import flags
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from launch.compiled_text import analyse, parse
-from palm_jax import main as palm_main
 from palm_jax import pretrain
+from palm_jax.base import command
 from palm_jax.base.errors import UserError
-from palm_jax.checkpoint import write_json_atomic
+from palm_jax.base.files import write_json
 from palm_jax.speed import plan
 
 HOP_SECONDS = 1e-6  # jax-ml.github.io/scaling-book, chapter 3: about a microsecond a hop
@@ -299,12 +299,11 @@ def parse_flags(argv):
     'scale_from', None, 'Chips that the sizes of the config are for; they grow with the slice.', 1
   )
   flags.DEFINE_string('json', None, 'File to write the numbers to.')
-  return palm_main.parse_flags(argv)
+  return command.parse_config_flags(argv, 'configs/cifar.py')
 
 
 def main(argv):
-  if len(argv) > 1:
-    raise UserError(f'unexpected argument {argv[1]!r}: flags begin with --')
+  command.no_arguments(argv)
   f = flags.FLAGS
   if f.topology is None:
     raise UserError('--topology is missing: give a TPU slice, such as v5e:2x4 or v5e:16x16')
@@ -315,7 +314,7 @@ def main(argv):
     f.config, f.topology, pretrain.as_world(f.config, plan.untrained_generator(f.config))
   )
   if f.json:
-    write_json_atomic(pathlib.Path(f.json), result)
+    write_json(pathlib.Path(f.json), result)
   print(describe(result))
   check_memory(result)
 
@@ -332,6 +331,4 @@ def check_memory(result):
 
 
 if __name__ == '__main__':
-  app.run(
-    palm_main.exit_on_user_error(main), flags_parser=palm_main.exit_on_user_error(parse_flags)
-  )
+  command.run(main, parse_flags)

@@ -15,7 +15,7 @@ import numpy as np
 
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import replacing
-from palm_jax.checkpoint import any_process
+from palm_jax.base.processes import any_process
 
 NAME = re.compile(r'(\d{10})_(\d{6})\.npz')  # first row, first environment
 

@@ -13,25 +13,24 @@ results have it, and, under 'usage', the Python that runs it.
 import functools
 import importlib.metadata
 import json
-import logging as python_logging
 import math
 import pathlib
 
 import jax
 import numpy as np
 import safetensors.numpy
-from absl import app, flags
+from absl import flags
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from palm_jax.base import devices
+from palm_jax.base import checks, command
+from palm_jax.base.digests import digest
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import replacing
-from palm_jax.checkpoint import digest, load_encoder
+from palm_jax.checkpoint import load_encoder
 from palm_jax.encoder import make_encoder
 from palm_jax.formats import onnx_file
 from palm_jax.generator.snapshots import read_arrays
-from palm_jax.main import exit_on_user_error, nearest
 
 # Format: the file's name where --out gives none.
 FORMATS = {
@@ -138,7 +137,7 @@ def export(workdir, format='safetensors', out=None, step=None):
   if format not in FORMATS:
     raise UserError(
       f'--format={format} is unknown: expected one of '
-      f'{", ".join(FORMATS)}{nearest(format, FORMATS)}'
+      f'{", ".join(FORMATS)}{checks.nearest(format, FORMATS)}'
     )
   if out is not None:
     suffix = pathlib.Path(FORMATS[format]).suffix
@@ -317,28 +316,22 @@ def _version():
     return 'a clone that is not installed'
 
 
-def parse_flags(argv):
-  """Defines the flags and reads them; returns what absl leaves of argv. Raises UserError, in one
-  line."""
+def parse_flags(argv: list[str]) -> list[str]:
+  """Defines the flags and reads them; returns what absl leaves of argv. Raises UserError."""
   flags.DEFINE_string('workdir', None, 'Of the pretraining run whose encoder is wanted.')
   flags.DEFINE_string('format', 'safetensors', f'One of {", ".join(FORMATS)}.')
   flags.DEFINE_string(
     'out', None, f'File to write; default: in the workdir, {", ".join(FORMATS.values())}.'
   )
   flags.DEFINE_integer('step', None, 'Of the checkpoint; default: the newest.')
-  try:
-    return flags.FLAGS(argv)
-  except flags.Error as e:
-    raise UserError(' '.join(str(e).split())) from e
+  return command.parse_flags(argv)
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise UserError(f'unexpected argument {argv[1]!r}: flags begin with --')
+def main(argv: list[str]) -> None:
+  command.no_arguments(argv)
   if not flags.FLAGS.workdir:
     raise UserError('--workdir is missing: give that of a pretraining run, such as runs/cifar')
-  devices.configure()
-  python_logging.getLogger('jax').setLevel(python_logging.WARNING)
+  command.start()
   out, step = export(flags.FLAGS.workdir, flags.FLAGS.format, flags.FLAGS.out, flags.FLAGS.step)
   print(
     f'{out}: the encoder of {flags.FLAGS.workdir} at checkpoint step {step}, format '
@@ -347,4 +340,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  app.run(exit_on_user_error(main), flags_parser=exit_on_user_error(parse_flags))
+  command.run(main, parse_flags)

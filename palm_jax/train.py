@@ -5,12 +5,17 @@ import time
 import jax
 import numpy as np
 from absl import logging
+from ml_collections import ConfigDict
 
 from palm_jax import experience, pairs, pretrain
 from palm_jax.base import devices, pictures
+from palm_jax.base.checkpoints import Checkpoints
+from palm_jax.base.digests import digest
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.metrics import MetricWriter, Progress
-from palm_jax.checkpoint import Checkpoints, Preemption, any_process, digest, write_json_atomic
+from palm_jax.base.processes import any_process
+from palm_jax.base.training import Preemption
+from palm_jax.job import Job, Run
 from palm_jax.monitors import make_monitors
 from palm_jax.speed import cost
 
@@ -25,7 +30,7 @@ PROGRESS_METRICS = (
 )
 
 
-def train(config, workdir, mesh, data=None):
+def run(this: Run) -> dict | None:
   """The job: pretrains in the world of `config.generator.path` (or this workdir's own generator),
   going on where it was.
 
@@ -45,6 +50,7 @@ def train(config, workdir, mesh, data=None):
     UserError: impossible sizes, missing or damaged files.
     NonFiniteError: a loss or gradient became NaN or infinite; the last good checkpoint stays.
   """
+  config, workdir, mesh, data = this.config, this.workdir, this.mesh, this.data
   folder, first_process = workdir / 'pretrain', jax.process_index() == 0
   generator = pretrain.load_world_generator(config, workdir)
   program = pretrain.make_program(config, generator, mesh)
@@ -131,22 +137,17 @@ def train(config, workdir, mesh, data=None):
   if first_process:
     writer.close()
   if step < total:
-    return False
-  if first_process:
-    write_json_atomic(
-      workdir / 'results' / 'pretrain.json',
-      dict(
-        metrics=scalars,
-        env_steps=step * program.env_steps_per_iteration,
-        iterations=step,
-        checkpoint_step=step,
-        seconds=time.monotonic() - started,
-        seed=config.seed,
-        generator=str(config.generator.path or 'own'),
-        **devices.describe(mesh),
-      ),
-    )
-  return True
+    return None
+  return dict(
+    metrics=scalars,
+    env_steps=step * program.env_steps_per_iteration,
+    iterations=step,
+    checkpoint_step=step,
+    seconds=time.monotonic() - started,
+    seed=config.seed,
+    generator=str(config.generator.path or 'own'),
+    **devices.describe(mesh),
+  )
 
 
 def check_memory(state, world, mesh):
@@ -209,3 +210,30 @@ def write_film(folder, env_steps, frames, labels):
   pictures.save_webp(
     folder / f'{name}.webp', [pictures.grid(shown[:, :, t]) for t in range(frames.shape[1])]
   )
+
+
+def needs_data(config: ConfigDict) -> bool:
+  """Whether pairs are of real images."""
+  return pairs.SOURCES[config.pairs.source].needs == 'images'
+
+
+def check_data(this: Run) -> None:
+  """Raises UserError where the encoder could not see the data, by which it will be judged."""
+  config = this.config
+  if not config.generator.path:
+    return
+  generator = pretrain.load_world_generator(config, this.workdir)
+  seen, given = pretrain.seen_shape(config, generator), this.data.train.images.shape[1:]
+  if seen[2] != given[2]:
+    raise UserError(
+      f'the pictures of generator.path={config.generator.path} have {seen[2]} channels, those of '
+      f'{config.data.name} {given[2]}: its encoder could not see them; give others, or train a '
+      'generator on them'
+    )
+  if seen != given:
+    logging.warning(
+      'the encoder will be trained on pictures of %s and judged on pictures of %s', seen, given
+    )
+
+
+JOB = Job('pretrain', run, pretrain.check_config, needs_data, check_data)

@@ -7,8 +7,8 @@ import pytest
 import scipy.stats
 
 from palm_jax.atari import dqn, drq
+from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
-from palm_jax.checkpoint import Checkpoints
 from palm_jax.encoder import NatureCNN, preprocess
 from tests.test_atari_dqn import SHAPE, assert_equal, batches, new_agent, q_values
 

@@ -11,16 +11,18 @@ from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from configs import atari, cifar
-from palm_jax import main
 from palm_jax.atari import collect, dqn, drq, finetune
 from palm_jax.base import devices
+from palm_jax.base.checkpoints import Checkpoints, load_item
 from palm_jax.base.errors import UserError
 from palm_jax.base.metrics import read_jsonl
-from palm_jax.checkpoint import Checkpoints, Preemption, load_item
+from palm_jax.base.training import Preemption
+from palm_jax.data.collected import load_collected
 from palm_jax.encoder import NatureCNN
 from tests.catch import Catch
 
 SHAPE = (36, 36, 4)
+from tests.jobs import finish
 
 
 class Same(Catch):
@@ -102,7 +104,7 @@ def mesh():
 @pytest.fixture(scope='module')
 def collected(tmp_path_factory, mesh):
   config, workdir = tiny_config(), tmp_path_factory.mktemp('collected')
-  assert collect.collect(config, workdir, mesh, Same) is True
+  assert finish(collect.JOB, config, workdir, mesh=mesh, make_environment=Same)
   return config, workdir
 
 
@@ -149,7 +151,7 @@ def test_collecting_gives_stacks_a_curve_and_results(collected):
     (False, images),
     (True, images[..., 3:]),
   ):  # in another order, a part for testing
-    data = main.load_collected(workdir, newest)
+    data = load_collected(workdir, newest)
     given = np.concatenate([data.train.images, data.test.images])
     assert sorted(picture.tobytes() for picture in given) == sorted(
       picture.tobytes() for picture in expected
@@ -167,10 +169,10 @@ def test_collecting_gives_stacks_a_curve_and_results(collected):
 def test_a_killed_collection_ends_as_if_it_had_not_been(collected, tmp_path, mesh):
   config, workdir = collected
   with pytest.raises(Killed):
-    collect.collect(
-      config, tmp_path, mesh, killed_in(50)
+    finish(
+      collect.JOB, config, tmp_path, mesh=mesh, make_environment=killed_in(50)
     )  # eight rows in the replay beyond the checkpoint
-  assert collect.collect(config, tmp_path, mesh, Same) is True
+  assert finish(collect.JOB, config, tmp_path, mesh=mesh, make_environment=Same)
   once, again = (
     trained_agent(folder, 'collect', config.collect.agent) for folder in (workdir, tmp_path)
   )
@@ -182,7 +184,7 @@ def test_a_killed_collection_ends_as_if_it_had_not_been(collected, tmp_path, mes
   result = tmp_path / 'results' / 'collect.json'
   assert json.loads(result.read_text())['resumes'] == 1
   result.unlink()  # asks for the job again, whose play is complete
-  assert collect.collect(config, tmp_path, mesh, Same) is True and result.exists()
+  assert finish(collect.JOB, config, tmp_path, mesh=mesh, make_environment=Same) and result.exists()
   np.testing.assert_array_equal(stacks_of(tmp_path)[0], stacks_of(workdir)[0])
 
 
@@ -199,14 +201,16 @@ def test_finetuning_a_frozen_trunk_through_two_stops(tmp_path, mesh):
     0.0,
     'nature',
   )
-  assert finetune.finetune(config, tmp_path, mesh, terminated_in(50, 1)) is False
+  assert (
+    finish(finetune.JOB, config, tmp_path, mesh=mesh, make_environment=terminated_in(50, 1)) is None
+  )
   step, stopped = trained_agent(tmp_path, 'finetune', config.finetune.agent)
   assert step == 50 and stopped.updates == 10
   assert (
-    finetune.finetune(config, tmp_path, mesh, terminated_in(10, 5)) is False
+    finish(finetune.JOB, config, tmp_path, mesh=mesh, make_environment=terminated_in(10, 5)) is None
   )  # in the evaluation
   assert not (tmp_path / 'results').exists()
-  assert finetune.finetune(config, tmp_path, mesh, Same) is True
+  assert finish(finetune.JOB, config, tmp_path, mesh=mesh, make_environment=Same)
   step, agent = trained_agent(tmp_path, 'finetune', config.finetune.agent)
   assert step == 90 and agent.updates == 50
   for name, leaves in drq.load_trunk(tmp_path)[0].items():
@@ -270,7 +274,7 @@ def test_catch_is_learned(tmp_path, mesh):
   config.finetune = finetune.default_config()
   config.finetune.update(dict(trunk='scratch', agent_steps=3000, log_steps=250, eval_episodes=50))
   config.finetune.agent.update(dict(min_history=400, epsilon_decay=400))
-  assert finetune.finetune(config, tmp_path, mesh, Catch) is True
+  assert finish(finetune.JOB, config, tmp_path, mesh=mesh, make_environment=Catch)
   results = json.loads((tmp_path / 'results' / 'finetune.json').read_text())
   curve = [row['score'] for row in read_jsonl(tmp_path / 'finetune' / 'metrics.jsonl')]
   assert results['variant'] == 'scratch' and curve[0] < -0.3 and results['score'] > 0.5
@@ -357,5 +361,5 @@ def test_words_of_the_config_in_any_order(words):
   assert ('eps' in words) == (c.finetune.agent.eval_epsilon == 0.001)
   assert ('sgi' in words) == (c.finetune.agent.trunk_scale == 0.01)
   assert ('rmsprop' in words) == (c.collect.agent.optimizer == 'rmsprop')
-  collect.check_config(c, 1)
-  finetune.check_config(c, 1)
+  collect.check(c, 1)
+  finetune.check(c, 1)

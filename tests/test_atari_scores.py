@@ -13,6 +13,7 @@ from palm_jax.atari import scores
 from palm_jax.atari.environment import GAMES
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
+from tests.jobs import finish
 
 
 @pytest.fixture(scope='module')
@@ -239,7 +240,7 @@ def write_run(folder, game, seed, score, variant='pretrained', **changes):
 def run_job(workdir, **settings):
   config = ConfigDict(dict(seed=0, scores=scores.default_config()))
   config.scores.update(settings)
-  return scores.evaluate(config, workdir, mesh=devices.make_mesh(1))
+  return finish(scores.JOB, config, workdir, mesh=devices.make_mesh(1))
 
 
 def by_method(results):

@@ -12,6 +12,7 @@ from palm_jax.base.errors import UserError
 from palm_jax.data.load import Data, Split
 from palm_jax.generator import train
 from palm_jax.speed import benchmark
+from tests.jobs import finish
 from tests.worlds import LargeGenerator, nature_config, tiny_config
 
 
@@ -47,7 +48,7 @@ def test_shares_of_the_generators_training(tmp_path, augment, phases):
     np.random.default_rng(0).integers(0, 256, (20, 6, 6, 4), np.uint8), np.zeros(20, np.int64)
   )
   config, mesh = ConfigDict(dict(seed=0, jobs=('generator',), generator=c)), devices.make_mesh(2)
-  result = benchmark.benchmark(config, tmp_path, Data(split, split, ('all',), 'noise'), mesh)
+  result = finish(benchmark.JOB, config, tmp_path, Data(split, split, ('all',), 'noise'), mesh)
   assert json.loads((tmp_path / 'results' / 'benchmark.json').read_text()) == result
   found = result['generator']
   assert found['phase_seconds'].keys() == found['phase_shares'].keys() == phases
@@ -85,4 +86,4 @@ def test_nothing_to_measure(tmp_path):
   config = tiny_config()
   config.jobs = ('probe',)
   with pytest.raises(UserError, match='nothing to measure: put generator or pretrain'):
-    benchmark.benchmark(config, tmp_path, None, devices.make_mesh())
+    finish(benchmark.JOB, config, tmp_path, None, devices.make_mesh())

@@ -24,9 +24,12 @@ from absl import logging
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from palm_jax import checkpoint
+from palm_jax.base import checkpoints
+from palm_jax.base.checkpoints import Checkpoints, list_steps, load_item
 from palm_jax.base.errors import UserError
-from palm_jax.checkpoint import Checkpoints, Preemption, load_encoder, write_json_atomic
+from palm_jax.base.files import write_json
+from palm_jax.base.training import Preemption
+from palm_jax.checkpoint import load_encoder
 
 # Orbax leaves its coroutines behind where they fail.
 pytestmark = pytest.mark.filterwarnings(
@@ -107,7 +110,7 @@ def saved(tmp_path_factory):
   with Checkpoints(workdir / 'pretrain' / 'checkpoints') as checkpoints:
     for step in (10, 20):
       checkpoints.save(step, make_items(step), {'seconds': step / 3, 'name': 'é'})
-  write_json_atomic(workdir / 'config.json', {'name': 'test'})
+  write_json(workdir / 'config.json', {'name': 'test'})
   return workdir
 
 
@@ -263,7 +266,7 @@ def test_what_cannot_be_read_now_is_not_damaged(copy, monkeypatch, error):
   def fail(*_, **__):
     raise RuntimeError('orbax') from error
 
-  monkeypatch.setattr(checkpoint.ocp, 'load_checkpointables', fail)
+  monkeypatch.setattr(checkpoints.ocp, 'load_checkpointables', fail)
   before = sorted(copy.rglob('*'))
   with pytest.raises(UserError, match='cannot be read now .*nothing was changed'):
     Checkpoints(copy).restore(template())
@@ -307,7 +310,7 @@ def test_the_encoder_is_read_without_the_state(copy):
   with pytest.raises(UserError, match=r'no checkpoint step 15, only \[10, 20\]'):
     load_encoder(workdir, 15)
   with pytest.raises(UserError, match="no item 'decoder', only state, encoder"):
-    Checkpoints(copy).restore_item('decoder')
+    load_item(copy, 'decoder')
   for path in (copy / '20' / 'encoder').rglob('*'):
     if path.is_file():
       path.write_bytes(b'x' * path.stat().st_size)
@@ -375,7 +378,8 @@ def start(script, *args, devices=1):
 
 SAVE_FOR_EVER = """
 import sys, numpy as np, jax
-from palm_jax.checkpoint import Checkpoints, load_encoder
+from palm_jax.base.checkpoints import Checkpoints
+from palm_jax.checkpoint import load_encoder
 print(jax.device_count(), load_encoder(sys.argv[2])[1]['params']['conv']['kernel'].tobytes().hex(), flush=True)
 checkpoints, step = Checkpoints(sys.argv[1]), 0
 while True:
@@ -396,14 +400,14 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_step_before(tmp_path, saved):
     )
     deadline = time.monotonic() + 60
     # The moment to kill: at least two steps are complete and another is being written.
-    while len(checkpoint.list_steps(tmp_path)) < 2 or not any(tmp_path.glob('*-tmp')):
+    while len(list_steps(tmp_path)) < 2 or not any(tmp_path.glob('*-tmp')):
       assert time.monotonic() < deadline and process.poll() is None
   finally:
     process.kill()
     process.wait()
-  newest = checkpoint.list_steps(tmp_path)[-1]
+  newest = list_steps(tmp_path)[-1]
   assert any(tmp_path.glob('*-tmp'))
-  step, tree = Checkpoints(tmp_path).restore_item('a')
+  step, tree = load_item(tmp_path, 'a')
   assert step == newest == tree['step'] and not any(tmp_path.glob('*-tmp'))
   np.testing.assert_array_equal(
     tree['x'], np.random.default_rng(step).integers(0, 256, 4_000_000, dtype=np.uint8)
@@ -414,8 +418,9 @@ ONE_OF_TWO = """
 import os, signal, sys, numpy as np, jax
 from jax.sharding import NamedSharding, PartitionSpec as P
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from palm_jax import devices
-from palm_jax.checkpoint import Checkpoints, Preemption
+from palm_jax.base import devices
+from palm_jax.base.checkpoints import Checkpoints
+from palm_jax.base.training import Preemption
 sharding = NamedSharding(jax.sharding.Mesh(jax.devices(), ('data',)), P('data'))
 value = np.arange(4000.).reshape(4, 1000)
 x = jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
@@ -440,7 +445,7 @@ with Preemption() as preemption:
   if jax.process_index() == 1:
     os.kill(os.getpid(), signal.SIGTERM)
   assert preemption.requested
-devices.wait_for_all()
+processes.wait_for_all()
 print('good', flush=True)
 """
 
@@ -455,7 +460,7 @@ def test_two_processes_agree_on_damage_and_on_stopping(tmp_path):
   finally:
     for p in processes:
       p.kill()
-  restored = checkpoint.load_item(tmp_path, 'a')  # by one process, what two had saved
+  restored = load_item(tmp_path, 'a')  # by one process, what two had saved
   np.testing.assert_array_equal(restored[1]['x'], np.arange(4000.0).reshape(4, 1000))
 
 
@@ -470,10 +475,10 @@ def test_sigterm_sets_a_flag_and_the_handler_before_comes_back():
 
 def test_json_is_whole_or_as_it_was(tmp_path):
   path = tmp_path / 'new' / 'a.json'
-  write_json_atomic(path, {'x': np.float32(0.5), 'y': jnp.arange(2), 'z': [1, None]})
+  write_json(path, {'x': np.float32(0.5), 'y': jnp.arange(2), 'z': [1, None]})
   assert json.loads(path.read_text()) == {'x': 0.5, 'y': [0, 1], 'z': [1, None]}
   with pytest.raises(AttributeError):
-    write_json_atomic(path, {'x': 1, 'y': object()})
+    write_json(path, {'x': 1, 'y': object()})
   assert json.loads(path.read_text())['x'] == 0.5 and [p.name for p in path.parent.iterdir()] == [
     'a.json'
   ]

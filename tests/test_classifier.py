@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from configs import cifar
-from palm_jax import checkpoint
-from palm_jax.base import devices
+from palm_jax.base import checkpoints, devices
 from palm_jax.base.errors import UserError
 from palm_jax.data.load import Split
 from palm_jax.encoder import make_encoder
@@ -57,7 +56,7 @@ def test_it_learns_what_is_plain_to_see(trained, split):
 
 def test_a_killed_training_goes_on_and_ends_the_same(trained, split, mesh, tmp_path, monkeypatch):
   _, (encoder, head) = trained
-  c, save, epochs = tiny(), checkpoint.Checkpoints.save, []
+  c, save, epochs = tiny(), checkpoints.Checkpoints.save, []
 
   def killed_after_the_second(self, step, *args):
     save(self, step, *args)
@@ -66,7 +65,7 @@ def test_a_killed_training_goes_on_and_ends_the_same(trained, split, mesh, tmp_p
     if len(epochs) == 2:
       raise KeyboardInterrupt
 
-  monkeypatch.setattr(checkpoint.Checkpoints, 'save', killed_after_the_second)
+  monkeypatch.setattr(checkpoints.Checkpoints, 'save', killed_after_the_second)
   with pytest.raises(KeyboardInterrupt):
     classifier.fit(c, c.probe.supervised, split, 3, 0, mesh, tmp_path, 'supervised')
   again, head_again = classifier.fit(

@@ -21,7 +21,7 @@ import sklearn.datasets
 from PIL import Image
 
 from palm_jax.base.errors import UserError
-from palm_jax.data.load import load as data
+from palm_jax.data import load as data
 
 TEN = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
 

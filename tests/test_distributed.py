@@ -18,10 +18,11 @@ import pytest
 from jax.experimental import multihost_utils
 
 from palm_jax import pretrain
-from palm_jax.base import devices
+from palm_jax.base import devices, processes
+from palm_jax.base.checkpoints import Checkpoints, list_steps
 from palm_jax.base.errors import UserError
 from palm_jax.base.metrics import read_jsonl
-from palm_jax.checkpoint import Checkpoints, Preemption, list_steps
+from palm_jax.base.training import Preemption
 from tests.worlds import LargeGenerator, nature_config
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -30,7 +31,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 def worker(folder, stop_at):
   """What each process of the quick tests runs: palm_jax's own loop without its monitors, saved at
   every call."""
-  devices.initialize_distributed()
+  processes.initialize_distributed()
   config, mesh, generator = nature_config(), devices.make_mesh(), LargeGenerator()
   config.replay.capacity = 8 * 8  # wraps within the run
   config.pretrain.update(
@@ -70,7 +71,7 @@ def worker(folder, stop_at):
       write_arrays(folder / f'{step}.npz', state)
       if stop:
         break
-  devices.wait_for_all()
+  processes.wait_for_all()
 
 
 def write_arrays(path, state):
@@ -195,15 +196,15 @@ def test_nothing_happens_on_one_machine(monkeypatch):
   for name in os.environ:
     if name.startswith(('SLURM_', 'JAX_COORD', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')):
       monkeypatch.delenv(name)
-  devices.initialize_distributed()
-  devices.initialize_distributed('127.0.0.1:1', 1, 0)
+  processes.initialize_distributed()
+  processes.initialize_distributed('127.0.0.1:1', 1, 0)
   monkeypatch.setenv('SLURM_PROCID', '0')
   monkeypatch.setenv('SLURM_STEP_NODELIST', 'localhost')
   monkeypatch.setenv('SLURM_NTASKS', '1')
-  devices.initialize_distributed()
+  processes.initialize_distributed()
   monkeypatch.setenv('SLURM_NTASKS', '8')  # a shell inside an allocation for eight
   monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '1')
-  devices.initialize_distributed()
+  processes.initialize_distributed()
   assert not jax.distributed.is_initialized()
 
 
@@ -224,7 +225,7 @@ def test_nothing_happens_on_one_machine(monkeypatch):
 )
 def test_settings_that_cannot_be(settings, message):
   with pytest.raises(UserError, match=f'^{re.escape(message)}') as error:
-    devices.initialize_distributed(*settings)
+    processes.initialize_distributed(*settings)
   assert '\n' not in str(error.value)
 
 
@@ -234,16 +235,16 @@ def test_a_port_in_use():
     other.listen()
     port = other.getsockname()[1]
     with pytest.raises(UserError, match=f'port {port} .* choose another'):
-      devices.initialize_distributed(f'127.0.0.1:{port}', 2, 0)
+      processes.initialize_distributed(f'127.0.0.1:{port}', 2, 0)
 
 
 @pytest.mark.parametrize('process_id', [0, 1])
 def test_processes_that_do_not_come_are_waited_for_only_so_long(process_id):
   code = f"""
 from absl import app
-from palm_jax import devices, main
-run = lambda argv: devices.initialize_distributed('127.0.0.1:{free_port()}', 2, {process_id}, wait_seconds=2)
-app.run(main.exit_on_user_error(run))
+from palm_jax.base import command, devices, processes
+run = lambda argv: processes.initialize_distributed('127.0.0.1:{free_port()}', 2, {process_id}, wait_seconds=2)
+app.run(command.exit_on_user_error(run))
 """
   done = subprocess.run(
     [sys.executable, '-c', code], env=environment(1), capture_output=True, text=True, timeout=120
@@ -263,11 +264,11 @@ def test_the_others_end_by_themselves(tmp_path, victim, number):
   closes its connections."""
   code = """
 import pathlib, sys, time
-from palm_jax import checkpoint, devices
-devices.initialize_distributed()
+from palm_jax.base import devices, processes
+processes.initialize_distributed()
 pathlib.Path(sys.argv[1]).touch()
 while True:
-  checkpoint.any_process(False)
+  processes.any_process(False)
   time.sleep(0.1)
 """
   joined = dict(JAX_COORDINATOR_ADDRESS=f'127.0.0.1:{free_port()}', JAX_NUM_PROCESSES='2')
@@ -305,9 +306,9 @@ def test_slurm_is_found_without_flags(tmp_path):
 import json, sys
 import jax
 from absl import logging
-from palm_jax import devices
+from palm_jax.base import devices, processes
 logging.set_verbosity(logging.INFO)
-devices.initialize_distributed()
+processes.initialize_distributed()
 with open(sys.argv[1], 'w') as f:
   json.dump([jax.process_index(), jax.process_count(), jax.device_count(), logging.get_verbosity() == logging.WARNING], f)
 """

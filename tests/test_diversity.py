@@ -12,14 +12,15 @@ import pytest
 
 from palm_jax import environment, experience, pretrain
 from palm_jax.base import devices
+from palm_jax.base.checkpoints import Checkpoints, list_steps
 from palm_jax.base.errors import NonFiniteError, UserError
-from palm_jax.checkpoint import Checkpoints, list_steps
 from palm_jax.data.load import Data, Split
 from palm_jax.evaluate import diversity, play, quality
 from palm_jax.evaluate.extractors import Extractor
 from palm_jax.experience import Experience
 from palm_jax.generator import load_generator
 from palm_jax.generator.stylegan2 import Generator
+from tests.jobs import finish
 from tests.worlds import LargeGenerator, nature_config, tiny_config
 
 LENGTH = 7  # frames of an episode in tests/worlds.py
@@ -271,7 +272,7 @@ def saved(tmp_path_factory, mesh):
 
 @pytest.fixture(scope='module')
 def finished(data, saved, mesh):
-  return diversity.evaluate(job_config(), saved[0], data, mesh)
+  return finish(diversity.JOB, job_config(), saved[0], data, mesh)
 
 
 def test_the_job_reports_every_set(finished, saved):
@@ -354,8 +355,12 @@ def test_the_record_is_judged_in_its_place_and_too_few_are_told(
   workdir = tmp_path / 'run'
   shutil.copytree(saved[0], workdir)
   with caplog.at_level(logging.WARNING):
-    results = diversity.evaluate(
-      job_config(explored='record', features='pixels', num_images=30), workdir, data, mesh
+    results = finish(
+      diversity.JOB,
+      job_config(explored='record', features='pixels', num_images=30),
+      workdir,
+      data,
+      mesh,
     )
   assert (
     '24 images of each set instead of diversity.num_images=30, because there are 24 recorded '
@@ -368,7 +373,7 @@ def test_the_record_is_judged_in_its_place_and_too_few_are_told(
   few = data._replace(test=Split(data.test.images[:9], data.test.labels[:9]))
   caplog.clear()
   with caplog.at_level(logging.WARNING):
-    results = diversity.evaluate(job_config(features='pixels'), workdir, few, mesh)
+    results = finish(diversity.JOB, job_config(features='pixels'), workdir, few, mesh)
   assert (
     '9 images of each set instead of diversity.num_images=24, because there are 9 test images'
     in caplog.text
@@ -430,15 +435,15 @@ def test_what_does_not_fit_is_refused(saved, data, mesh, tmp_path):
     ),
   ):
     with pytest.raises(UserError, match=message) as caught:
-      diversity.evaluate(job_config(), workdir, other, mesh)
+      finish(diversity.JOB, job_config(), workdir, other, mesh)
     assert '\n' not in str(caught.value)
   shutil.copytree(workdir / 'generator', tmp_path / 'generator')
   with pytest.raises(UserError, match='pretraining run'):
-    diversity.evaluate(job_config(), tmp_path, data, mesh)
+    finish(diversity.JOB, job_config(), tmp_path, data, mesh)
   shutil.copytree(workdir / 'pretrain' / 'checkpoints', tmp_path / 'pretrain' / 'checkpoints')
   shutil.copy(workdir / 'config.json', tmp_path)
   with pytest.raises(UserError, match='holds no experience: give .* --config.pretrain.record'):
-    diversity.evaluate(job_config(explored='record'), tmp_path, data, mesh)
+    finish(diversity.JOB, job_config(explored='record'), tmp_path, data, mesh)
   experience.write(
     tmp_path / 'pretrain' / 'experience',
     0,
@@ -449,7 +454,7 @@ def test_what_does_not_fit_is_refused(saved, data, mesh, tmp_path):
     ),
   )
   with pytest.raises(UserError, match=r'latents of \(5,\), but the generator takes \(4,\)'):
-    diversity.evaluate(job_config(explored='record'), tmp_path, data, mesh)
+    finish(diversity.JOB, job_config(explored='record'), tmp_path, data, mesh)
   assert not (tmp_path / 'results').exists()
 
 
@@ -484,7 +489,7 @@ def test_settings_that_cannot_work(changes, message):
   config.diversity.update(changes)
   config.quality.update(dict(features='inception', inception_path='absent.pth'))  # of another job
   with pytest.raises(UserError, match=message) as caught:
-    diversity.check_config(config, 2)
+    diversity.check(config, 2)
   assert '\n' not in str(caught.value)
 
 
@@ -492,13 +497,13 @@ def test_settings_that_cannot_work(changes, message):
 def test_defaults_work_whatever_the_other_job_is_set_to(features):
   config = job_config(features=features)
   config.quality.update(dict(features='inception', inception_path='absent.pth'))
-  diversity.check_config(config, 8)
+  diversity.check(config, 8)
   assert config.quality.features == 'inception'
 
 
 def test_a_record_is_asked_for_before_the_pretraining():
   config = job_config(explored='record')
-  diversity.check_config(config, 2)
+  diversity.check(config, 2)
   config.pretrain.record = False
   with pytest.raises(UserError, match='pretrain with --config.pretrain.record'):
-    diversity.check_config(config, 2)
+    diversity.check(config, 2)

@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 from scipy.signal import correlate
 
 from palm_jax import encoder, export
+from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
-from palm_jax.checkpoint import Checkpoints
 from palm_jax.evaluate import features
 from tests.test_encoder import numpy_resnet, random_variables
 

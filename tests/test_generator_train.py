@@ -15,15 +15,16 @@ from ml_collections import ConfigDict
 
 from configs import generator as presets
 from palm_jax.base import devices
+from palm_jax.base.checkpoints import Checkpoints, load_item
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.metrics import read_jsonl
-from palm_jax.checkpoint import Checkpoints, load_item
 from palm_jax.data.load import Data, Split
 from palm_jax.generator import load_generator, train
 from palm_jax.generator.snapshots import load_discriminator, load_snapshot
 from palm_jax.generator.warm_start import load_networks
 
 COLOURS = np.array([[230, 40, 40], [40, 230, 40], [40, 40, 230]], np.uint8)
+from tests.jobs import finish
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -111,13 +112,13 @@ def job(tmp_path_factory):
 
   watcher = threading.Thread(target=stop)
   watcher.start()
-  assert train.train(config, stopped, data, mesh) is None
+  assert finish(train.JOB, config, stopped, data, mesh) is None
   watcher.join()
   step = load_item(stopped / 'generator' / 'checkpoints', 'generator')[0]
   config.generator.kimg = max(step + 20, 240) * 16 / 1000
-  result = train.train(config, stopped, data, mesh)
+  result = finish(train.JOB, config, stopped, data, mesh)
   assert step < result['iterations']
-  train.train(config, whole, data, mesh)
+  finish(train.JOB, config, whole, data, mesh)
   return stopped, whole, result, config, data, mesh
 
 
@@ -191,7 +192,7 @@ def test_nan_stops_the_job_and_is_named(job):
   with pytest.raises(
     NonFiniteError, match=f'loss_g became nan between iterations {step + 4} and {step + 8}'
   ):
-    train.train(config, workdir, data, mesh)
+    finish(train.JOB, config, workdir, data, mesh)
   assert load_item(workdir / 'generator' / 'checkpoints', 'generator')[0] == step + 4
 
 
@@ -205,7 +206,7 @@ def test_a_run_starts_from_the_networks_of_another(job, tmp_path):
   config.generator.update(
     dict(init_from=str(stopped), lr=1e-9, kimg=4 * 16 / 1000, augment='none', r1_gamma=0.0)
   )
-  train.train(config, tmp_path, data, mesh)
+  finish(train.JOB, config, tmp_path, data, mesh)
   step, after = checkpointed(tmp_path, config, data, mesh)
   assert step == 4 == int(after.opt_g[0].count) and after.augment_p == 0
   same = lambda a, b: jax.tree.map(

@@ -12,13 +12,14 @@ from sklearn.metrics import roc_auc_score
 
 from palm_jax import encoder as encoders
 from palm_jax.base import devices
+from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
-from palm_jax.checkpoint import Checkpoints
 from palm_jax.data.load import Data, Split
 from palm_jax.evaluate import features, linear, ood, scores
 
 CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 LOGITS, FEATURES = ('msp', 'mls', 'energy'), ('knn', 'mahalanobis', 'ssd')
+from tests.jobs import finish
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -104,7 +105,7 @@ def config(folder):
 
 @pytest.fixture(scope='module')
 def finished(config, run, data, mesh):
-  return ood.evaluate(config, run, data, mesh)
+  return finish(ood.JOB, config, run, data, mesh)
 
 
 def test_the_job_reports_every_encoder_score_and_set(finished, run, config):
@@ -257,7 +258,7 @@ def test_the_papers_numbers_stand_beside_cifar10_only(run, data, mesh):
   """And scores may be some; the untrained encoder may be left out."""
   other = data._replace(class_names=tuple('abcdefghij'))
   config = job_config(scores=('knn',), untrained=False, head=dict(epochs=1))
-  results = ood.evaluate(config, run, other, mesh)
+  results = finish(ood.JOB, config, run, other, mesh)
   assert 'paper' not in results and 'paper' not in ood.table(results)
   assert [(row['encoder'], row['score'], row['set']) for row in results['rows']] == [
     ('PALM encoder', 'knn', 'interp:pairs')
@@ -269,7 +270,7 @@ def test_the_encoder_and_its_checkpoint_are_left_alone(finished, run, config, da
     path: path.read_bytes() for path in (run / 'pretrain').rglob('*') if path.is_file()
   }
   before, sha256 = files(), finished['protocol']['encoders']['PALM encoder'][0]['sha256']
-  again = ood.evaluate(config, run, data, mesh)
+  again = finish(ood.JOB, config, run, data, mesh)
   assert files() == before
   assert features.load_encoder(config, run, (8, 8, 3)).sha256 == sha256
   assert again['rows'] == finished['rows'] and again['accuracy'] == finished['accuracy']
@@ -277,13 +278,14 @@ def test_the_encoder_and_its_checkpoint_are_left_alone(finished, run, config, da
 
 def test_ood_images_choose_nothing(finished, run, data, mesh, folder):
   """Heads, accuracy, and the numbers of one set do not depend on the other sets."""
-  alone = ood.evaluate(job_config([f'SVHN={folder}/noise.npz']), run, data, mesh)
+  alone = finish(ood.JOB, job_config([f'SVHN={folder}/noise.npz']), run, data, mesh)
   assert alone['accuracy'] == finished['accuracy']
   assert alone['rows'] == [row for row in finished['rows'] if row['set'] == 'SVHN']
 
 
 def test_heads_may_learn_from_augmented_images(finished, run, data, mesh):
-  results = ood.evaluate(
+  results = finish(
+    ood.JOB,
     job_config(head=dict(augment='shift_flip', epochs=2), untrained=False, scores=('msp',)),
     run,
     data,
@@ -295,7 +297,7 @@ def test_heads_may_learn_from_augmented_images(finished, run, data, mesh):
 
 def test_fine_tuning(finished, run, data, mesh):
   config = job_config(protocol='finetune', scores=('msp', 'knn'), finetune=dict(epochs=4, lr=0.05))
-  results = ood.evaluate(config, run, data, mesh)
+  results = finish(ood.JOB, config, run, data, mesh)
   name, pretrained = (
     'PALM encoder, fine-tuned',
     finished['protocol']['encoders']['PALM encoder'][0]['sha256'],
@@ -321,7 +323,7 @@ def test_fine_tuning(finished, run, data, mesh):
 )
 def test_supervised_from_scratch(run, data, mesh, protocol, other):
   config = job_config(protocol=protocol, supervised=1, scores=('msp',), finetune=dict(epochs=30))
-  results = ood.evaluate(config, run, data, mesh)
+  results = finish(ood.JOB, config, run, data, mesh)
   assert [row['encoder'] for row in results['rows']][-2:] == [other, 'supervised']
   assert results['rows'][-1]['trials'] == 2
   assert [about['start'] for about in results['protocol']['encoders']['supervised']] == [
@@ -404,7 +406,7 @@ def test_columns_of_table_1():
 )
 def test_settings_that_cannot_work(changes, message):
   with pytest.raises(UserError, match=message) as error:
-    ood.check_config(job_config(**changes), 2)
+    ood.check(job_config(**changes), 2)
   assert '\n' not in str(error.value)
 
 
@@ -413,28 +415,28 @@ def test_numbers_that_are_too_small(name):
   config = job_config()
   config.ood[name] = 0
   with pytest.raises(UserError, match=f'ood.{name}=0 is too small'):
-    ood.check_config(config, 1)
+    ood.check(config, 1)
 
 
 def test_settings_of_what_is_not_done_do_not_matter():
-  ood.check_config(job_config(finetune=dict(epochs=0)), 2)
-  ood.check_config(job_config(protocol='finetune', head=dict(epochs=0)), 2)
+  ood.check(job_config(finetune=dict(epochs=0)), 2)
+  ood.check(job_config(protocol='finetune', head=dict(epochs=0)), 2)
 
 
 def test_data_that_cannot_work(run, data, mesh, folder, tmp_path):
   with pytest.raises(UserError, match=r'grey.npz: .*\(8, 8, 1\), expected \(8, 8, 3\)'):
-    ood.evaluate(job_config([folder / 'grey.npz']), run, data, mesh)
+    finish(ood.JOB, job_config([folder / 'grey.npz']), run, data, mesh)
   with pytest.raises(UserError, match=r'large.npz: .*\(16, 16, 3\), expected \(8, 8, 3\)'):
-    ood.evaluate(job_config([folder / 'large.npz']), run, data, mesh)
+    finish(ood.JOB, job_config([folder / 'large.npz']), run, data, mesh)
   config = job_config()
   config.ood.knn_k = 161
   with pytest.raises(UserError, match='knn_k=161, but there are 160'):
-    ood.evaluate(config, run, data, mesh)
+    finish(ood.JOB, config, run, data, mesh)
   one = data._replace(class_names=('all',), train=data.train._replace(labels=data.train.labels * 0))
   with pytest.raises(UserError, match='there is one'):
-    ood.evaluate(job_config(), run, one, mesh)
+    finish(ood.JOB, job_config(), run, one, mesh)
   with pytest.raises(UserError, match='config.json cannot be read'):
-    ood.evaluate(job_config(), tmp_path, data, mesh)
+    finish(ood.JOB, job_config(), tmp_path, data, mesh)
 
 
 def test_foreign_features_stand_beside_ours(run, data, mesh, tmp_path, folder):
@@ -450,10 +452,10 @@ def test_foreign_features_stand_beside_ours(run, data, mesh, tmp_path, folder):
   c = job_config([f'noise={folder / "noise.npz"}'], untrained=False, scores=('msp', 'knn'))
   c.features.path = str(path)
   c.ood.head.update(dict(epochs=20, augment='none'))
-  results = ood.evaluate(c, run, data, mesh)
+  results = finish(ood.JOB, c, run, data, mesh)
   numbers = {(row['encoder'], row['score']): row['auroc']['mean'] for row in results['rows']}
   assert numbers['foreign features', 'msp'] == numbers['foreign features', 'knn'] == 1
   assert results['accuracy']['foreign features']['mean'] == 1
   c.ood.sets = ('interp:pairs',)
   with pytest.raises(UserError, match='expected also ood_interp:pairs'):
-    ood.evaluate(c, run, data, mesh)
+    finish(ood.JOB, c, run, data, mesh)

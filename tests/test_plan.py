@@ -8,8 +8,9 @@ import pytest
 from palm_jax import pretrain, train
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
-from palm_jax.main import run
+from palm_jax.runner import run
 from palm_jax.speed import cost, plan
+from tests.jobs import finish
 from tests.worlds import LinearGenerator, tiny_config
 
 
@@ -101,7 +102,7 @@ def test_job(tmp_path, capsys):
   (tmp_path / 'run' / 'results' / 'benchmark.json').write_text(
     json.dumps(dict(pretrain=dict(flops=dict(whole=6e9), seconds_per_iteration=2.0)))
   )
-  result = plan.plan(planning_config(tflops=0.0), tmp_path / 'run', devices.make_mesh())
+  result = finish(plan.JOB, planning_config(tflops=0.0), tmp_path / 'run')
   assert result['flops_per_second'] == 3e9
   assert result['hours'] == pytest.approx(
     result['iterations'] * result['flops_per_iteration'] / 3e9 / 3600
@@ -113,11 +114,11 @@ def test_what_does_not_fit_is_refused_with_what_would(tmp_path):
   config.replay.capacity = 64 * 1000
   words = 'replay.capacity=64000 .* set replay.capacity to .* or less, replay.actions to int8'
   with pytest.raises(UserError, match=words) as caught:
-    plan.plan(config, tmp_path, devices.make_mesh())
+    finish(plan.JOB, config, tmp_path)
   config.replay.capacity = int(str(caught.value).split('capacity to ')[1].split()[0])
   assert 0 < config.replay.capacity < 64000
-  plan.plan(config, tmp_path, devices.make_mesh())
+  finish(plan.JOB, config, tmp_path)
   with pytest.raises(UserError, match='lower pretrain.batch_size'):
-    plan.plan(planning_config(devices=1, memory_gb=1e-4), tmp_path, devices.make_mesh())
+    finish(plan.JOB, planning_config(devices=1, memory_gb=1e-4), tmp_path)
   with pytest.raises(UserError, match='plan.devices=-1 is negative'):
-    plan.plan(planning_config(devices=-1), tmp_path, devices.make_mesh())
+    finish(plan.JOB, planning_config(devices=-1), tmp_path)

@@ -9,8 +9,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from configs import cifar as cifar_config
 from palm_jax.base import devices
+from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
-from palm_jax.checkpoint import Checkpoints
 from palm_jax.data.load import Data, Split, load
 from palm_jax.encoder import make_encoder
 from palm_jax.evaluate import features, probe
@@ -18,6 +18,7 @@ from tests import worlds
 from tests.test_data import cifar, write_folder
 
 N, M, F, C = 300, 120, 6, 3
+from tests.jobs import finish
 
 
 @pytest.fixture(scope='module')
@@ -211,7 +212,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope='module')
 def results(run):
   c, workdir, data = run
-  return probe.evaluate(c, workdir, data, devices.make_mesh())
+  return finish(probe.JOB, c, workdir, data, devices.make_mesh())
 
 
 def test_the_job_judges_all_that_was_asked(run, results):
@@ -245,7 +246,7 @@ def test_validation_leaves_the_test_images_alone(run, results, tmp_path):
   c.probe.update(dict(methods=('lbfgs', 'knn'), split='validation', corruptions=(), pixels=False))
   (tmp_path / 'pretrain').symlink_to(workdir / 'pretrain')
   (tmp_path / 'config.json').write_text(c.to_json_best_effort())
-  seen = lambda test: probe.evaluate(c, tmp_path, data._replace(test=test), devices.make_mesh())
+  seen = lambda test: finish(probe.JOB, c, tmp_path, data._replace(test=test), devices.make_mesh())
   one, two = seen(data.test), seen(Split(data.test.images[::-1] // 2, data.test.labels))
   strip = lambda result: [
     {k: v for k, v in row.items() if k != 'seconds'} for row in result['rows']
@@ -310,7 +311,7 @@ def test_foreign_features_stand_beside_ours(run, tmp_path):
     train_features=one_hot(data.train.labels),
     test_features=one_hot(data.test.labels),
   )
-  rows = probe.evaluate(c, tmp_path, data, devices.make_mesh())['rows']
+  rows = finish(probe.JOB, c, tmp_path, data, devices.make_mesh())['rows']
   assert {row['features']: row['accuracy']['clean'] for row in rows}['foreign features'] == 1
   np.savez(
     c.features.path,
@@ -318,10 +319,10 @@ def test_foreign_features_stand_beside_ours(run, tmp_path):
     test_features=one_hot(data.test.labels),
   )
   with pytest.raises(UserError, match=r'train_features is \(119, 3\), expected \(120, F\)'):
-    probe.evaluate(c, tmp_path, data, devices.make_mesh())
+    finish(probe.JOB, c, tmp_path, data, devices.make_mesh())
   np.savez(c.features.path, train_features=one_hot(data.train.labels))
   with pytest.raises(UserError, match='holds train_features: expected also test_features'):
-    probe.evaluate(c, tmp_path, data, devices.make_mesh())
+    finish(probe.JOB, c, tmp_path, data, devices.make_mesh())
 
 
 def test_small_shares_of_labels_are_drawn_several_times(blobs):
@@ -379,7 +380,7 @@ def test_settings_are_checked_before_any_work(changes, message):
   c = cifar_config.get_config()
   c.probe.update(changes)
   with pytest.raises(UserError, match=message):
-    probe.check_config(c, 8)
+    probe.check(c, 8)
 
 
 def test_the_two_granularities_of_cifar100(tmp_path):
@@ -396,7 +397,7 @@ def test_the_two_granularities_of_cifar100(tmp_path):
   with Checkpoints(tmp_path / 'pretrain' / 'checkpoints') as checkpoints:
     checkpoints.save(7, {'encoder': variables}, {})
   (tmp_path / 'config.json').write_text(c.to_json_best_effort())
-  rows = probe.evaluate(c, tmp_path, load(c.data.name), devices.make_mesh())['rows']
+  rows = finish(probe.JOB, c, tmp_path, load(c.data.name), devices.make_mesh())['rows']
   pixels = {row['labels']: row for row in rows if row['features'] == 'pixels'}
   assert (pixels['fine']['num_classes'], pixels['coarse']['num_classes']) == (100, 20)
   # With all 40 training images voting, the class of an image wins by its own vote and those of its

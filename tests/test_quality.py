@@ -14,14 +14,15 @@ from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.neighbors import NearestNeighbors
 
 from palm_jax.base import devices
+from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import NonFiniteError, UserError
-from palm_jax.checkpoint import Checkpoints
 from palm_jax.data.load import Data, Split
 from palm_jax.encoder import ResNet18
 from palm_jax.evaluate import classifier, distances, extractors, quality
 from palm_jax.generator.stylegan2 import Generator
 
 FIELDS = dict(z_dim=8, w_dim=8, num_classes=3, channels=(4, 4), image_channels=1, mapping_layers=1)
+from tests.jobs import finish
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -328,7 +329,7 @@ def mesh():
 @pytest.fixture(scope='module')
 def finished(data, generator_run, mesh, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('quality')
-  return workdir, quality.evaluate(job_config(generator_run), workdir, data, mesh)
+  return workdir, finish(quality.JOB, job_config(generator_run), workdir, data, mesh)
 
 
 def test_the_job_reports_every_comparison(finished):
@@ -379,7 +380,7 @@ def test_the_proxy_is_trained_once(finished, data, generator_run, mesh):
   before = {
     path: path.stat().st_mtime_ns for path in (workdir / 'classifiers').rglob('*') if path.is_file()
   }
-  again = quality.evaluate(job_config(generator_run), workdir, data, mesh)
+  again = finish(quality.JOB, job_config(generator_run), workdir, data, mesh)
   assert {
     path: path.stat().st_mtime_ns for path in (workdir / 'classifiers').rglob('*') if path.is_file()
   } == before
@@ -431,12 +432,16 @@ def test_other_data_are_refused(data, generator_run, tmp_path, mesh):
   with pytest.raises(
     UserError, match=r'makes images of \(8, 8, 1\), but the data are \(16, 16, 1\)'
   ):
-    quality.evaluate(config, tmp_path, larger, mesh)
+    finish(quality.JOB, config, tmp_path, larger, mesh)
   with pytest.raises(UserError, match='has 3 classes, but the data 4'):
-    quality.evaluate(config, tmp_path, data._replace(class_names=('a', 'b', 'c', 'd')), mesh)
+    finish(quality.JOB, config, tmp_path, data._replace(class_names=('a', 'b', 'c', 'd')), mesh)
   with pytest.raises(UserError, match='leave 3 for comparisons at equal numbers'):
-    quality.evaluate(
-      config, tmp_path, data._replace(test=Split(data.test.images[:3], data.test.labels[:3])), mesh
+    finish(
+      quality.JOB,
+      config,
+      tmp_path,
+      data._replace(test=Split(data.test.images[:3], data.test.labels[:3])),
+      mesh,
     )
   config.quality.features = 'proxy'
   one_class = data._replace(train=Split(data.train.images, np.zeros(96, int)), class_names=('all',))
@@ -464,9 +469,9 @@ def test_settings_that_cannot_work(changes, message):
   config = ConfigDict(dict(quality=quality.default_config()))
   config.quality.update(changes)
   with pytest.raises(UserError, match=message) as caught:
-    quality.check_config(config, 2)
+    quality.check(config, 2)
   assert '\n' not in str(caught.value)
 
 
 def test_defaults_work():
-  quality.check_config(ConfigDict(dict(quality=quality.default_config())), 8)
+  quality.check(ConfigDict(dict(quality=quality.default_config())), 8)

@@ -18,15 +18,16 @@ from sklearn.neighbors import NearestNeighbors
 
 from palm_jax import report, study
 from palm_jax.base import devices, pictures
+from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
-from palm_jax.checkpoint import Checkpoints
-from palm_jax.data.load import load as image_data
+from palm_jax.data import load as image_data
 from palm_jax.encoder import make_encoder
 from palm_jax.evaluate import features
 from palm_jax.report import map as report_map
 from palm_jax.report import page as report_page
 from palm_jax.report import sections as report_sections
 from palm_jax.study import figure as study_figures
+from tests.jobs import finish
 from tests.worlds import nature_config
 
 HOSTILE = '<script>alert("x")</script> & \'<b>'
@@ -222,7 +223,7 @@ def write(folder, results=(), c=None, lines=0):
 
 def make(folder, c=None, data=None):
   """(what the job returns, the page)."""
-  returned = report.evaluate(c or config(), folder, data, devices.make_mesh(1))
+  returned = finish(report.JOB, c or config(), folder, data, devices.make_mesh(1))
   return returned, (folder / 'report.html').read_text()
 
 
@@ -854,7 +855,7 @@ def test_settings_that_cannot_be(key, value, message):
   c = config()
   c.report[key] = value
   with pytest.raises(UserError, match=message):
-    report.check_config(c, 1)
+    report.check(c, 1)
 
 
 def test_damaged_config_is_an_error(tmp_path):

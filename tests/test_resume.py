@@ -18,8 +18,9 @@ import pytest
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
+from palm_jax.base.checkpoints import Checkpoints, list_steps
+from palm_jax.base.files import write_json
 from palm_jax.base.metrics import read_jsonl
-from palm_jax.checkpoint import Checkpoints, list_steps, write_json_atomic
 from palm_jax.generator import train
 
 pytestmark = pytest.mark.filterwarnings('ignore:Sharding info not provided')
@@ -187,7 +188,7 @@ def reference(request, tmp_path_factory):
     generator = jax.jit(lambda key: train.init_state(c, G, D, key).G_ema)(jax.random.key(0))
     with Checkpoints(base / 'world' / 'generator' / 'checkpoints') as checkpoints:
       checkpoints.save(1, {'generator': generator}, {})
-    write_json_atomic(base / 'world' / 'generator' / 'network.json', train.network_fields(G))
+    write_json(base / 'world' / 'generator' / 'network.json', train.network_fields(G))
   np.savez(
     base / 'data.npz',
     images=rng.integers(0, 256, (60, 8, 8, 1), dtype=np.uint8),

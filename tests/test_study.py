@@ -16,11 +16,13 @@ import pytest
 import scipy.stats
 from PIL import Image
 
-from palm_jax import main, study
+from palm_jax import runner, study
+from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
-from palm_jax.checkpoint import Checkpoints, write_json_atomic
+from palm_jax.base.files import write_json
 from palm_jax.generator import train
 from palm_jax.study import figure as study_figures
+from tests.jobs import finish
 from tests.worlds import COMPILED, nature_config, tiny_config
 
 NAMES = (
@@ -222,7 +224,7 @@ def test_numbers_are_looked_up(tmp_path):
     dict(draw(0, 0.9), fraction=1.0),
     dict(draw(0, 0.1), method='knn', fraction=1.0),
   ]
-  write_json_atomic(tmp_path / 'results' / 'probe.json', dict(rows=rows, seconds=3))
+  write_json(tmp_path / 'results' / 'probe.json', dict(rows=rows, seconds=3))
   path = lambda chosen, name='clean': (
     f'probe/rows[features=PALM encoder, method=lbfgs{chosen}]/accuracy/{name}'
   )
@@ -361,7 +363,7 @@ def small_study(folder, **changes):
 def test_bad_studies_are_one_line_before_any_work(tmp_path, changes, words):
   compiled = len(COMPILED)
   with pytest.raises(UserError) as caught:
-    study.run(small_study(tmp_path, **{'orderings': (), **changes}), tmp_path / 'study')
+    finish(study.JOB, small_study(tmp_path, **{'orderings': (), **changes}), tmp_path / 'study')
   line = str(caught.value)
   assert all(word in line for word in words) and '\n' not in line, line
   assert len(COMPILED) == compiled and not any(tmp_path.iterdir())
@@ -369,7 +371,7 @@ def test_bad_studies_are_one_line_before_any_work(tmp_path, changes, words):
 
 def test_a_config_without_a_study(tmp_path):
   with pytest.raises(UserError, match='no section study: give one of configs/studies/'):
-    study.run(tiny_config(), tmp_path / 'study')
+    finish(study.JOB, tiny_config(), tmp_path / 'study')
 
 
 def num_updates(c):
@@ -386,7 +388,7 @@ def test_every_study_can_be_run(tmp_path, scale):
     c.quality.features = 'proxy'
     if c.diversity.features == 'inception':
       c.diversity.features = 'proxy'  # the other needs a file
-    runs, _ = study.check_config(c, tmp_path, 8)
+    runs, _ = study.make_study(c, tmp_path, 8, runner)
     assert (
       len({run.folder for run in runs})
       == len(runs)
@@ -437,7 +439,7 @@ def finished(tmp_path_factory):
   variables = jax.jit(lambda key: G.init(key, np.zeros((1, 4), np.float32), np.zeros(1, np.int32)))(
     jax.random.key(0)
   )
-  write_json_atomic(folder / 'world' / 'generator' / 'network.json', train.network_fields(G))
+  write_json(folder / 'world' / 'generator' / 'network.json', train.network_fields(G))
   with Checkpoints(folder / 'world' / 'generator' / 'checkpoints') as checkpoints:
     checkpoints.save(1, {'generator': variables}, {})
   cache = dict(jax_compilation_cache_dir=None, jax_persistent_cache_min_compile_time_secs=0.0)
@@ -452,17 +454,17 @@ def finished(tmp_path_factory):
     kill = lambda number: lambda: os.kill(os.getpid(), number)
     thread = act_when(metrics('PALM'), kill(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-      study.run(c, workdir)
+      finish(study.JOB, c, workdir)
     thread.join()
     assert not (workdir / 'results').exists()
     thread = act_when(metrics('alpha_0'), kill(signal.SIGTERM))
-    assert not study.run(c, workdir)
+    assert not finish(study.JOB, c, workdir)
     thread.join()
     assert (
       len((workdir / 'results' / 'study.csv').read_text().splitlines()) == 2
     )  # the header and one run
     assert not (workdir / 'results' / 'study.json').exists()
-    assert study.run(c, workdir)
+    assert finish(study.JOB, c, workdir)
     yield c, workdir, read(workdir)
   finally:
     for number, handler in handlers.items():
@@ -481,7 +483,7 @@ def test_a_study_has_the_numbers_of_ordinary_runs_however_often_it_was_stopped(f
   ]
   alone, folder = c.copy_and_resolve_references(), workdir.parent / 'alone'
   alone.seed, alone.environment.alpha = 3, 0.0
-  main.run(alone, 'pretrain', folder)
+  runner.run(alone, 'pretrain', folder)
   value = json.loads((folder / 'results' / 'pretrain.json').read_text())['metrics'][
     'h_effective_rank'
   ]
@@ -501,10 +503,10 @@ def test_it_goes_on_with_another_seed_and_runs_nothing_twice(finished, capfd):
   c, workdir, results = finished
   before = {path: path.stat().st_mtime_ns for path in workdir.rglob('results/pretrain.json')}
   table = same_table(workdir)
-  study.run(c, workdir)
+  finish(study.JOB, c, workdir)
   assert same_table(workdir) == table and len(before) == 2
   c = small_study(workdir.parent, seeds=(3, 4), arms=(('PALM', ''),), orderings=())
-  study.run(c, workdir)
+  finish(study.JOB, c, workdir)
   [row] = read(workdir)['rows']
   assert 'minus PALM' in capfd.readouterr().out
   assert (
@@ -516,18 +518,18 @@ def test_it_goes_on_with_another_seed_and_runs_nothing_twice(finished, capfd):
   assert len([*(workdir / 'compilation_cache').glob('jit_call-*')]) == 1  # nor does a seed compile
   another = small_study(workdir.parent, seeds=(3,), runs=str(workdir))
   another.name = 'another'
-  study.run(another, workdir.parent / 'another')  # has the same runs
+  finish(study.JOB, another, workdir.parent / 'another')  # has the same runs
   assert read(workdir.parent / 'another')['rows'] == results['rows']
   assert {path: path.stat().st_mtime_ns for path in before} == before
   c.pretrain.batch_size = 64
   with pytest.raises(UserError, match='another config .pretrain.batch_size: 32 there, 64 now'):
-    study.run(c, workdir)
+    finish(study.JOB, c, workdir)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES)
 def test_smoke(tmp_path, name):
   c = importlib.import_module(f'configs.studies.{name}').get_config('smoke')
-  assert study.run(c, tmp_path)
+  assert finish(study.JOB, c, tmp_path)
   assert all(row['n'] == 2 and np.isfinite(row['mean']) for row in read(tmp_path)['rows'])
   assert (tmp_path / 'results' / 'study.csv').exists() and (tmp_path / 'figure.png').exists()

@@ -20,13 +20,15 @@ from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from palm_jax.atari import dqn
-from palm_jax.atari.environment import FRAMES_A_STEP, SETTINGS, Environment, rom_id
+from palm_jax.atari.environment import FRAMES_A_STEP, SETTINGS, Environment, require_game
 from palm_jax.atari.replay import Batch, Replay, rows_of
 from palm_jax.base import devices
+from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.files import replacing
 from palm_jax.base.metrics import MetricWriter, Progress
-from palm_jax.checkpoint import Checkpoints, Preemption, write_json_atomic
+from palm_jax.base.training import Preemption
+from palm_jax.job import Job, Run, never
 
 STACKS_IN_SHARD = 1024
 RECENT_GAMES = 100  # that the score of a learner is the mean of
@@ -54,7 +56,7 @@ def default_config():
   )
 
 
-def check_config(config, num_devices):
+def check(config, num_devices):
   """Raises UserError on settings of the whole config's section `collect` that cannot work."""
   del num_devices  # networks so small are trained on one
   check_play(config, 'collect', ('frames', 'max_bytes'), config.collect.frames / FRAMES_A_STEP)
@@ -68,7 +70,7 @@ def check_play(config, section, positive, agent_steps):
     agent_steps: of the whole run.
   """
   c = config[section]
-  rom_id(config.atari.game)
+  require_game(config, section)
   if jax.process_count() > 1:
     raise UserError(
       f'{section}: {jax.process_count()} processes, expected 1: an emulator feeds one device; '
@@ -424,7 +426,7 @@ def write_stacks(path, count, blocks):
       np.lib.format.write_array(labels, np.zeros(count, np.int64))
 
 
-def collect(config, workdir, mesh, make_environment=Environment):
+def run(this: Run, make_environment=Environment) -> dict | None:
   """The job: plays config.atari.game with double DQN and keeps a uniform sample of the stacks of
   frames seen.
 
@@ -446,7 +448,7 @@ def collect(config, workdir, mesh, make_environment=Environment):
     UserError: settings that cannot work; see also `play`.
     NonFiniteError: see `play`.
   """
-  check_config(config, mesh.size)
+  config, workdir, mesh = this.config, this.workdir, this.mesh
   c, folder, game = config.collect, workdir / 'collect', config.atari.game
   agent_steps = math.ceil(c.frames / FRAMES_A_STEP / c.num_envs) * c.num_envs
   with make_environment(game, 1, 0) as environment:
@@ -470,7 +472,7 @@ def collect(config, workdir, mesh, make_environment=Environment):
       sample=sample,
     )
   if played is None:
-    return False
+    return None
   sample.finish(folder / 'stacks.npz')
   results = dict(
     job='collect',
@@ -500,15 +502,24 @@ def collect(config, workdir, mesh, make_environment=Environment):
     ),
     **devices.describe(mesh),
   )
-  write_json_atomic(workdir / 'results' / 'collect.json', results)
-  (
-    folder / 'replay.dat'
-  ).unlink()  # after the results: killed in between, files are left, but not a run that cannot go on
+  return results
+
+
+def clean(this: Run) -> None:
+  """Removes the replay and the shards of the stacks, which only an incomplete job needs."""
+  folder = this.workdir / 'collect'
+  (folder / 'replay.dat').unlink(missing_ok=True)
   shutil.rmtree(folder / 'shards', ignore_errors=True)
-  print(
-    f'collect: {game}, {results["frames"]:,} frames ({played.agent_steps:,} agent steps), '
-    f'{played.games} games, '
-    f'mean score of the last {results["score"]}; {count:,} stacks in {folder / "stacks.npz"}',
-    flush=True,
+
+
+def table(results: dict) -> str:
+  """The result in a line."""
+  stacks = results['stacks']
+  return (
+    f'collect: {results["game"]}, {results["frames"]:,} frames ({results["agent_steps"]:,} agent '
+    f'steps), {results["games"]} games, mean score of the last {results["score"]}; '
+    f'{stacks["images"][0]:,} stacks in {stacks["path"]}'
   )
-  return True
+
+
+JOB = Job('collect', run, check, needs_data=never, clean=clean, table=table)

@@ -11,6 +11,7 @@ import re
 from typing import NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from palm_jax.base.errors import UserError
 
@@ -69,6 +70,16 @@ def rom_id(game):
     hint = f'did you mean {plain[near[0]]}? ' if near else ''
     raise UserError(f'unknown Atari game {game!r}: {hint}expected one of {", ".join(GAMES)}')
   return re.sub(r'(?<=.)([A-Z])', r'_\1', game).lower()
+
+
+def require_game(config: ConfigDict, job: str) -> None:
+  """Raises UserError where a config has no game, which a job plays."""
+  if 'atari' not in config:
+    raise UserError(
+      f'job {job!r} plays a game of Atari, but {config.name} has none: give '
+      '--config=configs/atari.py:GAME'
+    )
+  rom_id(config.atari.game)
 
 
 class Environment:

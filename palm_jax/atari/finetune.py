@@ -1,6 +1,7 @@
 """The job of fine-tuning: Atari-100k with DrQ, from a pretrained trunk or from scratch, and the
 score of what was learned."""
 
+import dataclasses
 import functools
 import pathlib
 import time
@@ -12,11 +13,13 @@ from ml_collections import ConfigDict
 
 from palm_jax.atari import dqn, drq
 from palm_jax.atari.collect import check_play, draw_seed, play
-from palm_jax.atari.environment import FRAMES_A_STEP, SETTINGS, Environment
+from palm_jax.atari.environment import FRAMES_A_STEP, SETTINGS, Environment, require_game
 from palm_jax.base import devices
+from palm_jax.base.digests import digest
 from palm_jax.base.errors import UserError
 from palm_jax.base.metrics import Progress
-from palm_jax.checkpoint import Preemption, digest, write_json_atomic
+from palm_jax.base.training import Preemption
+from palm_jax.job import Job, Run, never
 
 
 def default_config():
@@ -38,7 +41,7 @@ def default_config():
   )
 
 
-def check_config(config, num_devices):
+def check(config, num_devices):
   """Raises UserError on settings of the whole config's section `finetune` that cannot work."""
   del num_devices  # networks so small are trained on one
   c = config.finetune
@@ -61,7 +64,7 @@ def check_config(config, num_devices):
     )
 
 
-def finetune(config, workdir, mesh, make_environment=Environment):
+def run(this: Run, make_environment=Environment) -> dict | None:
   """The job: DrQ on config.atari.game for finetune.agent_steps, then the mean raw score of
   finetune.eval_episodes games.
 
@@ -84,7 +87,7 @@ def finetune(config, workdir, mesh, make_environment=Environment):
     UserError: settings that cannot work, or no trunk; see also `play`.
     NonFiniteError: see `play`.
   """
-  check_config(config, mesh.size)
+  config, workdir, mesh = this.config, this.workdir, this.mesh
   c, folder, game = settle(config.finetune), workdir / 'finetune', config.atari.game
   make_environment = functools.partial(make_environment, game)
   trunk, about = None, None
@@ -110,7 +113,7 @@ def finetune(config, workdir, mesh, make_environment=Environment):
     began = time.monotonic()
     scores = played and evaluate(played.agent.params, c, make_environment, config.seed, preemption)
   if scores is None:
-    return False
+    return None
   results = dict(
     job='finetune',
     game=game,
@@ -141,16 +144,53 @@ def finetune(config, workdir, mesh, make_environment=Environment):
     ),
     **devices.describe(mesh),
   )
-  write_json_atomic(workdir / 'results' / 'finetune.json', results)
-  (folder / 'replay.dat').unlink()  # after the results, as in collect
-  print(
-    f'finetune: {game}, seed {config.seed}, {results["variant"]}: score {results["score"]:.1f} '
-    f'over {len(scores)} games '
-    f'after {played.agent_steps:,} agent steps ({results["frames"]:,} frames); epsilon '
-    f'{c.agent.eval_epsilon}',
-    flush=True,
+  return results
+
+
+def clean(this: Run) -> None:
+  """Removes the replay, which only an incomplete job needs."""
+  (this.workdir / 'finetune' / 'replay.dat').unlink(missing_ok=True)
+
+
+def table(results: dict) -> str:
+  """The result in a line."""
+  return (
+    f'finetune: {results["game"]}, seed {results["seed"]}, {results["variant"]}: score '
+    f'{results["score"]:.1f} over {results["episodes"]} games after {results["agent_steps"]:,} '
+    f'agent steps ({results["frames"]:,} frames); epsilon '
+    f'{results["protocol"]["agent"]["eval_epsilon"]}'
   )
-  return True
+
+
+def from_scratch(this: Run) -> Run:
+  """The control: all alike but the convolutions that it begins with, in a folder of its own."""
+  workdir = this.workdir / 'scratch'
+  return dataclasses.replace(this, config=scratch_config(this.config), workdir=workdir)
+
+
+def scratch_config(config: ConfigDict) -> ConfigDict:
+  """The config with fresh convolutions."""
+  config = config.copy_and_resolve_references()
+  config.finetune.trunk = 'scratch'
+  return config
+
+
+def check_scratch(config: ConfigDict, num_devices: int) -> None:
+  """As `check`, for the job `scratch`."""
+  require_game(config, 'scratch')
+  check(scratch_config(config), num_devices)
+
+
+JOB = Job('finetune', run, check, needs_data=never, clean=clean, table=table)
+SCRATCH = Job(
+  'scratch',
+  lambda this: run(from_scratch(this)),
+  check_scratch,
+  needs_data=never,
+  clean=lambda this: clean(from_scratch(this)),
+  table=table,
+  result='scratch/results/finetune.json',
+)
 
 
 def settle(c):

@@ -16,22 +16,21 @@ import pathlib
 import time
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from palm_jax.atari.environment import GAMES, rom_id
+from palm_jax.atari.environment import GAMES, require_game, rom_id
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from palm_jax.base.tables import aligned, protocol_line
-from palm_jax.checkpoint import write_json_atomic
+from palm_jax.job import Job, Run, never
 
 STATISTICS = 'median', 'mean', 'iqm', 'gap'
 FEWEST_RUNS = 3  # for an interval: of two runs there are three resamples
 RESAMPLES_AT_ONCE = 250
 
 
-class Run(NamedTuple):
+class FineTuned(NamedTuple):
   """What is read of a fine-tuning's result."""
 
   variant: str  # 'pretrained' or 'scratch'
@@ -57,9 +56,10 @@ def default_config():
   )
 
 
-def check_config(config, num_devices):
+def check(config, num_devices):
   """Raises UserError on settings of the whole config's section `scores` that cannot work."""
   del num_devices  # all is done on the host
+  require_game(config, 'scores')
   c = config.scores
   if not isinstance(c.runs, (tuple, list)) or not all(
     isinstance(run, str) and run for run in c.runs
@@ -198,7 +198,7 @@ def find(patterns, workdir):
 
 
 def read_runs(folders):
-  """[Run] of the workdirs' results/finetune.json.
+  """[FineTuned] of the workdirs' results/finetune.json.
 
   Raises:
     UserError: a file that cannot be read or lacks something, or two of the same variant, game and
@@ -213,7 +213,7 @@ def read_runs(folders):
         content.get('protocol', {}),
         content['episodes'],
       )  # their scores, or how many they were
-      run = Run(
+      run = FineTuned(
         str(content['variant']),
         content['game'],
         int(content['seed']),
@@ -247,7 +247,7 @@ def read_runs(folders):
   return list(runs.values())
 
 
-def evaluate(config, workdir, data=None, mesh=None):
+def run(this: Run) -> dict:
   """The job: gathers results of fine-tunings, prints aggregates beside published ones, and every
   game.
 
@@ -267,8 +267,8 @@ def evaluate(config, workdir, data=None, mesh=None):
   Raises:
     UserError: no runs, or results that cannot be used; see `find` and `read_runs`.
   """
+  config, workdir, mesh = this.config, this.workdir, this.mesh
   started, c = time.monotonic(), config.scores
-  check_config(config, mesh.size if mesh else 1)
   runs = read_runs(find(c.runs, workdir))
   variants = collections.defaultdict(lambda: collections.defaultdict(list))
   for run in sorted(runs, key=lambda run: (run.variant, run.game, run.seed)):
@@ -322,12 +322,9 @@ def evaluate(config, workdir, data=None, mesh=None):
       published='sources in palm_jax/atari/published.json',
     ),
     folders=[run.folder for run in runs],
-    **(devices.describe(mesh) if mesh else {}),
+    **devices.describe(mesh),
     seconds=time.monotonic() - started,
   )
-  if jax.process_index() == 0:
-    print(table(results), flush=True)
-    write_json_atomic(workdir / 'results' / 'scores.json', results)
   return results
 
 
@@ -491,3 +488,6 @@ def table(results):
   notes = [f'note: {note}' for note in results['notes']]
   protocol = protocol_line(results['protocol'])
   return '\n'.join([*aligned(aggregates), '', *aligned(games), '', *notes, protocol])
+
+
+JOB = Job('scores', run, check, needs_data=never, table=table, judges=True)

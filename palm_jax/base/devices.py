@@ -3,25 +3,14 @@
 import importlib.metadata
 import importlib.util
 import os
-import socket
-import sys
-import threading
 
 import jax
 import numpy as np
-from absl import logging
 from jax import lax
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from palm_jax.base.errors import UserError
-
-# A process that is silent for so long is taken for dead, and all others end. JAX's 100 s would
-# spend more of a pod's time.
-HEARTBEAT_SECONDS = 30
-# How long an ending process waits for the others: the end of a job is at most a few pictures apart.
-SHUTDOWN_SECONDS = 60
 
 
 def configure():
@@ -53,173 +42,6 @@ def vary_alike(*arrays):
   return tuple(
     lax.pcast(a, tuple(axes - own), to='varying') for a, own in zip(arrays, varying, strict=True)
   )
-
-
-def initialize_distributed(
-  coordinator_address=None, num_processes=None, process_id=None, wait_seconds=300
-):
-  """Joins the processes of a run; call after `configure` and before anything touches a device.
-
-  On TPU pods and in SLURM steps of several tasks JAX finds the others by itself. Elsewhere the
-  three arguments say it, or the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-  JAX_PROCESS_ID. On one machine without any of them, and with one process, nothing happens.
-  Processes other than the first log only warnings from then on.
-
-  Args:
-    coordinator_address: 'host:port', where process 0 listens and all others reach it.
-    num_processes: of the run.
-    process_id: of this one, 0 to num_processes - 1.
-    wait_seconds: how long the processes wait for each other.
-
-  Raises:
-    UserError: some of the three and not all, values that cannot be, or processes that did not come
-      in time.
-  """
-  explicit = _explicit(coordinator_address, num_processes, process_id)
-  step, tasks = (
-    os.environ.get('SLURM_STEP_NODELIST'),
-    os.environ.get('SLURM_STEP_NUM_TASKS') or os.environ.get('SLURM_NTASKS'),
-  )
-  if explicit:
-    # Otherwise JAX would take what is missing, the share of a machine's GPUs, from a SLURM step
-    # around it.
-    where, settings = (
-      explicit['coordinator_address'],
-      dict(explicit, cluster_detection_method='deactivate'),
-    )
-  elif step and int(tasks or 1) > 1:
-    where, settings = f'the first node of {step}', dict(cluster_detection_method='slurm')
-  elif importlib.util.find_spec('libtpu') and 'tpu' in (jax.config.jax_platforms or 'tpu'):
-    where, settings = 'the first worker of the TPU pod', {}
-  else:
-    return
-  if settings.get('num_processes') == 1:
-    return
-  if not _connect(where, settings, wait_seconds):
-    return
-  sys.excepthook = _end_at_once
-  # Devices meet here, where no process is far ahead: on CPU a first meeting waits 30 s, and
-  # compilations take longer.
-  multihost_utils.process_allgather(np.zeros(1))
-  wait_for_all()
-  if jax.process_index():
-    logging.set_verbosity(logging.WARNING)
-
-
-def wait_for_all():
-  """Returns when every device of the run has done all that it was given; to be called by all
-  processes before they end.
-
-  What multihost_utils gathers is there when the first device has it. A process that ended then
-  would leave the others' devices waiting for its own.
-  """
-  if jax.process_count() > 1:
-    total = jax.shard_map(
-      lambda: jax.lax.psum(1, 'data'), mesh=make_mesh(), in_specs=(), out_specs=P()
-    )
-    jax.block_until_ready(jax.jit(total)())
-
-
-def _end_at_once(*error):
-  """For an error of this process alone: Python's own way out waits for the others, who wait for
-  this one's devices."""
-  sys.__excepthook__(*error)
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(1)
-
-
-def _explicit(coordinator_address, num_processes, process_id):
-  """The three settings by name, from the arguments or the environment; {} where there are none."""
-  named = dict(
-    coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id
-  )
-  for name, value in named.items():
-    named[name] = os.environ.get(f'JAX_{name.upper()}') if value is None else value
-  missing = [f'--{name}' for name, value in named.items() if value in (None, '')]
-  if len(missing) == 3:
-    return {}
-  given = ' '.join(
-    f'--{name}={value}' for name, value in named.items() if f'--{name}' not in missing
-  )
-  if missing:
-    raise UserError(
-      f'{given} without {" and ".join(missing)}: give all three (or JAX_COORDINATOR_ADDRESS, '
-      'JAX_NUM_PROCESSES, JAX_PROCESS_ID), or none on one machine'
-    )
-  host, _, port = named['coordinator_address'].rpartition(':')
-  if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-    raise UserError(
-      f'--coordinator_address={named["coordinator_address"]} is not HOST:PORT: '
-      'name the machine of process 0 and a port that is free on it, such as 10.0.0.1:8476'
-    )
-  for name in ('num_processes', 'process_id'):
-    if not str(named[name]).isdecimal():
-      raise UserError(
-        f'--{name}={named[name]} is not a number of at least 0: count the processes from 0'
-      )
-    named[name] = int(named[name])
-  if not named['process_id'] < named['num_processes']:
-    raise UserError(
-      f'--process_id={named["process_id"]} is not below --num_processes={named["num_processes"]}: '
-      'count the processes from 0'
-    )
-  if named['process_id'] == 0 and named['num_processes'] > 1:
-    _check_free(int(port))
-  return named
-
-
-def _check_free(port):
-  """Raises UserError where another program listens: jaxlib ends the process without a word then."""
-  with socket.socket() as probe:
-    probe.setsockopt(
-      socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-    )  # a run that just ended is no other program
-    try:
-      probe.bind(('', port))
-    except OSError as e:
-      raise UserError(
-        f'port {port} of --coordinator_address cannot be listened on ({e.strerror}): choose another'
-      ) from e
-
-
-def _connect(where, settings, wait_seconds):
-  """jax.distributed.initialize with a bounded wait that ends in a UserError. False: nothing to join
-  on this machine."""
-  # SIGTERM is palm_jax.checkpoint.Preemption's; JAX's own handler would swallow it where that is
-  # not at work.
-  jax.config.update('jax_enable_preemption_service', False)
-  failure = []
-
-  def initialize():
-    try:
-      # Longer than our own wait, because jaxlib aborts the whole process when its time is over.
-      jax.distributed.initialize(
-        **settings,
-        initialization_timeout=wait_seconds + 60,
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-      )
-    except Exception as e:
-      failure.append(e)
-
-  thread = threading.Thread(target=initialize, daemon=True)
-  thread.start()
-  thread.join(wait_seconds)
-  if thread.is_alive():
-    raise UserError(
-      f'the processes of the run did not find each other at {where} within {wait_seconds} s: see '
-      'that all '
-      'were started, with the same address, and that it can be reached from every machine'
-    )
-  if failure and not settings and isinstance(failure[0], ValueError):
-    return False  # libtpu is installed, but this is no TPU machine
-  if failure:
-    reason = ' '.join(str(failure[0]).split())
-    raise UserError(
-      f'the processes of the run could not be joined at {where}: {reason}'
-    ) from failure[0]
-  return True
 
 
 def make_mesh(num_devices=None):

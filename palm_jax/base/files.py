@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import pathlib
 import time
@@ -87,3 +88,10 @@ def _lock(path, file):
     return False
   except OSError:
     return True
+
+
+def write_json(path, obj):
+  """Writes JSON (numpy and JAX numbers and arrays too) so that `path` holds all of it or what was
+  there before."""
+  with replacing(path, 'w') as f:
+    json.dump(obj, f, indent=2, default=lambda x: x.tolist())

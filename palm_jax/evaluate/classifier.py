@@ -19,9 +19,10 @@ from ml_collections import ConfigDict
 
 from palm_jax.augment import make_augment
 from palm_jax.base import devices
+from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.metrics import Progress
-from palm_jax.checkpoint import Checkpoints, any_process
+from palm_jax.base.processes import any_process
 from palm_jax.encoder import make_encoder
 from palm_jax.evaluate import features
 from palm_jax.evaluate.linear import LinearModel, check_sgd, sgd

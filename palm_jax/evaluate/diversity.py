@@ -13,15 +13,15 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from palm_jax import pretrain
+from palm_jax import pairs, pretrain
 from palm_jax.base import devices
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.metrics import Progress
 from palm_jax.base.tables import aligned, protocol_line
-from palm_jax.checkpoint import write_json_atomic
 from palm_jax.evaluate import extractors, features, play, quality
 from palm_jax.evaluate.coverage import coverage, prdc
 from palm_jax.evaluate.distances import frechet_distance, moments
+from palm_jax.job import Job, Run
 
 PREFIX = quality.PREFIX | {'encoder': 'encoder-'}
 SETS = ('explored', 'random actions', 'independent', 'other training images', 'test images')
@@ -48,8 +48,10 @@ def default_config():
   )
 
 
-def check_config(config, num_devices):
+def check(config, num_devices):
   """Raises UserError on settings of the whole config's section `diversity` that cannot work."""
+  pairs.require_policy(config, 'diversity')
+  features.check_single_pictures(config, 'diversity')
   c = config.diversity
   for name, known in (('features', PREFIX), ('explored', ('policy', 'record'))):
     if c[name] not in known:
@@ -63,10 +65,10 @@ def check_config(config, num_devices):
       '--config.pretrain.record'
     )
   if c.features != 'encoder':
-    quality.check_config(_quality_config(config), num_devices)
+    quality.check(_quality_config(config), num_devices)
 
 
-def evaluate(config, workdir, data, mesh):
+def run(this: Run) -> dict:
   """The job: coverage of the training images by what the agent explores; prints the table.
 
   Sets of N images each: `explored`, one uniformly random step of each of N episodes; `random
@@ -90,8 +92,8 @@ def evaluate(config, workdir, data, mesh):
       generator's, or too few.
     NonFiniteError: features that are not finite.
   """
+  config, workdir, data, mesh = this.config, this.workdir, this.data, this.mesh
   started, c, prefix = time.monotonic(), config.diversity, PREFIX[config.diversity.features]
-  check_config(config, mesh.size)
   generator = pretrain.load_world_generator(config, workdir)
   shape, num_classes = data.train.images.shape[1:], len(data.class_names)
   if tuple(generator.image_shape) != shape or generator.num_classes not in (0, num_classes):
@@ -233,9 +235,6 @@ def evaluate(config, workdir, data, mesh):
     **devices.describe(mesh),
     seconds=time.monotonic() - started,
   )
-  if jax.process_index() == 0:
-    print(table(results), flush=True)
-    write_json_atomic(workdir / 'results' / 'diversity.json', results)
   return results
 
 
@@ -354,3 +353,6 @@ def _quality_config(config):
   if copied.quality.features != 'inception':
     copied.quality.inception_path = ''
   return copied
+
+
+JOB = Job('diversity', run, check, table=table, judges=True)

@@ -17,10 +17,12 @@ from ml_collections import ConfigDict
 
 from palm_jax import checkpoint
 from palm_jax.base import devices
+from palm_jax.base.digests import digest
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import replacing
-from palm_jax.checkpoint import digest
+from palm_jax.base.processes import any_process
 from palm_jax.encoder import make_encoder
+from palm_jax.job import Run
 
 
 def default_config():
@@ -125,6 +127,25 @@ def assert_frozen(before, after):
       raise AssertionError(f'{name} changed: the encoder was not frozen')
 
 
+def check_single_pictures(config: ConfigDict, job: str) -> None:
+  """Raises UserError where the encoder sees several pictures at once, and a job shows it one."""
+  stack = config.environment.stack
+  if stack > 1:
+    raise UserError(
+      f'--job={job} shows single pictures, but environment.stack={stack} trains an encoder of '
+      'several: judge a run with 1'
+    )
+
+
+def check_classes(run: Run, job: str) -> None:
+  """Raises UserError where the data of a job that tells classes apart have only one."""
+  if len(run.data.class_names) < 2:
+    raise UserError(
+      f'the job {job} tells classes apart, but {run.config.data.name} has one: leave it out of '
+      'config.jobs, or label the pictures'
+    )
+
+
 def folder_of(config, workdir):
   """Where features are kept: config.features.folder, or that of the workdir."""
   return pathlib.Path(config.features.folder or pathlib.Path(workdir) / 'features')
@@ -143,7 +164,7 @@ def cached(encoder, images, folder, mesh, batch_size=512):
   images_sha256 = hashlib.sha256(repr(images.shape).encode() + images.tobytes()).hexdigest()
   about = dict(encoder_sha256=encoder.sha256, images_sha256=images_sha256)
   path = pathlib.Path(folder) / f'{about["encoder_sha256"][:12]}_{about["images_sha256"][:12]}.npz'
-  if checkpoint.any_process(path.exists()):
+  if any_process(path.exists()):
     damage = None
     try:
       with np.load(path) as file:
@@ -152,7 +173,7 @@ def cached(encoder, images, folder, mesh, batch_size=512):
         raise ValueError('its digest differs')
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
       damage = error
-    if checkpoint.any_process(damage):  # all together, as they compute together
+    if any_process(damage):  # all together, as they compute together
       logging.warning(
         '%s: damaged (%s), computed again', path, damage or 'another process says why'
       )

@@ -8,7 +8,7 @@ from PIL import Image
 
 from palm_jax.base.errors import UserError
 from palm_jax.base.metrics import Progress
-from palm_jax.data.load import load as data
+from palm_jax.data import load as data
 
 INTERP = ('interp:pairs', 'interp:csi')
 BATCH = 100  # alinlab/CSI's test batch, which its interpolation partners by

@@ -11,6 +11,7 @@ epoch, settings of the literature.
 
 import collections
 import difflib
+import functools
 import hashlib
 import re
 import time
@@ -23,11 +24,11 @@ from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from palm_jax.base.metrics import Progress
 from palm_jax.base.tables import aligned, protocol_line
-from palm_jax.checkpoint import write_json_atomic
-from palm_jax.data.load import load as data_sets
+from palm_jax.data import load as data_sets
 from palm_jax.evaluate import classifier, features, linear
 from palm_jax.evaluate.image_sets import check_source, image_set
 from palm_jax.evaluate.scores import METRICS, SCORES
+from palm_jax.job import Job, Run
 
 # Liu et al. 2022, arXiv 2210.10913v2, Table 1: AUROC in percent, mean and standard deviation of
 # five trials where given; classifiers (ResNet-18) of CIFAR-10. LSUN is ODIN's LSUN_resize, which
@@ -99,8 +100,9 @@ def default_config():
   )
 
 
-def check_config(config, num_devices):
+def check(config, num_devices):
   """Raises UserError on settings of the whole config's section `ood` that cannot work."""
+  features.check_single_pictures(config, 'ood')
   c = config.ood
   if c.protocol not in PROTOCOLS:
     raise UserError(f'ood.protocol={c.protocol!r} is unknown: choose one of {", ".join(PROTOCOLS)}')
@@ -162,7 +164,7 @@ def published(name):
   return next((column for column in TABLE_1['PALM'] if plain(column) == plain(name)), None)
 
 
-def evaluate(config, workdir, data, mesh):
+def run(this: Run) -> dict:
   """The job: data.test against each set of config.ood.sets, by every score; prints the AUROCs in
   the layout of Table 1.
 
@@ -184,17 +186,12 @@ def evaluate(config, workdir, data, mesh):
     UserError: a set that cannot be read, no encoder, or one of other images; more neighbours than
       training images.
   """
+  config, workdir, data, mesh = this.config, this.workdir, this.data, this.mesh
   started, c = time.monotonic(), config.ood
-  check_config(config, mesh.size)
   if 'knn' in c.scores and c.knn_k > len(data.train.images):
     raise UserError(
       f'ood.knn_k={c.knn_k}, but there are {len(data.train.images)} training images: set it to '
       'fewer'
-    )
-  if len(data.class_names) < 2:
-    raise UserError(
-      "the job ood learns the data's classes, but there is one: give labelled data of two classes "
-      'or more'
     )
   sets = {
     name: image_set(source, data.test, config.data.dir or None)
@@ -308,9 +305,6 @@ def evaluate(config, workdir, data, mesh):
     **devices.describe(mesh),
     seconds=time.monotonic() - started,
   )
-  if jax.process_index() == 0:
-    print(table(results), flush=True)
-    write_json_atomic(workdir / 'results' / 'ood.json', results)
   return results
 
 
@@ -407,3 +401,14 @@ def table(results):
       ]
     )
   return '\n'.join([*aligned(cells, left=2), protocol_line(results['protocol'])])
+
+
+JOB = Job(
+  'ood',
+  run,
+  check,
+  check_data=functools.partial(features.check_classes, job='ood'),
+  fetch=download,
+  table=table,
+  judges=True,
+)

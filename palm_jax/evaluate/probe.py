@@ -19,9 +19,9 @@ from ml_collections import ConfigDict
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from palm_jax.base.tables import aligned, protocol_line
-from palm_jax.checkpoint import write_json_atomic
-from palm_jax.data.load import load as image_data
+from palm_jax.data import load as image_data
 from palm_jax.evaluate import classifier, corruptions, features, linear
+from palm_jax.job import Job, Run
 
 KNN_K = 200  # PatrickHua/SimSiam tools/knn_monitor.py; lightly's benchmarks
 KNN_TEMPERATURE = 0.1  # the same
@@ -57,8 +57,9 @@ def default_config():
   )
 
 
-def check_config(config, num_devices):
+def check(config, num_devices):
   """Raises UserError on settings of the whole config's section `probe` that cannot work."""
+  features.check_single_pictures(config, 'probe')
   c = config.probe
   for method in c.methods:
     if method not in METHODS:
@@ -303,7 +304,7 @@ def table(results):
   return '\n'.join([*aligned(cells), *notes, protocol_line(results['protocol'])])
 
 
-def evaluate(config, workdir, dataset, mesh):
+def run(this: Run) -> dict:
   """The job: probes the workdir's newest encoder beside the same encoder untrained, raw pixels, and
   other references.
 
@@ -321,8 +322,8 @@ def evaluate(config, workdir, dataset, mesh):
     UserError: no encoder in the workdir, images unlike those that it was trained on, or settings
       that cannot be.
   """
+  config, workdir, dataset, mesh = this.config, this.workdir, this.data, this.mesh
   started, c = time.monotonic(), config.probe
-  check_config(config, mesh.size)
   train, test = dataset.train, dataset.test
   shape = train.images.shape[1:]
   encoders = [
@@ -439,9 +440,6 @@ def evaluate(config, workdir, dataset, mesh):
     **devices.describe(mesh),
     seconds=time.monotonic() - started,
   )
-  if jax.process_index() == 0:
-    print(table(results), flush=True)
-    write_json_atomic(workdir / 'results' / 'probe.json', results)
   return results
 
 
@@ -468,3 +466,13 @@ def _judge_end_to_end(method, pretrained, task, train, test_images, config, work
   }
   name = f'{pretrained.name}, fine-tuned' if start else 'supervised from scratch'
   return scored(name, head.weight.shape[0], task, method, shares, started)
+
+
+JOB = Job(
+  'probe',
+  run,
+  check,
+  check_data=functools.partial(features.check_classes, job='probe'),
+  table=table,
+  judges=True,
+)

@@ -18,15 +18,16 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from palm_jax.base import devices
+from palm_jax.base.checkpoints import list_steps
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.metrics import Progress
 from palm_jax.base.tables import aligned, protocol_line
-from palm_jax.checkpoint import list_steps, write_json_atomic
 from palm_jax.environment import to_uint8
 from palm_jax.evaluate import extractors, features, inception
 from palm_jax.evaluate.distances import frechet_distance, kernel_distance, moments, precision_recall
 from palm_jax.generator import load_generator
 from palm_jax.generator.train import padded
+from palm_jax.job import Job, Run
 
 PREFIX = {'inception': '', 'proxy': 'proxy-', 'pixels': 'pixel-'}
 
@@ -57,7 +58,7 @@ def default_config():
   )
 
 
-def check_config(config, num_devices):
+def check(config, num_devices):
   """Raises UserError on settings of the whole config's section `quality` that cannot work."""
   c = config.quality
   if c.features not in PREFIX:
@@ -92,7 +93,7 @@ def check_config(config, num_devices):
   devices.check_divisible('quality.proxy_batch_size', c.proxy_batch_size, num_devices, 'devices')
 
 
-def evaluate(config, workdir, data, mesh):
+def run(this: Run) -> dict:
   """The job: judges a generator, and the same network untrained, against the training images;
   prints the table.
 
@@ -117,8 +118,8 @@ def evaluate(config, workdir, data, mesh):
       `inception.load`.
     NonFiniteError: the generator or the feature function gives values that are not finite.
   """
+  config, workdir, data, mesh = this.config, this.workdir, this.data, this.mesh
   started, c, prefix = time.monotonic(), config.quality, PREFIX[config.quality.features]
-  check_config(config, mesh.size)
   path = c.path or config.generator.path or workdir
   G = load_generator(path)
   data = data._replace(
@@ -219,9 +220,6 @@ def evaluate(config, workdir, data, mesh):
       rows[0][f'{prefix}FID'], 1e-12
     )
   results['seconds'] = time.monotonic() - started
-  if jax.process_index() == 0:
-    print(table(results), flush=True)
-    write_json_atomic(workdir / 'results' / 'quality.json', results)
   return results
 
 
@@ -339,3 +337,6 @@ def table(results):
       f'{results["initial_over_generator"]:.3g}'
     )
   return '\n'.join([*lines, protocol_line(results['protocol'])])
+
+
+JOB = Job('quality', run, check, table=table, judges=True)

@@ -13,9 +13,9 @@ import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
+from palm_jax.base.checkpoints import load_item
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import replacing
-from palm_jax.checkpoint import load_item
 from palm_jax.formats.torch_files import SnapshotError
 from palm_jax.generator.snapshots import check_numbers, load_snapshot, read_arrays
 from palm_jax.generator.stylegan2 import Generator

@@ -6,18 +6,17 @@ precision, which --config.generator.path takes, or one .safetensors file of half
 float16.
 """
 
-import logging as python_logging
 import os
 import pathlib
 import shutil
 
-from absl import app, flags
+from absl import flags
 
-from palm_jax.base import devices
+from palm_jax.base import command
+from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
-from palm_jax.checkpoint import Checkpoints, write_json_atomic
+from palm_jax.base.files import write_json
 from palm_jax.generator import load_generator, network_fields, save_safetensors
-from palm_jax.main import exit_on_user_error
 
 
 def convert(source, target, network='G_ema', about=''):
@@ -46,7 +45,7 @@ def convert(source, target, network='G_ema', about=''):
     return
   part = target.with_name(f'.{target.name}.{os.getpid()}.part')
   try:
-    write_json_atomic(part / 'network.json', network_fields(generator.network))
+    write_json(part / 'network.json', network_fields(generator.network))
     with Checkpoints(part / 'checkpoints') as checkpoints:
       checkpoints.save(
         0, {'generator': generator.variables}, dict(source=source.name, network=network)
@@ -56,31 +55,26 @@ def convert(source, target, network='G_ema', about=''):
     shutil.rmtree(part, ignore_errors=True)
 
 
-def parse_flags(argv):
-  """Defines the flags and reads them; returns what absl leaves of argv. Raises UserError, in one
-  line."""
+def parse_flags(argv: list[str]) -> list[str]:
+  """Defines the flags and reads them; returns what absl leaves of argv. Raises UserError."""
   flags.DEFINE_string(
     'about', '', 'Words into a .safetensors file: where it comes from, under which licence.'
   )
   flags.DEFINE_string(
     'which', 'G_ema', 'Network to convert: G_ema (the average over the training) or G.'
   )
-  try:
-    return flags.FLAGS(argv)
-  except flags.Error as e:
-    raise UserError(' '.join(str(e).split())) from e
+  return command.parse_flags(argv)
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
   if len(argv) != 3:
     raise UserError(
       f'{len(argv) - 1} arguments: expected two, the network to read and the folder or '
       '.safetensors to write'
     )
-  devices.configure()
-  python_logging.getLogger('jax').setLevel(python_logging.WARNING)
+  command.start()
   convert(argv[1], argv[2], flags.FLAGS.which, flags.FLAGS.about)
 
 
 if __name__ == '__main__':
-  app.run(exit_on_user_error(main), flags_parser=exit_on_user_error(parse_flags))
+  command.run(main, parse_flags)

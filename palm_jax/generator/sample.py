@@ -5,20 +5,18 @@ Pictures of a generator, to look at: a grid (.png), or the latent world's films 
 (.webp).
 """
 
-import logging as python_logging
 import math
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from palm_jax import environment
-from palm_jax.base import devices, pictures
+from palm_jax.base import command, pictures
 from palm_jax.base.errors import UserError
 from palm_jax.generator import load_generator
-from palm_jax.main import exit_on_user_error
 
 
 def sample(
@@ -108,9 +106,8 @@ def latent_walk(key, steps, z_dim, alpha, beta):
   return jax.lax.scan(step, first, jax.random.split(key, steps))[1]
 
 
-def parse_flags(argv):
-  """Defines the flags and reads them; returns what absl leaves of argv. Raises UserError, in one
-  line."""
+def parse_flags(argv: list[str]) -> list[str]:
+  """Defines the flags and reads them; returns what absl leaves of argv. Raises UserError."""
   world = environment.default_config()
   flags.DEFINE_string('network', None, 'File, folder or name of the generator.', required=True)
   flags.DEFINE_list('classes', None, 'Class numbers, such as 0,1,2; default all (at most 10).')
@@ -120,13 +117,10 @@ def parse_flags(argv):
   flags.DEFINE_integer('steps', world.episode_length, 'Frames of the film.')
   flags.DEFINE_float('alpha', world.alpha, 'Share of the action in the composed latent.')
   flags.DEFINE_float('beta', world.beta, 'Persistence of the latent.')
-  try:
-    return flags.FLAGS(argv)
-  except flags.Error as e:
-    raise UserError(' '.join(str(e).split())) from e
+  return command.parse_flags(argv)
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
   if len(argv) != 2:
     raise UserError(
       f'{len(argv) - 1} arguments besides the flags: expected one, the .png or .webp to write'
@@ -138,10 +132,9 @@ def main(argv):
     raise UserError(
       f'--classes={",".join(f.classes)}: expected class numbers, such as 0,1,2'
     ) from e
-  devices.configure()
-  python_logging.getLogger('jax').setLevel(python_logging.WARNING)
+  command.start()
   sample(f.network, argv[1], classes, f.truncation, f.seed, f.columns, f.steps, f.alpha, f.beta)
 
 
 if __name__ == '__main__':
-  app.run(exit_on_user_error(main), flags_parser=exit_on_user_error(parse_flags))
+  command.run(main, parse_flags)

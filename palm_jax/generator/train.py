@@ -7,7 +7,6 @@ What a run computes does not depend on the number of devices.
 
 import contextlib
 import math
-import pathlib
 import time
 
 import jax
@@ -20,15 +19,19 @@ from ml_collections import ConfigDict
 
 from palm_jax import environment
 from palm_jax.base import devices, pictures
+from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import NonFiniteError, UserError
+from palm_jax.base.files import write_json
 from palm_jax.base.metrics import MetricWriter, Progress
-from palm_jax.checkpoint import Checkpoints, Preemption, any_process, write_json_atomic
+from palm_jax.base.processes import any_process
+from palm_jax.base.training import Preemption
 from palm_jax.generator import network_fields
 from palm_jax.generator.adaptive_augment import PIPES
 from palm_jax.generator.phases import round_sizes
 from palm_jax.generator.step import init_state, make_train_call
 from palm_jax.generator.stylegan2 import Discriminator, Generator, channels_for
 from palm_jax.generator.warm_start import load_networks
+from palm_jax.job import Job, Run
 
 LOSSES = 'loss_g', 'loss_d', 'r1', 'pl'
 ROWS = 10  # of a grid of pictures, at most
@@ -241,7 +244,7 @@ def batch_indices(seed, start, count, size):
   return np.concatenate(out).astype(np.int32)
 
 
-def train(config, workdir, data, mesh):
+def run(this: Run) -> dict | None:
   """Trains a generator until config.generator.kimg images were seen, or goes on where a stopped run
   was.
 
@@ -263,7 +266,8 @@ def train(config, workdir, data, mesh):
     UserError: settings that cannot work, or a workdir of another config.
     NonFiniteError: a loss is not finite; nothing is saved, the last checkpoint is from before.
   """
-  c, workdir = config.generator, pathlib.Path(workdir)
+  config, workdir, data, mesh = this.config, this.workdir, this.data, this.mesh
+  c = config.generator
   folder, batch = workdir / 'generator', c.batch_size
   check_config(c, mesh.size)
   labels = data.train.labels.astype(np.int32)
@@ -313,7 +317,7 @@ def train(config, workdir, data, mesh):
     )
     first_process = jax.process_index() == 0
     if first_process:
-      write_json_atomic(folder / 'network.json', network_fields(G))
+      write_json(folder / 'network.json', network_fields(G))
       names = data.class_names[:ROWS] if G.num_classes else None
       pictures.save_png(
         folder / 'real.png', pictures.grid(real_images(images, labels, G), labels=names)
@@ -381,8 +385,6 @@ def train(config, workdir, data, mesh):
       data=data.source,
       **devices.describe(mesh),
     )
-    if first_process:
-      write_json_atomic(workdir / 'results' / 'generator.json', result)
     return result
 
 
@@ -432,3 +434,29 @@ def check_finite(metrics, before, step):
         'generator.init_from can be '
         'this one, as it last saved'
       )
+
+
+def check(config: ConfigDict, num_devices: int) -> None:
+  """Raises UserError on settings of the whole config that cannot work."""
+  if config.generator.path:
+    raise UserError(
+      f'--job=generator with generator.path={config.generator.path}: what it trains would not be '
+      'played in; give --config.generator.path='
+    )
+  check_config(config.generator, num_devices)
+
+
+def check_data(this: Run) -> None:
+  """Raises UserError where a class has no picture: the world would draw it all the same."""
+  data = this.data
+  counts = np.bincount(data.train.labels, minlength=len(data.class_names))
+  empty = np.flatnonzero(counts == 0)
+  if len(empty):
+    raise UserError(
+      f'{this.config.data.name}: no training image of class {empty[0]} ({len(empty)} of '
+      f'{len(data.class_names)} classes are empty), which a world would draw all the same; number '
+      'those that are there from 0: np.unique(labels, return_inverse=True)[1]'
+    )
+
+
+JOB = Job('generator', run, check, check_data=check_data)

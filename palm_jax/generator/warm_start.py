@@ -6,8 +6,8 @@ import jax
 import numpy as np
 from absl import logging
 
+from palm_jax.base.checkpoints import load_item
 from palm_jax.base.errors import UserError
-from palm_jax.checkpoint import load_item
 from palm_jax.generator import snapshots
 
 FILES = '.pkl', '.npz', '.safetensors'

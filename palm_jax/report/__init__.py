@@ -19,6 +19,8 @@ from PIL import Image
 from palm_jax.base import metrics
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import replacing
+from palm_jax.job import Job
+from palm_jax.job import Run as JobRun
 from palm_jax.report import map as report_map
 from palm_jax.report import page as report_page
 from palm_jax.report import sections as show
@@ -76,7 +78,7 @@ def default_config():
   )
 
 
-def check_config(config, num_devices):
+def check(config, num_devices):
   """Raises UserError on settings of the whole config's section `report` that cannot work."""
   c = config.report
   if c.umap not in ('auto', 'always', 'never'):
@@ -159,7 +161,7 @@ def read_run(name, folder):
   return run
 
 
-def evaluate(config, workdir, data, mesh):
+def run(this: JobRun) -> dict:
   """The job: writes `<workdir>/report.html`, of this workdir and those of config.report.compare.
 
   Args:
@@ -175,7 +177,7 @@ def evaluate(config, workdir, data, mesh):
   Raises:
     UserError: settings that cannot be, or a workdir without a readable config.json.
   """
-  check_config(config, mesh.size)
+  config, workdir, data, mesh = this.config, this.workdir, this.data, this.mesh
   runs = read_runs([workdir, *config.report.compare])
   notes = [note for run in runs for note in run.notes]
   sections = [('config', 'Settings', show.config_section(runs))]
@@ -386,3 +388,6 @@ def embed(path, most):
     if len(content) <= most
     else None
   )
+
+
+JOB = Job('report', run, check, lambda config: bool(config.data.name), claims=False)

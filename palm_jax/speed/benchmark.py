@@ -3,18 +3,18 @@ where the time is spent."""
 
 import dataclasses
 import math
-import pathlib
 import statistics
 
 import jax
 import jax.numpy as jnp
 from absl import logging
+from ml_collections import ConfigDict
 
-from palm_jax import pretrain
+from palm_jax import pairs, pretrain
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
-from palm_jax.checkpoint import write_json_atomic
 from palm_jax.generator import benchmark as generator_benchmark
+from palm_jax.job import Job, Run
 from palm_jax.speed import cost, plan, timing, workload
 
 ROWS = dict(
@@ -27,7 +27,7 @@ ROWS = dict(
 )
 
 
-def benchmark(config, workdir, data, mesh):
+def run(this: Run) -> dict:
   """The job: measures what the config trains and writes <workdir>/results/benchmark.json, whose
   content it returns.
 
@@ -41,6 +41,7 @@ def benchmark(config, workdir, data, mesh):
   Raises:
     UserError: settings that cannot work, or jobs without either.
   """
+  config, workdir, data, mesh = this.config, this.workdir, this.data, this.mesh
   result = dict(job='benchmark', seed=config.seed, **devices.describe(mesh))
   if trains_generator(config):
     result['generator'] = generator_benchmark.measure(config, data, mesh)
@@ -51,8 +52,6 @@ def benchmark(config, workdir, data, mesh):
     raise UserError(
       f'config.jobs={tuple(config.jobs)} has nothing to measure: put generator or pretrain into it'
     )
-  if jax.process_index() == 0:
-    write_json_atomic(pathlib.Path(workdir) / 'results' / 'benchmark.json', result)
   return result
 
 
@@ -195,3 +194,13 @@ def table(result, about):
     f'{result["compile_seconds"]:.0f} s',
   ]
   return '\n'.join(lines)
+
+
+def check(config: ConfigDict, num_devices: int) -> None:
+  """Raises UserError where the pretraining to be measured trains no policy."""
+  del num_devices
+  if 'pretrain' in config.jobs:
+    pairs.require_policy(config, 'benchmark')
+
+
+JOB = Job('benchmark', run, check, trains_generator)

@@ -11,12 +11,13 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
-from palm_jax import pretrain, simsiam
+from palm_jax import pairs, pretrain, simsiam
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from palm_jax.encoder import make_encoder
 from palm_jax.generator import LoadedGenerator, load_generator
 from palm_jax.generator.train import make_networks
+from palm_jax.job import Job, Run, never
 from palm_jax.speed import cost, timing, workload
 
 USUAL_SHARE = 0.4  # of a large matrix product's speed that well-filled convolutional networks reach
@@ -38,7 +39,7 @@ def default_config():
   )
 
 
-def plan(config, workdir, mesh):
+def run(this: Run) -> dict:
   """The job: prints the plan and returns it; nothing is written.
 
   Args:
@@ -50,6 +51,7 @@ def plan(config, workdir, mesh):
     UserError: settings that cannot work, or a pretraining that does not fit the memory, after it is
       printed.
   """
+  config, workdir, mesh = this.config, this.workdir, this.mesh
   c = config.plan
   for name, value in c.items():
     if value < 0:
@@ -235,3 +237,12 @@ def table(r):
       'generators render one step at a time',
     ]
   )
+
+
+def check(config: ConfigDict, num_devices: int) -> None:
+  """Raises UserError where the config trains no policy, whose loop is planned."""
+  del num_devices
+  pairs.require_policy(config, 'plan')
+
+
+JOB = Job('plan', run, check, never, claims=False)

@@ -1,0 +1,391 @@
+"""Checkpoints with digests, because orbax loads flipped bytes silently.
+
+A step is `<folder>/<step>/`, with one folder for each item. Orbax writes it under a temporary name
+and renames it, so a step that can be seen is complete. The digests lie in the step's own metadata:
+SHA-256 of each block of each array.
+"""
+
+import errno
+import json
+import logging as python_logging
+import os
+import pathlib
+import re
+import shutil
+from typing import Any, NamedTuple
+
+import jax
+from absl import logging
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import v1 as ocp
+
+from palm_jax.base import digests, processes
+from palm_jax.base.errors import UserError
+from palm_jax.base.files import sync
+from palm_jax.base.processes import any_process
+
+
+class Restored(NamedTuple):
+  """What a checkpoint gave: its step, {name: tree of arrays}, and the metadata that was saved with
+  it."""
+
+  step: int
+  items: dict[str, Any]
+  metadata: dict[str, Any]
+
+
+# What keeps a file from being read, and says nothing about what is in it.
+PASSING = (
+  errno.EIO,
+  errno.EACCES,
+  errno.EPERM,
+  errno.EMFILE,
+  errno.ENFILE,
+  errno.ETIMEDOUT,
+  errno.ESTALE,
+)
+
+
+class Damaged(Exception):
+  """A step cannot be read, or holds other values than were saved."""
+
+
+class Checkpoints:
+  """The checkpoints of one run. All processes call each method together; no other process writes to
+  the folder.
+
+  Args:
+    folder: path of the steps; made if absent. What a killed run left half-written in it is removed.
+    keep: how many of the newest steps stay; one more is there while a save is under way or not yet
+      waited for.
+
+  Raises:
+    UserError: the folder cannot be made.
+  """
+
+  def __init__(self, folder, keep=2):
+    self.folder, self._keep = pathlib.Path(folder).absolute(), keep
+    self._pending, self._damaged = None, []
+    _quieten_orbax()
+    error = None
+    try:
+      if jax.process_index() == 0:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for pattern in ('*.orbax-checkpoint-tmp*', '*.deleted'):
+          for path in self.folder.glob(pattern):
+            shutil.rmtree(path)
+    except OSError as e:
+      error = e
+    if any_process(error):
+      reason = error.strerror if error else 'another process says why'
+      raise UserError(
+        f'{self.folder} cannot hold checkpoints ({reason}): choose another --workdir'
+      ) from error
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
+  def steps(self):
+    """The complete steps, oldest first."""
+    return list_steps(self.folder)
+
+  def latest_step(self):
+    """The newest complete step, or None."""
+    return max(self.steps(), default=None)
+
+  def save(self, step, items, metadata):
+    """Starts to save; returns when all arrays are copied and hashed, so the caller may donate them
+    at once.
+
+    Args:
+      step: int, beyond every step that is there.
+      items: {name: tree of arrays}; each can be restored without the others.
+      metadata: anything that JSON holds.
+
+    Raises:
+      UserError: this save, or the one before, found no room or no permission (earlier steps are
+        untouched); or a newer step is there.
+    """
+    self.wait()
+    good = [s for s in self.steps() if s not in self._damaged]
+    if good and step <= good[-1]:
+      raise UserError(
+        f'{self.folder} already holds step {good[-1]}, so step {step} cannot be saved there: '
+        'resume from it or choose another --workdir'
+      )
+    while self._damaged:  # set aside, so that neither the count nor the next resume meets them
+      name = str(self._damaged.pop())
+      if jax.process_index() == 0:
+        shutil.rmtree(self.folder / f'{name}.damaged', ignore_errors=True)
+        os.rename(self.folder / name, self.folder / f'{name}.damaged')
+    processes.barrier('damaged')
+    record = {
+      'metadata': metadata,
+      'items': {name: digests.describe(tree) for name, tree in items.items()},
+    }
+    context = ocp.Context()
+    context.async_options.create_directories_asynchronously = (
+      False  # a refused mkdir would delay the exit by 5 minutes
+    )
+    try:
+      with context:
+        response = ocp.save_checkpointables_async(
+          self.folder / str(step),
+          items,
+          custom_metadata={'record': record, 'sha256': digests.json_digest(record)},
+        )
+    except (OSError, ValueError) as e:
+      self._refuse(step, e)
+    self._pending = step, response
+
+  def wait(self):
+    """Waits for the save under way, then removes the steps beyond `keep`.
+
+    Raises:
+      UserError: no room or no permission; earlier steps are untouched and nothing of this one
+        stays.
+    """
+    if self._pending is None:
+      return
+    (step, response), self._pending = self._pending, None
+    try:
+      response.result()
+    except (OSError, ValueError) as e:
+      self._refuse(step, e)
+    error, folder = None, self.folder / str(step)
+    if jax.process_index() == 0:
+      try:
+        sync(
+          *folder.rglob('*'), folder, self.folder
+        )  # orbax leaves that to the system, and older steps go now
+      except OSError as e:
+        error = e
+    if any_process(error):
+      self._refuse(step, error or OSError('the first process says why'))
+    if jax.process_index() == 0:
+      for old in self.steps()[: -self._keep]:
+        # Renamed first: a run killed in the middle of removing leaves no half of a step behind.
+        gone = self.folder / f'{old}.deleted'
+        os.rename(self.folder / str(old), gone)
+        shutil.rmtree(gone)
+
+  close = wait
+
+  def _refuse(self, step, error):
+    if not (
+      isinstance(error, OSError) or 'os_error_code' in str(error)
+    ):  # tensorstore's disk errors are ValueErrors
+      raise error
+    for path in self.folder.glob(f'{step}.orbax-checkpoint-tmp*'):
+      shutil.rmtree(path, ignore_errors=True)
+    raise UserError(
+      f'checkpoint step {step} could not be written to {self.folder} ({one_line(error)}): '
+      'free space or mend permissions there, then run again; earlier steps are untouched'
+    ) from error
+
+  def restore(self, templates):
+    """The newest step that is whole; damaged newer ones are named in the log and set aside at the
+    next save.
+
+    Args:
+      templates: {name: tree of jax.ShapeDtypeStruct with shardings} of the items wanted, on any
+        number of devices.
+
+    Returns:
+      Restored, or None where there is no step.
+
+    Raises:
+      UserError: every step is damaged, the newest whole one belongs to another config, or one
+        cannot be read for a reason that may pass.
+    """
+    self.wait()
+    self._damaged = []
+    return _newest(self.folder, self.steps(), lambda _: templates, self._damaged)
+
+
+def list_steps(folder):
+  """The complete steps in a folder of checkpoints, oldest first."""
+  folder = pathlib.Path(folder)
+  return (
+    sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal()) if folder.is_dir() else []
+  )
+
+
+def load_item(folder, name, step=None, template=None):
+  """Reads one item of a step and leaves the others on the disk; writes nothing, so it may look at a
+  running job.
+
+  Args:
+    folder: path of the steps.
+    name: the item.
+    step: None for the newest that is whole.
+    template: tree of jax.ShapeDtypeStruct with shardings; None gives numpy arrays, for an item of
+      nested dicts only.
+
+  Returns:
+    (step, tree).
+
+  Raises:
+    UserError: no such step or item, damage (for step=None: of every step), or another shape than
+      the template's.
+  """
+  _quieten_orbax()
+  folder = pathlib.Path(folder).absolute()
+
+  def templates(record):
+    if name not in record['items']:
+      raise UserError(
+        f'{folder} has no item {name!r}, only {", ".join(record["items"])}: name one of them'
+      )
+    return {name: template or _nested_template(record['items'][name])}
+
+  steps = list_steps(folder)
+  if step not in (None, *steps) or not steps:
+    raise UserError(
+      f'{folder} has no checkpoint{"" if step is None else f" step {step}"}, only '
+      f'{steps or "none"}: '
+      'run the job that makes it, or name a step that is there'
+    )
+  restored = _newest(folder, steps if step is None else [step], templates, [])
+  return restored.step, restored.items[name] if template else jax.device_get(restored.items[name])
+
+
+def _newest(folder, steps, make_templates, damaged):
+  """The newest of `steps` that is whole, or None where there is none; those damaged are appended to
+  `damaged`."""
+  for step in reversed(steps):
+    try:
+      restored = _load(folder, step, make_templates)
+    except Damaged as e:
+      damaged.append(step)
+      logging.warning('checkpoint step %d in %s is damaged and passed over: %s', step, folder, e)
+      continue
+    return restored
+  if steps:
+    raise UserError(
+      f'checkpoint step {", ".join(map(str, steps))} in {folder} is damaged: restore a copy, '
+      'name another step, or remove the folder to start anew'
+    )
+  return None
+
+
+def _load(folder, step, make_templates):
+  """One step, checked. Raises Damaged, or UserError where it does not fit the templates."""
+  path, items, reason, passing = folder / str(step), None, None, None
+  try:
+    custom = json.loads((path / '_CHECKPOINT_METADATA').read_text())['custom_metadata']
+    record = custom['record']
+    if digests.json_digest(record) != custom['sha256']:
+      reason = 'its metadata do not match their digest'
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    reason, passing = f'its metadata cannot be read: {one_line(e)}', _passing(e)
+  _refuse_passing(path, passing)
+  if any_process(reason):
+    raise Damaged(reason or 'another process cannot read it')
+  templates = make_templates(record)
+  saved = {
+    f'{name}/{leaf}': f'{about["dtype"]}{tuple(about["shape"])}'
+    for name in templates
+    for leaf, about in record['items'].get(name, {}).items()
+  }
+  if misfit := _first_misfit(saved, digests.signatures(templates)):
+    raise UserError(
+      f'{path} is a checkpoint of another config: {misfit}: '
+      'choose another --workdir, or go back to its config'
+    )
+  context, this = ocp.Context(), jax.process_index()
+  # Each process alone: one that finds damage leaves orbax early, and the others would wait 5
+  # minutes for it.
+  context.multiprocessing_options.primary_host, context.multiprocessing_options.active_processes = (
+    this,
+    {this},
+  )
+  try:
+    with context:
+      items = ocp.load_checkpointables(path, templates)
+    # Orbax makes a typed key a plain array where its file on types is missing.
+    reason = _first_misfit(digests.signatures(items), digests.signatures(templates))
+  except jax.errors.JaxRuntimeError:  # out of memory says nothing about the files
+    raise
+  except (
+    Exception
+  ) as e:  # orbax raises whatever the damaged bytes lead it into, and hides the first cause
+    while e.__cause__ or e.__context__:
+      e = e.__cause__ or e.__context__
+    reason, passing = f'orbax cannot read it ({type(e).__name__}: {one_line(e)})', _passing(e)
+  _refuse_passing(path, passing)
+  if any_process(reason):
+    raise Damaged(reason or 'another process found damage')
+  reason = digests.difference(items, record['items'])
+  if any_process(reason):
+    raise Damaged(reason or 'another process found damage')
+  return Restored(step, items, record['metadata'])
+
+
+def _passing(error):
+  """The error, if it keeps a file from being read and says nothing about what is in it; else
+  None."""
+  code = re.search(
+    r'os_error_code\W+(\d+)', str(error)
+  )  # tensorstore's disk errors are ValueErrors
+  number = error.errno if isinstance(error, OSError) else int(code[1]) if code else None
+  return error if isinstance(error, MemoryError) or number in PASSING else None
+
+
+def _refuse_passing(path, passing):
+  if any_process(passing):
+    reason = one_line(passing) if passing else 'another process says why'
+    raise UserError(
+      f'{path} cannot be read now ({reason}): mend that, or remove that step to go on from the '
+      'one before, then run '
+      'again; nothing was changed'
+    ) from passing
+
+
+def _first_misfit(there, expected):
+  """Names the first leaf in which two trees' signatures differ, or None."""
+  for path in [*expected, *(there.keys() - expected.keys())]:
+    if there.get(path) != expected.get(path):
+      return f'{path} is {there.get(path, "absent")} there, {expected.get(path, "absent")} expected'
+  return None
+
+
+def _nested_template(saved):
+  """Nested dicts of replicated ShapeDtypeStructs for a saved item: exact on any number of
+  devices."""
+  everywhere, tree = NamedSharding(jax.sharding.Mesh(jax.devices(), 'data'), P()), {}
+  for path, leaf in saved.items():
+    *parents, last = path.split('/')
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = jax.ShapeDtypeStruct(
+      leaf['shape'], jax.numpy.dtype(leaf['dtype']), sharding=everywhere
+    )
+  return tree
+
+
+def one_line(error):
+  return ' '.join(str(error).split())[:300] or type(error).__name__
+
+
+def _quieten_orbax():
+  for logger in (logging.get_absl_logger(), python_logging.getLogger('asyncio')):
+    logger.addFilter(_without_orbax_chatter)
+
+
+def _without_orbax_chatter(record):
+  """Orbax logs every stage of a save, and a disk error or damage once a thread with its stack,
+  before it raises it."""
+  message = record.getMessage()
+  if (
+    '_SignalingThread' in message
+    or 'exception was never retrieved' in message
+    and 'orbax' in message
+  ):
+    return False
+  return f'{os.sep}orbax{os.sep}' not in record.pathname or record.levelno >= python_logging.WARNING

@@ -1,0 +1,144 @@
+"""What all commands have in common: flags, mistakes in one line with exit code 2, quiet logs."""
+
+import ast
+import errno
+import functools
+import logging as python_logging
+import pathlib
+import sys
+from collections.abc import Callable
+
+import jax
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from palm_jax.base import checks, devices
+from palm_jax.base.errors import UserError
+
+# Of the disk or of permissions: the user can do something about them.
+FIXABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def run(main: Callable, parse_flags: Callable) -> None:
+  """Runs a command: parse_flags(argv) -> rest of argv, then main(rest).
+
+  A UserError of either becomes one line and exit code 2.
+  """
+  app.run(exit_on_user_error(main), flags_parser=exit_on_user_error(parse_flags))
+
+
+def exit_on_user_error(main: Callable) -> Callable:
+  """Wraps a main function: a UserError, a full disk or a forbidden path ends in one line, code 2."""
+
+  def wrapped(argv):
+    try:
+      return main(argv)
+    except UserError as e:
+      fail(e)
+    except OSError as e:
+      if e.errno not in FIXABLE:
+        raise
+      where = e.filename or 'the file being written'
+      fail(f'{e.strerror}: {where}: free space there or choose another --workdir')
+    except RuntimeError as e:  # JaxRuntimeError, which names no kind
+      # With several processes only dying at once ends the others.
+      if 'RESOURCE_EXHAUSTED' not in str(e) or jax.process_count() > 1:
+        raise
+      fail(
+        f'a device has not enough memory ({" ".join(str(e).split())[:200]}): lower '
+        'pretrain.batch_size, encoder.width or replay.capacity, raise generator.accumulate, or '
+        'take more devices; --job=plan shows what takes how much'
+      )
+
+  return wrapped
+
+
+def fail(message: object) -> None:
+  """Ends the process with one line and exit code 2."""
+  print(f'palm_jax: {message}', file=sys.stderr)
+  sys.exit(2)
+
+
+def start() -> None:
+  """Settings of the process; call before anything touches a device."""
+  devices.configure()
+  # It tells of every backend that is not installed.
+  python_logging.getLogger('jax').setLevel(python_logging.WARNING)
+
+
+def no_arguments(argv: list[str]) -> None:
+  """Raises UserError where the command line has anything besides flags."""
+  if len(argv) > 1:
+    raise UserError(f'unexpected argument {argv[1]!r}: flags begin with --')
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """Reads the flags that were defined; returns what absl leaves of argv. Raises UserError."""
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as e:
+    raise UserError(' '.join(str(e).split())) from e
+
+
+def parse_config_flags(argv: list[str], default: str) -> list[str]:
+  """Defines --config and its --config.KEY=VALUE, and reads all flags that were defined.
+
+  Args:
+    argv: of the command.
+    default: config file where none is given.
+
+  Returns:
+    What absl leaves of argv.
+
+  Raises:
+    UserError: an invalid flag, config file, variant, key or value; in one line.
+  """
+  define = functools.partial(
+    config_flags.DEFINE_config_file,
+    'config',
+    default,
+    'Config file, with `:variant` where it has some.',
+  )
+  try:
+    # First without --config.KEY=VALUE: ml_collections meets an unknown key with a traceback.
+    plain = flags.FlagValues()
+    plain.set_gnu_getopt(True)  # reads on beyond the values of flags that it does not know
+    define(flag_values=plain, sys_argv=[])
+    plain([arg for arg in argv if not arg.startswith('--config.')], known_only=True)
+    _check_keys(argv, plain.config, plain['config'].config_filename, default)
+    define()
+    return flags.FLAGS(argv)
+  except flags.Error as e:
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    message = lines[0] if len(lines) == 1 else f'{lines[0]} {lines[-1]}'  # between: a traceback
+    raise UserError(message) from e
+
+
+def _check_keys(argv, config, path, default):
+  """Raises UserError unless the config is readable and has each key of argv's --config.KEY."""
+  if not isinstance(config, ConfigDict):  # ml_collections' stand-in for a file it cannot read
+    raise UserError(
+      f'--config={path} cannot be read (working folder: {pathlib.Path.cwd()}): give a config file, '
+      f'such as {default}'
+    )
+  known = checks.flatten(config.to_dict())
+  for argument in argv:
+    key, _, value = argument.removeprefix('--config.').partition('=')
+    if not argument.startswith('--config.'):
+      continue
+    if key not in known:
+      near = checks.nearest(key, known)
+      raise UserError(f'--config.{key} is unknown: expected a key of {path}{near}')
+    if isinstance(known[key], tuple) and ',' in value and not _is_literal(value):
+      raise UserError(
+        f'--config.{key}={value} is no list: write --config.{key}="{tuple(value.split(","))}", '
+        f'or "{(value,)}" for one'
+      )
+
+
+def _is_literal(text):
+  try:
+    ast.literal_eval(text)
+  except (SyntaxError, ValueError):
+    return False
+  return True

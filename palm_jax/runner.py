@@ -1,0 +1,140 @@
+"""Runs jobs by name, in order. It knows nothing else about any of them."""
+
+import dataclasses
+import importlib
+import pathlib
+import sys
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from palm_jax import workdir as workdirs
+from palm_jax.base import checks, devices
+from palm_jax.base.errors import UserError
+from palm_jax.base.files import write_json
+from palm_jax.base.processes import is_first
+from palm_jax.data.collected import COLLECTED, load_collected
+from palm_jax.data.load import load as load_data
+from palm_jax.job import Job, Run
+
+# Each module ends with its JOB, or has one of that name in capitals and _JOB. Imported when used.
+JOBS = {
+  'collect': 'palm_jax.atari.collect',
+  'generator': 'palm_jax.generator.train',
+  'pretrain': 'palm_jax.train',
+  'probe': 'palm_jax.evaluate.probe',
+  'ood': 'palm_jax.evaluate.ood',
+  'diversity': 'palm_jax.evaluate.diversity',
+  'quality': 'palm_jax.evaluate.quality',
+  'finetune': 'palm_jax.atari.finetune',
+  'scratch': 'palm_jax.atari.finetune',
+  'scores': 'palm_jax.atari.scores',
+  'report': 'palm_jax.report',
+  'study': 'palm_jax.study',
+  'benchmark': 'palm_jax.speed.benchmark',
+  'plan': 'palm_jax.speed.plan',
+}
+
+
+def names() -> tuple[str, ...]:
+  """Of all jobs."""
+  return tuple(JOBS)
+
+
+def find(name: str) -> Job:
+  """The job of a name. Raises UserError for an unknown one."""
+  if name not in JOBS:
+    known = ', '.join(JOBS)
+    near = checks.nearest(name, (*JOBS, 'all'))
+    raise UserError(f'job {name!r} is unknown: choose one of {known}, all{near}')
+  module = importlib.import_module(JOBS[name])
+  return next(x for x in vars(module).values() if isinstance(x, Job) and x.name == name)
+
+
+def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
+  """Makes a workdir the config's. Raises UserError."""
+  workdirs.claim(workdir, config, names(), find)
+
+
+def run(
+  config: ConfigDict,
+  job: str,
+  workdir: str | pathlib.Path | None = None,
+  download: bool = False,
+) -> None:
+  """Runs the jobs in order, skipping those that are complete in the workdir.
+
+  Args:
+    config: the whole config.
+    job: name of one, or 'all' for those of config.jobs.
+    workdir: where everything is written; None is runs/<config.name>.
+    download: whether published data may be fetched.
+
+  Raises:
+    UserError: invalid settings, data or workdir, before anything is computed or written.
+  """
+  checks.finite(config)
+  jobs = _wanted(config, job)
+  this = Run(config, workdirs.locate(config, workdir), devices.make_mesh(), None, download)
+  this = dataclasses.replace(this, runner=sys.modules[__name__])
+  for each in jobs:
+    each.check(config, this.mesh.size)
+  if download:
+    for each in jobs:
+      if each.fetch:
+        each.fetch(config)
+  waiting = [each for each in jobs if not workdirs.is_complete(this.workdir, each)]
+  if config.data.name != COLLECTED and any(each.needs_data(config) for each in waiting):
+    data = load_data(config.data.name, download=download, data_dir=config.data.dir or None)
+    logging.info('data: %s', data.source)
+    this = dataclasses.replace(this, data=data)
+    for each in waiting:
+      each.check_data(this)
+  if any(each.claims for each in jobs):
+    claim(this.workdir, config)
+    workdirs.keep_compiled(this.workdir)
+    platform = this.mesh.devices.flat[0].platform
+    logging.info('%s: %d %s device(s)', this.workdir, this.mesh.size, platform)
+  for each in jobs:
+    if not _complete(each, this):
+      logging.info('%s: stopped and saved; the same command resumes it', each.name)
+      return
+
+
+def _wanted(config, job):
+  """[Job] of --job; a generator that is given is not trained."""
+  jobs = [find(name) for name in (config.jobs if job == 'all' else (job,))]
+  if job == 'all' and config.generator.path:
+    logging.info('generator: that of %s', config.generator.path)
+    jobs = [each for each in jobs if each.name != 'generator']
+  return jobs
+
+
+def _complete(job, this):
+  """Brings a job to its end, if it is not there yet -> whether it is there."""
+  path = workdirs.result_path(this.workdir, job)
+  if workdirs.is_complete(this.workdir, job):
+    logging.info('%s: complete, skipped (delete %s to run it again)', job.name, path)
+    return True
+  if this.config.data.name == COLLECTED and job.needs_data(this.config):
+    newest = this.config.environment.stack > 1
+    this = dataclasses.replace(this, data=load_collected(this.workdir, newest))
+  if not job.claims:
+    return execute(job, this) is not None
+  with workdirs.only_one(this.workdir, job.name):
+    # The command that was waited for may have completed it.
+    return workdirs.is_complete(this.workdir, job) or execute(job, this) is not None
+
+
+def execute(job: Job, run: Run) -> dict | None:
+  """Runs a job, prints its table and writes its result, which it returns; None where stopped."""
+  result = job.run(run)
+  if result is None or not is_first():
+    return result
+  if job.table:
+    print(job.table(result), flush=True)
+  if job.claims:
+    write_json(workdirs.result_path(run.workdir, job), result)
+  if job.clean:
+    job.clean(run)
+  return result

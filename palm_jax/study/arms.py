@@ -1,0 +1,176 @@
+"""The arms of a study, and the runs that they are made of."""
+
+import ast
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from palm_jax.base import checks
+from palm_jax.base.errors import UserError
+from palm_jax.study.figure import at
+
+GENERATOR = 'base'  # folder of the generator that all arms share, where the config names none
+# Folders that no arm can have.
+TAKEN = (GENERATOR, 'features', 'results', 'compilation_cache')
+
+
+class Arm(NamedTuple):
+  name: str
+  settings: tuple[tuple[str, str], ...]  # (dotted key, value as text)
+  x: Any  # '' without an axis
+
+
+class ArmRun(NamedTuple):
+  arm: Arm
+  seed: int
+  folder: pathlib.Path
+  config: ConfigDict
+
+
+def make_arms(config):
+  """[Arm] of config.study; UserError where there is none, one is there twice, or a setting is no
+  key=value."""
+  arms, folders = [], {}
+  for entry in config.study.arms:
+    name, text, x = entry_of('arms', entry, ('name', 'settings'))
+    settings = [part.partition('=') for part in re.split(r'\s+(?=[\w.]+=)', text.strip()) if part]
+    bad = [key for key, equals, _ in settings if not equals]
+    if bad:
+      raise UserError(
+        f'study.arms: {bad[0]!r} of {name!r} is no setting: expected key=value, such as '
+        'environment.alpha=0'
+      )
+    arm = Arm(name, tuple((key, value) for key, _, value in settings), x)
+    folder = _folder(arm)
+    if folder in folders:
+      raise UserError(
+        f'study.arms: {name!r}{at(x)} has the folder of {folders[folder]!r}: give each arm its '
+        'own name or x'
+      )
+    if folder.parts[0] in TAKEN or not folder.parts[0].strip('.'):
+      raise UserError(
+        f'study.arms: {name!r} cannot be a folder of its own: choose another name than '
+        f'{", ".join(TAKEN)}'
+      )
+    folders[folder] = name
+    arms.append(arm)
+  if not arms:
+    raise UserError("study.arms is empty: expected (name, 'key=value ...') for each arm")
+  return arms
+
+
+def in_order(arms):
+  """The arms, each after those whose folders it names; UserError where they wait for each other."""
+  ordered = []
+  while len(ordered) < len(arms):
+    ready = [
+      arm
+      for arm in arms
+      if arm not in ordered
+      and all(named_arm(name, arm, arms) in ordered for name in needed_arms(arm))
+    ]
+    if not ready:
+      stuck = next(arm for arm in arms if arm not in ordered)
+      raise UserError(
+        f'study.arms: {stuck.name!r} waits for {needed_arms(stuck)[0]!r}, which waits for it: take one '
+        f'{{}} away'
+      )
+    ordered += ready
+  return ordered
+
+
+def entry_of(where, entry, names):
+  """An entry of a tuple in config.study with its x, '' where it has none."""
+  if (
+    not isinstance(entry, (tuple, list))
+    or len(entry) not in (len(names), len(names) + 1)
+    or not all(isinstance(part, str) for part in entry[: len(names)])
+  ):
+    raise UserError(
+      f'study.{where} has {entry!r}: expected ({", ".join(names)}) or ({", ".join(names)}, x), '
+      'all but x in text'
+    )
+  return (*entry, '')[: len(names) + 1]
+
+
+def _folder(arm):
+  plain = lambda text: re.sub(r'[^\w.=+-]+', '_', str(text))
+  return pathlib.Path(plain(arm.name), *([plain(arm.x)] if arm.x != '' else []))
+
+
+def needed_arms(arm):
+  return [name for _, value in arm.settings for name in re.findall(r'\{([^{}]*)\}', value)]
+
+
+def named_arm(name, arm, arms):
+  """The arm that {name} means in a setting of another one: that of the same x, or without any."""
+  for other in arms:
+    if other.name == name and other.x in (arm.x, '') and other != arm:
+      return other
+  raise UserError(
+    f'study.arms: {{{name}}} in {arm.name!r} names no other arm{at(arm.x)}'
+    f'{checks.nearest(name, [other.name for other in arms])}: expected one of study.arms'
+  )
+
+
+def make_runs(config, place, arms):
+  """[ArmRun]: all arms with the first seed, then with the next, so that one that was stopped early has
+  whole comparisons.
+
+  Raises:
+    UserError: seeds that cannot be, or settings that the base config does not have or that are of
+      another type.
+  """
+  seeds = tuple(config.study.seeds)
+  if (
+    not seeds
+    or len(set(seeds)) < len(seeds)
+    or not all(isinstance(seed, int) and 0 <= seed < 2**31 for seed in seeds)
+  ):
+    raise UserError(
+      f'study.seeds={seeds}: expected one or more different whole numbers of at least 0'
+    )
+  return [
+    ArmRun(
+      arm, seed, place / _folder(arm) / f'seed{seed}', _run_config(config, place, arm, arms, seed)
+    )
+    for seed in seeds
+    for arm in in_order(arms)
+  ]
+
+
+def base_config(config, place):
+  """What the arms start from: the config without its study, with the study's jobs, and a generator
+  that all share."""
+  base = config.copy_and_resolve_references()
+  with base.unlocked():
+    del base['study']
+  base.jobs = tuple(config.study.jobs)
+  base.generator.path = base.generator.path or str(place / GENERATOR)
+  base.features.folder = base.features.folder or str(
+    place / 'features'
+  )  # arms of a seed share the untrained encoder
+  return base
+
+
+def _run_config(config, place, arm, arms, seed):
+  c = base_config(config, place)
+  known = checks.flatten(c.to_dict())
+  for key, text in arm.settings:
+    shared = key in ('seed', 'jobs') or key.startswith('generator.') and key != 'generator.path'
+    if key not in known or shared:
+      hint = ': it is of the whole study' if shared and key in known else checks.nearest(key, known)
+      raise UserError(f'study.arms: {key}={text} of {arm.name!r} is no setting of an arm{hint}')
+    fill = lambda match: str(place / _folder(named_arm(match[1], arm, arms)) / f'seed{seed}')
+    text = re.sub(r'\{([^{}]*)\}', fill, text)
+    try:
+      value = text if isinstance(known[key], str) else ast.literal_eval(text)
+      c.update_from_flattened_dict({key: tuple(value) if isinstance(known[key], tuple) else value})
+    except (TypeError, ValueError, SyntaxError) as e:
+      raise UserError(
+        f'study.arms: {key}={text} of {arm.name!r} cannot be: expected a value like {known[key]!r}'
+      ) from e
+  c.seed = seed
+  return c

@@ -1,0 +1,36 @@
+"""Jobs run as the runner does, for tests."""
+
+import dataclasses
+import functools
+import pathlib
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from palm_jax import runner
+from palm_jax.base import devices
+from palm_jax.data.load import Data
+from palm_jax.job import Job, Run
+
+
+def finish(
+  job: Job,
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  data: Data | None = None,
+  mesh: Mesh | None = None,
+  **options,
+) -> dict | None:
+  """Checks and runs a job, prints its table and writes its result, which it returns.
+
+  Args:
+    options: further arguments of job.run.
+  """
+  mesh = mesh or devices.make_mesh()
+  run = Run(config, workdir, mesh, data, runner=runner)
+  job.check(config, mesh.size)
+  if data:
+    job.check_data(run)
+  if options:
+    job = dataclasses.replace(job, run=functools.partial(job.run, **options))
+  return runner.execute(job, run)
