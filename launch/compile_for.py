@@ -33,7 +33,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from launch.compiled_text import analyse, parse
-from palm_jax import pretrain
+from palm_jax import pretrain, worlds
 from palm_jax.base import command
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import write_json
@@ -134,7 +134,7 @@ def lower(config, generator, mesh):
   place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
   world = jax.tree.map(
     lambda x: place(x, NamedSharding(mesh, P())),
-    jax.eval_shape(lambda: pretrain.host_world(config, generator)),
+    jax.eval_shape(lambda: worlds.host_world(config, generator)),
   )
   state = jax.tree.map(
     place, jax.eval_shape(program.init, jax.random.key(0), world), program.state_shardings
@@ -311,7 +311,7 @@ def main(argv):
   if f.scale_from:
     scale(f.config, math.prod(parse_topology(f.topology)[1]), f.scale_from)
   result = study(
-    f.config, f.topology, pretrain.as_world(f.config, plan.untrained_generator(f.config))
+    f.config, f.topology, worlds.as_world(f.config, plan.untrained_generator(f.config))
   )
   if f.json:
     write_json(pathlib.Path(f.json), result)

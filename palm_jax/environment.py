@@ -12,7 +12,10 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from palm_jax.base import checks
+
 DYNAMICS = 'ema', 'momentum', 'ou'
+LATENT_SPACES = 'z', 'w'
 
 
 def default_config():
@@ -32,6 +35,15 @@ def default_config():
       latent_space='z',
     )
   )
+
+
+def check(c: ConfigDict) -> None:
+  """Raises UserError on invalid settings of the config's section `environment`."""
+  checks.ranges('environment', c, shares=('alpha', 'beta'), from_0=('crop',))
+  checks.choice('environment.dynamics', c.dynamics, DYNAMICS)
+  checks.choice('environment.latent_space', c.latent_space, LATENT_SPACES)
+  checks.at_least('environment.stack', c.stack, 1, 'pictures show nothing')
+  checks.at_least('environment.episode_length', c.episode_length, 2, 'has no consecutive frames')
 
 
 @flax.struct.dataclass

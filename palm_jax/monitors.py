@@ -1,109 +1,118 @@
 """What people look at while an encoder trains: collapse monitors and films of the agent at play."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from palm_jax import environment, simsiam
+from palm_jax import environment, rollout, simsiam
+from palm_jax.rollout import World
+from palm_jax.setup import Setup
+
+BATCH = 128  # pictures that the rank's encoder sees at once
 
 
 class Monitors(NamedTuple):
-  """Two functions of a run's state."""
+  """Two compiled functions of a run's state.
 
-  ranks: Any  # (State.ssl, World, key) -> dict of scalars
-  # (State.ssl, State.agent, World, key) -> (rows, steps, H, W, C) uint8, (rows,) int32 labels
-  film: Any
+  Attributes:
+    ranks: (State.ssl, World, key) -> effective rank and share of the first direction, of h and z.
+    film: (State.ssl, State.agent, World, key) -> (rows, steps, H, W, C) uint8, (rows,) int32
+      labels.
+  """
+
+  ranks: Callable[[Any, World, jax.Array], dict[str, float]]
+  film: Callable[[Any, Any, World, jax.Array], tuple[jax.Array, jax.Array]]
 
 
-def make_monitors(config, generator, program, num_images=1024, num_rows=10, num_steps=64):
-  """Monitors on pictures that the learner has not stored, the same for every step of a run when the
-  key is.
+def make_monitors(
+  setup: Setup, num_images: int = 1024, num_rows: int = 10, num_steps: int = 64
+) -> Monitors:
+  """Monitors on pictures that the learner has not stored; with one key always the same ones.
 
   Args:
-    config: the whole config.
-    generator: as for pretrain.make_program.
-    program: pretrain.Program.
+    setup: of the run.
     num_images: independent latents for the effective rank (a rank is at most this).
     num_rows: episodes of a film, one class a row.
     num_steps: frames of an episode of a film.
-
-  Returns:
-    Monitors.
   """
-  modules, look = program.modules, program.look
-  rows = min(num_rows, generator.num_classes) or 4
+  rows = min(num_rows, setup.generator.num_classes) or 4
+  see = jax.jit(functools.partial(representations, setup, num_images))
+  film = jax.jit(functools.partial(play_episodes, setup, rows, num_steps))
+  return Monitors(ranks=functools.partial(ranks, see), film=film)
 
-  @jax.jit
-  def representations(ssl, world, key):
-    ids = jnp.arange(num_images)
-    env = environment.reset(
-      key,
-      ids,
-      jnp.zeros_like(ids),
-      generator.z_dim,
-      generator.num_classes,
-      kind=world.dynamics.kind,
-    )
-    variables = {
-      name: {'params': ssl['params'][name], 'batch_stats': ssl['batch_stats'][name]}
-      for name in ssl['params']
-    }
 
-    def encode(part):
-      ids, env = part
-      frames = look(world, env)
-      for t in range(1, config.environment.stack):  # a stack that is full, as nearly all are
-        key_action, key_env = jax.random.split(jax.random.fold_in(key, t))
-        actions = environment.random_actions(
-          environment.env_keys(key_action, ids), generator.z_dim, env.z.dtype
-        )
-        env = environment.step(
-          env,
-          actions,
-          key_env,
-          ids,
-          world.dynamics,
-          config.environment.stack,
-          generator.num_classes,
-        )
-        frames = look(world, env, frames)
-      h = modules.encoder.apply(variables['encoder'], frames, train=False)
-      return h, modules.projector.apply(variables['projector'], h, train=False)
+def ranks(see: Callable, ssl: Any, world: World, key: jax.Array) -> dict[str, float]:
+  """{'h_effective_rank', 'h_top_variance', and the same of z} of what `see` gives."""
+  out = {}
+  for name, x in zip('hz', jax.device_get(see(ssl, world, key)), strict=True):
+    out[f'{name}_effective_rank'], out[f'{name}_top_variance'] = simsiam.effective_rank(x)
+  return out
 
-    batches = jax.tree.map(lambda x: x.reshape(-1, min(128, num_images), *x.shape[1:]), (ids, env))
-    return jax.tree.map(lambda x: x.reshape(num_images, -1), jax.lax.map(encode, batches))
 
-  def ranks(ssl, world, key):
-    out = {}
-    for name, x in zip('hz', jax.device_get(representations(ssl, world, key)), strict=True):
-      out[f'{name}_effective_rank'], out[f'{name}_top_variance'] = simsiam.effective_rank(x)
-    return out
+def representations(
+  setup: Setup, num_images: int, ssl: Any, world: World, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """h and z of independent latents of the world: (num_images, F), (num_images, D)."""
+  env, ids = begin(setup, world, key, num_images)
+  variables = {
+    name: {'params': ssl['params'][name], 'batch_stats': ssl['batch_stats'][name]}
+    for name in ssl['params']
+  }
 
-  @jax.jit
-  def film(ssl, agent, world, key):
-    ids = jnp.arange(rows)
-    env = environment.reset(
-      key,
-      ids,
-      jnp.zeros_like(ids),
-      generator.z_dim,
-      generator.num_classes,
-      kind=world.dynamics.kind,
-    )
-    env = env.replace(label=ids % max(generator.num_classes, 1))
+  def encode(part):
+    frames = fill_stack(setup, world, key, *part)
+    h = setup.modules.encoder.apply(variables['encoder'], frames, train=False)
+    return h, setup.modules.projector.apply(variables['projector'], h, train=False)
 
-    def one_step(carry, t):
-      env, frames = carry
-      key_policy, key_env = jax.random.split(jax.random.fold_in(key, t + 1))
-      actions = program.action(ssl, agent, frames, environment.env_keys(key_policy, ids))
-      # An episode of a film is never cut: one more step than it has.
-      env = environment.step(
-        env, actions, key_env, ids, world.dynamics, num_steps + 1, generator.num_classes
-      )
-      return (env, look(world, env, frames)), frames
+  in_batches = lambda x: x.reshape(-1, min(BATCH, num_images), *x.shape[1:])
+  found = jax.lax.map(encode, jax.tree.map(in_batches, (ids, env)))
+  return jax.tree.map(lambda x: x.reshape(num_images, -1), found)
 
-    (env, _), frames = jax.lax.scan(one_step, (env, look(world, env)), jnp.arange(num_steps))
-    return frames.swapaxes(0, 1), env.label
 
-  return Monitors(ranks=ranks, film=film)
+def fill_stack(
+  setup: Setup, world: World, key: jax.Array, ids: jax.Array, env: environment.EnvState
+) -> jax.Array:
+  """What is seen in E environments after as many random actions as fill a stack: (E, H, W, C)."""
+  generator, stack = setup.generator, setup.config.environment.stack
+  frames = rollout.look(setup, world, env)
+  for t in range(1, stack):  # a stack that is full, as nearly all are
+    key_action, key_env = jax.random.split(jax.random.fold_in(key, t))
+    keys = environment.env_keys(key_action, ids)
+    actions = environment.random_actions(keys, generator.z_dim, env.z.dtype)
+    env = environment.step(env, actions, key_env, ids, world.dynamics, stack, generator.num_classes)
+    frames = rollout.look(setup, world, env, frames)
+  return frames
+
+
+def play_episodes(
+  setup: Setup, rows: int, steps: int, ssl: Any, agent: Any, world: World, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """An episode a row, classes in turn -> (rows, steps, H, W, C) uint8 frames, (rows,) labels."""
+  num_classes = setup.generator.num_classes
+  env, ids = begin(setup, world, key, rows)
+  env = env.replace(label=ids % max(num_classes, 1))
+
+  def one_step(carry, t):
+    env, frames = carry
+    key_policy, key_env = jax.random.split(jax.random.fold_in(key, t + 1))
+    actions = rollout.act(setup, ssl, agent, frames, environment.env_keys(key_policy, ids))
+    # An episode of a film is never cut: one more step than it has.
+    env = environment.step(env, actions, key_env, ids, world.dynamics, steps + 1, num_classes)
+    return (env, rollout.look(setup, world, env, frames)), frames
+
+  carry = env, rollout.look(setup, world, env)
+  (env, _), frames = jax.lax.scan(one_step, carry, jnp.arange(steps))
+  return frames.swapaxes(0, 1), env.label
+
+
+def begin(
+  setup: Setup, world: World, key: jax.Array, count: int
+) -> tuple[environment.EnvState, jax.Array]:
+  """New episodes in `count` environments, and their ids."""
+  ids, generator = jnp.arange(count), setup.generator
+  first, kind = jnp.zeros_like(ids), world.dynamics.kind
+  env = environment.reset(key, ids, first, generator.z_dim, generator.num_classes, kind=kind)
+  return env, ids

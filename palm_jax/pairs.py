@@ -1,25 +1,20 @@
-"""Where positive pairs come from: play, its record, real images, or the generator alone. One entry
-of SOURCES an origin.
+"""Where positive pairs come from: play, its record, real images, or the generator alone.
 
 A source either plays, and its pairs are consecutive frames of the replay ring, or draws pairs by
 itself on the device. Draws are functions of (key, global group id), so they do not depend on the
-number of devices.
+number of devices. One entry of SOURCES a source.
 """
 
-import json
-import math
-import pathlib
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from palm_jax import experience, replay
-from palm_jax.base import devices
+from palm_jax import replay, rollout
+from palm_jax.base import checks
 from palm_jax.base.errors import UserError
 
 
@@ -36,16 +31,41 @@ def default_config():
   )
 
 
-class Source(NamedTuple):
-  """Attributes: play: who fills the ring, 'policy', 'random' actions or 'record'; None: there is no
-  ring. needs: 'record' or 'images', which lie on the devices beside the generator; None: nothing.
-  draw: (Draw, keys (V,), n) -> frames (V * n, H, W, C) uint8, their partners, labels (V * n,)
-  int32; None: from the ring.
+class Pairs(NamedTuple):
+  """B positive pairs, and what is known of them.
+
+  Attributes:
+    frames: (B, H, W, C) uint8.
+    next_frames: (B, H, W, C) uint8, their partners.
+    actions: (B, z_dim) packed as in the replay, where someone acted between the two; else None.
+    labels: (B,) int32, where the source sees classes; else None.
   """
 
-  play: str | None
+  frames: jax.Array
+  next_frames: jax.Array
+  actions: jax.Array | None = None
+  labels: jax.Array | None = None
+
+
+class Source(NamedTuple):
+  """Where pairs come from.
+
+  Attributes:
+    collect: (play, state, world, key, warm) -> State, record: what happens before the updates of
+      an iteration; see rollout.collect.
+    sample: (play, ring, world, keys (V,), n) -> Pairs, n for each of the V keys of local groups.
+    needs: 'record' or 'images', which lie on the devices beside the generator; None: nothing.
+    plays: whether environments step, by a policy or at random.
+    keeps: whether there is a replay ring.
+    learns_policy: whether an agent acts, and learns.
+  """
+
+  collect: Callable
+  sample: Callable
   needs: str | None = None
-  draw: Callable | None = None
+  plays: bool = False
+  keeps: bool = False
+  learns_policy: bool = False
 
 
 class Draw(NamedTuple):
@@ -53,7 +73,7 @@ class Draw(NamedTuple):
 
   Attributes:
     config: the whole config.
-    material: see `load`; in shard_map, this device's share of it.
+    material: see material.load; in shard_map, this device's share of it.
     render: (z (B, z_dim), labels (B,), truncation_psi) -> (B, H, W, C) uint8.
     z_dim, num_classes: of the generator.
     dtype: of latents.
@@ -65,15 +85,6 @@ class Draw(NamedTuple):
   z_dim: int
   num_classes: int
   dtype: Any
-
-
-class Images(NamedTuple):
-  """Real images, sorted by label: those of label k are `count[k]` rows from `first[k]` on."""
-
-  images: jax.Array  # (N, H, W, C) uint8
-  labels: jax.Array  # (N,) int32
-  first: jax.Array  # (K,) int32
-  count: jax.Array  # (K,) int32
 
 
 def independent(d, keys, n):
@@ -100,16 +111,15 @@ def gaussian(d, keys, n):
 
 def recorded(d, keys, n):
   """Consecutive steps, uniformly from all of the record ('random passive')."""
-  lived, length = d.material, d.config.environment.episode_length
-  rows, num_envs = lived.step.shape
-  env, row = replay.draw_rows(jnp.int32(rows), rows, keys, n, lived.step[0], length, num_envs)
-  first, second = (
-    d.render(
-      lived.z[r, env].astype(d.dtype), lived.label[r, env], d.config.environment.truncation_psi
-    )
-    for r in (row, row + 1)
-  )
-  return first, second, lived.label[row, env]
+  record, length = d.material, d.config.environment.episode_length
+  rows, num_envs = record.step.shape
+  env, row = replay.draw_rows(jnp.int32(rows), rows, keys, n, record.step[0], length, num_envs)
+
+  def render(row):
+    z, label = record.z[row, env].astype(d.dtype), record.label[row, env]
+    return d.render(z, label, d.config.environment.truncation_psi)
+
+  return render(row), render(row + 1), record.label[row, env]
 
 
 def same_label(d, keys, n):
@@ -136,193 +146,6 @@ def same_image(d, keys, n):
   return d.material.images[rows], d.material.images[rows], d.material.labels[rows]
 
 
-SOURCES = {
-  'explored': Source('policy'),  # PALM
-  'random_action': Source('random'),  # paper Figure 4
-  'passive_ordered': Source(
-    'record', needs='record'
-  ),  # Figure 6: what another run lived through, in its order
-  'passive_random': Source(None, needs='record', draw=recorded),  # Figure 6
-  'static': Source(None, needs='images', draw=same_label),  # Figure 6
-  'two_views': Source(
-    None, needs='images', draw=same_image
-  ),  # SimSiam and SimCLR on real images, with augmentation
-  'jahanian_random': Source(None, draw=independent),  # Figure 6
-  'jahanian_gaussian': Source(None, draw=gaussian),  # Figure 6
-}
-
-
-def load(config, generator, mesh, data=None):
-  """What the config's source needs beside the generator, on the mesh.
-
-  Args:
-    config: the whole config.
-    generator: as for pretrain.make_program.
-    mesh: one-dimensional mesh, axis 'data'.
-    data: palm_jax.data.load.Data, for sources that need images.
-
-  Returns:
-    Images on every device; an experience.Experience (R, E, ...) with environments sharded; the data
-    of a key, where pairs.samples of latents are drawn by it; or ().
-
-  Raises:
-    UserError: no or damaged record, one of another world, too few rows; images unlike the
-      generator's, a class too small.
-  """
-  c, needs = config.pairs, SOURCES[config.pairs.source].needs
-  if needs == 'images':
-    return devices.replicate(
-      mesh,
-      _images(
-        data.train,
-        len(data.class_names),
-        c.samples,
-        generator.image_shape,
-        config.seed,
-        least=1 if c.source == 'two_views' else 2,
-      ),
-    )
-  if needs == 'record':
-    lived = _record(config, generator)
-    return jax.tree.map(lambda x: devices.shard(mesh, x, P(None, 'data')), lived)
-  if c.samples:  # traced, so that all seeds share a program
-    return devices.replicate(mesh, np.asarray(jax.random.key_data(jax.random.key(config.seed))))
-  return ()
-
-
-def specs(config):
-  """PartitionSpec of `load`'s result."""
-  return P(None, 'data') if SOURCES[config.pairs.source].needs == 'record' else P()
-
-
-def check_config(config):
-  """Raises UserError on settings of the whole config's section `pairs` that cannot work."""
-  c = config.pairs
-  if c.source not in SOURCES:
-    raise UserError(f'pairs.source={c.source!r} is unknown: choose one of {", ".join(SOURCES)}')
-  source = SOURCES[c.source]
-  if c.samples and (c.samples < 0 or source.play):
-    raise UserError(
-      f'pairs.samples={c.samples} with pairs.source={c.source!r}: sources that play see '
-      'pretrain.env_steps '
-      'samples; others take 0 (no limit) or more'
-    )
-  if bool(c.record) != (source.needs == 'record'):
-    raise UserError(
-      f'pairs.record={c.record!r} with pairs.source={c.source!r}: give the workdir of a run made '
-      'with '
-      'pretrain.record for passive_*, and none for others'
-    )
-  if config.pretrain.record and source.play not in ('policy', 'random'):
-    raise UserError(
-      f'pretrain.record with pairs.source={c.source!r}: nothing is lived through there; leave it '
-      'off'
-    )
-  if config.environment.stack > 1 and source.play not in ('policy', 'random'):
-    raise UserError(
-      f'environment.stack={config.environment.stack} with pairs.source={c.source!r}: only who '
-      'plays sees pictures '
-      'one after another; set it to 1'
-    )
-  if c.std < 0:
-    raise UserError(f'pairs.std={c.std} is negative: set it to 0 or more')
-  if c.source == 'two_views' and config.simsiam.augment == 'none':
-    raise UserError(
-      "pairs.source='two_views' with simsiam.augment='none' gives the same picture twice: "
-      "set simsiam.augment='simsiam'"
-    )
-  if config.simsiam.objective == 'supcon' and source.draw is None:
-    raise UserError(
-      f"simsiam.objective='supcon' needs labels, which pairs.source={c.source!r} never sees: "
-      f'choose one of {", ".join(name for name, source in SOURCES.items() if source.draw)}'
-    )
-
-
-def require_policy(config, job):
-  """Raises UserError where a job asks for a policy and the whole config's source of pairs trains
-  none."""
-  check_config(config)
-  if SOURCES[config.pairs.source].play != 'policy':
-    raise UserError(
-      f'--job={job} asks for a policy, which pairs.source={config.pairs.source!r} trains none of: '
-      "it is for pairs.source='explored'"
-    )
-
-
-def _images(split, num_classes, samples, image_shape, seed, least):
-  if split.images.shape[1:] != tuple(image_shape):
-    raise UserError(
-      f'the images are {split.images.shape[1:]}, but the generator makes {tuple(image_shape)}: '
-      'give images of that size'
-    )
-  order = np.random.default_rng(seed).permutation(len(split.labels))
-  rows = [order[split.labels[order] == label] for label in range(num_classes)]
-  if samples:
-    rows = [of_class[: -(-samples // num_classes)] for of_class in rows]
-  count = np.array([len(of_class) for of_class in rows], np.int32)
-  if count.min() < least:
-    raise UserError(
-      f'class {count.argmin()} has {count.min()} images, expected {least} or more: '
-      'give more, or raise pairs.samples'
-    )
-  rows = np.concatenate(rows)
-  return Images(
-    split.images[rows],
-    split.labels[rows].astype(np.int32),
-    np.cumsum(count, dtype=np.int32) - count,
-    count,
-  )
-
-
-def _record(config, generator):
-  c, p, length = config.pairs, config.pretrain, config.environment.episode_length
-  folder = pathlib.Path(c.record) / 'pretrain' / 'experience'
-  check_same_world(config, pathlib.Path(c.record))
-  parts, held, wanted = [], 0, max(3, -(-c.samples // p.num_envs)) if c.samples else math.inf
-  for part in experience.read(folder):
-    parts.append(part)
-    held += len(part.step)
-    if held >= wanted:
-      break
-  lived = experience.Experience(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-  rows, num_envs = lived.step.shape
-  expected = lived.step[:1] + np.arange(rows)[:, None]
-  if (
-    lived.z.shape[2] != generator.z_dim
-    or num_envs != p.num_envs
-    or (lived.step != expected % length).any()
-  ):
-    raise UserError(
-      f'{folder} holds latents of {lived.z.shape[2]} of {num_envs} environments in episodes of '
-      f'{lived.step.max() + 1} steps, expected {generator.z_dim}, {p.num_envs} and {length}: take '
-      'the '
-      'generator, pretrain.num_envs and environment.episode_length of that run'
-    )
-  return experience.Experience(*(x[: min(rows, wanted)] for x in lived))
-
-
-def check_same_world(config, record):
-  """Raises UserError where the run in the folder `record` saw other pictures of its latents than
-  this config would."""
-  try:
-    there = json.loads((record / 'config.json').read_text())
-    differ = [
-      f'environment.{key}={there["environment"].get(key)!r} there, {config.environment[key]!r} here'
-      for key in ('latent_space', 'crop', 'truncation_psi')
-      if there['environment'].get(key) != config.environment[key]
-    ]
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-    raise UserError(
-      f'{record / "config.json"} cannot be read ({e}): give the workdir of a run made with '
-      'pretrain.record'
-    ) from e
-  if differ:
-    raise UserError(
-      f'pairs.record={record} was made in another world ({"; ".join(differ)}): its latents would '
-      'be other pictures'
-    )
-
-
 def _label(d, key):
   return jax.random.randint(key, (), 0, max(d.num_classes, 1), jnp.int32)
 
@@ -345,3 +168,115 @@ def _rendered(d, one, keys, n, truncation_psi):
     d.render(z[:, 1], labels, truncation_psi),
     labels,
   )
+
+
+def rerun(play, state, world, key, warm):
+  """The rows that another run recorded in this iteration, drawn again and added to the ring."""
+  del key, warm  # nothing is chosen
+  count, dtype = play.config.pretrain.rollout_length, play.action_dtype
+  rows = jax.tree.map(
+    lambda x: jax.lax.dynamic_slice_in_dim(x, state.iteration * count, count), world.material
+  )
+  one_row = lambda _, row: (None, rollout.render(play, world, row.z.astype(play.real), row.label))
+  frames = jax.lax.scan(one_row, None, rows)[1]  # (T, E, H, W, C)
+  unused = jnp.zeros((*frames.shape[:2], play.generator.z_dim), dtype)
+  return state.replace(ring=replay.add(state.ring, frames, unused)), ()
+
+
+def collect_nothing(play, state, world, key, warm):
+  """For sources that draw their pairs when they are asked for them."""
+  del play, world, key, warm
+  return state, ()
+
+
+def from_ring(play, ring, world, keys, n):
+  """Consecutive frames of the replay, with the action between them."""
+  del world
+  first_steps = play.first_steps(play.local_env_ids())
+  length = play.config.environment.episode_length
+  frames, actions, next_frames = replay.sample(ring, keys, n, first_steps, length, play.image_shape)
+  return Pairs(frames, next_frames, actions=actions)
+
+
+def drawn(draw, play, ring, world, keys, n):
+  """Pairs of one of DRAWS."""
+  del ring
+  drawing = Draw(
+    play.config,
+    world.material,
+    functools.partial(rollout.render, play, world),
+    play.generator.z_dim,
+    play.generator.num_classes,
+    play.real,
+  )
+  frames, next_frames, labels = draw(drawing, keys, n)
+  return Pairs(frames, next_frames, labels=labels)
+
+
+# (Draw, keys (V,), n) -> frames (V * n, H, W, C) uint8, their partners, labels (V * n,) int32.
+DRAWS = {
+  'passive_random': recorded,  # paper Figure 6
+  'static': same_label,  # Figure 6
+  'two_views': same_image,  # SimSiam and SimCLR on real images, with augmentation
+  'jahanian_random': independent,  # Figure 6
+  'jahanian_gaussian': gaussian,  # Figure 6
+}
+NEEDS = {'passive_random': 'record', 'static': 'images', 'two_views': 'images'}
+PLAYED = Source(rollout.collect, from_ring, plays=True, keeps=True)
+
+SOURCES = {
+  'explored': PLAYED._replace(learns_policy=True),  # PALM
+  'random_action': PLAYED,  # Figure 4
+  'passive_ordered': Source(rerun, from_ring, needs='record', keeps=True),  # Figure 6
+  **{
+    name: Source(collect_nothing, functools.partial(drawn, draw), NEEDS.get(name))
+    for name, draw in DRAWS.items()
+  },
+}
+
+
+def check(config: ConfigDict) -> None:
+  """Raises UserError on invalid settings of the whole config's section `pairs`."""
+  c = config.pairs
+  checks.choice('pairs.source', c.source, SOURCES)
+  source, given = SOURCES[c.source], f'with pairs.source={c.source!r}'
+  checks.not_negative('pairs.samples', c.samples)
+  checks.not_negative('pairs.std', c.std)
+  if c.samples and c.source not in DRAWS:
+    raise UserError(
+      f'pairs.samples={c.samples} {given}: sources that play see pretrain.env_steps samples; '
+      'set it to 0'
+    )
+  if bool(c.record) != (source.needs == 'record'):
+    raise UserError(
+      f'pairs.record={c.record!r} {given}: give the workdir of a run made with pretrain.record for '
+      'passive_*, and none for others'
+    )
+  if config.pretrain.record and not source.plays:
+    raise UserError(f'pretrain.record {given}: nobody plays there; leave it off')
+  if config.environment.stack > 1 and not source.plays:
+    raise UserError(
+      f'environment.stack={config.environment.stack} {given}: only who plays sees pictures one '
+      'after another; set it to 1'
+    )
+  if c.source == 'two_views' and config.simsiam.augment == 'none':
+    raise UserError(
+      "pairs.source='two_views' with simsiam.augment='none' gives the same picture twice: "
+      "set simsiam.augment='simsiam'"
+    )
+  if config.simsiam.objective == 'supcon' and c.source not in DRAWS:
+    raise UserError(
+      f"simsiam.objective='supcon' needs labels, which pairs.source={c.source!r} never sees: "
+      f'choose one of {", ".join(DRAWS)}'
+    )
+
+
+def require_policy(config, job):
+  """Raises UserError where a job asks for a policy and the whole config's source of pairs trains
+  none."""
+  check(config)
+  if not SOURCES[config.pairs.source].learns_policy:
+    raise UserError(
+      f'--job={job} asks for a policy, which pairs.source={config.pairs.source!r} trains none of: '
+      "it is for pairs.source='explored'"
+    )

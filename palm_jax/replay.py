@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from palm_jax.base import checks
+from palm_jax.base.errors import UserError
+
 ACTION_DTYPES = {
   'float32': None,
   'bfloat16': jnp.bfloat16,
@@ -31,6 +34,28 @@ def default_config():
       num_shards=8,  # sampling groups: any number of devices that divides it gives the same run
     )
   )
+
+
+def check(
+  c: ConfigDict, num_devices: int, num_envs: int, rollout_length: int, batch_size: int
+) -> None:
+  """Raises UserError on invalid settings of the config's section `replay`, and sizes unlike it."""
+  checks.divisible('replay.num_shards', c.num_shards, num_devices, 'devices')
+  checks.divisible('pretrain.num_envs', num_envs, c.num_shards, 'replay.num_shards')
+  checks.divisible('pretrain.batch_size', batch_size, c.num_shards, 'replay.num_shards')
+  block = num_envs * rollout_length
+  checks.divisible('replay.capacity', c.capacity, block, 'num_envs * rollout_length')
+  checks.choice('replay.actions', c.actions, ACTION_DTYPES)
+  if c.capacity < 3 * num_envs:
+    raise UserError(
+      f'replay.capacity={c.capacity} is too small for consecutive frames of pretrain.num_envs='
+      f'{num_envs} environments: set it to {3 * num_envs} or more'
+    )
+  if batch_size > c.capacity:
+    raise UserError(
+      f'pretrain.batch_size={batch_size} is larger than the replay (replay.capacity={c.capacity}): '
+      'lower the first or raise the second'
+    )
 
 
 @flax.struct.dataclass

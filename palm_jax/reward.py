@@ -5,9 +5,11 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from palm_jax.base import checks
 from palm_jax.base.errors import UserError
 
 LOG_FLOOR = 1e-6  # log d has no bound on identical frames
+ON = 'next', 'current'  # of the two frames
 TRANSFORMS = {
   'log1p': jnp.log1p,  # URLB utils.PBE
   'log': lambda d: jnp.log(jnp.maximum(d, LOG_FLOOR)),  # PALM 4.2
@@ -27,6 +29,15 @@ def default_config():
       on='next',
     )
   )
+
+
+def check(c: ConfigDict, batch_size: int) -> None:
+  """Raises UserError on invalid settings of the config's section `reward`."""
+  larger = f'or a larger batch than pretrain.batch_size={batch_size}'
+  checks.between('reward.k', c.k, 1, batch_size - 1, hint=larger)
+  checks.choice('reward.on', c.on, ON)
+  checks.choice('reward.transform', c.transform, TRANSFORMS)
+  checks.not_negative('reward.clip', c.clip)
 
 
 def entropy_reward(

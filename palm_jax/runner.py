@@ -13,6 +13,7 @@ from palm_jax.base import checks, devices
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import write_json
 from palm_jax.base.processes import is_first
+from palm_jax.base.training import Stopped
 from palm_jax.data.collected import COLLECTED, load_collected
 from palm_jax.data.load import load as load_data
 from palm_jax.job import Job, Run
@@ -128,7 +129,10 @@ def _complete(job, this):
 
 def execute(job: Job, run: Run) -> dict | None:
   """Runs a job, prints its table and writes its result, which it returns; None where stopped."""
-  result = job.run(run)
+  try:
+    result = job.run(run)
+  except Stopped:
+    return None
   if result is None or not is_first():
     return result
   if job.table:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from palm_jax.base.errors import UserError
+
 
 def default_config():
   return ConfigDict(
@@ -31,6 +33,15 @@ def default_config():
       target_entropy_scale=1.0,  # ProtoRL: -|A|; 0.5 in jaxrl and brax
     )
   )
+
+
+def check(c: ConfigDict) -> None:
+  """Raises UserError on invalid settings of the config's section `sac`."""
+  if not c.init_alpha > 0:
+    raise UserError(
+      f'sac.init_alpha={c.init_alpha} has no logarithm: set it above 0; a small one is next to no '
+      'entropy bonus'
+    )
 
 
 def _dense(features, dtype):

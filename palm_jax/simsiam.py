@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from palm_jax.base import checks
 from palm_jax.base.errors import UserError
 from palm_jax.contrastive import normalize, supcon
 
@@ -41,6 +42,12 @@ def default_config():
       fix_predictor_lr=True,  # facebookresearch/simsiam README --fix-pred-lr
     )
   )
+
+
+def check(c: ConfigDict) -> None:
+  """Raises UserError on invalid settings of the config's section `simsiam`."""
+  checks.choice('simsiam.objective', c.objective, OBJECTIVES)
+  checks.positive('simsiam.temperature', c.temperature)
 
 
 class Projector(nn.Module):

@@ -1,22 +1,24 @@
 """The job of pretraining: runs `pretrain`'s program, watches it, and saves what it has reached."""
 
-import time
+import pathlib
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from palm_jax import experience, pairs, pretrain
+from palm_jax import experience, pairs, pretrain, worlds
 from palm_jax.base import devices, pictures
-from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.digests import digest
 from palm_jax.base.errors import NonFiniteError, UserError
-from palm_jax.base.metrics import MetricWriter, Progress
-from palm_jax.base.processes import any_process
-from palm_jax.base.training import Preemption
+from palm_jax.base.processes import is_first
+from palm_jax.base.training import Training
+from palm_jax.experience import Experience
 from palm_jax.job import Job, Run
 from palm_jax.monitors import make_monitors
+from palm_jax.rollout import World
 from palm_jax.speed import cost
 
 PROGRESS_METRICS = (
@@ -30,186 +32,174 @@ PROGRESS_METRICS = (
 )
 
 
-def run(this: Run) -> dict | None:
-  """The job: pretrains in the world of `config.generator.path` (or this workdir's own generator),
-  going on where it was.
+def run(this: Run) -> dict:
+  """The job: pretrains in the world of config.generator.path, or this workdir's own generator.
 
-  Writes checkpoints, metrics and films under `<workdir>/pretrain` and, when complete,
-  `<workdir>/results/pretrain.json`.
-
-  Args:
-    config: the whole config.
-    workdir: pathlib.Path.
-    mesh: one-dimensional mesh, axis 'data'.
-    data: palm_jax.data.load.Data, for pairs of real images.
+  Writes checkpoints, metrics and films under <workdir>/pretrain, and resumes what is there.
 
   Returns:
-    True when complete, False when stopped by SIGTERM; then everything is saved.
+    What stands in results/pretrain.json.
 
   Raises:
     UserError: impossible sizes, missing or damaged files.
     NonFiniteError: a loss or gradient became NaN or infinite; the last good checkpoint stays.
+    Stopped: by a signal; everything is saved.
   """
-  config, workdir, mesh, data = this.config, this.workdir, this.mesh, this.data
-  folder, first_process = workdir / 'pretrain', jax.process_index() == 0
-  generator = pretrain.load_world_generator(config, workdir)
+  config, workdir, mesh = this.config, this.workdir, this.mesh
+  folder, p = workdir / 'pretrain', config.pretrain
+  generator = worlds.load_world_generator(config, workdir)
   program = pretrain.make_program(config, generator, mesh)
-  world = pretrain.make_world(config, generator, mesh, data)
-  monitors = make_monitors(config, generator, program)
-  key = jax.random.key(config.seed)
-  if (
-    pairs.SOURCES[config.pairs.source].needs == 'record'
-  ):  # with that run's own weights and batches it would be that run again
-    key = jax.random.fold_in(key, 1)
+  world = worlds.make_world(config, generator, mesh, this.data)
+  monitors = make_monitors(program.setup)
+  key = first_key(config)
   template = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     jax.eval_shape(program.init, key, world),
     program.state_shardings,
   )
   check_memory(template, world, mesh)
-  total = program.num_calls * config.pretrain.iterations_per_call
+  per_call, env_steps = p.iterations_per_call, program.env_steps_per_iteration
+  total = program.setup.num_calls * per_call
   check_record(config, world, total)
-  checkpoints = Checkpoints(folder / 'checkpoints')
-  restored, world_sha256 = checkpoints.restore({'state': template}), digest(generator.variables, {})
-  if restored:
-    step, state = restored.step, restored.items['state']
-    scalars, seconds = restored.metadata['metrics'], restored.metadata['seconds']
-    if restored.metadata.get('world', world_sha256) != world_sha256:
-      raise UserError(
-        f'{folder} began in the world of another generator than '
-        f'{config.generator.path or workdir} holds now: give '
-        'that one back, or choose another --workdir'
-      )
-    logging.info('pretrain: going on from iteration %d', step)
-  else:
-    step, state, scalars, seconds = 0, program.init(key, world), {}, 0.0
+  monitor_every = max(1, round(program.setup.num_calls * p.monitor_fraction)) * per_call
+  world_sha256 = digest(generator.variables, {})
 
-  p, per_call = config.pretrain, config.pretrain.iterations_per_call
-  if p.record:
-    experience.forget(folder / 'experience', step * p.rollout_length)
-  monitor_every = max(1, round(program.num_calls * p.monitor_fraction)) * per_call
-  writer = MetricWriter(folder, step) if first_process else None
-  progress = Progress('pretrain', total * program.env_steps_per_iteration, 'env steps')
-  started, saved_at = time.monotonic() - seconds, time.monotonic()
-  with Preemption() as preemption, checkpoints:  # which waits for its last save
-    while step < total:
+  with Training(
+    'pretrain',
+    folder,
+    total,
+    unit='env steps',
+    per_step=env_steps,
+    checkpoint_minutes=p.checkpoint_minutes,
+  ) as training:
+    restored = training.resume({'state': template})
+    if restored:
+      check_world(this, restored.metadata.get('world', world_sha256), world_sha256)
+      state, scalars = restored.items['state'], restored.metadata['metrics']
+    else:
+      state, scalars = program.init(key, world), {}
+    if p.record:
+      experience.forget(folder / 'experience', training.step * p.rollout_length)
+    while not training.over:
       state, output = program.call(state, world)
-      metrics = jax.device_get(output.metrics)
-      updated = metrics.pop('updated')
-      check_finite(metrics, step, folder)
+      scalars = scalars | mean_metrics(output.metrics, training.step, folder)
       if p.record:
-        experience.write(folder / 'experience', step * p.rollout_length, output.experience)
-      step += per_call
-      env_steps = step * program.env_steps_per_iteration
-      if updated.any():
-        scalars = scalars | {
-          name: float(values[updated].mean()) for name, values in metrics.items()
-        }
-      if step % monitor_every == 0 or step == total:
+        row = training.step * p.rollout_length
+        experience.write(folder / 'experience', row, output.experience)
+      training.advance(per_call)
+      if training.step % monitor_every == 0 or training.complete:
         scalars = scalars | monitors.ranks(state.ssl, world, key)
         film = jax.device_get(monitors.film(state.ssl, state.agent, world, key))
-        if first_process:
-          write_film(folder / 'rollouts', env_steps, *film)
-      if first_process:
-        writer.write(step, dict(scalars, env_steps=env_steps))
-        progress.update(
-          env_steps, {name: scalars[name] for name in PROGRESS_METRICS if name in scalars}
-        )
-      stop = preemption.requested
-      if (
-        step == total
-        or stop
-        or any_process(time.monotonic() - saved_at > 60 * p.checkpoint_minutes)
-      ):
-        encoder = {
-          name: state.ssl[name]['encoder']
-          for name in ('params', 'batch_stats')
-          if state.ssl[name]['encoder']
-        }
-        checkpoints.save(
-          step,
-          {'state': state, 'encoder': encoder},
-          {'seconds': time.monotonic() - started, 'metrics': scalars, 'world': world_sha256},
-        )
-        saved_at = time.monotonic()
-      if stop:
-        break
-  if first_process:
-    writer.close()
-  if step < total:
-    return None
+        if is_first():
+          write_film(folder / 'rollouts', training.step * env_steps, *film)
+      training.write(dict(scalars, env_steps=training.step * env_steps))
+      training.show({name: scalars[name] for name in PROGRESS_METRICS if name in scalars})
+      if training.should_save:
+        items = {'state': state, 'encoder': encoder_of(state)}
+        training.save(items, metrics=scalars, world=world_sha256)
   return dict(
     metrics=scalars,
-    env_steps=step * program.env_steps_per_iteration,
-    iterations=step,
-    checkpoint_step=step,
-    seconds=time.monotonic() - started,
+    env_steps=total * env_steps,
+    iterations=total,
+    checkpoint_step=total,
+    seconds=training.seconds,
     seed=config.seed,
     generator=str(config.generator.path or 'own'),
     **devices.describe(mesh),
   )
 
 
-def check_memory(state, world, mesh):
-  """Raises UserError when a device has less memory than its share of the state takes, of which only
-  shapes are read."""
-  split = isinstance(world.material, experience.Experience)
-  need = cost.nbytes(
-    (state.ring, state.env, state.frames, world.material if split else ())
-  ) / mesh.size + cost.nbytes(
-    (state.ssl, state.agent, world._replace(material=()) if split else world)
-  )
-  memory = devices.memory_bytes(mesh)
-  if need > memory:
+def first_key(config: ConfigDict) -> jax.Array:
+  """The key of the first state.
+
+  With a record's own weights and batches the run would be the recorded one again.
+  """
+  key = jax.random.key(config.seed)
+  passive = pairs.SOURCES[config.pairs.source].needs == 'record'
+  return jax.random.fold_in(key, 1) if passive else key
+
+
+def encoder_of(state: pretrain.State) -> dict[str, Any]:
+  """{'params', 'batch_stats'} of the encoder alone; the second where it has any."""
+  found = {name: state.ssl[name]['encoder'] for name in ('params', 'batch_stats')}
+  return {name: tree for name, tree in found.items() if tree}
+
+
+def check_world(this: Run, before: str, now: str) -> None:
+  """Raises UserError where the run began in the world of another generator; digests of both."""
+  if before != now:
     raise UserError(
-      f'replay and networks take {need / 2**30:.1f} GiB on each of {mesh.size} device(s), which '
-      'have '
-      f'{memory / 2**30:.1f} GiB: lower replay.capacity; --job=plan says what fits'
+      f'{this.workdir / "pretrain"} began in the world of another generator than '
+      f'{this.config.generator.path or this.workdir} holds now: give that one back, or choose '
+      'another --workdir'
     )
 
 
-def check_record(config, world, iterations):
+def check_memory(state: pretrain.State, world: World, mesh: Mesh) -> None:
+  """Raises UserError where the state's share of a device exceeds its memory; reads shapes only."""
+  split, whole = [state.ring, state.env, state.frames], [state.ssl, state.agent]
+  (split if isinstance(world.material, Experience) else whole).append(world.material)
+  whole.append(world._replace(material=()))
+  need, memory = cost.nbytes(split) / mesh.size + cost.nbytes(whole), devices.memory_bytes(mesh)
+  if need > memory:
+    raise UserError(
+      f'replay and networks take {need / 2**30:.1f} GiB on each of {mesh.size} device(s), which '
+      f'have {memory / 2**30:.1f} GiB: lower replay.capacity; --job=plan says what fits'
+    )
+
+
+def check_record(config: ConfigDict, world: World, iterations: int) -> None:
   """Raises UserError where pairs.source=passive_ordered would come to the end of the record."""
   rows = iterations * config.pretrain.rollout_length
   if config.pairs.source == 'passive_ordered' and len(world.material.step) < rows:
     raise UserError(
       f'pairs.record={config.pairs.record} holds {len(world.material.step)} rows, but '
-      f'{iterations} iterations '
-      f'read {rows}: lower pretrain.env_steps, or record a longer run'
+      f'{iterations} iterations read {rows}: lower pretrain.env_steps, or record a longer run'
     )
 
 
-def check_finite(metrics, first_iteration, folder):
-  """Raises NonFiniteError naming the first metric and iteration that is NaN or infinite;
-  (iterations,) arrays."""
+def mean_metrics(
+  metrics: dict[str, jax.Array], first_iteration: int, folder: pathlib.Path
+) -> dict[str, float]:
+  """Means over the iterations of a call that had updates; {} where none had.
+
+  Raises:
+    NonFiniteError: names the first metric and iteration that is NaN or infinite.
+  """
+  values = jax.device_get(metrics)
+  updated = values.pop('updated')
   bad = {
-    name: int(np.argmin(np.isfinite(values)))
-    for name, values in metrics.items()
-    if not np.all(np.isfinite(values))
+    name: int(np.argmin(np.isfinite(x))) for name, x in values.items() if not np.isfinite(x).all()
   }
   if bad:
-    name = min(
-      bad, key=lambda name: (bad[name], name != 'loss')
-    )  # the rest of an iteration follows from its loss
+    # The rest of an iteration follows from its loss.
+    name = min(bad, key=lambda name: (bad[name], name != 'loss'))
     raise NonFiniteError(
-      f'pretrain: {name} is {metrics[name][bad[name]]} at iteration {first_iteration + bad[name]}: '
+      f'pretrain: {name} is {values[name][bad[name]]} at iteration {first_iteration + bad[name]}: '
       'lower the learning rates (simsiam.lr, sac.lr_*); the last good checkpoint is in '
       f'{folder / "checkpoints"}'
     )
+  if not updated.any():
+    return {}
+  return {name: float(x[updated].mean()) for name, x in values.items()}
 
 
-def write_film(folder, env_steps, frames, labels):
-  """A strip like the paper's Figure 2, one episode a row, every fourth frame; and all frames as an
-  animated WebP."""
+def write_film(
+  folder: pathlib.Path, env_steps: int, frames: np.ndarray, labels: np.ndarray
+) -> None:
+  """A strip like the paper's Figure 2, every fourth frame; and all frames as an animated WebP.
+
+  Args:
+    frames: (rows, steps, H, W, C) uint8, one episode a row.
+    labels: (rows,).
+  """
   name = f'{env_steps:010d}'
   pictures.save_png(folder / f'{name}.png', pictures.grid(frames[:, ::4], labels=labels))
   shown = frames[: 5 * (len(frames) // 5) or len(frames)]
-  shown = shown.reshape(
-    -1, min(5, len(frames)), *frames.shape[1:]
-  )  # (rows, columns, steps, H, W, C)
-  pictures.save_webp(
-    folder / f'{name}.webp', [pictures.grid(shown[:, :, t]) for t in range(frames.shape[1])]
-  )
+  # (rows, columns, steps, H, W, C)
+  shown = shown.reshape(-1, min(5, len(frames)), *frames.shape[1:])
+  film = [pictures.grid(shown[:, :, t]) for t in range(frames.shape[1])]
+  pictures.save_webp(folder / f'{name}.webp', film)
 
 
 def needs_data(config: ConfigDict) -> bool:
@@ -222,8 +212,8 @@ def check_data(this: Run) -> None:
   config = this.config
   if not config.generator.path:
     return
-  generator = pretrain.load_world_generator(config, this.workdir)
-  seen, given = pretrain.seen_shape(config, generator), this.data.train.images.shape[1:]
+  generator = worlds.load_world_generator(config, this.workdir)
+  seen, given = worlds.seen_shape(config, generator), this.data.train.images.shape[1:]
   if seen[2] != given[2]:
     raise UserError(
       f'the pictures of generator.path={config.generator.path} have {seen[2]} channels, those of '
@@ -236,4 +226,4 @@ def check_data(this: Run) -> None:
     )
 
 
-JOB = Job('pretrain', run, pretrain.check_config, needs_data, check_data)
+JOB = Job('pretrain', run, pretrain.check, needs_data, check_data)

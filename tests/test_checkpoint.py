@@ -418,7 +418,7 @@ ONE_OF_TWO = """
 import os, signal, sys, numpy as np, jax
 from jax.sharding import NamedSharding, PartitionSpec as P
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from palm_jax.base import devices
+from palm_jax.base import processes
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.training import Preemption
 sharding = NamedSharding(jax.sharding.Mesh(jax.devices(), ('data',)), P('data'))

@@ -12,7 +12,7 @@ import pytest
 
 from configs import cifar
 from launch import compile_for
-from palm_jax import pretrain
+from palm_jax import pretrain, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from palm_jax.speed import plan
@@ -50,7 +50,7 @@ def test_scaled_sizes_keep_each_chips_share():
     512 * 32,
     256,
   )
-  pretrain.check_config(config, 256)
+  pretrain.check(config, 256)
   with pytest.raises(UserError, match='pretrain.num_envs=2048 .*multiple of 3000'):
     compile_for.scale(config, 8, 3000)
 
@@ -117,7 +117,7 @@ def test_a_slice_of_eight():
   # Gradients are summed once an update: every parameter of SimSiam and SAC crosses the network, in
   # float32.
   program = pretrain.make_program(config, LinearGenerator(), devices.make_mesh())
-  world = pretrain.make_world(config, LinearGenerator(), devices.make_mesh())
+  world = worlds.make_world(config, LinearGenerator(), devices.make_mesh())
   state = jax.eval_shape(program.init, jax.random.key(0), world)
   parameters = sum(x.size for x in jax.tree.leaves(state.ssl['params']))
   sent = result['collectives']['all-reduce']['sent']

@@ -8,7 +8,7 @@ import jax.monitoring
 import numpy as np
 import pytest
 
-from palm_jax import pretrain
+from palm_jax import pretrain, worlds
 from palm_jax.base import devices
 from tests.worlds import LinearGenerator, tiny_config
 
@@ -19,7 +19,7 @@ def start(num_devices, dtype='float32', **sizes):
   config.pretrain.update(sizes)
   mesh, generator = devices.make_mesh(num_devices), LinearGenerator()
   program = pretrain.make_program(config, generator, mesh)
-  world = pretrain.make_world(config, generator, mesh)
+  world = worlds.make_world(config, generator, mesh)
   return program, program.init(jax.random.key(3), world), world
 
 
@@ -42,7 +42,7 @@ def test_one_two_and_eight_devices_compute_the_same_in_float64():
   with jax.enable_x64(True):
     for num_devices in (1, 2, 8):
       program, state, world = start(num_devices, 'float64')
-      for i in range(program.num_calls):
+      for i in range(program.setup.num_calls):
         with compilations() as count:
           state, (metrics, _) = program.call(state, world)
           jax.block_until_ready(

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from palm_jax import pretrain
+from palm_jax import pretrain, worlds
 from palm_jax.base import devices, processes
 from palm_jax.base.checkpoints import Checkpoints, list_steps
 from palm_jax.base.errors import UserError
@@ -48,7 +48,7 @@ def worker(folder, stop_at):
   )
   program, world = (
     pretrain.make_program(config, generator, mesh),
-    pretrain.make_world(config, generator, mesh),
+    worlds.make_world(config, generator, mesh),
   )
   key = jax.random.key(3)
   template = jax.tree.map(
@@ -61,7 +61,7 @@ def worker(folder, stop_at):
     state, step = (
       (restored.items['state'], restored.step) if restored else (program.init(key, world), 0)
     )
-    while step < program.num_calls:
+    while step < program.setup.num_calls:
       state, _ = jax.block_until_ready(program.call(state, world))
       step += 1
       if step == stop_at and jax.process_index() == jax.process_count() - 1:

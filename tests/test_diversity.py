@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from palm_jax import environment, experience, pretrain
+from palm_jax import environment, experience, pretrain, worlds
 from palm_jax.base import devices
 from palm_jax.base.checkpoints import Checkpoints, list_steps
 from palm_jax.base.errors import NonFiniteError, UserError
@@ -44,7 +44,7 @@ def make_arms(num_devices, state=None):
   """Arms of an untrained agent in the small world, and what it is made of."""
   config, generator, mesh = nature_config(), LargeGenerator(), devices.make_mesh(num_devices)
   program = pretrain.make_program(config, generator, mesh)
-  world = pretrain.make_world(config, generator, mesh)
+  world = worlds.make_world(config, generator, mesh)
   state = state or program.init(jax.random.key(0), world)
   encoder, actor = devices.replicate(
     mesh, jax.device_get((state.ssl['params']['encoder'], state.agent.actor))
@@ -253,7 +253,7 @@ def saved(tmp_path_factory, mesh):
   (workdir / 'config.json').write_text('{}')
   config, generator = job_config(), load_generator(workdir)
   program = pretrain.make_program(config, generator, mesh)
-  state = program.init(jax.random.key(1), pretrain.make_world(config, generator, mesh))
+  state = program.init(jax.random.key(1), worlds.make_world(config, generator, mesh))
   encoder = {
     'params': state.ssl['params']['encoder'],
     'batch_stats': state.ssl['batch_stats']['encoder'],

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from palm_jax import environment, experience, pretrain, replay
+from palm_jax import environment, experience, pretrain, replay, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from palm_jax.experience import Experience
@@ -27,7 +27,7 @@ def recorded(tmp_path_factory):
   mesh = devices.make_mesh(2)
   program, world = (
     pretrain.make_program(config, generator, mesh),
-    pretrain.make_world(config, generator, mesh),
+    worlds.make_world(config, generator, mesh),
   )
   state = program.init(jax.random.key(0), world)
   for call in range(2):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from palm_jax import environment, experience, pretrain
+from palm_jax import environment, experience, pretrain, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from palm_jax.generator import LoadedGenerator
@@ -109,7 +109,7 @@ def test_a_world_of_prompts_is_played_in_with_momentum_and_seen_in_stacks():
   c.pretrain.record = True
   c.pretrain.iterations_per_call = 4
   world_of, mesh = prompts(Told(), np.eye(3)[[0, 2, 1, 1, 0]]), devices.make_mesh()
-  program, world = pretrain.make_program(c, world_of, mesh), pretrain.make_world(c, world_of, mesh)
+  program, world = pretrain.make_program(c, world_of, mesh), worlds.make_world(c, world_of, mesh)
   state = program.init(jax.random.key(0), world)
   assert set(np.asarray(state.env.label)) <= set(range(5))
   assert not np.any(state.env.velocity)
@@ -131,13 +131,13 @@ def test_a_world_of_prompts_is_played_in_with_momentum_and_seen_in_stacks():
 def test_a_config_opens_the_door_to_w():
   c = nature_config()
   c.generator.path, c.environment.latent_space = 'cifar10-small', 'w'
-  world = pretrain.load_world_generator(c, None)
+  world = worlds.load_world_generator(c, None)
   assert isinstance(world, WLatents) and (world.z_dim, world.num_classes) == (64, 10)
   c.environment.latent_space = 'y'
   with pytest.raises(
     UserError, match="environment.latent_space='y' is unknown: choose one of z, w"
   ):
-    pretrain.check_config(c, 8)
+    pretrain.check(c, 8)
 
 
 def test_a_margin_is_cut_off(generator):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from palm_jax import environment, experience, pairs, pretrain
+from palm_jax import environment, experience, pairs, pretrain, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from palm_jax.data.load import Data, Split
@@ -135,7 +135,7 @@ def play(c, workdir, calls, data=None):
   mesh, generator = devices.make_mesh(), LargeGenerator()
   program, world = (
     pretrain.make_program(c, generator, mesh),
-    pretrain.make_world(c, generator, mesh, data),
+    worlds.make_world(c, generator, mesh, data),
   )
   state = program.init(jax.random.key(c.seed), world)
   for i in range(calls):
@@ -217,7 +217,7 @@ def test_settings_that_cannot_work(changes, message):
   c = nature_config()
   c.pairs.update(changes)
   with pytest.raises(UserError, match=message):
-    pretrain.check_config(c, 8)
+    pretrain.check(c, 8)
 
 
 def test_objectives_that_cannot_work():
@@ -226,7 +226,7 @@ def test_objectives_that_cannot_work():
   with pytest.raises(
     UserError, match="'supcon' needs labels, which pairs.source='explored' never sees"
   ):
-    pretrain.check_config(c, 8)
+    pretrain.check(c, 8)
   c.pairs.source, unconditional = 'jahanian_random', LargeGenerator()
   unconditional.num_classes = 0
   with pytest.raises(UserError, match="'supcon' with a generator without classes"):
@@ -235,10 +235,10 @@ def test_objectives_that_cannot_work():
   with pytest.raises(
     UserError, match="simsiam.objective='byol' is unknown: choose one of simsiam, simclr, supcon"
   ):
-    pretrain.check_config(c, 8)
+    pretrain.check(c, 8)
   c.simsiam.update(dict(objective='simclr', temperature=0.0))
   with pytest.raises(UserError, match='simsiam.temperature=0'):
-    pretrain.check_config(c, 8)
+    pretrain.check(c, 8)
 
 
 def test_records_and_images_that_do_not_fit(explored, data, tmp_path):

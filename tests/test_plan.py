@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from palm_jax import pretrain, train
+from palm_jax import pretrain, train, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from palm_jax.runner import run
@@ -23,7 +23,7 @@ def test_memory_is_that_of_the_state(planned):
   config, generator, mesh = tiny_config(), LinearGenerator(), devices.make_mesh(2)
   program, world = (
     pretrain.make_program(config, generator, mesh),
-    pretrain.make_world(config, generator, mesh),
+    worlds.make_world(config, generator, mesh),
   )
   state = program.init(jax.random.key(0), world)
   on_first = lambda tree: sum(
@@ -51,7 +51,7 @@ def test_arithmetic_is_that_of_the_program(planned):
   network."""
   config, generator, mesh = tiny_config(), LinearGenerator(), devices.make_mesh(2)
   program = pretrain.make_program(config, generator, mesh)
-  world = jax.eval_shape(lambda: pretrain.host_world(config, generator))
+  world = jax.eval_shape(lambda: worlds.host_world(config, generator))
   traced = program.call.trace(jax.eval_shape(program.init, jax.random.key(0), world), world)
   whole = cost.flops(traced) / config.pretrain.iterations_per_call
   assert 0.95 * whole < planned['flops_per_iteration'] <= whole
@@ -65,7 +65,7 @@ def test_a_replay_beyond_the_memory_is_refused_before_it_is_made():
   config.replay.capacity = 1 << 34
   program, world = (
     pretrain.make_program(config, generator, mesh),
-    pretrain.host_world(config, generator),
+    worlds.host_world(config, generator),
   )
   state = jax.eval_shape(program.init, jax.random.key(0), world)
   with pytest.raises(

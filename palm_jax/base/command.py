@@ -7,6 +7,7 @@ import logging as python_logging
 import pathlib
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import jax
 from absl import app, flags
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from palm_jax.base import checks, devices
 from palm_jax.base.errors import UserError
 
+INTERRUPTED = 130  # exit code after Ctrl-C, as a shell has it
 # Of the disk or of permissions: the user can do something about them.
 FIXABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -35,6 +37,8 @@ def exit_on_user_error(main: Callable) -> Callable:
       return main(argv)
     except UserError as e:
       fail(e)
+    except KeyboardInterrupt:
+      fail('interrupted: the same command resumes what was saved', INTERRUPTED)
     except OSError as e:
       if e.errno not in FIXABLE:
         raise
@@ -53,10 +57,10 @@ def exit_on_user_error(main: Callable) -> Callable:
   return wrapped
 
 
-def fail(message: object) -> None:
-  """Ends the process with one line and exit code 2."""
+def fail(message: object, code: int = 2) -> NoReturn:
+  """Ends the process with one line and an exit code."""
   print(f'palm_jax: {message}', file=sys.stderr)
-  sys.exit(2)
+  sys.exit(code)
 
 
 def start() -> None:

@@ -1,30 +1,195 @@
-"""Loops that are stopped and resumed."""
+"""The one loop that trains anything here: it stops on a signal, saves, and is resumed.
 
+with Training('pretrain', folder, total, unit='env steps', per_step=512) as run:
+  restored = run.resume({'state': template})
+  state = restored.items['state'] if restored else init()
+  while not run.over:
+    state, metrics = call(state)
+    run.advance()
+    run.write(metrics)
+    run.show(metrics)
+    if run.should_save:
+      run.save({'state': state})
+"""
+
+import pathlib
 import signal
 import threading
+import time
+from collections.abc import Mapping
+from typing import Any, Self
 
-from palm_jax.base.processes import any_process
+import jax
+from absl import logging
+
+from palm_jax.base.checkpoints import Checkpoints, Restored
+from palm_jax.base.metrics import MetricWriter, Progress
+from palm_jax.base.processes import any_process, is_first
+
+SIGNALS = signal.SIGTERM, signal.SIGINT
+
+
+class Stopped(Exception):
+  """A signal stopped the work, and all of it is saved."""
 
 
 class Preemption:
-  """Within it SIGTERM only sets a flag: the loop asks `requested` once an iteration, saves, and
-  leaves with code 0."""
+  """Within it SIGTERM and Ctrl-C only set a flag, which a loop asks for between its steps.
 
-  def __enter__(self):
-    self._flag = False
-    # Python allows handlers in the main thread only; elsewhere the signal keeps its meaning.
-    self._main = threading.current_thread() is threading.main_thread()
-    self._before = signal.signal(signal.SIGTERM, self._set) if self._main else None
+  A second Ctrl-C raises KeyboardInterrupt at once.
+  """
+
+  def __enter__(self) -> Self:
+    self._received: int | None = None
+    self._before = {}
+    # Python allows handlers in the main thread only; elsewhere signals keep their meaning.
+    if threading.current_thread() is threading.main_thread():
+      self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
     return self
 
-  def __exit__(self, *_):
-    if self._main:
-      signal.signal(signal.SIGTERM, self._before)
+  def __exit__(self, *_: object) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
 
-  def _set(self, *_):
-    self._flag = True
+  def _receive(self, number, frame):
+    if number == signal.SIGINT == self._received:
+      signal.default_int_handler(number, frame)
+    self._received = number
 
   @property
-  def requested(self):
-    """Whether any process was told to stop; all processes must ask together, and get one answer."""
-    return any_process(self._flag)
+  def requested(self) -> bool:
+    """Whether any process was told to stop; all must ask together, and get one answer."""
+    return any_process(self._received is not None)
+
+  def stop(self) -> None:
+    """Ends the work that was told to stop: KeyboardInterrupt after Ctrl-C, else Stopped.
+
+    Of several processes only one may have had the Ctrl-C, and all must end alike: with Stopped.
+    """
+    if self._received == signal.SIGINT and jax.process_count() == 1:
+      raise KeyboardInterrupt
+    raise Stopped
+
+
+class Training:
+  """A training of known length: its checkpoints, metrics, progress lines, and signals.
+
+  All processes go through it together. Leaving the block waits for the last save; where a signal
+  came before the end, it raises Stopped (KeyboardInterrupt after Ctrl-C).
+
+  Args:
+    name: of the job, in progress lines.
+    folder: for checkpoints/ and the metrics.
+    total: steps of the whole training.
+    unit: what progress counts, in the plural.
+    per_step: how many of these a step is.
+    metrics_per_step: by how much a step moves the step of the metrics.
+    checkpoint_minutes: between two checkpoints.
+    keep: newest checkpoints that stay.
+    writes_metrics: whether there are metrics.jsonl and TensorBoard's files.
+
+  Attributes:
+    step: how many steps are done.
+    checkpoints: base.checkpoints.Checkpoints.
+    preemption: Preemption.
+  """
+
+  def __init__(
+    self,
+    name: str,
+    folder: pathlib.Path,
+    total: int,
+    *,
+    unit: str = 'steps',
+    per_step: int = 1,
+    metrics_per_step: int = 1,
+    checkpoint_minutes: float = 10.0,
+    keep: int = 2,
+    writes_metrics: bool = True,
+  ):
+    self._name, self._folder, self._total = name, folder, total
+    self._per_step, self._metrics_per_step = per_step, metrics_per_step
+    self._seconds_to_save, self._writes_metrics = 60 * checkpoint_minutes, writes_metrics
+    self._progress = Progress(name, total * per_step, unit)
+    self._writer: MetricWriter | None = None
+    self._stopping = False
+    self.step = 0
+    self.checkpoints = Checkpoints(folder / 'checkpoints', keep)
+    self.preemption = Preemption()
+    self._began = self._saved_at = time.monotonic()
+
+  def __enter__(self) -> Self:
+    self.preemption.__enter__()
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    try:
+      if self._writer:
+        self._writer.close()
+      self.checkpoints.close()
+    finally:
+      self.preemption.__exit__()
+    if kind is None and self.step < self._total:
+      self.preemption.stop()
+
+  def resume(self, templates: Mapping[str, Any]) -> Restored | None:
+    """What the newest whole checkpoint holds, from which the loop goes on; None at the start.
+
+    Args:
+      templates: {name: tree of jax.ShapeDtypeStruct with shardings} of the items wanted.
+
+    Raises:
+      UserError: see Checkpoints.restore.
+    """
+    restored = self.checkpoints.restore(templates)
+    if restored:
+      self.step = restored.step
+      self._began -= restored.metadata.get('seconds', 0.0)
+      done, total = self.step * self._per_step, self._total * self._per_step
+      logging.info('%s: resumed at step %d (%d of %d)', self._name, self.step, done, total)
+    if self._writes_metrics and is_first():
+      self._writer = MetricWriter(self._folder, self.step * self._metrics_per_step)
+    return restored
+
+  @property
+  def seconds(self) -> float:
+    """That the training has taken, over all its starts."""
+    return time.monotonic() - self._began
+
+  @property
+  def complete(self) -> bool:
+    """Whether all steps are done."""
+    return self.step >= self._total
+
+  @property
+  def over(self) -> bool:
+    """Whether the loop ends here: complete, or stopped by a signal and saved."""
+    return self.complete or self._stopping
+
+  def advance(self, steps: int = 1) -> None:
+    """Counts steps that were done."""
+    self.step += steps
+
+  def write(self, scalars: Mapping[str, float]) -> None:
+    """Adds a line to metrics.jsonl, in the first process."""
+    if self._writer:
+      self._writer.write(self.step * self._metrics_per_step, scalars)
+
+  def show(self, scalars: Mapping[str, float]) -> None:
+    """Logs a line of progress every few seconds."""
+    self._progress.update(self.step * self._per_step, scalars)
+
+  @property
+  def should_save(self) -> bool:
+    """Whether the training is complete, stops, or has gone on for checkpoint_minutes.
+
+    To be asked once after each step, by all processes.
+    """
+    self._stopping = self.preemption.requested
+    due = time.monotonic() - self._saved_at > self._seconds_to_save
+    return self.complete or self._stopping or any_process(due)
+
+  def save(self, items: Mapping[str, Any], **metadata: Any) -> None:
+    """Saves the items, and beside them `seconds` and the metadata. Raises UserError."""
+    self.checkpoints.save(self.step, dict(items), dict(metadata, seconds=self.seconds))
+    self._saved_at = time.monotonic()

@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from palm_jax import pairs, pretrain
+from palm_jax import pairs, pretrain, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.metrics import Progress
@@ -94,7 +94,7 @@ def run(this: Run) -> dict:
   """
   config, workdir, data, mesh = this.config, this.workdir, this.data, this.mesh
   started, c, prefix = time.monotonic(), config.diversity, PREFIX[config.diversity.features]
-  generator = pretrain.load_world_generator(config, workdir)
+  generator = worlds.load_world_generator(config, workdir)
   shape, num_classes = data.train.images.shape[1:], len(data.class_names)
   if tuple(generator.image_shape) != shape or generator.num_classes not in (0, num_classes):
     raise UserError(

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
-from palm_jax import environment, experience, pretrain, replay, sac
+from palm_jax import environment, experience, replay, rollout, sac, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 
@@ -19,7 +19,7 @@ from palm_jax.base.errors import UserError
 def actor_template(config, generator, program, mesh):
   """Shapes of the policy's parameters in a pretraining of this config, to be read onto every device
   of the mesh."""
-  state = jax.eval_shape(program.init, jax.random.key(0), pretrain.host_world(config, generator))
+  state = jax.eval_shape(program.init, jax.random.key(0), worlds.host_world(config, generator))
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P())),
     state.agent.actor,
@@ -104,7 +104,7 @@ def make_arms(config, generator, program, mesh, variables, actor):
     latents (E, z_dim) in place of ids. A picture is a function of (key, id, label).
   """
   length, num_classes = config.environment.episode_length, generator.num_classes
-  real = jnp.promote_types(pretrain.DTYPES[config.pretrain.dtype], jnp.float32)
+  real = jnp.promote_types(rollout.DTYPES[config.pretrain.dtype], jnp.float32)
   action_dtype = replay.ACTION_DTYPES[config.replay.actions] or real
   ssl = {
     'params': {'encoder': variables['params']},
@@ -127,7 +127,7 @@ def make_arms(config, generator, program, mesh, variables, actor):
     return environment.to_uint8(images)
 
   def policy(world, ssl, agent, env, keys):
-    return program.action(ssl, agent, render(world, env.z, env.label), keys)
+    return rollout.act(program.setup, ssl, agent, render(world, env.z, env.label), keys)
 
   def uniform(world, ssl, agent, env, keys):
     return environment.random_actions(keys, generator.z_dim, real)
@@ -162,7 +162,7 @@ def make_arms(config, generator, program, mesh, variables, actor):
   def given(world, ssl, agent, key, z, labels):
     return z.astype(real)
 
-  world = pretrain.make_world(config, generator, mesh)
+  world = worlds.make_world(config, generator, mesh)
 
   def compiled(latents):
     def call(world, ssl, agent, key, which, labels):

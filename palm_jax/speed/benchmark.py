@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from absl import logging
 from ml_collections import ConfigDict
 
-from palm_jax import pairs, pretrain
+from palm_jax import pairs, pretrain, rollout, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from palm_jax.generator import benchmark as generator_benchmark
@@ -46,7 +46,7 @@ def run(this: Run) -> dict:
   if trains_generator(config):
     result['generator'] = generator_benchmark.measure(config, data, mesh)
   if 'pretrain' in config.jobs:
-    generator = pretrain.as_world(config, draw_weights(plan.make_generator(config, workdir)))
+    generator = worlds.as_world(config, draw_weights(plan.make_generator(config, workdir)))
     result['pretrain'] = pretraining(config, generator, mesh)
   if not result.keys() & {'generator', 'pretrain'}:
     raise UserError(
@@ -92,13 +92,13 @@ def pretraining(config, generator, mesh):
   """
   p = config.pretrain
   program = pretrain.make_program(config, generator, mesh)
-  world, key = pretrain.make_world(config, generator, mesh), jax.random.key(config.seed)
+  world, key = worlds.make_world(config, generator, mesh), jax.random.key(config.seed)
   state = fill(program, program.init(key, world))
-  make_sample = lambda key: workload.make_sample(config, generator, program, key)
+  make_sample = lambda key: workload.make_sample(program.setup, key)
   sample = jax.jit(
     make_sample, out_shardings=workload.sample_shardings(mesh, jax.eval_shape(make_sample, key))
   )(key)
-  parts = workload.make_parts(config, generator, program, mesh)
+  parts = workload.make_parts(program.setup, mesh)
 
   traced = program.call.trace(state, world)
   flops = dict(whole=cost.flops(traced) / p.iterations_per_call)
@@ -123,7 +123,7 @@ def pretraining(config, generator, mesh):
     )
   found = {name: statistics.median(values[1:]) for name, values in times.items()}
   whole, unavoidable = found.pop('whole'), sum(found[name] for name in workload.UNAVOIDABLE)
-  peak, memory = timing.matmul_flops(pretrain.DTYPES[p.dtype]), compiled.memory_analysis()
+  peak, memory = timing.matmul_flops(rollout.DTYPES[p.dtype]), compiled.memory_analysis()
   result = dict(
     seconds_per_iteration=whole,
     env_steps_per_second=program.env_steps_per_iteration / whole,
@@ -154,7 +154,7 @@ def fill(program, state):
     ring = state.ring
     frames = jax.random.bits(jax.random.key(1), ring.frames.shape, jnp.uint8)
     return state.replace(
-      iteration=state.iteration + program.warmup_iterations,
+      iteration=state.iteration + program.setup.warmup_iterations,
       ring=ring.replace(frames=frames, total=ring.total + ring.frames.shape[0]),
     )
 

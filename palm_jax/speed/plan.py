@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
-from palm_jax import pairs, pretrain, simsiam
+from palm_jax import pairs, pretrain, rollout, simsiam, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from palm_jax.encoder import make_encoder
@@ -58,7 +58,7 @@ def run(this: Run) -> dict:
       raise UserError(f'plan.{name}={value} is negative: set it to 0 or more')
   num_devices = c.devices or mesh.size
   memory = c.memory_gb * 1e9 or devices.memory_bytes(mesh)
-  result = estimate(config, pretrain.as_world(config, make_generator(config, workdir)), num_devices)
+  result = estimate(config, worlds.as_world(config, make_generator(config, workdir)), num_devices)
   rate, source = sustained_rate(config, workdir)
   seconds = result['flops_per_iteration'] / rate
   result |= dict(
@@ -78,7 +78,7 @@ def make_generator(config, workdir):
   `untrained_generator`."""
   if config.generator.path or (pathlib.Path(workdir) / 'generator' / 'network.json').exists():
     return load_generator(config.generator.path or workdir).with_dtype(
-      pretrain.DTYPES[config.pretrain.dtype]
+      rollout.DTYPES[config.pretrain.dtype]
     )
   return untrained_generator(config)
 
@@ -93,7 +93,7 @@ def untrained_generator(config):
     network.init, jax.random.key(0), jnp.zeros((1, network.z_dim)), jnp.zeros(1, jnp.int32)
   )
   variables = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), variables)
-  return LoadedGenerator(network, variables).with_dtype(pretrain.DTYPES[config.pretrain.dtype])
+  return LoadedGenerator(network, variables).with_dtype(rollout.DTYPES[config.pretrain.dtype])
 
 
 def estimate(config, generator, num_devices):
@@ -116,13 +116,13 @@ def estimate(config, generator, num_devices):
   program = pretrain.make_program(config, generator, mesh)
   world, state, sample = jax.eval_shape(
     lambda key: (
-      world := pretrain.host_world(config, generator),
+      world := worlds.host_world(config, generator),
       program.init(key, world),
-      workload.make_sample(config, generator, program, key),
+      workload.make_sample(program.setup, key),
     ),
     jax.random.key(0),
   )
-  parts = workload.make_parts(config, generator, program, mesh)
+  parts = workload.make_parts(program.setup, mesh)
   flops = {
     name: cost.flops(part.call.trace(*part.arguments(state, world, sample)))
     for name, part in parts.items()
@@ -135,14 +135,14 @@ def estimate(config, generator, num_devices):
       frames=state.ring.frames, actions=state.ring.actions, environments=(state.env, state.frames)
     ).items()
   }
-  iterations = program.num_calls * config.pretrain.iterations_per_call
+  iterations = program.setup.num_calls * config.pretrain.iterations_per_call
   return dict(
     num_devices=num_devices,
     env_steps=iterations * program.env_steps_per_iteration,
     iterations=iterations,
     env_steps_per_iteration=program.env_steps_per_iteration,
     ring_frames=config.replay.capacity,
-    picture=pretrain.seen_shape(config, generator),
+    picture=worlds.seen_shape(config, generator),
     parameters=dict(
       generator=count(world.variables),
       **{name: count(x) for name, x in state.ssl['params'].items()},
@@ -162,12 +162,12 @@ def estimate(config, generator, num_devices):
 def activation_bytes(config, generator, ssl, num_devices):
   """What SimSiam's backward pass, the largest of all, needs kept by the forward pass over one
   device's batch."""
-  dtype = pretrain.DTYPES[config.pretrain.dtype]
+  dtype = rollout.DTYPES[config.pretrain.dtype]
   modules = simsiam.make_modules(
     make_encoder(config.encoder, None, dtype), config.simsiam, None, dtype
   )
   frames = jax.ShapeDtypeStruct(
-    (config.pretrain.batch_size // num_devices, *pretrain.seen_shape(config, generator)), jnp.uint8
+    (config.pretrain.batch_size // num_devices, *worlds.seen_shape(config, generator)), jnp.uint8
   )
   loss = lambda params, *views: simsiam.forward(
     modules, params, batch_stats, *views, symmetric=config.simsiam.symmetric
@@ -184,7 +184,7 @@ def sustained_rate(config, workdir):
   if measured.exists() and 'pretrain' in (found := json.loads(measured.read_text())):
     found = found['pretrain']
     return found['flops']['whole'] / found['seconds_per_iteration'], str(measured)
-  rate = timing.matmul_flops(pretrain.DTYPES[config.pretrain.dtype])
+  rate = timing.matmul_flops(rollout.DTYPES[config.pretrain.dtype])
   return (
     USUAL_SHARE * rate,
     f'{USUAL_SHARE:.0%} of {rate / 1e12:.3g} TFLOP/s, measured in a product here: a guess',

@@ -1,23 +1,28 @@
-"""The parts of an iteration of pretraining, each compiled on its own at the sizes of a config, to
-be measured or counted.
+"""The parts of an iteration of pretraining, each compiled alone at a config's sizes.
 
-Three of them are work that no arrangement avoids: drawing the rollout's frames, looking at them to
-act, and SimSiam's forward and backward pass over the batches. They call the bare networks, not
-pretrain's own functions.
+They are measured or counted. Three of them are work that no arrangement avoids: drawing the
+rollout's frames, looking at them to act, and SimSiam's forward and backward pass over the batches.
+They call the bare networks, not pretrain's own functions.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from palm_jax import environment, replay, reward, sac, simsiam
 from palm_jax.base import devices
-from palm_jax.pretrain import DTYPES, State, seen_shape
+from palm_jax.pretrain import State
+from palm_jax.setup import Setup
 
 UNAVOIDABLE = 'generator', 'acting', 'simsiam'
+ROWS = P(None, 'data')
 
 
 class Part(NamedTuple):
@@ -31,183 +36,182 @@ class Part(NamedTuple):
   """
 
   call: Any
-  arguments: Any
+  arguments: Callable[[State, Any, dict[str, jax.Array]], tuple]
   carries: str | None = None
 
 
-def settings(config):
-  """The sections of a config that an iteration's cost depends on, as dicts."""
-  return {
-    name: config[name].to_dict()
-    for name in ('pretrain', 'replay', 'encoder', 'simsiam', 'sac', 'reward')
-  }
+def settings(config: ConfigDict) -> dict[str, dict]:
+  """The sections of a config that an iteration's cost depends on."""
+  names = 'pretrain', 'replay', 'encoder', 'simsiam', 'sac', 'reward'
+  return {name: config[name].to_dict() for name in names}
 
 
-def make_sample(config, generator, program, key):
-  """Inputs of the parts, drawn at random: {name: (steps or updates, environments or transitions,
-  ...) array}.
-
-  Args:
-    config: the whole config.
-    generator: as for pretrain.make_program.
-    program: pretrain.Program.
-    key: typed key.
-  """
-  p, keys = config.pretrain, iter(jax.random.split(key, 16))
-  real = jnp.promote_types(DTYPES[p.dtype], jnp.float32)
+def make_sample(setup: Setup, key: jax.Array) -> dict[str, jax.Array]:
+  """Inputs of the parts, drawn at random: (steps or updates, environments or transitions, ...)."""
+  p, generator, keys = setup.config.pretrain, setup.generator, iter(jax.random.split(key, 16))
   rollout, batch = (p.rollout_length, p.num_envs), (p.updates_per_iteration, p.batch_size)
-  shape = seen_shape(config, generator)
+  z_dim, shape = generator.z_dim, setup.image_shape
   pictures = lambda lead: jax.random.bits(next(keys), (*lead, *shape), jnp.uint8)
-  normal = lambda *shape: jax.random.normal(next(keys), shape, real)
-  look = lambda key: program.modules.encoder.init_with_output(
+  normal = lambda *shape: jax.random.normal(next(keys), shape, setup.real)
+  look = lambda key: setup.encoder.init_with_output(
     key, jnp.zeros((2, *shape), jnp.uint8), train=False
   )
   features = jax.eval_shape(look, key)[0].shape[-1]
   return dict(
-    z=normal(*rollout, generator.z_dim),
+    z=normal(*rollout, z_dim),
     label=jax.random.randint(next(keys), rollout, 0, max(generator.num_classes, 1)),
     seen=pictures(rollout),
-    done=jnp.tanh(normal(*rollout, generator.z_dim)),
+    done=jnp.tanh(normal(*rollout, z_dim)),
     s=pictures(batch),
     s_next=pictures(batch),
     h=normal(*batch, features),
     h_next=normal(*batch, features),
-    action=jnp.tanh(normal(*batch, generator.z_dim)),
+    action=jnp.tanh(normal(*batch, z_dim)),
     reward=normal(*batch),
-    noise=normal(*batch, 2, generator.z_dim),
+    noise=normal(*batch, 2, z_dim),
   )
 
 
-def sample_shardings(mesh, sample):
+def sample_shardings(mesh: Mesh, sample: Any) -> Any:
   """Where a sample lies: the second axis over 'data'."""
-  return devices.shardings(mesh, jax.tree.map(lambda _: P(None, 'data'), sample))
+  return devices.shardings(mesh, jax.tree.map(lambda _: ROWS, sample))
 
 
-def make_parts(config, generator, program, mesh):
-  """{name: Part}: generator, acting, simsiam, reward, sac, replay; each does what one iteration
-  does of it.
-
-  Args:
-    config: the whole config.
-    generator: as for pretrain.make_program.
-    program: pretrain.Program of the two and the mesh.
-    mesh: one-dimensional mesh, axis 'data'.
-  """
-  p, modules, length = config.pretrain, program.modules, config.environment.episode_length
-  shards = config.replay.num_shards // mesh.size
-  rows = P(None, 'data')
+def make_parts(setup: Setup, mesh: Mesh) -> dict[str, Part]:
+  """The parts by name; each does what one iteration does of it."""
 
   def part(f, in_specs, out_specs, arguments, carries=None):
+    f = functools.partial(f, setup)
     sharded = jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
     return Part(jax.jit(sharded, donate_argnums=() if carries is None else 0), arguments, carries)
 
-  def over(f, *arrays):
-    """f on each step or update, one after the other."""
-    return jax.lax.scan(lambda _, x: (None, f(*x)), None, arrays)[1]
-
-  def draw(variables, z, labels):
-    images = lambda z, labels: generator.apply(
-      variables, z, labels, truncation_psi=config.environment.truncation_psi
-    )
-    return over(lambda *x: environment.to_uint8(images(*x)), z, labels)
-
-  def look(params, batch_stats, frames):
-    return over(
-      lambda x: modules.encoder.apply(
-        {'params': params, 'batch_stats': batch_stats}, x, train=False
-      ),
-      frames,
-    )
-
-  def learn(ssl, s, s_next):
-    def gradient_norm(*views):
-      def loss(params):
-        params = jax.lax.pcast(params, 'data', to='varying')
-        return simsiam.forward(
-          modules,
-          params,
-          ssl['batch_stats'],
-          *views,
-          symmetric=config.simsiam.symmetric,
-          axis_name='data',
-          objective=config.simsiam.objective,
-          temperature=config.simsiam.temperature,
-        )
-
-      return optax.tree.norm(jax.grad(loss, has_aux=True)(ssl['params'])[0])
-
-    return over(gradient_norm, s, s_next)
-
-  def reward_of(h):
-    return over(
-      lambda h: reward.global_entropy_reward(h, 'data', **reward.options(config.reward)), h
-    )
-
-  def act_and_criticise(agent, h, action, r, h_next, noise):
-    def update(agent, x):
-      *transitions, noise = x
-      batch = sac.Batch(*transitions, discount=jnp.full_like(r[0], config.sac.gamma))
-      return sac.update(agent, batch, noise.swapaxes(0, 1), config.sac, axis_name='data')
-
-    return jax.lax.scan(update, agent, (h, action, r, h_next, noise))
-
-  def remember(ring, frames, actions):
-    ring = replay.add(ring, frames, replay.pack(actions, ring.actions.dtype))
-    first = jnp.zeros(frames.shape[1], jnp.int32)
-    drawn = lambda key: replay.sample(
-      ring,
-      jax.random.split(key, shards),
-      p.batch_size // config.replay.num_shards,
-      first,
-      length,
-      seen_shape(config, generator),
-    )
-    return ring, over(
-      drawn,
-      jax.random.split(jax.random.fold_in(jax.random.key(0), ring.total), p.updates_per_iteration),
-    )
-
-  specs = State.specs()
+  ring = State.specs().ring
+  of_encoder = lambda state, name: state.ssl[name]['encoder']
+  without_optimizer = lambda ssl: {name: ssl[name] for name in ('params', 'batch_stats')}
+  transitions = 'h', 'action', 'reward', 'h_next', 'noise'
   return dict(
     generator=part(
-      draw, (P(), rows, rows), rows, lambda state, world, x: (world.variables, x['z'], x['label'])
+      draw,
+      (P(), ROWS, ROWS),
+      ROWS,
+      lambda state, world, x: (world.variables, x['z'], x['label']),
     ),
     acting=part(
       look,
-      (P(), P(), rows),
-      rows,
+      (P(), P(), ROWS),
+      ROWS,
       lambda state, world, x: (
-        state.ssl['params']['encoder'],
-        state.ssl['batch_stats']['encoder'],
+        of_encoder(state, 'params'),
+        of_encoder(state, 'batch_stats'),
         x['seen'],
       ),
     ),
     simsiam=part(
       learn,
-      (P(), rows, rows),
+      (P(), ROWS, ROWS),
       P(),
-      lambda state, world, x: (
-        {name: state.ssl[name] for name in ('params', 'batch_stats')},
-        x['s'],
-        x['s_next'],
-      ),
+      lambda state, world, x: (without_optimizer(state.ssl), x['s'], x['s_next']),
     ),
-    reward=part(reward_of, rows, rows, lambda state, world, x: (x['h'],)),
+    reward=part(reward_of, ROWS, ROWS, lambda state, world, x: (x['h'],)),
     sac=part(
-      act_and_criticise,
-      (P(), *[rows] * 5),
+      learn_policy,
+      (P(), *[ROWS] * 5),
       P(),
-      lambda state, world, x: (
-        state.agent,
-        *(x[name] for name in ('h', 'action', 'reward', 'h_next', 'noise')),
-      ),
-      'agent',
+      lambda state, world, x: (state.agent, *(x[name] for name in transitions)),
+      carries='agent',
     ),
     replay=part(
       remember,
-      (specs.ring, rows, rows),
-      (specs.ring, rows),
+      (ring, ROWS, ROWS),
+      (ring, ROWS),
       lambda state, world, x: (state.ring, x['seen'], x['done']),
-      'ring',
+      carries='ring',
     ),
   )
+
+
+def one_by_one(f: Callable, *arrays: Any) -> Any:
+  """f on each step or update, one after the other."""
+  return jax.lax.scan(lambda _, x: (None, f(*x)), None, arrays)[1]
+
+
+def draw(setup: Setup, variables: Any, z: jax.Array, labels: jax.Array) -> jax.Array:
+  """The rollout's frames."""
+  psi = setup.config.environment.truncation_psi
+
+  def pictures(z, labels):
+    return environment.to_uint8(setup.generator.apply(variables, z, labels, truncation_psi=psi))
+
+  return one_by_one(pictures, z, labels)
+
+
+def look(setup: Setup, params: Any, batch_stats: Any, frames: jax.Array) -> jax.Array:
+  """The encoder's features of the rollout's frames, as the policy sees them."""
+  variables = {'params': params, 'batch_stats': batch_stats}
+  return one_by_one(lambda x: setup.encoder.apply(variables, x, train=False), frames)
+
+
+def learn(setup: Setup, ssl: dict[str, Any], s: jax.Array, s_next: jax.Array) -> jax.Array:
+  """SimSiam's forward and backward pass over each batch -> norms of the gradients."""
+  c = setup.config.simsiam
+
+  def gradient_norm(*views):
+    def loss(params):
+      return simsiam.forward(
+        setup.modules,
+        jax.lax.pcast(params, 'data', to='varying'),
+        ssl['batch_stats'],
+        *views,
+        symmetric=c.symmetric,
+        axis_name='data',
+        objective=c.objective,
+        temperature=c.temperature,
+      )
+
+    return optax.tree.norm(jax.grad(loss, has_aux=True)(ssl['params'])[0])
+
+  return one_by_one(gradient_norm, s, s_next)
+
+
+def reward_of(setup: Setup, h: jax.Array) -> jax.Array:
+  """The reward of each batch."""
+  options = reward.options(setup.config.reward)
+  return one_by_one(lambda h: reward.global_entropy_reward(h, 'data', **options), h)
+
+
+def learn_policy(
+  setup: Setup,
+  agent: sac.SAC,
+  h: jax.Array,
+  action: jax.Array,
+  r: jax.Array,
+  h_next: jax.Array,
+  noise: jax.Array,
+) -> tuple[sac.SAC, dict]:
+  """SAC's updates."""
+  c = setup.config.sac
+
+  def update(agent, x):
+    *transitions, noise = x
+    batch = sac.Batch(*transitions, discount=jnp.full_like(r[0], c.gamma))
+    return sac.update(agent, batch, noise.swapaxes(0, 1), c, axis_name='data')
+
+  return jax.lax.scan(update, agent, (h, action, r, h_next, noise))
+
+
+def remember(
+  setup: Setup, ring: replay.Replay, frames: jax.Array, actions: jax.Array
+) -> tuple[replay.Replay, Any]:
+  """A block added to the ring, and batches drawn from it."""
+  config = setup.config
+  shards = config.replay.num_shards // setup.num_devices
+  per_shard = config.pretrain.batch_size // config.replay.num_shards
+  first, length = jnp.zeros(frames.shape[1], jnp.int32), config.environment.episode_length
+  ring = replay.add(ring, frames, replay.pack(actions, ring.actions.dtype))
+
+  def drawn(key):
+    keys = jax.random.split(key, shards)
+    return replay.sample(ring, keys, per_shard, first, length, setup.image_shape)
+
+  key = jax.random.fold_in(jax.random.key(0), ring.total)
+  return ring, one_by_one(drawn, jax.random.split(key, config.pretrain.updates_per_iteration))

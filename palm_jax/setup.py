@@ -1,0 +1,68 @@
+"""What a pretraining is made of, fixed before anything is traced."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from palm_jax import augment, pairs, replay, rollout, simsiam, worlds
+from palm_jax.base.errors import UserError
+from palm_jax.encoder import make_encoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup(rollout.Play):
+  """What a run needs, fixed before anything is traced: what playing needs, and for learning:
+
+  Attributes:
+    source: where pairs come from.
+    modules: encoder, projector, predictor.
+    optimizer: of their parameters.
+    views: (keys, frames) -> augmented frames.
+    warmup_iterations: with random actions and no update.
+    num_calls: of the whole run, pretrain.iterations_per_call iterations each.
+  """
+
+  source: pairs.Source
+  modules: simsiam.Modules
+  optimizer: optax.GradientTransformation
+  views: Callable[[jax.Array, jax.Array], jax.Array]
+  warmup_iterations: int
+  num_calls: int
+
+
+def make_setup(config: ConfigDict, generator: Any, num_devices: int) -> Setup:
+  """Setup of a config that pretrain.check accepts; UserError where the generator does not fit."""
+  if config.simsiam.objective == 'supcon' and not generator.num_classes:
+    raise UserError(
+      "simsiam.objective='supcon' with a generator without classes makes one class of everything: "
+      'choose another'
+    )
+  p, c = config.pretrain, config.simsiam
+  steps_per_iteration = p.rollout_length * p.num_envs
+  warmup_iterations = math.ceil(p.warmup_steps / steps_per_iteration)
+  num_calls = math.ceil(p.env_steps / steps_per_iteration / p.iterations_per_call)
+  num_updates = (num_calls * p.iterations_per_call - warmup_iterations) * p.updates_per_iteration
+  dtype = rollout.DTYPES[p.dtype]
+  real = jnp.promote_types(dtype, jnp.float32)
+  encoder = make_encoder(config.encoder, 'data', dtype)
+  return Setup(
+    config=config,
+    generator=generator,
+    encoder=encoder,
+    image_shape=worlds.seen_shape(config, generator),
+    real=real,
+    action_dtype=replay.ACTION_DTYPES[config.replay.actions] or real,
+    num_devices=num_devices,
+    source=pairs.SOURCES[config.pairs.source],
+    modules=simsiam.make_modules(encoder, c, 'data', dtype),
+    optimizer=simsiam.make_optimizer(c, num_updates, p.batch_size),
+    views=augment.make_augment(c.augment),
+    warmup_iterations=warmup_iterations,
+    num_calls=num_calls,
+  )

@@ -1,0 +1,67 @@
+"""The world that a config describes: its generator and dynamics, on the devices."""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from palm_jax import environment, material, pairs
+from palm_jax.base import devices
+from palm_jax.data.load import Data
+from palm_jax.generator import load_generator
+from palm_jax.generator.views import cropped, w_latents
+from palm_jax.rollout import DTYPES, World
+
+
+def load_world_generator(config: ConfigDict, workdir: pathlib.Path) -> Any:
+  """The generator of config.generator.path, or the workdir's own, as config.environment wants it.
+
+  Raises:
+    UserError: none there, a damaged one, or one whose pictures the crop leaves nothing of.
+  """
+  path = pathlib.Path(config.generator.path or workdir)
+  generator = load_generator(config.generator.path or workdir)
+  is_run = (path / 'config.json').exists() and (path / 'generator').exists()
+  if is_run and not (path / 'results' / 'generator.json').exists():
+    logging.warning(
+      'the generator of %s is not complete: if it trains on, this run continues in another world',
+      path,
+    )
+  return as_world(config, generator.with_dtype(DTYPES[config.pretrain.dtype]))
+
+
+def as_world(config: ConfigDict, generator: Any) -> Any:
+  """The generator with the latents and without the margin that config.environment names.
+
+  Raises:
+    UserError: the crop leaves nothing.
+  """
+  if config.environment.latent_space == 'w':
+    generator = w_latents(generator)
+  return cropped(generator, config.environment.crop) if config.environment.crop else generator
+
+
+def seen_shape(config: ConfigDict, generator: Any) -> tuple[int, int, int]:
+  """(H, W, C) of what agent and encoder see: the generator's picture, or several as channels."""
+  height, width, channels = generator.image_shape
+  return height, width, channels * config.environment.stack
+
+
+def make_world(config: ConfigDict, generator: Any, mesh: Mesh, data: Data | None = None) -> World:
+  """World on the mesh; data are for pairs of real images. Raises UserError, see material.load."""
+  needs = pairs.SOURCES[config.pairs.source].needs
+  world = devices.replicate(mesh, host_world(config, generator))
+  return world._replace(material=material.load(config, needs, generator, mesh, data))
+
+
+def host_world(config: ConfigDict, generator: Any) -> World:
+  """World in the host's memory, without the material of its pairs."""
+  dynamics = environment.Dynamics(
+    alpha=np.float32(config.environment.alpha),
+    beta=np.float32(config.environment.beta),
+    kind=config.environment.dynamics,
+  )
+  return World(variables=generator.variables, dynamics=dynamics)
