@@ -76,17 +76,6 @@ def hflip(key, image, probability=0.5):
   return jnp.where(jax.random.bernoulli(key, probability), image[:, ::-1], image)
 
 
-def center_crop(image, size):
-  """The central size x size window. image (..., H, W, C)."""
-  height, width = image.shape[-3:-1]
-  if size > min(height, width):
-    raise UserError(
-      f'center_crop to {size}: the images have {height}x{width}; take a size that fits'
-    )
-  top, left = round((height - size) / 2), round((width - size) / 2)  # torchvision center_crop
-  return image[..., top : top + size, left : left + size, :]
-
-
 # Colour operations, on images (H, W, C) with values in [0, 1];
 # torchvision/transforms/functional.py.
 

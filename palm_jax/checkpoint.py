@@ -3,8 +3,9 @@
 import json
 import pathlib
 
-from palm_jax.base.checkpoints import Checkpoints, Restored, list_steps, load_item, one_line
+from palm_jax.base.checkpoints import Checkpoints, load_item
 from palm_jax.base.errors import UserError
+from palm_jax.base.steps import Restored, list_steps, one_line
 
 __all__ = ['Checkpoints', 'Restored', 'list_steps', 'load_encoder', 'load_item']
 

@@ -210,12 +210,6 @@ def see(seen, pictures, step):
   return jnp.concatenate([before, pictures], -1)
 
 
-def to_uint8(images):
-  """Images of nominal range [-1, 1] to uint8 as the original StyleGAN2 tools do: clip(x * 127.5 +
-  128, 0, 255), truncated."""
-  return jnp.clip(images * 127.5 + 128, 0, 255).astype(jnp.uint8)
-
-
 def staggered_steps(env_ids, num_envs, episode_length):
   """First step of each environment, spread evenly over an episode so that ends do not coincide.
   (E,) int32."""

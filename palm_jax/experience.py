@@ -126,7 +126,7 @@ def frames(experience, render):
   Args:
     experience: Experience.
     render: (z (E, z_dim), label (E,)) -> (E, H, W, C) uint8, such as jit of the generator's
-      pictures by environment.to_uint8.
+      pictures by to_uint8.
   """
   return np.stack(
     [

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from palm_jax import environment, replay, sac
 from palm_jax.experience import Experience
+from palm_jax.layers.pixels import to_uint8
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float64': jnp.float64}
 
@@ -66,7 +67,7 @@ def render(
   """G(z, c): latents (E, z_dim), labels (E,) int32 -> (E, H, W, C) uint8; None: the world's psi."""
   psi = play.config.environment.truncation_psi if truncation_psi is None else truncation_psi
   images = play.generator.apply(world.variables, z, label, truncation_psi=psi)
-  return environment.to_uint8(images)
+  return to_uint8(images)
 
 
 def look(

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -272,36 +271,6 @@ def forward(
     'h_cosine': mean(_cosine(h, h_next)),
   }
   return value, Aux(h, h_next, z, stats, metrics)
-
-
-def effective_rank(x):
-  """How many directions features spread over; sees the dimensional collapse that `z_std` is blind
-  to.
-
-  exp(entropy of the singular values divided by their sum) of the l2-normalised, centred rows (Roy
-  and Vetterli 2007; used for SimSiam by Li, Efros and Pathak, arXiv 2209.15007). On the host and in
-  float64: singular values are roots of the covariance's eigenvalues, and float32 noise under the
-  root would count as hundreds of directions.
-
-  Args:
-    x: (N, D) features; N must well exceed the rank to be seen, 4096 is usual. Seconds at D = 2048.
-  Returns:
-    (effective rank in [1, min(N - 1, D)], share of the variance on the first direction); (1., 1.)
-    for equal rows.
-  """
-  x = np.asarray(x, np.float64)
-  x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-8)
-  x = x - x.mean(axis=0)
-  gram = x.T @ x if x.shape[0] >= x.shape[1] else x @ x.T
-  eigenvalues = np.maximum(np.linalg.eigvalsh(gram), 0)
-  # Rows of unit length have eigenvalues that sum to N before centring: below this is float32
-  # rounding of the features.
-  eigenvalues[eigenvalues < 1e-13 * len(x)] = 0
-  if not eigenvalues.any():
-    return 1.0, 1.0
-  share = np.sqrt(eigenvalues)
-  share = share[share > 0] / share.sum()
-  return float(np.exp(-(share * np.log(share)).sum())), float(eigenvalues.max() / eigenvalues.sum())
 
 
 def learning_rate(config, total_updates, batch_size):

@@ -9,7 +9,8 @@ import pytest
 import scipy.stats
 from ml_collections import ConfigDict
 
-from palm_jax.atari import scores
+from palm_jax.atari import aggregates, scores
+from palm_jax.atari import results as results_of
 from palm_jax.atari.environment import GAMES
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
@@ -26,7 +27,7 @@ def reference(shared):
 
 def simulated(seed, counts, games=GAMES):
   """{game: raw scores of `counts` runs} from far below random to far above human."""
-  draw, known = np.random.default_rng(seed), scores.published()['games']
+  draw, known = np.random.default_rng(seed), aggregates.published()['games']
   return {
     game: known[game]['random']
     + (known[game]['human'] - known[game]['random']) * draw.normal(0.5, 1, count)
@@ -38,7 +39,7 @@ def simulated(seed, counts, games=GAMES):
 
 
 def test_random_is_zero_and_human_one():
-  known = scores.published()['games']
+  known = aggregates.published()['games']
   assert tuple(known) == GAMES
   for game in GAMES:
     raw = [
@@ -46,16 +47,16 @@ def test_random_is_zero_and_human_one():
       known[game]['human'],
       2 * known[game]['human'] - known[game]['random'],
     ]
-    np.testing.assert_allclose(scores.human_normalised(raw, game), [0, 1, 2], atol=1e-12)
-  assert scores.human_normalised(9.1, 'Boxing') == pytest.approx(0.75)
+    np.testing.assert_allclose(aggregates.human_normalised(raw, game), [0, 1, 2], atol=1e-12)
+  assert aggregates.human_normalised(9.1, 'Boxing') == pytest.approx(0.75)
   with pytest.raises(UserError, match='did you mean Boxing'):
-    scores.human_normalised(1.0, 'boxing')
+    aggregates.human_normalised(1.0, 'boxing')
 
 
 def test_drq_of_the_papers_table():
   """Liu et al. 2022, Table 2, from the scores of each game."""
-  found = scores.aggregate(
-    {game: [known['DrQ']] for game, known in scores.published()['games'].items()}
+  found = aggregates.aggregate(
+    {game: [known['DrQ']] for game, known in aggregates.published()['games'].items()}
   )
   assert (
     round(found['median'], 3),
@@ -63,16 +64,16 @@ def test_drq_of_the_papers_table():
     found['above_human'],
     found['above_random'],
   ) == (0.268, 0.357, 2, 24)
-  assert scores.published()['table_2']['rows']['DrQ'][:4] == [0.268, 0.357, 2, 24]
+  assert aggregates.published()['table_2']['rows']['DrQ'][:4] == [0.268, 0.357, 2, 24]
 
 
 @pytest.mark.parametrize(
   'method', ['SimPLe', 'DrQ(eps)', 'SPR', 'IRIS', 'BBF (replay ratio 2)', 'BBF']
 )
 def test_published_aggregates_belong_to_published_games(method):
-  known = scores.published()['methods'][method]
-  found = scores.aggregate(
-    {game: [row[method]] for game, row in scores.published()['games'].items()}
+  known = aggregates.published()['methods'][method]
+  found = aggregates.aggregate(
+    {game: [row[method]] for game, row in aggregates.published()['games'].items()}
   )
   for name in ('median', 'mean'):
     assert found[name] == pytest.approx(known[name][0], abs=1e-4)
@@ -80,7 +81,7 @@ def test_published_aggregates_belong_to_published_games(method):
     known['above_human'],
     known['above_random'],
   )
-  for name in scores.STATISTICS:
+  for name in aggregates.STATISTICS:
     assert known[name][1] < known[name][0] < known[name][2]
 
 
@@ -97,11 +98,11 @@ def test_published_aggregates_belong_to_published_games(method):
 )
 def test_single_runs_give_the_published_row(reference, method, name, runs):
   per_run = {game: values[:runs] for game, values in reference['runs_per_game'][method].items()}
-  wanted, row = reference['aggregates_recomputed'][method], scores.published()['methods'][name]
-  found, intervals = scores.aggregate(per_run), scores.bootstrap(per_run, 2000, 0)
+  wanted, row = reference['aggregates_recomputed'][method], aggregates.published()['methods'][name]
+  found, intervals = aggregates.aggregate(per_run), aggregates.bootstrap(per_run, 2000, 0)
   assert (found['above_human'], found['above_random']) == (wanted['gtH'], wanted['gt0'])
   for ours, theirs in zip(
-    scores.STATISTICS, ('median', 'mean', 'iqm', 'optimality_gap'), strict=True
+    aggregates.STATISTICS, ('median', 'mean', 'iqm', 'optimality_gap'), strict=True
   ):
     assert found[ours] == pytest.approx(
       wanted[theirs]['value'], abs=5.1e-5
@@ -111,12 +112,12 @@ def test_single_runs_give_the_published_row(reference, method, name, runs):
     assert row[ours] == [wanted[theirs]['value'], low, high]
   means = [np.mean(values) for values in per_run.values()]  # SimPLe's runs have two decimals
   np.testing.assert_allclose(
-    means, [known[name] for known in scores.published()['games'].values()], rtol=2e-4
+    means, [known[name] for known in aggregates.published()['games'].values()], rtol=2e-4
   )
 
 
 def test_published_numbers_are_those_of_the_reference(reference):
-  known = scores.published()
+  known = aggregates.published()
   for game, row in known['games'].items():
     assert (row['random'], row['human']) == (reference['random'][game], reference['human'][game])
     assert (row['DrQ'], row['DER']) == tuple(
@@ -128,8 +129,8 @@ def test_published_numbers_are_those_of_the_reference(reference):
 @pytest.mark.parametrize('counts', [1, 5, np.arange(2, 28)])
 def test_aggregates_equal_scipy(counts):
   runs = simulated(0, counts)
-  hns = {game: scores.human_normalised(values, game) for game, values in runs.items()}
-  found = scores.aggregate(runs)
+  hns = {game: aggregates.human_normalised(values, game) for game, values in runs.items()}
+  found = aggregates.aggregate(runs)
   means = [values.mean() for values in hns.values()]
   np.testing.assert_allclose(
     found['iqm'], scipy.stats.trim_mean(np.concatenate(list(hns.values())), 0.25), rtol=1e-12
@@ -146,44 +147,44 @@ def test_aggregates_equal_scipy(counts):
 
 def test_interval_of_the_mean_is_that_of_the_central_limit():
   runs = simulated(1, 40)
-  intervals = scores.bootstrap(runs, 4000, 0)
+  intervals = aggregates.bootstrap(runs, 4000, 0)
   spread = (
     np.sqrt(
-      sum(np.var(scores.human_normalised(values, game)) / 40 for game, values in runs.items())
+      sum(np.var(aggregates.human_normalised(values, game)) / 40 for game, values in runs.items())
     )
     / 26
   )
-  found = scores.aggregate(runs)
+  found = aggregates.aggregate(runs)
   np.testing.assert_allclose(
     intervals['mean'],
     found['mean'] + spread * scipy.stats.norm.ppf([0.025, 0.975]),
     atol=0.15 * spread,
   )
-  for name in scores.STATISTICS:
+  for name in aggregates.STATISTICS:
     assert intervals[name][0] < found[name] < intervals[name][1]
 
 
 def test_runs_are_drawn_within_their_game():
   runs = {'Alien': [1000.0] * 3, 'Pong': [-20.0, 0.0, 20.0]}  # all spread is Pong's
-  one = scores.human_normalised(1000.0, 'Alien')
-  pong = [scores.human_normalised(x, 'Pong') for x in (-20.0, 20.0)]
-  intervals = scores.bootstrap(runs, 2000, 0)
+  one = aggregates.human_normalised(1000.0, 'Alien')
+  pong = [aggregates.human_normalised(x, 'Pong') for x in (-20.0, 20.0)]
+  intervals = aggregates.bootstrap(runs, 2000, 0)
   # 1 resample in 27 is of one run three times: the outermost are beyond 2.5%.
   np.testing.assert_allclose(intervals['mean'], [(one + x) / 2 for x in pong], rtol=1e-12)
   same = {game: [value] * 5 for game, value in (('Alien', 1000.0), ('Pong', 3.0))}
-  for low, high in scores.bootstrap(same).values():
+  for low, high in aggregates.bootstrap(same).values():
     assert low == pytest.approx(high, rel=1e-12)
 
 
 def test_intervals_need_three_runs():
-  assert scores.bootstrap(simulated(0, 3)) is not None
-  assert scores.bootstrap(simulated(0, 2)) is None
-  assert scores.bootstrap(simulated(0, [2, *[9] * 25])) is None
+  assert aggregates.bootstrap(simulated(0, 3)) is not None
+  assert aggregates.bootstrap(simulated(0, 2)) is None
+  assert aggregates.bootstrap(simulated(0, [2, *[9] * 25])) is None
   runs = simulated(0, 4)
   assert (
-    scores.bootstrap(runs, 300, 1)
-    == scores.bootstrap(runs, 300, 1)
-    != scores.bootstrap(runs, 300, 2)
+    aggregates.bootstrap(runs, 300, 1)
+    == aggregates.bootstrap(runs, 300, 1)
+    != aggregates.bootstrap(runs, 300, 2)
   )
 
 
@@ -195,7 +196,7 @@ def test_scores_that_cannot_be():
     ({'Pong': 3.0}, 'Pong are'),
     ({'Pnog': [1.0]}, 'did you mean Pong'),
   ):
-    for function in (scores.aggregate, scores.bootstrap):
+    for function in (aggregates.aggregate, aggregates.bootstrap):
       with pytest.raises(UserError, match=message):
         function(runs)
 
@@ -204,8 +205,8 @@ def test_scores_that_cannot_be():
 def test_statistics_of_rliable():
   metrics = pytest.importorskip('rliable.metrics')
   runs = simulated(3, 6)
-  hns = np.stack([scores.human_normalised(values, game) for game, values in runs.items()], 1)
-  found = scores.aggregate(runs)
+  hns = np.stack([aggregates.human_normalised(values, game) for game, values in runs.items()], 1)
+  found = aggregates.aggregate(runs)
   for name, function in (
     ('median', metrics.aggregate_median),
     ('mean', metrics.aggregate_mean),
@@ -261,12 +262,14 @@ def test_the_job_over_three_games(tmp_path, capsys):
   rows, games = by_method(results), ('Boxing', 'Krull', 'Pong')
   for variant in ('pretrained', 'scratch'):
     known = {game: expected[variant, game] for game in games}
-    found, intervals = scores.aggregate(known), scores.bootstrap(known, 2000, 0)
-    for name in scores.STATISTICS:
+    found, intervals = aggregates.aggregate(known), aggregates.bootstrap(known, 2000, 0)
+    for name in aggregates.STATISTICS:
       assert rows[variant][name] == pytest.approx([found[name], *intervals[name]])
     assert rows[variant]['games'] == 3 and rows[variant]['runs'] == [3, 3]
   # Others' scores over these games, and over all.
-  drq = scores.aggregate({game: [scores.published()['games'][game]['DrQ']] for game in games})
+  drq = aggregates.aggregate(
+    {game: [aggregates.published()['games'][game]['DrQ']] for game in games}
+  )
   assert (
     rows['DrQ, the same 3 games']['median'] == [drq['median']]
     and rows['DrQ, the same 3 games']['iqm'] is None
@@ -300,7 +303,7 @@ def test_variants_with_different_games_meet_over_common_ones(tmp_path):
   results = run_job(tmp_path)
   rows = by_method(results)
   assert rows['pretrained']['games'] == 26 and rows['pretrained, the same 2 games']['games'] == 2
-  wanted = scores.aggregate({'Pong': [100.0], 'Hero': [100.0]})
+  wanted = aggregates.aggregate({'Pong': [100.0], 'Hero': [100.0]})
   assert rows['pretrained, the same 2 games']['median'] == [pytest.approx(wanted['median'])]
   assert rows['scratch, the same 2 games']['median'] == rows['scratch']['median']
   assert len(rows['scratch']['median']) == 1  # one run has no interval
@@ -376,7 +379,7 @@ def test_runs_that_cannot_be_used(tmp_path):
       tmp_path / f'broken{number}', **{**dict(game='Pong', seed=1, score=1.0), **changes}
     )
     with pytest.raises(UserError, match=message):
-      scores.read_runs([folder])
+      results_of.read_runs([folder])
   path = tmp_path / 'a' / 'results' / 'finetune.json'
   for text, message in (
     ('{', 'cannot be read'),
@@ -385,4 +388,4 @@ def test_runs_that_cannot_be_used(tmp_path):
   ):
     path.write_text(text)
     with pytest.raises(UserError, match=message):
-      scores.read_runs([tmp_path / 'a'])
+      results_of.read_runs([tmp_path / 'a'])

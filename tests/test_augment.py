@@ -205,13 +205,6 @@ def test_images_without_colour(channels):
     assert np.ptp(np.asarray(out), axis=-1).max(axis=(1, 2)).min() > 0.05
 
 
-def test_center_crop():
-  images = np.arange(2 * 6 * 8).reshape(2, 6, 8, 1)
-  np.testing.assert_array_equal(augment.center_crop(images, 4), images[:, 1:5, 2:6])
-  with pytest.raises(UserError, match='center_crop to 7'):
-    augment.center_crop(images, 7)
-
-
 def test_names_and_types():
   images = np.zeros((1, 8, 8, 3), np.uint8)
   assert augment.make_augment('none')(None, images) is images

@@ -24,10 +24,11 @@ from absl import logging
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from palm_jax.base import checkpoints
-from palm_jax.base.checkpoints import Checkpoints, list_steps, load_item
+from palm_jax.base import steps
+from palm_jax.base.checkpoints import Checkpoints, load_item
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import write_json
+from palm_jax.base.steps import list_steps
 from palm_jax.base.training import Preemption
 from palm_jax.checkpoint import load_encoder
 
@@ -266,7 +267,7 @@ def test_what_cannot_be_read_now_is_not_damaged(copy, monkeypatch, error):
   def fail(*_, **__):
     raise RuntimeError('orbax') from error
 
-  monkeypatch.setattr(checkpoints.ocp, 'load_checkpointables', fail)
+  monkeypatch.setattr(steps.ocp, 'load_checkpointables', fail)
   before = sorted(copy.rglob('*'))
   with pytest.raises(UserError, match='cannot be read now .*nothing was changed'):
     Checkpoints(copy).restore(template())

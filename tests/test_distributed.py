@@ -19,9 +19,10 @@ from jax.experimental import multihost_utils
 
 from palm_jax import pretrain, worlds
 from palm_jax.base import devices, processes
-from palm_jax.base.checkpoints import Checkpoints, list_steps
+from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
 from palm_jax.base.metrics import read_jsonl
+from palm_jax.base.steps import list_steps
 from palm_jax.base.training import Preemption
 from tests.worlds import LargeGenerator, nature_config
 

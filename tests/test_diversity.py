@@ -12,14 +12,16 @@ import pytest
 
 from palm_jax import environment, experience, pretrain, worlds
 from palm_jax.base import devices
-from palm_jax.base.checkpoints import Checkpoints, list_steps
+from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import NonFiniteError, UserError
+from palm_jax.base.steps import list_steps
 from palm_jax.data.load import Data, Split
 from palm_jax.evaluate import diversity, play, quality
 from palm_jax.evaluate.extractors import Extractor
 from palm_jax.experience import Experience
 from palm_jax.generator import load_generator
 from palm_jax.generator.stylegan2 import Generator
+from palm_jax.layers.pixels import to_uint8
 from tests.jobs import finish
 from tests.worlds import LargeGenerator, nature_config, tiny_config
 
@@ -72,7 +74,7 @@ def test_each_frame_is_that_of_the_chosen_step_of_its_episode(played, frames):
   whole state."""
   _, program, world, state = played
   generator, (start, steps, chosen) = LargeGenerator(), jax.random.split(KEY, 3)
-  render = jax.jit(lambda z: environment.to_uint8(generator.apply(world.variables, z, LABELS)))
+  render = jax.jit(lambda z: to_uint8(generator.apply(world.variables, z, LABELS)))
   policy = jax.jit(program.action)
   advance = jax.jit(
     lambda env, actions, key: environment.step(env, actions, key, IDS, world.dynamics, 1000, 3)
@@ -113,7 +115,7 @@ def test_frames_are_those_of_one_device_and_of_other_company(played, frames):
 
 def test_recorded_latents_are_drawn_again(played):
   z = np.random.default_rng(0).normal(size=(16, 6)).astype(np.float32)
-  wanted = environment.to_uint8(LargeGenerator().apply(LargeGenerator().variables, z, LABELS))
+  wanted = to_uint8(LargeGenerator().apply(LargeGenerator().variables, z, LABELS))
   assert np.abs(played[0]['record'](KEY, z, LABELS).astype(int) - wanted).max() <= 1
 
 

@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from palm_jax import environment as env_lib
+from palm_jax.layers.pixels import to_uint8
 
 LENGTH, ENVS, DIM, CLASSES = 5, 4096, 8, 3
 
@@ -113,8 +114,8 @@ def test_staggered_steps_spread_the_ends():
 def test_quantisation_is_the_original_tools():
   x = np.linspace(-1.3, 1.3, 1001, dtype=np.float32)
   want = np.clip(x * np.float32(127.5) + 128, 0, 255).astype(np.uint8)
-  np.testing.assert_array_equal(env_lib.to_uint8(jnp.asarray(x)), want)
-  assert env_lib.to_uint8(jnp.array([-1.0, 0.0, 1.0])).tolist() == [0, 128, 255]
+  np.testing.assert_array_equal(to_uint8(jnp.asarray(x)), want)
+  assert to_uint8(jnp.array([-1.0, 0.0, 1.0])).tolist() == [0, 128, 255]
 
 
 @pytest.mark.parametrize('kind', env_lib.DYNAMICS)

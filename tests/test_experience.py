@@ -9,6 +9,7 @@ from palm_jax import environment, experience, pretrain, replay, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from palm_jax.experience import Experience
+from palm_jax.layers.pixels import to_uint8
 from tests.worlds import LargeGenerator, nature_config
 
 
@@ -39,9 +40,7 @@ def recorded(tmp_path_factory):
 def test_frames_are_drawn_again_bit_for_bit(recorded):
   folder, ring, *_ = recorded
   generator = LargeGenerator()
-  render = jax.jit(
-    lambda z, label: environment.to_uint8(generator.apply(generator.variables, z, label))
-  )
+  render = jax.jit(lambda z, label: to_uint8(generator.apply(generator.variables, z, label)))
   drawn = [experience.frames(part, render) for part in experience.read(folder)]
   assert [len(part) for part in drawn] == [6, 6]
   np.testing.assert_array_equal(np.concatenate(drawn).reshape(12, 16, -1), ring.frames)

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from palm_jax import environment, experience, pretrain, worlds
+from palm_jax import experience, pretrain, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from palm_jax.generator import LoadedGenerator
 from palm_jax.generator.stylegan2 import Generator
 from palm_jax.generator.views import WLatents, cropped, prompts, w_latents
+from palm_jax.layers.pixels import to_uint8
 from tests.worlds import LinearGenerator, nature_config
 
 
@@ -118,7 +119,7 @@ def test_a_world_of_prompts_is_played_in_with_momentum_and_seen_in_stacks():
   assert int(state.iteration) == 4 and np.abs(state.env.velocity).max() > 0
 
   z, label, step = jax.device_get(output.experience)  # (rows, E, ...): what was lived through
-  draw = lambda z, label: environment.to_uint8(world_of.apply(world.variables, z, label))
+  draw = lambda z, label: to_uint8(world_of.apply(world.variables, z, label))
   pictures = experience.frames(output.experience, draw)
   ring = np.asarray(state.ring.frames).reshape(-1, 16, 40, 40, 3)
   for row in range(len(step) - len(ring), len(step)):

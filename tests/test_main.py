@@ -16,9 +16,10 @@ import palm_jax.base.files
 from palm_jax import runner
 from palm_jax import workdir as workdirs
 from palm_jax.base import command as commands
-from palm_jax.base.checkpoints import Checkpoints, list_steps
+from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import locked, write_json
+from palm_jax.base.steps import list_steps
 from palm_jax.generator import train
 from tests.worlds import COMPILED, tiny_config
 

@@ -65,18 +65,12 @@ def test_resume_drops_later_lines_and_appends(tmp_path):
   assert steps_in(tmp_path) == []
 
 
-def test_tensorboard_has_the_scalars_and_the_picture(tmp_path):
+def test_tensorboard_has_the_scalars(tmp_path):
   with MetricWriter(tmp_path) as writer:
     writer.write(7, {'loss': 0.25})
-    writer.image(7, 'film', np.zeros((4, 6, 3), np.uint8))
   [events] = tmp_path.glob('events.out.tfevents.*')
   data = events.read_bytes()
-  assert (
-    b'loss' in data
-    and b'film' in data
-    and b'\x89PNG' in data
-    and np.float32(0.25).tobytes() in data
-  )
+  assert b'loss' in data and np.float32(0.25).tobytes() in data
 
 
 def test_progress_line(lines, monkeypatch):

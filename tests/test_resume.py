@@ -18,9 +18,10 @@ import pytest
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
-from palm_jax.base.checkpoints import Checkpoints, list_steps
+from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.files import write_json
 from palm_jax.base.metrics import read_jsonl
+from palm_jax.base.steps import list_steps
 from palm_jax.generator import train
 
 pytestmark = pytest.mark.filterwarnings('ignore:Sharding info not provided')

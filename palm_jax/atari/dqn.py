@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from palm_jax.base import checks
 from palm_jax.base.errors import UserError
 from palm_jax.encoder import NatureCNN
 
@@ -56,40 +57,25 @@ def dqn_zoo_config():
   return config
 
 
-def check_config(section, c):
-  """Raises UserError on settings of an agent (`section` is its name in messages) that cannot
-  work."""
-  if c.optimizer not in OPTIMIZERS:
-    raise UserError(
-      f'{section}.optimizer={c.optimizer!r} is unknown: choose {" or ".join(OPTIMIZERS)}'
-    )
-  for name in (
-    'features',
-    'n_step',
-    'batch_size',
-    'learn_period',
-    'target_period',
-    'epsilon_decay',
-    'lr',
-    'hidden_scale',
-    'adam_eps',
-    'rmsprop_eps',
-  ):
-    if not c[name] > 0:
-      raise UserError(f'{section}.{name}={c[name]} is not positive: set it above 0')
-  if not c.trunk_scale >= 0:
-    raise UserError(
-      f'{section}.trunk_scale={c.trunk_scale} is negative: set it to 0 (frozen) or more'
-    )
-  for name in ('gamma', 'epsilon'):
-    if not 0 <= c[name] <= 1:
-      raise UserError(f'{section}.{name}={c[name]} is not in [0, 1]')
-  if c.target_period % c.learn_period:
-    raise UserError(
-      f'{section}.target_period={c.target_period} is not a multiple of '
-      f'learn_period={c.learn_period}: set it to '
-      f'{max(1, round(c.target_period / c.learn_period)) * c.learn_period}, for example'
-    )
+ABOVE_0 = (
+  'features',
+  'n_step',
+  'batch_size',
+  'learn_period',
+  'target_period',
+  'epsilon_decay',
+  'lr',
+  'hidden_scale',
+  'adam_eps',
+  'rmsprop_eps',
+)
+
+
+def check_config(section: str, c: ConfigDict) -> None:
+  """Raises UserError on invalid settings of an agent; `section` is its name in messages."""
+  checks.choice(f'{section}.optimizer', c.optimizer, OPTIMIZERS)
+  checks.ranges(section, c, above_0=ABOVE_0, from_0=('trunk_scale',), shares=('gamma', 'epsilon'))
+  checks.divisible(f'{section}.target_period', c.target_period, c.learn_period, 'learn_period')
   if c.min_history > c.capacity:
     raise UserError(
       f'{section}.min_history={c.min_history} is above capacity={c.capacity}: updates would never '

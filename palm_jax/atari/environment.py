@@ -44,7 +44,10 @@ GAMES = (
   'UpNDown',
 )
 FRAMES_A_STEP = 4
-SETTINGS = 'frame skip 4, maximum of the last 2, cut off after 27,000 steps, 0..29 noops, no FIRE at reset, no sticky actions'
+SETTINGS = (
+  'frame skip 4, maximum of the last 2, cut off after 27,000 steps, 0..29 noops, no FIRE at reset, '
+  'no sticky actions'
+)
 
 
 class Step(NamedTuple):

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import pathlib
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -12,9 +13,9 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from palm_jax.atari import dqn, drq
-from palm_jax.atari.collect import check_play, draw_seed, play
 from palm_jax.atari.environment import FRAMES_A_STEP, SETTINGS, Environment, require_game
-from palm_jax.base import devices
+from palm_jax.atari.play import check_play, draw_seed, play
+from palm_jax.base import checks, devices
 from palm_jax.base.digests import digest
 from palm_jax.base.errors import UserError
 from palm_jax.base.metrics import Progress
@@ -22,7 +23,7 @@ from palm_jax.base.training import Preemption
 from palm_jax.job import Job, Run, never
 
 
-def default_config():
+def default_config() -> ConfigDict:
   return ConfigDict(
     dict(
       # convolutions to begin with: 'own': of this workdir's pretraining; 'scratch': fresh; or
@@ -41,51 +42,41 @@ def default_config():
   )
 
 
-def check(config, num_devices):
+def check(config: ConfigDict, num_devices: int) -> None:
   """Raises UserError on settings of the whole config's section `finetune` that cannot work."""
   del num_devices  # networks so small are trained on one
   c = config.finetune
   check_play(config, 'finetune', ('agent_steps', 'eval_episodes'), c.agent_steps)
-  if not 0 <= c.agent.eval_epsilon <= 1:
-    raise UserError(f'finetune.agent.eval_epsilon={c.agent.eval_epsilon} is not in [0, 1]')
+  checks.share('finetune.agent.eval_epsilon', c.agent.eval_epsilon, 'a probability')
   if c.trunk == 'own' and config.encoder.name != 'nature':
     raise UserError(
       f"finetune.trunk='own' with encoder.name={config.encoder.name!r}: only convolutions of "
-      "'nature' fit; "
-      "pretrain that, or set finetune.trunk='scratch'"
+      "'nature' fit; pretrain that, or set finetune.trunk='scratch'"
     )
-  if (
-    c.trunk not in ('own', 'scratch')
-    and not (pathlib.Path(c.trunk).expanduser() / 'config.json').is_file()
-  ):
+  other = pathlib.Path(c.trunk).expanduser()
+  if c.trunk not in ('own', 'scratch') and not (other / 'config.json').is_file():
     raise UserError(
       f"finetune.trunk={c.trunk!r} has no config.json: expected 'own', 'scratch' or the workdir "
       'of a pretraining'
     )
 
 
-def run(this: Run, make_environment=Environment) -> dict | None:
-  """The job: DrQ on config.atari.game for finetune.agent_steps, then the mean raw score of
-  finetune.eval_episodes games.
+def run(this: Run, make_environment: Callable[..., Environment] = Environment) -> dict:
+  """The job: DrQ on config.atari.game, then the mean raw score of finetune.eval_episodes games.
 
-  Writes checkpoints and metrics under <workdir>/finetune and, when complete,
-  <workdir>/results/finetune.json; then the replay is removed. The emulator cannot be saved: after a
-  stop agent, replay and counters go on from the checkpoint, and a new game is begun; `resumes` in
-  the results counts that.
+  Writes checkpoints and metrics under <workdir>/finetune. The emulator cannot be saved: after a
+  stop agent, replay and counters continue from the checkpoint, and a new game is begun; `resumes`
+  in the result counts that.
 
   Args:
-    config: the whole config; read are seed, atari.game and finetune.
-    workdir: pathlib.Path.
-    mesh: its first device is used.
-    make_environment: (game, num_envs, seed) -> an environment as
-      palm_jax.atari.environment.Environment.
+    this: what the job works on.
+    make_environment: (game, num_envs, seed) -> environment.
 
   Returns:
-    True when complete, False when stopped by SIGTERM; then everything is saved.
+    What stands in results/finetune.json.
 
   Raises:
-    UserError: settings that cannot work, or no trunk; see also `play`.
-    NonFiniteError: see `play`.
+    UserError: no trunk; see also `play`, as for NonFiniteError and Stopped.
   """
   config, workdir, mesh = this.config, this.workdir, this.mesh
   c, folder, game = settle(config.finetune), workdir / 'finetune', config.atari.game
@@ -96,25 +87,25 @@ def run(this: Run, make_environment=Environment) -> dict | None:
     trunk, step = drq.load_trunk(path)
     about = dict(workdir=str(path), checkpoint_step=step, sha256=digest(trunk, {}))
     logging.info('finetune: trunk of %s, step %d', path, step)
+  augment = drq.augment if c.agent.augment else None
+  played = play(
+    'finetune',
+    c,
+    c.agent_steps,
+    make_environment,
+    config.seed,
+    folder,
+    mesh,
+    trunk,
+    augment,
+    origin=about,
+  )
+  began = time.monotonic()
   with Preemption() as preemption:
-    played = play(
-      'finetune',
-      c,
-      c.agent_steps,
-      make_environment,
-      config.seed,
-      folder,
-      mesh,
-      preemption,
-      trunk,
-      drq.augment if c.agent.augment else None,
-      origin=about,
-    )
-    began = time.monotonic()
-    scores = played and evaluate(played.agent.params, c, make_environment, config.seed, preemption)
-  if scores is None:
-    return None
-  results = dict(
+    scores = evaluate(played.agent.params, c, make_environment, config.seed, preemption)
+    if scores is None:
+      preemption.stop()
+  return dict(
     job='finetune',
     game=game,
     seed=config.seed,
@@ -128,23 +119,27 @@ def run(this: Run, make_environment=Environment) -> dict | None:
     training_games=played.games,
     resumes=played.resumes,
     seconds=played.seconds + time.monotonic() - began,
-    protocol=dict(
-      score='mean over evaluation games of the sum of raw rewards, one game an environment, after '
-      'the last update',
-      trunk=played.origin or 'fresh',
-      convolutions='VALID, Nature CNN',
-      pictures='84x84 grey in [-1, 1], stacks of 4',
-      shifts=f'0..{2 * drq.PAD} pixels',
-      intensity=drq.INTENSITY,
-      emulator=SETTINGS,
-      num_envs=c.num_envs,
-      rewards='clipped to [-1, 1] for learning',
-      life='a lost life ends the return, the game goes on',
-      agent=c.agent.to_dict(),
-    ),
+    protocol=protocol_of(c, played.origin),
     **devices.describe(mesh),
   )
-  return results
+
+
+def protocol_of(c: ConfigDict, origin: dict | None) -> dict:
+  """Every setting that made the score; c is the config's section, origin that of the trunk."""
+  return dict(
+    score='mean over evaluation games of the sum of raw rewards, one game an environment, after '
+    'the last update',
+    trunk=origin or 'fresh',
+    convolutions='VALID, Nature CNN',
+    pictures='84x84 grey in [-1, 1], stacks of 4',
+    shifts=f'0..{2 * drq.PAD} pixels',
+    intensity=drq.INTENSITY,
+    emulator=SETTINGS,
+    num_envs=c.num_envs,
+    rewards='clipped to [-1, 1] for learning',
+    life='a lost life ends the return, the game goes on',
+    agent=c.agent.to_dict(),
+  )
 
 
 def clean(this: Run) -> None:

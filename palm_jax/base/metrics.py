@@ -7,7 +7,6 @@ import math
 import pathlib
 import time
 
-import numpy as np
 from absl import logging
 
 from palm_jax.base.files import replacing
@@ -54,11 +53,6 @@ class MetricWriter:
     if self._events:
       for name, value in scalars.items():
         self._events.add_scalar(name, value, step)
-
-  def image(self, step, name, array):
-    """A picture (H, W, 1 or 3) uint8 for TensorBoard."""
-    if self._events:
-      self._events.add_image(name, np.asarray(array), step, dataformats='HWC')
 
   def close(self):
     """Flushes and closes both."""

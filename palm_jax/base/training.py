@@ -22,9 +22,10 @@ from typing import Any, Self
 import jax
 from absl import logging
 
-from palm_jax.base.checkpoints import Checkpoints, Restored
+from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.metrics import MetricWriter, Progress
 from palm_jax.base.processes import any_process, is_first
+from palm_jax.base.steps import Restored
 
 SIGNALS = signal.SIGTERM, signal.SIGINT
 

@@ -14,6 +14,7 @@ from orbax.checkpoint import v1 as ocp
 from palm_jax import environment, experience, replay, rollout, sac, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
+from palm_jax.layers.pixels import to_uint8
 
 
 def actor_template(config, generator, program, mesh):
@@ -124,7 +125,7 @@ def make_arms(config, generator, program, mesh, variables, actor):
     images = generator.apply(
       world.variables, z, labels, truncation_psi=config.environment.truncation_psi
     )
-    return environment.to_uint8(images)
+    return to_uint8(images)
 
   def policy(world, ssl, agent, env, keys):
     return rollout.act(program.setup, ssl, agent, render(world, env.z, env.label), keys)

@@ -17,6 +17,7 @@ from palm_jax import environment
 from palm_jax.base import command, pictures
 from palm_jax.base.errors import UserError
 from palm_jax.generator import load_generator
+from palm_jax.layers.pixels import to_uint8
 
 
 def sample(
@@ -70,7 +71,7 @@ def sample(
 
   @jax.jit
   def draw(variables, z, labels):
-    return environment.to_uint8(generator.apply(variables, z, labels, truncation))
+    return to_uint8(generator.apply(variables, z, labels, truncation))
 
   variables = jax.device_put(generator.variables)
   rows = np.asarray(classes or [0], np.int32)  # unconditional: one row, whose label is not read

@@ -5,7 +5,7 @@ import json
 import math
 
 from palm_jax import encoder, environment, pairs, pretrain, replay, reward, sac, simsiam
-from palm_jax.base.checkpoints import list_steps
+from palm_jax.base.steps import list_steps
 from palm_jax.report import page as report_page
 from palm_jax.report.page import Cell, Row
 

@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from palm_jax import environment, replay, reward, sac, simsiam
+from palm_jax import replay, reward, sac, simsiam
 from palm_jax.base import devices
+from palm_jax.layers.pixels import to_uint8
 from palm_jax.pretrain import State
 from palm_jax.setup import Setup
 
@@ -140,7 +141,7 @@ def draw(setup: Setup, variables: Any, z: jax.Array, labels: jax.Array) -> jax.A
   psi = setup.config.environment.truncation_psi
 
   def pictures(z, labels):
-    return environment.to_uint8(setup.generator.apply(variables, z, labels, truncation_psi=psi))
+    return to_uint8(setup.generator.apply(variables, z, labels, truncation_psi=psi))
 
   return one_by_one(pictures, z, labels)
 

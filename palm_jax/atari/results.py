@@ -1,0 +1,107 @@
+"""Reading what fine-tunings left: results/finetune.json of workdirs."""
+
+import glob
+import json
+import os
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+
+from palm_jax.atari.environment import rom_id
+from palm_jax.base.errors import UserError
+
+
+class FineTuned(NamedTuple):
+  """What is read of a fine-tuning's result."""
+
+  variant: str  # 'pretrained' or 'scratch'
+  game: str
+  seed: int
+  score: float  # raw, mean of the evaluation's games
+  episodes: int  # of the evaluation
+  agent_steps: int
+  frames: int
+  agent: dict  # settings of the learner, {} where the file does not say
+  trunk_step: int  # of the pretraining's checkpoint; -1 from scratch
+  folder: str
+
+
+def find(patterns, workdir):
+  """Folders that hold results/finetune.json, sorted, each once; UserError where there are none for
+  a pattern."""
+  result = pathlib.Path('results', 'finetune.json')
+  found = set()
+  for pattern in patterns or (
+    glob.escape(str(workdir)),
+    os.path.join(glob.escape(str(workdir)), '*'),
+  ):
+    matches = {
+      path.resolve()
+      for path in map(pathlib.Path, glob.glob(os.path.expanduser(pattern), recursive=True))
+      if (path / result).is_file()
+    }
+    if patterns and not matches:
+      raise UserError(
+        f'scores.runs: {pattern!r} names no folder with {result} (working folder: '
+        f'{pathlib.Path.cwd()}): '
+        'name workdirs whose job finetune is complete'
+      )
+    found |= matches
+  if not found:
+    raise UserError(
+      f'neither {workdir} nor a folder in it has {result}: run the job finetune, or name its '
+      'workdirs '
+      'in scores.runs'
+    )
+  return sorted(found)
+
+
+def read_runs(folders):
+  """[FineTuned] of the workdirs' results/finetune.json.
+
+  Raises:
+    UserError: a file that cannot be read or lacks something, or two of the same variant, game and
+      seed.
+  """
+  runs = {}
+  for folder in folders:
+    path = pathlib.Path(folder) / 'results' / 'finetune.json'
+    try:
+      content = json.loads(path.read_text())
+      protocol, episodes = (
+        content.get('protocol', {}),
+        content['episodes'],
+      )  # their scores, or how many they were
+      run = FineTuned(
+        str(content['variant']),
+        content['game'],
+        int(content['seed']),
+        float(content['score']),
+        len(episodes) if isinstance(episodes, list) else int(episodes),
+        int(content['agent_steps']),
+        int(content['frames']),
+        dict(protocol.get('agent', {})),
+        int(protocol['trunk']['checkpoint_step'])
+        if isinstance(protocol.get('trunk'), dict)
+        else -1,
+        str(folder),
+      )
+      if not np.isfinite(run.score) or not run.episodes:
+        raise ValueError(f'score={run.score} of {run.episodes} episodes')
+    except KeyError as e:
+      raise UserError(f'{path} lacks {e}: expected a result of the job finetune') from e
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+      raise UserError(
+        f'{path} cannot be read ({e}): run the job finetune there again, or leave it out'
+      ) from e
+    rom_id(run.game)
+    key = run.variant, run.game, run.seed
+    if key in runs:
+      raise UserError(
+        f'{runs[key].folder} and {folder} are both {run.variant}, {run.game}, seed {run.seed}: a '
+        'run counts once, '
+        'name one of them in scores.runs'
+      )
+    runs[key] = run
+  return list(runs.values())

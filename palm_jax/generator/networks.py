@@ -1,0 +1,144 @@
+"""The networks of a generator's training, and what its settings can be."""
+
+import math
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from palm_jax.base import checks
+from palm_jax.base.errors import UserError
+from palm_jax.generator.adaptive_augment import PIPES
+from palm_jax.generator.phases import round_sizes
+from palm_jax.generator.stylegan2 import Discriminator, Generator, channels_for
+
+ARCHITECTURES = 'orig', 'resnet'
+DTYPES = dict(float32=None, bfloat16=jnp.bfloat16)  # None: that of the parameters
+ABOVE_0 = (
+  'z_dim',
+  'w_dim',
+  'mapping_layers',
+  'base_size',
+  'channel_base',
+  'channel_max',
+  'mbstd_group',
+  'accumulate',
+  'r1_interval',
+  'pl_interval',
+  'ada_interval',
+  'ada_kimg',
+  'kimg',
+  'lr',
+  'ema_kimg',
+  'iterations_per_call',
+  'snapshot_kimg',
+  'checkpoint_minutes',
+)
+FROM_0 = (
+  'conv_clamp',
+  'd_mapping_layers',
+  'd_channel_base',
+  'd_channel_max',
+  'r1_gamma',
+  'pl_weight',
+  'ema_rampup',
+  'pad',
+)
+
+
+def make_networks(
+  config: ConfigDict, image_shape: tuple[int, int, int], num_classes: int
+) -> tuple[Generator, Discriminator]:
+  """The two networks of a config.
+
+  Args:
+    config: the generator's section, see `default_config`.
+    image_shape: (H, W, C).
+    num_classes: 0 is unconditional.
+
+  Returns:
+    (Generator, Discriminator).
+
+  Raises:
+    UserError: images that are not square or whose side is not base_size doubled; unknown
+      architecture or dtype.
+  """
+  height, width, image_channels = image_shape
+  doublings = (height // config.base_size).bit_length() - 1
+  if height != width or doublings < 1 or height != config.base_size << doublings:
+    sizes = ', '.join(str(config.base_size << i) for i in range(1, 6))
+    raise UserError(
+      f'images of {height}x{width}: with generator.base_size={config.base_size} StyleGAN2 needs '
+      'squares of '
+      f'{sizes}, ... pixels a side; resize them or change base_size'
+    )
+  check_choices(config)
+  shared = dict(
+    num_classes=num_classes,
+    image_channels=image_channels,
+    conv_clamp=config.conv_clamp or None,
+    base_size=config.base_size,
+    dtype=DTYPES[config.dtype],
+  )
+  widths = lambda base, largest: channels_for(height, base, largest, config.base_size)
+  G = Generator(
+    z_dim=config.z_dim,
+    w_dim=config.w_dim,
+    mapping_layers=config.mapping_layers,
+    channels=widths(config.channel_base, config.channel_max),
+    **shared,
+  )
+  D = Discriminator(
+    architecture=config.architecture,
+    mapping_layers=config.d_mapping_layers,
+    mbstd_group=config.mbstd_group,
+    channels=widths(
+      config.d_channel_base or config.channel_base, config.d_channel_max or config.channel_max
+    ),
+    **shared,
+  )
+  return G, D
+
+
+def check_choices(config: ConfigDict) -> None:
+  """Raises UserError on unknown names in the config's section `generator`."""
+  checks.choice('generator.architecture', config.architecture, ARCHITECTURES)
+  checks.choice('generator.dtype', config.dtype, DTYPES)
+  checks.choice('generator.augment', config.augment, PIPES)
+
+
+def check_config(config: ConfigDict, num_devices: int) -> None:
+  """Raises UserError on settings of the config's section `generator` that cannot work."""
+  check_choices(config)
+  checks.ranges('generator', config, above_0=ABOVE_0, from_0=FROM_0)
+  checks.share('generator.style_mixing', config.style_mixing, 'a probability')
+  checks.share('generator.truncation_psi', config.truncation_psi, 'a share of the way from w_avg')
+  checks.share('generator.ada_target', config.ada_target, 'a mean of signs')
+  checks.divisible('generator.batch_size', config.batch_size, num_devices, 'devices')
+  local = config.batch_size // num_devices
+  if local % config.accumulate:
+    raise UserError(
+      f'generator.accumulate={config.accumulate} does not divide the {local} images of a device '
+      f'(batch_size {config.batch_size} on {num_devices}): set it to '
+      f'{math.gcd(local, config.accumulate)}, for example'
+    )
+  images, group = round_sizes(config, num_devices)
+  part = (
+    f'the {images} images that a device has in a round (batch_size {config.batch_size}, devices '
+    f'{num_devices}, accumulate {config.accumulate})'
+  )
+  if images % group:
+    raise UserError(
+      f'generator.mbstd_group={config.mbstd_group} does not divide {part}: '
+      f'set it to {math.gcd(images, group)}, for example'
+    )
+  if config.pl_weight and images % 2:
+    raise UserError(
+      f'generator.pl_weight={config.pl_weight}: path lengths take half of {part}: '
+      'make that even, or set generator.pl_weight=0'
+    )
+  for name, weight in (('r1_interval', config.r1_gamma), ('pl_interval', config.pl_weight)):
+    if weight and config.iterations_per_call < config[name]:
+      raise UserError(
+        f'generator.iterations_per_call={config.iterations_per_call} is below generator.{name}='
+        f'{config[name]}: some calls would have nothing to report of it; set the first to the second'
+      )
