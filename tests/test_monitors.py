@@ -1,6 +1,7 @@
 """Monitors see a collapse."""
 
 import numpy as np
+import pytest
 
 from palm_jax import monitors
 

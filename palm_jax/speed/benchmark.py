@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from palm_jax import pairs, pretrain, rollout, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
-from palm_jax.generator import benchmark as generator_benchmark
+from palm_jax.speed import generator_training
 from palm_jax.job import Job, Run
 from palm_jax.speed import cost, plan, timing, workload
 
@@ -44,7 +44,7 @@ def run(this: Run) -> dict:
   config, workdir, data, mesh = this.config, this.workdir, this.data, this.mesh
   result = dict(job='benchmark', seed=config.seed, **devices.describe(mesh))
   if trains_generator(config):
-    result['generator'] = generator_benchmark.measure(config, data, mesh)
+    result['generator'] = generator_training.measure(config, data, mesh)
   if 'pretrain' in config.jobs:
     generator = worlds.as_world(config, draw_weights(plan.make_generator(config, workdir)))
     result['pretrain'] = pretraining(config, generator, mesh)
