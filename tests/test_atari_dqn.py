@@ -176,12 +176,12 @@ def test_rmsprop_is_centred():
 @pytest.mark.parametrize(
   'changes, message',
   [
-    (dict(optimizer='sgd'), "collect.agent.optimizer='sgd' is unknown: choose adam or rmsprop"),
+    (dict(optimizer='sgd'), "collect.agent.optimizer='sgd' is unknown: choose one of adam, rmsprop"),
     (dict(n_step=0), 'collect.agent.n_step=0 is not positive'),
     (dict(epsilon=1.5), 'collect.agent.epsilon=1.5'),
     (
       dict(target_period=6),
-      'collect.agent.target_period=6 is not a multiple of learn_period=4: set it to 8',
+      'collect.agent.target_period=6 is not a positive multiple of learn_period=4: set .* to 8',
     ),
     (dict(trunk_scale=-1.0), 'trunk_scale=-1.0 is negative'),
     (dict(min_history=2_000_000), 'min_history=2000000 is above capacity'),

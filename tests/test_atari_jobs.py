@@ -335,7 +335,8 @@ def test_settings_that_cannot_work_are_named(tmp_path, mesh, job, changes, messa
   config = tiny_config()
   config.update(changes)
   with pytest.raises(UserError, match=message) as caught:
-    getattr(dict(collect=collect, finetune=finetune)[job], job)(config, tmp_path, mesh, Same)
+    job = dict(collect=collect, finetune=finetune)[job].JOB
+    finish(job, config, tmp_path, mesh=mesh, make_environment=Same)
   assert '\n' not in str(caught.value)
 
 

@@ -239,7 +239,7 @@ def write_run(folder, game, seed, score, variant='pretrained', **changes):
 
 
 def run_job(workdir, **settings):
-  config = ConfigDict(dict(seed=0, scores=scores.default_config()))
+  config = ConfigDict(dict(seed=0, scores=scores.default_config(), atari=dict(game='Pong')))
   config.scores.update(settings)
   return finish(scores.JOB, config, workdir, mesh=devices.make_mesh(1))
 

@@ -408,6 +408,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_step_before(tmp_path, saved):
     process.wait()
   newest = list_steps(tmp_path)[-1]
   assert any(tmp_path.glob('*-tmp'))
+  Checkpoints(tmp_path)  # removes what the kill left
   step, tree = load_item(tmp_path, 'a')
   assert step == newest == tree['step'] and not any(tmp_path.glob('*-tmp'))
   np.testing.assert_array_equal(
