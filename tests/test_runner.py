@@ -1,0 +1,106 @@
+"""A job is a value: one new file and one line in runner.JOBS make an evaluation."""
+
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from palm_jax import runner
+from palm_jax.base import checks
+from palm_jax.base.errors import UserError
+from palm_jax.base.training import Stopped
+from palm_jax.job import Job, Run
+from tests.worlds import tiny_config
+
+
+@pytest.fixture
+def toy(monkeypatch):
+  """An evaluation that is not of this package; its JOB, and the Runs that it was given."""
+  seen = []
+
+  def check(config, num_devices):
+    checks.share('toy.threshold', config.toy.threshold)
+
+  def check_data(run):
+    if len(run.data.class_names) != 10:
+      raise UserError('toy: expected ten classes')
+
+  def run(this: Run) -> dict:
+    seen.append(this)
+    if this.config.toy.stop:
+      raise Stopped
+    bright = this.data.test.images.mean(axis=(1, 2, 3)) > 255 * this.config.toy.threshold
+    return dict(job='toy', share=float(np.mean(bright)), protocol=dict(data=this.data.source))
+
+  def table(results):
+    return f'toy: {results["share"]:.1%} are bright'
+
+  module = types.ModuleType('toy_evaluation')
+  module.JOB = Job('toy', run, check, check_data=check_data, table=table, judges=True)
+  monkeypatch.setitem(sys.modules, 'toy_evaluation', module)
+  monkeypatch.setitem(runner.JOBS, 'toy', 'toy_evaluation')  # the one line
+  return module.JOB, seen
+
+
+def config_of(**settings):
+  c = tiny_config()
+  c.name, c.data.name, c.jobs = 'toys', 'digits', ('toy', 'report')
+  with c.unlocked():
+    c.toy = dict(threshold=0.3, stop=False) | settings
+  return c
+
+
+def test_a_new_evaluation_is_run_skipped_and_reported(toy, tmp_path, capsys, caplog):
+  _, seen = toy
+  workdir = tmp_path / 'run'
+  runner.run(config_of(), 'toy', workdir)
+  result = json.loads((workdir / 'results' / 'toy.json').read_text())
+  assert 0 < result['share'] < 1
+  assert f'toy: {result["share"]:.1%} are bright' in capsys.readouterr().out
+  assert len(seen) == 1 and seen[0].workdir == workdir and seen[0].data is not None
+
+  runner.run(config_of(), 'toy', workdir)  # complete, skipped
+  assert len(seen) == 1
+  with pytest.raises(UserError, match='another config .toy.threshold: 0.3 there, 0.4 now.*delete'):
+    runner.run(config_of(threshold=0.4), 'toy', workdir)
+  (workdir / 'results' / 'toy.json').unlink()
+  runner.run(config_of(threshold=0.4), 'toy', workdir)  # a judgement's section is free until then
+  assert len(seen) == 2
+
+  c = config_of(threshold=0.4)
+  c.data.name = ''  # no map
+  runner.run(c, 'report', workdir)
+  page = (workdir / 'report.html').read_text()
+  share = json.loads((workdir / 'results' / 'toy.json').read_text())['share']
+  assert '<h2' in page and 'toy' in page and f'{share:.4g}' in page
+
+
+def test_it_is_checked_before_anything_is_written(toy, tmp_path):
+  with pytest.raises(UserError, match=r'toy.threshold=2.0 is not in \[0, 1\]'):
+    runner.run(config_of(threshold=2.0), 'toy', tmp_path / 'run')
+  with pytest.raises(UserError, match='toy.threshold=nan is not finite'):
+    runner.run(config_of(threshold=float('nan')), 'toy', tmp_path / 'run')
+  c = config_of()
+  np.savez(tmp_path / 'two.npz', images=np.zeros((8, 8, 8, 1), np.uint8), labels=np.arange(8) % 2)
+  c.data.name = str(tmp_path / 'two.npz')
+  with pytest.raises(UserError, match='toy: expected ten classes'):
+    runner.run(c, 'toy', tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_stopped_job_has_no_result_and_ends_the_chain(toy, tmp_path):
+  _, seen = toy
+  runner.run(config_of(stop=True), 'all', tmp_path / 'run')
+  assert len(seen) == 1
+  assert not (tmp_path / 'run' / 'results').exists()
+  assert not (tmp_path / 'run' / 'report.html').exists()
+
+
+def test_every_job_of_the_table_is_found():
+  for name in runner.names():
+    job = runner.find(name)
+    assert job.name == name
+  with pytest.raises(UserError, match=r"job 'prob' is unknown: .* \(did you mean probe\?\)"):
+    runner.find('prob')
