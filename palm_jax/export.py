@@ -30,7 +30,7 @@ from palm_jax.base.files import replacing
 from palm_jax.checkpoint import load_encoder
 from palm_jax.encoder import make_encoder
 from palm_jax.formats import onnx_file
-from palm_jax.generator.snapshots import read_arrays
+from palm_jax.formats.arrays import read_arrays
 
 # Format: the file's name where --out gives none.
 FORMATS = {

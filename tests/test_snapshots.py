@@ -27,6 +27,7 @@ from palm_jax.formats.torch_files import SnapshotError
 from palm_jax.generator import load_generator, network_fields, save_safetensors
 from palm_jax.generator.convert import convert
 from palm_jax.generator.sample import latent_walk, sample
+from palm_jax.generator.saved import NETWORK_KEY
 from palm_jax.generator.snapshots import load_discriminator, load_snapshot
 from tests import snapshot_files as files
 from tests.worlds import COMPILED
@@ -602,7 +603,7 @@ def test_damaged_safetensors_of_ours(network, tmp_path):
   fields = network_fields(G.network)
 
   def refused(words, arrays=arrays, fields=fields):
-    safetensors.numpy.save_file(arrays, path, {generators.NETWORK_KEY: json.dumps(fields)})
+    safetensors.numpy.save_file(arrays, path, {NETWORK_KEY: json.dumps(fields)})
     with pytest.raises(SnapshotError, match=words) as caught:
       load_generator(path)
     assert '\n' not in str(caught.value)

@@ -18,14 +18,9 @@ from jax.sharding import PartitionSpec as P
 
 from palm_jax.base.errors import UserError
 from palm_jax.generator import ops
-from palm_jax.generator.stylegan2 import (
-  Discriminator,
-  Generator,
-  channels_for,
-  discriminator_from_official,
-  generator_from_official,
-  minibatch_std,
-)
+from palm_jax.generator.discriminator import Discriminator, minibatch_std
+from palm_jax.generator.official import discriminator_from_official, generator_from_official
+from palm_jax.generator.stylegan2 import Generator, channels_for
 
 TINY_G = Generator(
   z_dim=8, w_dim=8, num_classes=3, channels=(8, 6), image_channels=1, mapping_layers=2

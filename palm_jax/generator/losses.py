@@ -1,25 +1,26 @@
 """Losses of StyleGAN2 (arXiv 1912.04958, appendix B; stylegan2-ada-pytorch, training/loss.py).
 
-Logits are (N,), before any sigmoid. A loss is the mean over the local batch: who calls it inside
-shard_map takes the pmean of the loss and differentiates that, never the pmean of gradients.
+Logits are (N,), before any sigmoid. A loss is the mean over the local batch. Callers inside
+shard_map take the pmean of the loss and differentiate that, never the pmean of gradients.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 
-def generator_loss(fake_logits):
+def generator_loss(fake_logits: jax.Array) -> jax.Array:
   """Non-saturating loss of G, mean softplus(-D(fake)): () from (N,) logits."""
   return jax.nn.softplus(-fake_logits).mean()
 
 
-def discriminator_loss(real_logits, fake_logits):
-  """Logistic loss of D, mean softplus(D(fake)) + mean softplus(-D(real)): () from two (N,)
-  logits."""
+def discriminator_loss(real_logits: jax.Array, fake_logits: jax.Array) -> jax.Array:
+  """Logistic loss of D, mean softplus(D(fake)) + mean softplus(-D(real)): () from (N,) logits."""
   return jax.nn.softplus(fake_logits).mean() + jax.nn.softplus(-real_logits).mean()
 
 
-def r1_penalty(discriminate, images):
+def r1_penalty(discriminate: Callable, images: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Squared norm of the logits' gradient with respect to the images (arXiv 1801.04406, equation 9).
 
   Args:
@@ -38,7 +39,7 @@ def r1_penalty(discriminate, images):
   return jnp.square(gradient).sum((1, 2, 3)), logits
 
 
-def path_lengths(synthesize, ws, directions):
+def path_lengths(synthesize: Callable, ws: jax.Array, directions: jax.Array) -> jax.Array:
   """Lengths of the Jacobian's product with image noise (arXiv 1912.04958, section 3.2).
 
   Args:
@@ -55,11 +56,13 @@ def path_lengths(synthesize, ws, directions):
   return jnp.sqrt(jnp.square(gradient).sum(2).mean(1))
 
 
-def path_length_penalty(lengths, pl_mean, decay=0.01, axis_name=None):
+def path_length_penalty(
+  lengths: jax.Array, pl_mean: jax.Array, decay: float = 0.01, axis_name: str | None = None
+) -> tuple[jax.Array, jax.Array]:
   """Squared distance of the path lengths from their running mean.
 
-  The mean moves first, and the penalty's gradient flows through the share that the batch has in it,
-  as in the original.
+  The mean moves first, and the gradient also flows through the batch's share in it, as in the
+  original.
 
   Args:
     lengths: (N,) local path lengths.

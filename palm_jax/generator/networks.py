@@ -8,8 +8,9 @@ from ml_collections import ConfigDict
 from palm_jax.base import checks
 from palm_jax.base.errors import UserError
 from palm_jax.generator.adaptive_augment import PIPES
+from palm_jax.generator.discriminator import Discriminator
 from palm_jax.generator.phases import round_sizes
-from palm_jax.generator.stylegan2 import Discriminator, Generator, channels_for
+from palm_jax.generator.stylegan2 import Generator, channels_for
 
 ARCHITECTURES = 'orig', 'resnet'
 DTYPES = dict(float32=None, bfloat16=jnp.bfloat16)  # None: that of the parameters

@@ -1,9 +1,9 @@
 """Resampling, convolutions and layers of StyleGAN2, on NHWC images and HWIO kernels.
 
-Everywhere the filter is the separable [1, 3, 3, 1] of StyleGAN2 (arXiv 1912.04958). It is written
-as shifted sums, and resampled convolutions as dense products without inserted zeros: XLA on CPU
-runs depthwise and dilated convolutions, and above all their gradients, many times slower.
-Everything here can be differentiated any number of times.
+The filter is always the separable [1, 3, 3, 1] of StyleGAN2 (arXiv 1912.04958). It is written as
+shifted sums, and resampled convolutions as dense products without inserted zeros: XLA on CPU runs
+depthwise and dilated convolutions, and above all their gradients, many times slower. Everything
+here can be differentiated any number of times.
 """
 
 from typing import Any
@@ -19,9 +19,13 @@ from palm_jax.layers.convolution import conv
 TAPS = (1 / 8, 3 / 8, 3 / 8, 1 / 8)
 
 
-def fir(x, pad, stride=1, gain=1.0):
-  """Pads both image axes by pad = (before, after) zeros, filters, keeps every stride-th sample.
-  gain is per axis."""
+def fir(x: jax.Array, pad: tuple[int, int], stride: int = 1, gain: float = 1.0) -> jax.Array:
+  """Pads both image axes of x (N, H, W, C), filters, and keeps every stride-th sample.
+
+  Args:
+    pad: zeros before and after.
+    gain: per axis.
+  """
   for axis in (1, 2):
     x = _pad(x, axis, pad)
     last = x.shape[axis] - len(TAPS)
@@ -31,7 +35,7 @@ def fir(x, pad, stride=1, gain=1.0):
   return x
 
 
-def upsample(x):
+def upsample(x: jax.Array) -> jax.Array:
   """(N, H, W, C) -> (N, 2H, 2W, C): zero insertion and the filter, by its two phases."""
   for axis in (1, 2):
     size = x.shape[axis]
@@ -41,12 +45,12 @@ def upsample(x):
   return x
 
 
-def downsample(x):
+def downsample(x: jax.Array) -> jax.Array:
   """(N, H, W, C) -> (N, H/2, W/2, C)."""
   return fir(x, (1, 1), stride=2)
 
 
-def up_conv(x, kernel):
+def up_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """Transposed 3x3 convolution of stride 2, then the filter: (N, H, W, I) -> (N, 2H, 2W, O).
 
   Transposing makes the kernel a true convolution, hence the flip; without it images are wrong but
@@ -59,15 +63,16 @@ def up_conv(x, kernel):
   for i in (0, 1):
     even, odd = (conv(padded[:, i:, j:], kernel[i::2, j::2], 'VALID') for j in (0, 1))
     rows.append(_interleave(even, odd, 2))
-  y = _interleave(
-    *rows, axis=1
-  )  # (N, 2H + 2, 2W + 2, O), last row and column zero: they are the filter's padding
+  # (N, 2H + 2, 2W + 2, O), last row and column zero: they are the filter's padding.
+  y = _interleave(*rows, axis=1)
   return fir(y, (1, 0), gain=2.0)
 
 
-def down_conv(x, kernel):
-  """The filter, then a 3x3 correlation of stride 2 as one matrix product: (N, H, W, I) -> (N, H/2,
-  W/2, O)."""
+def down_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """The filter, then a 3x3 correlation of stride 2: (N, H, W, I) -> (N, H/2, W/2, O).
+
+  The correlation is one matrix product.
+  """
   x = fir(x, (2, 2))
   size = x.shape[1] - 2, x.shape[2] - 2
   patches = [x[:, i : i + size[0] : 2, j : j + size[1] : 2] for i in range(3) for j in range(3)]
@@ -93,11 +98,10 @@ class Dense(nn.Module):
 
 
 class StyleLayer(nn.Module):
-  """Modulated 3x3 convolution in the scaled form (scale inputs, one shared kernel, scale outputs),
-  noise, activation.
+  """Modulated 3x3 convolution, noise, activation.
 
-  The grouped form, one kernel a sample, gives the same numbers and is slower (arXiv 1912.04958,
-  section 2.2).
+  In the scaled form: scale inputs, one shared kernel, scale outputs. The grouped form, one kernel a
+  sample, gives the same numbers and is slower (arXiv 1912.04958, section 2.2).
   """
 
   features: int
@@ -120,16 +124,13 @@ class StyleLayer(nn.Module):
     x, kernel, style, demodulation, bias = nn.dtypes.promote_dtype(
       x, kernel, style, demodulation, bias, dtype=self.dtype
     )
-    x = (up_conv if self.up else conv)(x * style[:, None, None], kernel) * demodulation[
-      :, None, None
-    ]
+    convolve = up_conv if self.up else conv
+    x = convolve(x * style[:, None, None], kernel) * demodulation[:, None, None]
     if noise == 'const':
       x += (strength * picture.value)[..., None].astype(x.dtype)
     elif noise == 'random':
-      drawn = jax.vmap(lambda key: jax.random.normal(key, (size, size, 1), strength.dtype))(
-        noise_keys
-      )
-      x += (strength * drawn).astype(x.dtype)
+      draw = jax.vmap(lambda key: jax.random.normal(key, (size, size, 1), strength.dtype))
+      x += (strength * draw(noise_keys)).astype(x.dtype)
     return _clamp(_activate(x + bias), self.conv_clamp)
 
 
@@ -153,8 +154,7 @@ class ToRGB(nn.Module):
 
 
 class ConvLayer(nn.Module):
-  """Equalised convolution of D, halving the resolution with down. gain scales the result and the
-  clamp."""
+  """Equalised convolution of D; `down` halves the resolution, `gain` scales result and clamp."""
 
   features: int
   size: int
@@ -180,10 +180,12 @@ class ConvLayer(nn.Module):
       x += bias
     if self.activate:
       x = _activate(x)
-    return _clamp(x * self.gain, self.conv_clamp and self.conv_clamp * self.gain)
+    limit = None if self.conv_clamp is None else self.conv_clamp * self.gain
+    return _clamp(x * self.gain, limit)
 
 
-def at_least_float32(x):
+def at_least_float32(x: jax.Array) -> jnp.dtype:
+  """The type of x, or float32 where that is wider."""
   return jnp.promote_types(x.dtype, jnp.float32)
 
 

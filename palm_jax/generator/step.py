@@ -1,18 +1,24 @@
-"""One iteration of StyleGAN2's training, compiled: the loop of stylegan2-ada-pytorch
-(training/training_loop.py).
+"""One iteration of StyleGAN2's training, compiled.
 
-An iteration is Gmain, [path lengths every 4], Dmain, [R1 every 16], the moving average of G, [every
-4 the strength of augmentation]. What it computes does not depend on the number of devices.
+The loop of stylegan2-ada-pytorch (training/training_loop.py): Gmain, [path lengths every 4], Dmain,
+[R1 every 16], the moving average of G, [every 4 the strength of augmentation]. What it computes
+does not depend on the number of devices.
 """
+
+from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from palm_jax.generator import adaptive_augment
+from palm_jax.generator.discriminator import Discriminator
 from palm_jax.generator.phases import make_optimizers, make_phases
+from palm_jax.generator.stylegan2 import Generator
 
 
 @flax.struct.dataclass
@@ -45,10 +51,11 @@ class State:
   key: jax.Array
 
 
-def init_state(config, G, D, key):
+def init_state(config: ConfigDict, G: Generator, D: Discriminator, key: jax.Array) -> State:
   """The first state, as a pure function: jit it with the shardings it should have."""
   key, key_g, key_d = jax.random.split(key, 3)
-  label, zero = jnp.zeros((1,), jnp.int32), jnp.zeros(())
+  label = jnp.zeros((1,), jnp.int32)
+  zero = jnp.zeros(())
   generator = G.init(key_g, jnp.zeros((1, config.z_dim)), label)
   discriminator = D.init(key_d, jnp.zeros((1, *G.image_shape)), label)['params']
   opt_g, opt_d = make_optimizers(config)
@@ -67,70 +74,7 @@ def init_state(config, G, D, key):
   )
 
 
-def ema_decay(config, step):
-  """Decay of G_ema after iteration `step`: () float. With a ramp it is zero at step 0: the first
-  average is a copy.
-
-  A run that goes out from trained networks has no ramp, as in the original.
-  """
-  half_life = config.ema_kimg * 1000.0
-  if config.ema_rampup and not config.init_from:
-    half_life = jnp.minimum(half_life, step * float(config.batch_size) * config.ema_rampup)
-  return 0.5 ** (config.batch_size / jnp.maximum(half_life, 1e-8))
-
-
-def make_iteration(config, G, D, num_devices):
-  """One iteration on one device of the mesh axis 'data'.
-
-  Returns:
-    f(state, images, labels, indices) -> (state, metrics): arguments as of the phases of
-    `make_phases`; metrics are {phase: its metrics}, zero where the phase did not run.
-  """
-  phases = make_phases(config, G, D, num_devices)
-
-  def average(state):
-    decay = ema_decay(config, state.step)
-    mix = lambda now, before: now + jnp.asarray(decay, now.dtype) * (before - now)
-    params = jax.tree.map(mix, state.G['params'], state.G_ema['params'])
-    return state.replace(G_ema=dict(params=params, buffers=state.G['buffers']))
-
-  def adjust(state):
-    p = adaptive_augment.update_p(
-      state.augment_p,
-      state.sign_sum / state.sign_count,
-      config.batch_size,
-      config.ada_interval,
-      config.ada_target,
-      config.ada_kimg,
-    )
-    due = (state.step + 1) % config.ada_interval == 0
-    keep_or = lambda new, old: jnp.where(due, new, old).astype(old.dtype)
-    return state.replace(
-      augment_p=keep_or(p, state.augment_p),
-      sign_sum=keep_or(0, state.sign_sum),
-      sign_count=keep_or(0, state.sign_count),
-    )
-
-  def iteration(state, images, labels, indices):
-    metrics = {}
-    for name, (interval, phase) in phases.items():
-      run = lambda s, phase=phase: phase(s, images, labels, indices)
-      if interval == 1:
-        state, metrics[name] = run(state)
-      else:
-        zeros = jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), jax.eval_shape(run, state)[1])
-        state, metrics[name] = jax.lax.cond(
-          state.step % interval == 0, run, lambda s, zeros=zeros: (s, zeros), state
-        )
-    state = average(state)
-    if config.augment != 'none':
-      state = adjust(state)
-    return state.replace(step=state.step + 1), metrics
-
-  return iteration
-
-
-def make_train_call(config, G, D, mesh):
+def make_train_call(config: ConfigDict, G: Generator, D: Discriminator, mesh: Mesh) -> Callable:
   """Many iterations in one compiled, donated call.
 
   Args:
@@ -142,15 +86,16 @@ def make_train_call(config, G, D, mesh):
     f(state, images, labels, indices) -> (state, metrics), everything replicated. The state is
     donated; images (N, H, W, C) uint8 and labels (N,) int32 are the training set, indices
     (iterations, B) int32 of `batch_indices`. Metrics are scalars, means over the iterations of the
-    call in which their phase ran, and augment_p after the last. Any D that divides B / (rounds *
-    mbstd_group) devices compute the same up to rounding.
+    call in which their phase ran, and augment_p after the last. Any number of devices that divides
+    B / (rounds * mbstd_group) computes the same up to rounding.
   """
-  iteration = make_iteration(config, G, D, mesh.size)
   phases = make_phases(config, G, D, mesh.size)
 
   def call(state, images, labels, indices):
     steps = state.step + jnp.arange(len(indices))
-    state, metrics = jax.lax.scan(lambda s, i: iteration(s, images, labels, i), state, indices)
+    state, metrics = jax.lax.scan(
+      lambda s, i: iteration(config, phases, s, images, labels, i), state, indices
+    )
     means = {}
     for phase, (interval, _) in phases.items():
       runs = jnp.maximum((steps % interval == 0).sum(), 1)
@@ -161,3 +106,74 @@ def make_train_call(config, G, D, mesh):
 
   sharded = jax.shard_map(call, mesh=mesh, in_specs=P(), out_specs=P())
   return jax.jit(sharded, donate_argnums=0)
+
+
+def iteration(
+  config: ConfigDict,
+  phases: dict[str, tuple[int, Callable]],
+  state: State,
+  images: jax.Array,
+  labels: jax.Array,
+  indices: jax.Array,
+) -> tuple[State, dict]:
+  """One iteration on one device of the mesh axis 'data'.
+
+  Args:
+    phases: of `make_phases`, which says what the other arguments are.
+
+  Returns:
+    The new state, and {phase: its metrics}, zero where the phase did not run.
+  """
+  metrics = {}
+  for name, (interval, phase) in phases.items():
+    run = lambda s, phase=phase: phase(s, images, labels, indices)
+    state, metrics[name] = run(state) if interval == 1 else run_if_due(interval, run, state)
+  state = average_generator(config, state)
+  if config.augment != 'none':
+    state = adjust_augmentation(config, state)
+  return state.replace(step=state.step + 1), metrics
+
+
+def run_if_due(interval: int, run: Callable, state: State) -> tuple[State, dict]:
+  """`run(state)` -> (state, metrics) in every interval-th iteration, else state and zeros."""
+  zeros = jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), jax.eval_shape(run, state)[1])
+  return jax.lax.cond(state.step % interval == 0, run, lambda s: (s, zeros), state)
+
+
+def average_generator(config: ConfigDict, state: State) -> State:
+  """Moves G_ema towards G; buffers are taken as they are."""
+  decay = ema_decay(config, state.step)
+  mix = lambda now, before: now + jnp.asarray(decay, now.dtype) * (before - now)
+  params = jax.tree.map(mix, state.G['params'], state.G_ema['params'])
+  return state.replace(G_ema=dict(params=params, buffers=state.G['buffers']))
+
+
+def ema_decay(config: ConfigDict, step: jax.Array) -> jax.Array:
+  """Decay of G_ema after iteration `step`: () float.
+
+  With a ramp it is zero at step 0: the first average is a copy. A run that starts from trained
+  networks has no ramp, as in the original.
+  """
+  half_life = config.ema_kimg * 1000.0
+  if config.ema_rampup and not config.init_from:
+    half_life = jnp.minimum(half_life, step * float(config.batch_size) * config.ema_rampup)
+  return 0.5 ** (config.batch_size / jnp.maximum(half_life, 1e-8))
+
+
+def adjust_augmentation(config: ConfigDict, state: State) -> State:
+  """Every config.ada_interval iterations: moves augment_p by the signs, and counts anew."""
+  p = adaptive_augment.update_p(
+    state.augment_p,
+    state.sign_sum / state.sign_count,
+    config.batch_size,
+    config.ada_interval,
+    config.ada_target,
+    config.ada_kimg,
+  )
+  due = (state.step + 1) % config.ada_interval == 0
+  if_due = lambda new, old: jnp.where(due, new, old).astype(old.dtype)
+  return state.replace(
+    augment_p=if_due(p, state.augment_p),
+    sign_sum=if_due(0, state.sign_sum),
+    sign_count=if_due(0, state.sign_count),
+  )

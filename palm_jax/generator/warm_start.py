@@ -1,6 +1,8 @@
-"""Training that goes out from trained networks, as --resume of stylegan2-ada-pytorch does."""
+"""Training that starts from trained networks, as --resume of stylegan2-ada-pytorch does."""
 
+import os
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,17 +11,18 @@ from absl import logging
 from palm_jax.base.checkpoints import load_item
 from palm_jax.base.errors import UserError
 from palm_jax.generator import snapshots
+from palm_jax.generator.step import State
 
 FILES = '.pkl', '.npz', '.safetensors'
 
 
-def load_networks(path, template):
+def load_networks(path: str | os.PathLike, template: State) -> dict[str, Any]:
   """The networks to start from; optimisers, augmentation and path lengths begin anew.
 
   Args:
     path: workdir of a palm_jax run whose generator job has saved at least once, or a snapshot of
       stylegan2-ada-pytorch (see `snapshots.load_snapshot`) with G, G_ema and D.
-    template: shapes, dtypes and shardings of the `step.State` that they go into.
+    template: shapes, dtypes and shardings of the State that they go into.
 
   Returns:
     Fields of that State: {'G', 'G_ema', 'D'}.
@@ -34,7 +37,7 @@ def load_networks(path, template):
     networks = {
       name: fit(f'{path}: {name}', tree, getattr(template, name)) for name, tree in found.items()
     }
-    step = 'its training'
+    after = 'its training'
   else:
     try:
       step, state = load_item(path / 'generator' / 'checkpoints', 'state', template=template)
@@ -42,26 +45,33 @@ def load_networks(path, template):
       raise UserError(
         f'generator.init_from={path} is no run with networks of this size: {e}'
       ) from e
-    networks, step = dict(G=state.G, G_ema=state.G_ema, D=state.D), f'iteration {step}'
-  logging.info('generator: starts from the networks of %s after %s', path, step)
+    networks = dict(G=state.G, G_ema=state.G_ema, D=state.D)
+    after = f'iteration {step}'
+  logging.info('generator: starts from the networks of %s after %s', path, after)
   return networks
 
 
-def fit(name, tree, template):
-  """The arrays of `tree` placed as `template` says. Raises UserError unless they have its names and
-  shapes."""
-  shapes = lambda t: {
-    jax.tree_util.keystr(where, simple=True, separator='/'): np.shape(x)
-    for where, x in jax.tree.leaves_with_path(t)
-  }
-  there, expected = shapes(tree), shapes(template)
-  for leaf in [*expected, *(there.keys() - expected.keys())]:
-    if there.get(leaf) != expected.get(leaf):
+def fit(name: str, tree: Any, template: Any) -> Any:
+  """The arrays of `tree` with the dtypes and shardings of `template`.
+
+  Raises:
+    UserError: the names and shapes of the arrays are not those of `template`; begins with `name`.
+  """
+  found, expected = _shapes(tree), _shapes(template)
+  for leaf in [*expected, *(found.keys() - expected.keys())]:
+    if found.get(leaf) != expected.get(leaf):
       raise UserError(
-        f'{name} has {leaf} of shape {there.get(leaf, "(none)")}, this config '
-        f'{expected.get(leaf, "(none)")}: '
-        'set the sizes in config.generator to those of the file'
+        f'{name} has {leaf} of shape {found.get(leaf, "(none)")}, this config '
+        f'{expected.get(leaf, "(none)")}: set the sizes in config.generator to those of the file'
       )
   return jax.tree.map(
     lambda x, like: jax.device_put(np.asarray(x, like.dtype), like.sharding), tree, template
   )
+
+
+def _shapes(tree):
+  """{path of a leaf: its shape}."""
+  return {
+    jax.tree_util.keystr(where, simple=True, separator='/'): np.shape(x)
+    for where, x in jax.tree.leaves_with_path(tree)
+  }

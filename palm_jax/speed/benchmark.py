@@ -13,9 +13,8 @@ from ml_collections import ConfigDict
 from palm_jax import pairs, pretrain, rollout, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
-from palm_jax.speed import generator_training
 from palm_jax.job import Job, Run
-from palm_jax.speed import cost, plan, timing, workload
+from palm_jax.speed import cost, generator_training, plan, timing, workload
 
 ROWS = dict(
   generator='generator',

@@ -1,0 +1,140 @@
+"""Our own forms of a generator on disk: one .safetensors file, or a folder with a checkpoint."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+from flax import traverse_util
+
+from palm_jax.base.checkpoints import load_item
+from palm_jax.base.errors import UserError
+from palm_jax.base.files import replacing
+from palm_jax.formats.arrays import check_numbers
+from palm_jax.formats.torch_files import SnapshotError
+from palm_jax.generator.loaded import LoadedGenerator
+from palm_jax.generator.stylegan2 import Generator
+
+MAX_SIZE = 1 << 16  # of any width, and of the number of classes
+MAX_RESOLUTIONS = 10
+MAX_MAPPING_LAYERS = 64
+NETWORK_KEY = 'palm_jax_network'  # in a .safetensors' metadata: the Generator's fields as JSON
+
+
+def network_fields(network: Generator) -> dict[str, Any]:
+  """The fields of a Generator that its variables belong to, as JSON holds them."""
+  return {
+    f.name: getattr(network, f.name)
+    for f in dataclasses.fields(network)
+    if f.name not in ('dtype', 'parent', 'name')
+  }
+
+
+def save_safetensors(
+  path: str | os.PathLike,
+  network: Generator,
+  variables: Any,
+  about: str,
+  dtype: Any = np.float16,
+):
+  """Writes a generator as one file that `load_generator` reads.
+
+  The file is whole, or as it was before.
+
+  Args:
+    path: *.safetensors.
+    network: Generator.
+    variables: {'params', 'buffers'}.
+    about: for people: where it comes from, under which licence.
+    dtype: of the numbers in the file.
+
+  Raises:
+    UserError: numbers that dtype does not hold.
+    OSError: the file cannot be written.
+  """
+  tensors = traverse_util.flatten_dict(variables, sep='/')
+  with np.errstate(over='ignore'):
+    stored = {name: np.array(x, dtype, order='C') for name, x in tensors.items()}
+  for name, x in stored.items():
+    if not np.isfinite(x).all():
+      raise UserError(
+        f'{name} has numbers that {np.dtype(dtype).name} does not hold: save it as float32'
+      )
+  metadata = {NETWORK_KEY: json.dumps(network_fields(network)), 'about': about}
+  content = safetensors.numpy.save(stored, metadata)
+  with replacing(path) as file:
+    file.write(content)
+
+
+def from_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray], fields: str) -> LoadedGenerator:
+  """The generator of a file of `save_safetensors`.
+
+  Args:
+    path: for messages.
+    arrays: {name: array} of the file, which is emptied.
+    fields: the network's fields as JSON, at NETWORK_KEY of the metadata.
+
+  Raises:
+    SnapshotError: damage.
+  """
+  try:
+    network = _network(json.loads(fields))
+    z = jax.ShapeDtypeStruct((1, network.z_dim), np.float32)
+    label = jax.ShapeDtypeStruct((1,), np.int32)
+    template = jax.eval_shape(network.init, jax.random.key(0), z, label)
+  except (KeyError, TypeError, ValueError, RecursionError, UserError) as e:
+    raise SnapshotError(
+      f'{path}: its description of the network is damaged ({type(e).__name__}); fetch it again'
+    ) from e
+  expected = {name: x.shape for name, x in traverse_util.flatten_dict(template, sep='/').items()}
+  shapes = {name: x.shape for name, x in arrays.items()}
+  for name in sorted(expected.keys() | shapes.keys()):
+    if shapes.get(name) != expected.get(name):
+      raise SnapshotError(
+        f'{path}: {name} is {shapes.get(name, "absent")}, expected {expected.get(name, "absent")}; '
+        'fetch it again'
+      )
+  try:
+    check_numbers(arrays)
+  except SnapshotError as e:
+    raise SnapshotError(f'{path}: {e}') from e
+  # One at a time, so that no more than one array is in memory in both types.
+  variables = {name: np.asarray(arrays.pop(name), np.float32) for name in shapes}
+  return LoadedGenerator(network, traverse_util.unflatten_dict(variables, sep='/'))
+
+
+def from_folder(path: pathlib.Path) -> LoadedGenerator:
+  """The generator of a workdir (its folder generator/), or of a folder that convert wrote.
+
+  Raises:
+    UserError: no generator there, or damage.
+  """
+  folder = path if (path / 'network.json').is_file() else path / 'generator'
+  try:
+    network = _network(json.loads((folder / 'network.json').read_text()))
+  except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
+    raise UserError(
+      f'{path} holds no generator ({type(e).__name__} on generator/network.json): give the '
+      'workdir of a palm_jax run whose generator job has started'
+    ) from e
+  return LoadedGenerator(network, load_item(folder / 'checkpoints', 'generator')[1])
+
+
+def _network(fields):
+  """Generator of the fields in a file.
+
+  Raises ValueError for sizes that no generator has, before they cost anything.
+  """
+  channels = tuple(fields['channels'])
+  sizes = [n for n in (*channels, *fields.values()) if type(n) is int]
+  if (
+    not all(0 <= n <= MAX_SIZE for n in sizes)
+    or len(channels) > MAX_RESOLUTIONS
+    or fields['mapping_layers'] > MAX_MAPPING_LAYERS
+  ):
+    raise ValueError('sizes')
+  return Generator(**dict(fields, channels=channels))
