@@ -1,23 +1,23 @@
-"""The small part of Python's pickle machine that weights need, written anew: nothing is imported or
-called.
+"""The small part of Python's pickle machine that weights need, without importing or calling.
 
 A pickle is a program for a stack machine. This one knows the instructions and the globals of
 PyTorch's files of weights and of stylegan2-ada-pytorch's snapshots, and nothing else; each global
-is a name with a meaning of ours. What the program makes is charged to a budget before it is made,
+is a name that has a meaning here. What the program makes is charged to a budget before it is made,
 and tensors are views of the file's bytes.
 """
 
 import dataclasses
 import re
 import struct
+from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-MAGIC, PROTOCOL = (
-  0x1950A86A20F9469CFC6C,
-  1001,
-)  # torch/serialization.py, of files that are not zip archives
+# torch/serialization.py, of files that are not zip archives.
+MAGIC = 0x1950A86A20F9469CFC6C
+PROTOCOL = 1001
 STORAGES = {
   'BFloat16Storage': ml_dtypes.bfloat16,
   'BoolStorage': np.bool_,
@@ -31,38 +31,40 @@ STORAGES = {
   'ShortStorage': np.int16,
 }
 SCALARS = 'f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'b1'
-# Bytes. More than an instruction takes for its object, its place on the stack and in the memo; than
-# a call takes for a view of a tensor; than an item of a set or an attribute.
-INSTRUCTION, CALL, SET_ITEM = 256, 512, 128
-STORAGE_PICKLE = (
-  1 << 16
-)  # bytes for the few instructions around a storage that lies in a file of its own
+# Prices in bytes, each above what is really taken.
+INSTRUCTION = 256  # its object, its place on the stack and in the memo
+CALL = 512  # a view of a tensor
+SET_ITEM = 128  # an item of a set, or an attribute
+STORAGE_PICKLE = 1 << 16  # the few instructions around a storage that is a file of its own
 
 
 class Refusal(Exception):
   """What is wrong with a file, without its path."""
 
 
-def check(condition, message):
+def check(condition: Any, message: str):
+  """Raises Refusal with the message unless the condition holds."""
   if not condition:
     raise Refusal(message)
 
 
-def short(value):
-  """A value out of the file for a message: one line, not too long. Containers may be larger than
-  they look."""
+def short(value: Any) -> str:
+  """A value out of the file for a message: one line, not too long."""
   if isinstance(value, str):
     return repr(value[:80])
-  return repr(value)[:80] if isinstance(value, int | float | None) else f'a {type(value).__name__}'
+  if isinstance(value, int | float | None):
+    return repr(value)[:80]
+  return f'a {type(value).__name__}'  # a container may be larger than it looks
 
 
 class Budget:
   """Bytes that may still be taken."""
 
-  def __init__(self, size):
+  def __init__(self, size: int):
     self.left = size
 
-  def charge(self, size):
+  def charge(self, size: int):
+    """Raises Refusal where `size` bytes are more than is left."""
     self.left -= size
     check(
       self.left >= 0, 'asks for more memory than a file of its size needs; it is damaged or hostile'
@@ -102,8 +104,10 @@ def _is_size(x):
 
 
 def _persistent(meta):
-  """Modules and functions that carry their source (torch_utils/persistence.py); the source stays a
-  string."""
+  """Modules and functions that carry their source; it stays a string.
+
+  torch_utils/persistence.py of stylegan2-ada-pytorch.
+  """
   check(
     type(meta) is dict and type(meta.get('class_name')) is str and type(meta.get('state')) is dict,
     'a persistent object in it is damaged',
@@ -123,10 +127,11 @@ def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, meta
   )
   if storage.data is None:
     return np.empty(0)
-  dtype, reach = np.dtype(storage.dtype), 1
+  dtype = np.dtype(storage.dtype)
   if 0 in size:
     check(max(size) <= 1 << 32, 'a tensor in it has an impossible size')
     return np.empty(size, dtype)
+  reach = 1
   for step, n in sorted(zip(stride, size, strict=True)):
     check(n == 1 or step >= reach, 'a tensor in it overlaps itself')
     reach += (n - 1) * step
@@ -143,9 +148,8 @@ def _parameter(tensor, requires_grad, hooks):
 
 def _load_from_bytes(data):
   check(isinstance(data, bytes | memoryview), 'a storage in it is not made of bytes')
-  storage = read_legacy(
-    memoryview(data), Budget(STORAGE_PICKLE), calls={}
-  )  # none: storages in storages never end
+  # No calls: storages in storages would never end.
+  storage = read_legacy(memoryview(data), Budget(STORAGE_PICKLE), calls={})
   check(type(storage) is Storage, 'a storage in it is something else')
   return storage
 
@@ -222,19 +226,35 @@ class Machine:
   """Runs one pickle of protocol 2 to 5.
 
   Args:
-    view: the bytes; at: where to begin, and afterwards where the pickle ended.
+    view: the bytes.
+    at: where to begin, and afterwards where the pickle ended.
     budget: what it may use.
     find_storage: (key, dtype, numel) -> Storage, for files that keep storages beside the pickle.
     torchscript: whether the file's own classes may appear; they become `Module`s.
     calls: the functions that may be called, {(module, name): what it does}.
   """
 
-  def __init__(self, view, at, budget, find_storage=None, torchscript=False, calls=_CALLS):
-    self.view, self.at, self.budget = view, at, budget
-    self.find_storage, self.torchscript, self.calls = find_storage, torchscript, calls
-    self.stack, self.below, self.memo = [], [], {}
+  def __init__(
+    self,
+    view: memoryview,
+    at: int,
+    budget: Budget,
+    find_storage: Callable | None = None,
+    torchscript: bool = False,
+    calls: dict[tuple[str, str], Callable] = _CALLS,
+  ):
+    self.view = view
+    self.at = at
+    self.budget = budget
+    self.find_storage = find_storage
+    self.torchscript = torchscript
+    self.calls = calls
+    self.stack = []
+    self.below = []  # the stacks below each mark
+    self.memo = {}
 
-  def run(self):
+  def run(self) -> Any:
+    """The object that the pickle makes. Raises Refusal, and what damage leads to."""
     while True:
       self.budget.charge(INSTRUCTION)
       code = self.take(1)[0]
@@ -258,9 +278,13 @@ class Machine:
   def text(self, size):
     data = self.take(size)
     top = np.frombuffer(data, np.uint8).max(initial=0)
-    self.budget.charge(
-      size * (1 if top < 0xC4 else 2 if top < 0xF0 else 4)
-    )  # Python's widths of a string
+    # Python keeps a string in characters of 1, 2 or 4 bytes, as its largest needs.
+    width = 4
+    if top < 0xC4:
+      width = 1
+    elif top < 0xF0:
+      width = 2
+    self.budget.charge(size * width)
     return str(data, 'utf-8')
 
   def line(self):
@@ -334,8 +358,8 @@ class Machine:
     target = self.top(dict)
     check(len(items) % 2 == 0, 'has a key without a value')
     for key, value in zip(items[::2], items[1::2], strict=True):
-      # Only plain keys: the hash of a deep tuple of tuples may take for ever, and large integers
-      # can be made to collide.
+      # Only plain keys: the hash of a deep tuple of tuples may never end, and large integers can be
+      # made to collide.
       check(
         type(key) is str or type(key) is int and 0 <= key < 1 << 32,
         f'a key in it is {short(key)}; expected a name or a number',
@@ -355,15 +379,14 @@ class Machine:
     check(
       (module, name) != ('dnnlib.tflib.network', 'Network'),
       'is a snapshot of the TensorFlow releases of StyleGAN2 (dnnlib.tflib); convert it with '
-      "stylegan2-ada-pytorch's "
-      'legacy.py: python legacy.py --source=<this file> --dest=converted.pkl',
+      "stylegan2-ada-pytorch's legacy.py: python legacy.py --source=<this file> "
+      '--dest=converted.pkl',
     )
     inert = self.torchscript and re.fullmatch(r'__torch__(\.\w+)*', module) and name.isidentifier()
     check(
       (module, name) in _KNOWN or inert,
       f'refused: it asks for {short(f"{module}.{name}")}, which weights do not need; expected a '
-      'state_dict or a '
-      'snapshot of stylegan2-ada-pytorch',
+      'state_dict or a snapshot of stylegan2-ada-pytorch',
     )
     self.push(_Global(module, name))
 
@@ -379,12 +402,9 @@ class Machine:
       and (function.module, function.name) in self.calls,
       'refused: it calls what is not a known function',
     )
-    self.budget.charge(
-      CALL
-      + sum(
-        SET_ITEM * len(x) if type(x) is list else len(x) for x in args if type(x) in (list, str)
-      )
-    )
+    items = sum(len(x) for x in args if type(x) is list)
+    letters = sum(len(x) for x in args if type(x) is str)
+    self.budget.charge(CALL + SET_ITEM * items + letters)
     try:
       self.push(self.calls[function.module, function.name](*args))
     except TypeError:
@@ -496,16 +516,22 @@ _INSTRUCTIONS = {
 _INSTRUCTIONS = {code[0]: instruction for code, instruction in _INSTRUCTIONS.items()}
 
 
-def read_legacy(view, budget, calls=_CALLS):
-  """A file of torch.save before 1.6, and of each storage in a plain pickle: five pickles, then the
-  storages' bytes."""
-  at = 0
+def read_legacy(
+  view: memoryview, budget: Budget, calls: dict[tuple[str, str], Callable] = _CALLS
+) -> Any:
+  """The object in a file of torch.save before 1.6: five pickles, then the storages' bytes.
+
+  Each storage in a plain pickle is such a file too.
+
+  Raises:
+    Refusal: what is wrong with it.
+  """
 
   def unpickle(at, find_storage=None):
     machine = Machine(view, at, budget, find_storage, calls=calls)
     return machine.run(), machine.at
 
-  magic, at = unpickle(at)
+  magic, at = unpickle(0)
   protocol, at = unpickle(at)
   system, at = unpickle(at)
   check((magic, protocol) == (MAGIC, PROTOCOL), 'is not a torch file of a known version')
@@ -516,10 +542,21 @@ def read_legacy(view, budget, calls=_CALLS):
 
   # The tensors come before their bytes: the first pass learns the storages' names, the second makes
   # the tensors.
-  storages, begin = {}, at
-  _, at = unpickle(
-    begin, lambda key, dtype, numel: storages.setdefault(key, Storage(dtype, numel, None))
-  )
+  storages = {}
+  begin = at
+
+  def note(key, dtype, numel):
+    return storages.setdefault(key, Storage(dtype, numel, None))
+
+  def find(key, dtype, numel):
+    storage = storages[key]
+    check(
+      (storage.dtype, storage.numel) == (dtype, numel),
+      f'storage {short(key)} has two different types',
+    )
+    return storage
+
+  _, at = unpickle(begin, note)
   keys, at = unpickle(at)
   check(
     type(keys) is list
@@ -528,8 +565,13 @@ def read_legacy(view, budget, calls=_CALLS):
     and set(keys) == storages.keys(),
     'lists other storages than its tensors use',
   )
-  for key in keys:
-    storage = storages[key]
+  _fill_storages(view, at, [(key, storages[key]) for key in keys])
+  return unpickle(begin, find)[0]
+
+
+def _fill_storages(view, at, storages):
+  """Gives each of [(name, Storage)] its bytes, which follow one another from `at` to the end."""
+  for key, storage in storages:
     check(
       struct.unpack_from('<q', view, at)[0] == storage.numel,
       f'storage {short(key)} has two different sizes',
@@ -540,13 +582,3 @@ def read_legacy(view, budget, calls=_CALLS):
     storage.data = view[at : at + size]
     at += size
   check(at == len(view), f'{len(view) - at} bytes follow its end')
-
-  def find(key, dtype, numel):
-    storage = storages[key]
-    check(
-      (storage.dtype, storage.numel) == (dtype, numel),
-      f'storage {short(key)} has two different types',
-    )
-    return storage
-
-  return unpickle(begin, find)[0]

@@ -1,15 +1,17 @@
 """PyTorch's files, read by numpy alone: nothing that a file names is imported, called or compiled.
 
-Arrays are read-only views of the file's bytes, and everything else is counted before it is made, so
-a file costs at most three times its size (or 32 MB beyond it, where that is more), whatever it
+Arrays are read-only views of the file's bytes, and everything else is counted before it is made.
+So a file costs at most three times its size (or 32 MB beyond it, where that is more), whatever it
 claims.
 """
 
+import os
 import pathlib
 import re
 import stat
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 
@@ -28,18 +30,16 @@ from palm_jax.formats.pickle_machine import (
 
 LEAST_BUDGET = 32 << 20  # bytes; small files are mostly instructions
 ZIP_ENTRY = 1024  # bytes charged for the name of one
-MAX_DEPTH, MAX_NAMES, MAX_NAME = (
-  64,
-  100_000,
-  200,
-)  # modules in modules; attributes and modules; letters of a dotted name
+MAX_DEPTH = 64  # modules in modules
+MAX_NAMES = 100_000  # attributes and modules
+MAX_NAME = 200  # letters of a dotted name
 
 
 class SnapshotError(UserError):
   """A file of weights that is damaged or holds what is not read from such files."""
 
 
-def read(path):
+def read(path: str | os.PathLike) -> Any:
   """The object in a PyTorch file: a pickle with tensors, or a file of torch.save or torch.jit.save.
 
   Returns:
@@ -54,14 +54,12 @@ def read(path):
   try:
     data = path.read_bytes()
   except (OSError, MemoryError) as e:
-    raise SnapshotError(
-      f'{path} cannot be read ({getattr(e, "strerror", "it is larger than the memory")}): mend '
-      'that, or '
-      'give another file'
-    ) from e
+    why = getattr(e, 'strerror', 'it is larger than the memory')
+    raise SnapshotError(f'{path} cannot be read ({why}): fix that, or give another file') from e
   try:
     _check_kind(data)
-    budget, view = Budget(max(2 * len(data), LEAST_BUDGET)), memoryview(data)
+    view = memoryview(data)
+    budget = Budget(max(2 * len(data), LEAST_BUDGET))
     if data.startswith(b'PK'):
       return _read_zip(data, budget)
     machine = Machine(view, 0, budget)
@@ -85,8 +83,12 @@ def read(path):
     raise SnapshotError(f'{path}: damaged ({type(e).__name__}); fetch or save it again') from e
 
 
-def check_file(path):
-  """pathlib.Path of a file. Raises SnapshotError where there is none that may be read."""
+def check_file(path: str | os.PathLike) -> pathlib.Path:
+  """The path of a file that can be read.
+
+  Raises:
+    SnapshotError: no such file, something else than a file, or an empty one.
+  """
   path = pathlib.Path(path)
   try:
     found = path.stat()
@@ -95,19 +97,20 @@ def check_file(path):
     what = 'no such file' if absent else f'cannot be read ({getattr(e, "strerror", e)})'
     raise SnapshotError(f'{path}: {what}; expected a file of weights, such as network.pkl') from e
   if not stat.S_ISREG(found.st_mode):
-    what = 'is a folder' if stat.S_ISDIR(found.st_mode) else 'is no file'
+    what = 'is a folder' if stat.S_ISDIR(found.st_mode) else 'is not a file'
     raise SnapshotError(f'{path}: {what}; expected a file of weights, such as network.pkl')
   if not found.st_size:
     raise SnapshotError(f'{path}: is empty; fetch it again')
   return path
 
 
-def state_dict(module):
-  """The tensors of a module under torch's names and in its order: parameters, then buffers, then
-  the modules inside.
+def state_dict(module: Module | dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The tensors of a module under torch's names and in its order.
+
+  The order is parameters, buffers, then the modules inside.
 
   Args:
-    module: `Module`, or a state dict {name: array}, which is given back.
+    module: a state dict {name: array} is given back.
 
   Returns:
     {dotted name: array}.
@@ -133,13 +136,14 @@ def state_dict(module):
   return module
 
 
-def modules(module):
+def modules(module: Module) -> list[tuple[str, Module]]:
   """[(dotted name, Module)]: the module itself, named '', and all those inside, in torch's order.
 
   Raises:
     SnapshotError: a module that contains itself, or more than any network has.
   """
-  found, attributes = [], 0
+  found = []
+  attributes = 0
 
   def visit(name, module, depth):
     nonlocal attributes
@@ -183,8 +187,10 @@ def _check_kind(data):
 
 
 def _read_zip(data, budget):
-  """A file of torch.save since 1.6, or of torch.jit.save: <name>/data.pkl and <name>/data/<key>,
-  not compressed."""
+  """A file of torch.save since 1.6, or of torch.jit.save.
+
+  It holds <name>/data.pkl and <name>/data/<key>, not compressed.
+  """
   entries = _zip_entries(data, budget)
   names = [name for name in entries if re.fullmatch('[^/]+/data[.]pkl', name)]
   check(len(names) == 1, 'is a zip archive without <name>/data.pkl; expected a file of torch.save')
@@ -211,16 +217,20 @@ def _read_zip(data, budget):
 
 
 def _zip_entries(data, budget):
-  """{name: memoryview} of a zip archive that is not compressed (PKWARE's APPNOTE.TXT, 4.3 and
-  4.5.3)."""
-  view, end = memoryview(data), data.rfind(b'PK\5\6', max(0, len(data) - 65557))
+  """{name: memoryview} of a zip archive that is not compressed.
+
+  PKWARE's APPNOTE.TXT, 4.3 and 4.5.3.
+  """
+  view = memoryview(data)
+  end = data.rfind(b'PK\5\6', max(0, len(data) - 65557))
   check(end >= 0, 'is a zip archive without its end: fetch it again')
   count, _, at = struct.unpack_from('<HLL', data, end + 10)
   if data[max(0, end - 20) : end][:4] == b'PK\6\7':
     (where,) = struct.unpack_from('<Q', data, end - 12)
     check(data[where : where + 4] == b'PK\6\6', 'is a damaged zip archive: fetch it again')
     count, _, at = struct.unpack_from('<3Q', data, where + 32)
-  entries, room = {}, len(data)
+  entries = {}
+  room = len(data)
   for _ in range(count):
     budget.charge(ZIP_ENTRY)
     check(data[at : at + 4] == b'PK\1\2', 'is a damaged zip archive: fetch it again')
@@ -253,8 +263,10 @@ def _zip_entries(data, budget):
 
 
 def _zip64(extra, numbers):
-  """Size, packed size and offset of an entry: those that do not fit into 32 bits stand in its extra
-  field."""
+  """Size, packed size and offset of an entry.
+
+  Those that do not fit into 32 bits stand in its extra field.
+  """
   at = 0
   while at + 4 <= len(extra):
     kind, size = struct.unpack_from('<2H', extra, at)
@@ -266,8 +278,10 @@ def _zip64(extra, numbers):
 
 
 def _members(module, kind):
-  """[(name, value)] of a module's `kind`: '_parameters', '_buffers' or '_modules'; of TorchScript,
-  all its attributes."""
+  """[(name, value)] of a module's `kind`: '_parameters', '_buffers' or '_modules'.
+
+  Of TorchScript it is all attributes.
+  """
   members = module.state.get(kind, module.state if '_modules' not in module.state else {})
   if type(members) is not dict or not all(
     type(name) is str and len(name) <= MAX_NAME for name in members
@@ -278,7 +292,8 @@ def _members(module, kind):
 
 def _own_tensors(module):
   hidden = module.state.get('_non_persistent_buffers_set')
-  hidden = hidden if type(hidden) is set else set()
+  if type(hidden) is not set:
+    hidden = set()
   kinds = ('_parameters', '_buffers') if '_modules' in module.state else ('TorchScript',)
   return [
     (name, value)
