@@ -353,7 +353,7 @@ def test_frame_stacks_and_parts_of_a_pipe():
 def test_wrong_names_and_images():
   keys, images = jax.random.split(jax.random.key(0), 2), np.zeros((2, 8, 8, 3), np.float32)
   assert ada.PIPES['bgc'] == ada.PIPES['bg'] + ada.PIPES['color']
-  with pytest.raises(UserError, match="'rotate9': .*did you mean 'rotate90'"):
+  with pytest.raises(UserError, match=r"'rotate9' \(did you mean rotate90\?\): expected"):
     ada.augment(images, keys, 1.0, ('hue', 'rotate9'))
   with pytest.raises(UserError, match='uint8.*scale'):
     ada.augment(images.astype(np.uint8), keys, 1.0, BGC)

@@ -1,10 +1,10 @@
 """Picture generators behind one protocol."""
 
-import difflib
 import importlib.resources
 import os
 import pathlib
 
+from palm_jax.base import checks
 from palm_jax.base.errors import UserError
 from palm_jax.formats.arrays import read_arrays
 from palm_jax.generator.loaded import LoadedGenerator
@@ -75,11 +75,9 @@ def _load_bundled(name, network):
   networks = (file.name for file in files if file.name.endswith('.safetensors'))
   names = sorted(name.removesuffix('.safetensors') for name in networks)
   if name not in names:
-    near = difflib.get_close_matches(name, names, 1)
-    hint = f' (did you mean {near[0]}?)' if near else ''
     raise UserError(
       f'{name!r} is neither a path nor a bundled generator; bundled are '
-      f'{", ".join(names) or "none"}{hint}'
+      f'{", ".join(names) or "none"}{checks.nearest(name, names)}'
     )
   with importlib.resources.as_file(folder / f'{name}.safetensors') as file:
     return load_generator(file, network)

@@ -6,7 +6,6 @@ After stylegan2-ada-pytorch, training/augment.py.
 `colour` turn those into matrices, by which transforms.py resamples and recolours.
 """
 
-import difflib
 import functools
 import math
 
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from palm_jax.base import checks
 from palm_jax.base.errors import UserError
 from palm_jax.generator.ops import at_least_float32
 from palm_jax.generator.transforms import apply_colour, apply_geometry
@@ -50,9 +50,8 @@ def augment(
   """
   for op in ops:
     if op not in OPS:
-      nearest = difflib.get_close_matches(str(op), OPS, n=1, cutoff=0)[0]
       raise UserError(
-        f'augmentation {op!r}: expected one of {", ".join(OPS)}; did you mean {nearest!r}?'
+        f'augmentation {op!r}{checks.nearest(op, OPS)}: expected one of {", ".join(OPS)}'
       )
   if not jnp.issubdtype(images.dtype, jnp.floating):
     raise UserError(

@@ -221,15 +221,17 @@ def _check_parts(module, network, known):
 
 def _check_part(full, name, part, known):
   """`full` is its name for messages, `name` its place in the network."""
-  for pattern, class_name, attributes in known:
-    if part.class_name == class_name and re.fullmatch(pattern, name):
-      break
-  else:
+  expected = [
+    attributes
+    for pattern, class_name, attributes in known
+    if part.class_name == class_name and re.fullmatch(pattern, name)
+  ]
+  if not expected:
     raise SnapshotError(
       f'{full} is a {short(part.class_name)}, which is not part of the StyleGAN2 known here; '
       'expected a network of stylegan2-ada-pytorch'
     )
-  for attribute, value in attributes.items():
+  for attribute, value in expected[0].items():
     _check_attribute(full, part, attribute, value)
   if part.class_name in _WEIGHTED:
     multiplier = part.state.get('bias_gain', 1)
