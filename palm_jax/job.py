@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from palm_jax.data.load import Data
+from palm_jax.data.arrays import Data
 
 
 class Runner(Protocol):

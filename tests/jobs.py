@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from palm_jax import runner
 from palm_jax.base import devices
-from palm_jax.data.load import Data
+from palm_jax.data.arrays import Data
 from palm_jax.job import Job, Run
 
 

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
-from palm_jax.data.load import Data, Split
+from palm_jax.data.arrays import Data, Split
 from palm_jax.generator import train
 from palm_jax.speed import benchmark
 from tests.jobs import finish

@@ -6,7 +6,7 @@ import pytest
 from configs import cifar
 from palm_jax.base import checkpoints, devices
 from palm_jax.base.errors import UserError
-from palm_jax.data.load import Split
+from palm_jax.data.arrays import Split
 from palm_jax.encoder import make_encoder
 from palm_jax.evaluate import classifier, features, linear
 

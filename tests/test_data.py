@@ -21,7 +21,8 @@ import sklearn.datasets
 from PIL import Image
 
 from palm_jax.base.errors import UserError
-from palm_jax.data import load as data
+from palm_jax.data.load import load
+from palm_jax.data.published import PUBLISHED
 
 TEN = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
 
@@ -33,7 +34,7 @@ def pictures(n, size=32, channels=3, seed=0):
 def refused(match, *args, **kwargs):
   """load must raise a UserError of one line that matches."""
   with pytest.raises(UserError, match=match) as caught:
-    data.load(*args, **kwargs)
+    load(*args, **kwargs)
   assert '\n' not in str(caught.value)
   return str(caught.value)
 
@@ -194,7 +195,7 @@ def write_classes(root, classes, n=5, size=8, mode='RGB', suffix='png', seed=0):
 
 
 def test_digits_are_sklearns_split_by_class_and_never_otherwise():
-  got = data.load('digits')
+  got = load('digits')
   raw = sklearn.datasets.load_digits()
   want = np.rint(raw.data * 255 / 16).astype(np.uint8)
   assert got.train.images.shape == (1437, 8, 8, 1) and got.test.images.shape == (360, 8, 8, 1)
@@ -219,7 +220,7 @@ def test_split_is_stratified_at_odd_class_sizes(tmp_path):
   labels = np.repeat([0, 1, 2, 3], [1, 2, 9, 20])
   images = np.broadcast_to(np.arange(32, dtype=np.uint8)[:, None, None, None], (32, 4, 4, 1))
   np.savez(tmp_path / 'x.npz', images=images, labels=labels)
-  got = data.load(tmp_path / 'x.npz')
+  got = load(tmp_path / 'x.npz')
   assert len(got.test.labels) == 7
   assert np.bincount(got.train.labels).min() >= 1  # the class of one image stays in train
   assert np.abs(np.bincount(got.test.labels, minlength=4) - np.array([0.2, 0.4, 1.8, 4])).max() < 1
@@ -239,7 +240,7 @@ def test_split_is_stratified_at_odd_class_sizes(tmp_path):
 def test_npz_in_its_three_forms(tmp_path):
   images, labels = pictures(20, 4), np.arange(20, dtype=np.uint8) % 2
   np.savez(tmp_path / 'whole.npz', images=images, labels=labels, class_names=['no', 'yes'])
-  whole = data.load(tmp_path / 'whole.npz')
+  whole = load(tmp_path / 'whole.npz')
   assert whole.class_names == ('no', 'yes') and len(whole.train.labels) == 16
   digest = hashlib.sha256((tmp_path / 'whole.npz').read_bytes()).hexdigest()
   assert f'whole.npz (sha256 {digest[:12]})' in whole.source and 'stratified' in whole.source
@@ -253,7 +254,7 @@ def test_npz_in_its_three_forms(tmp_path):
   np.savez(tmp_path / 'a.npz', images=images[:15], labels=labels[:15], class_names=['no', 'yes'])
   np.savez(tmp_path / 'b.npz', images=images[15:], labels=labels[15:])
   for name, names in (('parts.npz', ('0', '1')), (f'a.npz, {tmp_path}/b.npz', ('no', 'yes'))):
-    got = data.load(f'{tmp_path}/{name}')
+    got = load(f'{tmp_path}/{name}')
     same(got.train, images[:15], labels[:15])
     same(got.test, images[15:], labels[15:])
     assert got.class_names == names and 'stratified' not in got.source
@@ -316,14 +317,14 @@ def test_cifar_as_published(tmp_path, kind):
   renamed = write_folder(tmp_path / 'renamed', files)
   archive = write_archive(tmp_path / f'{ARCHIVES[kind]}.tar.gz', kind, files)
   for path in (renamed, archive):
-    got = data.load(path)
+    got = load(path)
     same(got.train, *train[:2])
     same(got.test, *test[:2])
     assert kind in got.source and 'fine labels, not the published number of images' in got.source
   assert 'not the published file' in got.source
   assert got.class_names == tuple(TEN if '-10-' in kind else [f'fine_{i}' for i in range(100)])
   if '-100-' in kind:
-    coarse = data.load(archive, label_set='coarse')
+    coarse = load(archive, label_set='coarse')
     same(coarse.train, train[0], train[2])
     same(coarse.test, test[0], test[2])
     assert (
@@ -333,9 +334,9 @@ def test_cifar_as_published(tmp_path, kind):
   else:
     refused('only CIFAR-100', archive, label_set='coarse')
   bare = 'cifar10' if '-10-' in kind else 'cifar100'
-  same(data.load(bare, data_dir=tmp_path).train, *train[:2])  # the archive under its published name
+  same(load(bare, data_dir=tmp_path).train, *train[:2])  # the archive under its published name
   write_folder(tmp_path / 'elsewhere' / kind, files)
-  same(data.load(bare, data_dir=tmp_path / 'elsewhere').test, *test[:2])
+  same(load(bare, data_dir=tmp_path / 'elsewhere').test, *test[:2])
 
 
 @pytest.mark.filterwarnings('ignore:numpy.core')
@@ -382,9 +383,7 @@ def test_hostile_pickle_is_refused_and_not_run(tmp_path, protocol):
       write_folder(root, {victim: b'\x80\x02' + trick})
       refused('damaged|not built like', root)
   assert not (tmp_path / 'ran').exists()
-  same(
-    data.load(write_folder(tmp_path / 'clean', files)).train, *cifar('cifar-10-batches-py')[1][:2]
-  )
+  same(load(write_folder(tmp_path / 'clean', files)).train, *cifar('cifar-10-batches-py')[1][:2])
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -443,13 +442,13 @@ def test_svhn_by_every_name(tmp_path):
   train, test = write_svhn(tmp_path)
   mats = f'{tmp_path}/train_32x32.mat', f'{tmp_path}/test_32x32.mat'
   for name in (tmp_path, ','.join(mats), mats[0], 'svhn'):
-    got = data.load(name, data_dir=tmp_path)
+    got = load(name, data_dir=tmp_path)
     same(got.train, *train)
     same(got.test, *test)
     assert got.class_names == tuple('0123456789') and 'train_32x32.mat (sha256' in got.source
   assert 0 in got.train.labels and got.train.labels.max() == 9
   pathlib.Path(mats[1]).unlink()
-  assert 'stratified' in data.load(mats[0]).source  # alone it is split
+  assert 'stratified' in load(mats[0]).source  # alone it is split
   refused(r'svhn is not in .*missing: test_32x32.mat\)', 'svhn', data_dir=tmp_path)
 
 
@@ -481,7 +480,7 @@ def test_class_folders(tmp_path, suffix):
   images, labels = write_classes(tmp_path, ['zebra', 'ant', 'Bee'], suffix=suffix)
   (tmp_path / '.git').mkdir()
   (tmp_path / 'ant' / 'Thumbs.db').write_bytes(b'')
-  got = data.load(tmp_path)
+  got = load(tmp_path)
   assert got.class_names == ('Bee', 'ant', 'zebra') and got.train.images.shape == (12, 8, 8, 3)
   assert len(got.test.labels) == 3 and '3 class folders' in got.source
   if suffix != 'jpg':  # the others are exact
@@ -494,7 +493,7 @@ def test_class_folders(tmp_path, suffix):
 def test_class_folders_with_a_test_part(tmp_path, test_name):
   train = write_classes(tmp_path / 'train', ['a', 'b'], mode='L')
   test = write_classes(tmp_path / test_name, ['a', 'b'], n=2, mode='L', seed=1)
-  got = data.load(str(tmp_path))
+  got = load(str(tmp_path))
   same(got.train, *train)
   same(got.test, *test)
   assert f'train and {test_name}' in got.source and 'stratified' not in got.source
@@ -504,10 +503,10 @@ def test_class_folders_with_a_test_part(tmp_path, test_name):
 
 def test_a_class_may_be_called_train(tmp_path):
   write_classes(tmp_path, ['bus', 'train', 'test'])
-  assert data.load(tmp_path).class_names == ('bus', 'test', 'train')
+  assert load(tmp_path).class_names == ('bus', 'test', 'train')
 
 
-def test_parts_are_no_classes(tmp_path):
+def test_parts_are_not_classes(tmp_path):
   write_classes(tmp_path, ['train', 'test'])
   refused('would have the classes test, train; expected a folder per class', tmp_path)
 
@@ -519,13 +518,13 @@ def test_folders_of_stylegans_dataset_tool(tmp_path):
   labels = np.array([2, 0, 1, 2, 0, 0, 1, 2, 1, 0])
   listed = lambda labels: (tmp_path / 'dataset.json').write_text(json.dumps({'labels': labels}))
   listed(list(zip(names[::-1], labels[::-1].tolist(), strict=True)))
-  got = data.load(tmp_path)
+  got = load(tmp_path)
   known = {image.tobytes(): label for image, label in zip(images, labels, strict=True)}
   assert len(got.train.labels) == 8 and len(got.class_names) == 3
   for split in got[:2]:
     assert [known[image.tobytes()] for image in split.images] == split.labels.tolist()
   listed(None)
-  assert data.load(tmp_path).class_names == ('0',)
+  assert load(tmp_path).class_names == ('0',)
   listed(list(zip(names[1:], [0] * 9, strict=True)))
   refused(f'{names[0]} has no label in dataset.json', tmp_path)
   (tmp_path / 'dataset.json').write_text('[]')
@@ -535,7 +534,7 @@ def test_folders_of_stylegans_dataset_tool(tmp_path):
 def test_grey_beside_colour_becomes_colour(tmp_path):
   grey, _ = write_classes(tmp_path, ['a'], mode='L')
   write_classes(tmp_path, ['b'])
-  got = data.load(tmp_path)
+  got = load(tmp_path)
   first = next(
     image for image, label in zip(got.train.images, got.train.labels, strict=True) if label == 0
   )
@@ -557,7 +556,7 @@ def test_folders_refused(tmp_path):
   Image.fromarray(np.zeros((8, 8, 4), np.uint8)).save(odd)
   refused('odd.png has transparent pixels', tmp_path)
   Image.fromarray(np.full((8, 8, 4), 255, np.uint8)).save(odd)
-  assert data.load(tmp_path).train.images.shape[1:] == (8, 8, 3)  # opaque alpha is dropped
+  assert load(tmp_path).train.images.shape[1:] == (8, 8, 3)  # opaque alpha is dropped
   whole = (tmp_path / 'a' / '000.png').read_bytes()
   odd.write_bytes(whole[: len(whole) - 60])
   refused('odd.png: not a readable image', tmp_path)
@@ -565,7 +564,7 @@ def test_folders_refused(tmp_path):
   refused('odd.png: not a readable image', tmp_path)
 
 
-# ---- names, and what is not there
+# ---- names, and what is missing
 
 
 def test_unknown_names(tmp_path, monkeypatch):
@@ -653,18 +652,18 @@ def test_download_is_asked_for_checked_and_atomic(tmp_path, server, monkeypatch)
     ((address + 'cut', 1000, right[2]), 'cannot download|gave 10 bytes'),
     (('http://127.0.0.1:9/x', *right[1:]), 'cannot download'),
   ]:
-    monkeypatch.setitem(data.PUBLISHED, archive.name, wrong)
+    monkeypatch.setitem(PUBLISHED, archive.name, wrong)
     refused(match, 'cifar10', download=True, data_dir=home)
     assert not list(home.iterdir())  # neither the file nor a rest of it
-  monkeypatch.setitem(data.PUBLISHED, archive.name, right)
+  monkeypatch.setitem(PUBLISHED, archive.name, right)
   refused('is not in', 'cifar10', data_dir=home)  # never unasked
-  got = data.load('cifar10', download=True, data_dir=home)
+  got = load('cifar10', download=True, data_dir=home)
   same(got.train, *train[:2])
   assert 'as published' in got.source
   assert [path.name for path in home.iterdir()] == [archive.name]
   archive.unlink()
   same(
-    data.load('cifar10', download=True, data_dir=home).train, *train[:2]
+    load('cifar10', download=True, data_dir=home).train, *train[:2]
   )  # what is there is not fetched again
 
 
@@ -673,20 +672,20 @@ def test_download_of_the_part_that_is_missing(tmp_path, monkeypatch):
   train, test = write_svhn(home)
   away = tmp_path / 'away.mat'
   (home / 'test_32x32.mat').rename(away)
-  monkeypatch.setitem(data.PUBLISHED, 'train_32x32.mat', ('file:///nowhere', 1, ''))
-  monkeypatch.setitem(data.PUBLISHED, 'test_32x32.mat', published(away, away.as_uri()))
-  got = data.load('svhn', download=True, data_dir=home)
+  monkeypatch.setitem(PUBLISHED, 'train_32x32.mat', ('file:///nowhere', 1, ''))
+  monkeypatch.setitem(PUBLISHED, 'test_32x32.mat', published(away, away.as_uri()))
+  got = load('svhn', download=True, data_dir=home)
   same(got.train, *train)
   same(got.test, *test)
 
 
-def test_download_into_a_place_that_cannot_be(tmp_path):
+def test_download_into_a_file_is_refused(tmp_path):
   (tmp_path / 'file').write_bytes(b'')
   refused('cannot download', 'cifar10', download=True, data_dir=tmp_path / 'file' / 'below')
 
 
 def test_published_addresses_are_the_authors():
-  for name, (url, size, sha256) in data.PUBLISHED.items():
+  for name, (url, size, sha256) in PUBLISHED.items():
     assert url.endswith('/' + name) and len(sha256) == 64 and size > 6e7
     assert url.startswith(
       ('https://www.cs.toronto.edu/~kriz/', 'http://ufldl.stanford.edu/housenumbers/')
@@ -739,7 +738,7 @@ def test_a_prepared_set(tfds, tmp_path):
   for part in ('test', 'validation', None):
     root = tmp_path / str(part)
     prepare(tfds, root, {'train': images} | ({part: more} if part else {}))
-    got = data.load('tfds:palm_tiny_set', data_dir=root)
+    got = load('tfds:palm_tiny_set', data_dir=root)
     known = {image.tobytes(): i % 2 for group in (images, more) for i, image in enumerate(group)}
     for split in got[:2]:  # stored in another order
       assert [known[image.tobytes()] for image in split.images] == split.labels.tolist()
@@ -762,13 +761,13 @@ def test_a_prepared_set(tfds, tmp_path):
 )
 def test_the_papers_sets_through_tfds(tfds, name, classes):
   with tfds.testing.mock_data(num_examples=12):
-    got = data.load(f'tfds:{name}')
+    got = load(f'tfds:{name}')
     for split in got[:2]:
       assert split.images.shape == (12, 32, 32, 3) and split.images.dtype == np.uint8
       assert split.labels.dtype == np.int64
     assert len(got.class_names) == classes and name in got.source and 'its test part' in got.source
     if name == 'cifar100':
-      assert len(data.load('tfds:cifar100', label_set='coarse').class_names) == 20
+      assert len(load('tfds:cifar100', label_set='coarse').class_names) == 20
     else:
       refused('expected image and coarse_label', f'tfds:{name}', label_set='coarse')
 

@@ -18,7 +18,7 @@ from palm_jax.base import devices
 from palm_jax.base.checkpoints import Checkpoints, load_item
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.metrics import read_jsonl
-from palm_jax.data.load import Data, Split
+from palm_jax.data.arrays import Data, Split
 from palm_jax.generator import load_generator, train
 from palm_jax.generator.snapshots import load_discriminator, load_snapshot
 from palm_jax.generator.warm_start import load_networks

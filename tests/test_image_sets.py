@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from palm_jax.base.errors import UserError
-from palm_jax.data.load import Split
+from palm_jax.data.arrays import Split
 from palm_jax.evaluate.image_sets import check_source, image_set, interpolate, load_images
 
 

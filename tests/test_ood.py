@@ -14,7 +14,8 @@ from palm_jax import encoder as encoders
 from palm_jax.base import devices
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
-from palm_jax.data.load import Data, Split
+from palm_jax.data import published
+from palm_jax.data.arrays import Data, Split
 from palm_jax.evaluate import features, linear, ood, scores
 
 CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
@@ -354,9 +355,7 @@ def test_names_of_sets(text, name, source):
 
 def test_download_fetches_the_sets_that_have_a_publisher(monkeypatch, tmp_path):
   asked = []
-  monkeypatch.setattr(
-    ood.data_sets, 'fetch', lambda url, size, sha256, target: asked.append(target)
-  )
+  monkeypatch.setattr(published, 'fetch', lambda url, size, sha256, target: asked.append(target))
   config = job_config(sets=('svhn', 'SVHN again=svhn', 'interp:pairs', 'LSUN=folder'))
   config.data.dir = str(tmp_path)
   ood.download(config)

@@ -8,7 +8,7 @@ import pytest
 from palm_jax import environment, experience, pairs, pretrain, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
-from palm_jax.data.load import Data, Split
+from palm_jax.data.arrays import Data, Split
 from tests.worlds import LargeGenerator, LinearGenerator, nature_config
 
 GENERATOR = LinearGenerator()

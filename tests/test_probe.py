@@ -11,7 +11,8 @@ from configs import cifar as cifar_config
 from palm_jax.base import devices
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
-from palm_jax.data.load import Data, Split, load
+from palm_jax.data.arrays import Data, Split
+from palm_jax.data.load import load
 from palm_jax.encoder import make_encoder
 from palm_jax.evaluate import features, probe
 from tests import worlds

@@ -16,7 +16,7 @@ from sklearn.neighbors import NearestNeighbors
 from palm_jax.base import devices
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import NonFiniteError, UserError
-from palm_jax.data.load import Data, Split
+from palm_jax.data.arrays import Data, Split
 from palm_jax.encoder import ResNet18
 from palm_jax.evaluate import classifier, distances, extractors, quality
 from palm_jax.generator.stylegan2 import Generator

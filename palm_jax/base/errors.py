@@ -1,4 +1,4 @@
-"""Errors that a user can mend: `main` prints them in one line and leaves with exit code 2."""
+"""Errors that a user can fix: `main` prints them in one line and leaves with exit code 2."""
 
 
 class UserError(Exception):
@@ -13,3 +13,8 @@ class UserError(Exception):
 
 class NonFiniteError(UserError):
   """A loss or gradient is NaN or infinite. The message names it and the step."""
+
+
+def one_line(error: BaseException) -> str:
+  """Kind and beginning of another library's error, to be quoted in a message."""
+  return f'{type(error).__name__}: {" ".join(str(error).split())[:160]}'

@@ -5,19 +5,24 @@ import pathlib
 import numpy as np
 
 from palm_jax.base.errors import UserError
-from palm_jax.data.load import Data, load
+from palm_jax.data.arrays import Data
+from palm_jax.data.load import load
 
 COLLECTED = 'collect'  # as config.data.name; and the folder of that job
 
 
 def load_collected(workdir: pathlib.Path, newest: bool = False) -> Data:
-  """The stacks as Data, or the newest frame of each. Raises UserError where there are none."""
+  """The stacks, or the newest frame of each.
+
+  Raises:
+    UserError: there are none.
+  """
   path = workdir / COLLECTED / 'stacks.npz'
   if not path.exists():
     raise UserError(f'{path} is missing: run --job=collect first, or give --config.data.name')
   stacks = load(path)
   if not newest:
     return stacks
-  of = lambda split: split._replace(images=np.ascontiguousarray(split.images[..., -1:]))
+  last = lambda split: split._replace(images=np.ascontiguousarray(split.images[..., -1:]))
   source = f'{stacks.source}, the newest frame of each'
-  return stacks._replace(train=of(stacks.train), test=of(stacks.test), source=source)
+  return stacks._replace(train=last(stacks.train), test=last(stacks.test), source=source)

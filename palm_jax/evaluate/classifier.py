@@ -71,7 +71,7 @@ def fit(config, c, split, num_classes, seed, mesh, workdir, name, start=None):
   Args:
     config: the whole config; its section encoder is read.
     c: see `default_config`; `warmup` is the share of the run in which the rate rises.
-    split: palm_jax.data.load.Split, labels in [0, num_classes).
+    split: palm_jax.data.arrays.Split, labels in [0, num_classes).
     seed: of the weights, the order and the augmentation.
     mesh: one-dimensional mesh, axis 'data'.
     workdir: pathlib.Path.

@@ -80,7 +80,7 @@ def run(this: Run) -> dict:
     config: the whole config; read are seed, generator.path, diversity, quality (settings of
       features) and what pretraining reads.
     workdir: pathlib.Path of a run with a checkpoint of its pretraining.
-    data: palm_jax.data.load.Data.
+    data: palm_jax.data.arrays.Data.
     mesh: one-dimensional mesh, axis 'data'.
 
   Returns:

@@ -21,7 +21,7 @@ def image_set(source, id_split, data_dir=None):
 
   Args:
     source: 'interp:pairs' or 'interp:csi', see `interpolate`; else what `load_images` reads.
-    id_split: palm_jax.data.load.Split, the in-distribution test images in their order.
+    id_split: palm_jax.data.arrays.Split, the in-distribution test images in their order.
     data_dir: where bare names lie, see palm_jax.data.load.
 
   Returns:
@@ -131,7 +131,7 @@ def interpolate(split, mode):
   levels, halves to the even one (CSI averages floats, and does not round).
 
   Args:
-    split: palm_jax.data.load.Split, N images; labels only for the description.
+    split: palm_jax.data.arrays.Split, N images; labels only for the description.
     mode: 'pairs' or 'csi'.
 
   Returns:

@@ -24,7 +24,7 @@ from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from palm_jax.base.metrics import Progress
 from palm_jax.base.tables import aligned, protocol_line
-from palm_jax.data import load as data_sets
+from palm_jax.data.published import fetch_missing
 from palm_jax.evaluate import classifier, features, linear
 from palm_jax.evaluate.image_sets import check_source, image_set
 from palm_jax.evaluate.scores import METRICS, SCORES
@@ -154,7 +154,7 @@ def download(config):
   """Fetches the published sets among config.ood.sets that are not there yet; UserError as of
   palm_jax.data.load.fetch."""
   for source in named_sources(config.ood.sets).values():
-    data_sets.fetch_missing(source, config.data.dir or None)
+    fetch_missing(source, config.data.dir or None)
 
 
 def published(name):
@@ -173,7 +173,7 @@ def run(this: Run) -> dict:
   Args:
     config: the whole config; read are seed, data.dir, encoder, features and ood.
     workdir: pathlib.Path of a run with a checkpoint of its pretraining.
-    data: palm_jax.data.load.Data.
+    data: palm_jax.data.arrays.Data.
     mesh: one-dimensional mesh, axis 'data'.
 
   Returns:

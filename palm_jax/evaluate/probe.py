@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from palm_jax.base.tables import aligned, protocol_line
-from palm_jax.data import load as image_data
+from palm_jax.data.arrays import Split
+from palm_jax.data.load import load as load_data
 from palm_jax.evaluate import classifier, corruptions, features, linear
 from palm_jax.job import Job, Run
 
@@ -314,7 +315,7 @@ def run(this: Run) -> dict:
   Args:
     config: the whole config; read are seed, data, encoder, features and probe.
     workdir: pathlib.Path of a run with a checkpoint of its pretraining.
-    dataset: palm_jax.data.load.Data.
+    dataset: palm_jax.data.arrays.Data.
     mesh: one-dimensional mesh, axis 'data'.
   Returns:
     The dict that was written: `rows`, see `judge`; `protocol`; `seconds`.
@@ -333,7 +334,7 @@ def run(this: Run) -> dict:
   before = jax.tree.map(np.copy, [encoder.apply.args for encoder in encoders])
   label_sets = {'fine': (train.labels, test.labels, len(dataset.class_names))}
   if c.coarse:
-    coarse = image_data.load(config.data.name, data_dir=config.data.dir or None, label_set='coarse')
+    coarse = load_data(config.data.name, data_dir=config.data.dir or None, label_set='coarse')
     label_sets['coarse'] = coarse.train.labels, coarse.test.labels, len(coarse.class_names)
   if c.split == 'validation':  # from here on the tenth is called test
     rest, held_out = linear.stratified_split(train.labels, linear.VALIDATION_FRACTION, config.seed)
@@ -454,7 +455,7 @@ def _judge_sgd(source, task, images, config, mesh):
 
 def _judge_end_to_end(method, pretrained, task, train, test_images, config, workdir, mesh):
   started, start = time.perf_counter(), pretrained if method == 'finetune' else None
-  split = image_data.Split(train.images[task.rows], task.train_y)
+  split = Split(train.images[task.rows], task.train_y)
   encoder, head = classifier.fit(
     config, config.probe[method], split, task.num_classes, config.seed, mesh, workdir, method, start
   )

@@ -105,7 +105,7 @@ def run(this: Run) -> dict:
   Args:
     config: the whole config; read are seed, generator.path and quality.
     workdir: pathlib.Path.
-    data: palm_jax.data.load.Data.
+    data: palm_jax.data.arrays.Data.
     mesh: one-dimensional mesh, axis 'data'.
 
   Returns:

@@ -167,7 +167,7 @@ def run(this: JobRun) -> dict:
   Args:
     config: the whole config; read are seed, features and report.
     workdir: pathlib.Path.
-    data: palm_jax.data.load.Data, whose test images are mapped by each run's encoder; None leaves the
+    data: palm_jax.data.arrays.Data, whose test images are mapped by each run's encoder; None leaves the
       map out.
     mesh: one-dimensional mesh, axis 'data'.
 

@@ -1,0 +1,235 @@
+"""`Data` and `Split`, the checks that all images pass, and arrays from .npz and .mat files."""
+
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import scipy.io
+
+from palm_jax.base.errors import UserError, one_line
+from palm_jax.data import published
+
+# What `load` understands, for messages.
+FORMS = (
+  'digits, cifar10, cifar100, svhn, tfds:<name>, x.npz, train.npz,test.npz, train.mat,test.mat, '
+  'a CIFAR archive or folder as published, or a folder of class folders'
+)
+_MAX_CLASSES = 2**16  # only bounds the names made up for a set without names
+
+
+class Split(NamedTuple):
+  """Images and their labels."""
+
+  images: np.ndarray  # (N, H, W, C) uint8, C = 1 or 3
+  labels: np.ndarray  # (N,) int64 in 0..len(class_names)-1
+
+
+class Data(NamedTuple):
+  """A labelled image set."""
+
+  train: Split
+  test: Split
+  class_names: tuple[str, ...]
+  source: str  # what was read and how it was split, for printing in protocols
+
+
+def check(name: str, data: Data) -> Data:
+  """What a reader found, checked, with a test part and names.
+
+  Args:
+    name: of the set, for messages.
+    data: test and class_names may be None: then a stratified fifth is the test part, and the names
+      are numbers.
+
+  Raises:
+    UserError: wrong shape, dtype or label; the message says what to do.
+  """
+  train = check_split(f'{name} (train)', data.train, data.class_names)
+  how = ''
+  if data.test is not None:
+    test = check_split(f'{name} (test)', data.test, data.class_names)
+    if test.images.shape[1:] != train.images.shape[1:]:
+      raise UserError(
+        f'{name}: test images are {test.images.shape[1:]}, train images {train.images.shape[1:]} '
+        '(height, width, channels); expected one shape'
+      )
+  else:
+    chosen = _test_fifth(train.labels)
+    if not chosen.any():
+      raise UserError(
+        f'{name}: {len(chosen)} images with no two of a class leave none for a test part; '
+        'give more images, or a test part of its own'
+      )
+    test = Split(train.images[chosen], train.labels[chosen])
+    train = Split(train.images[~chosen], train.labels[~chosen])
+    how = ' (a fixed stratified fifth held out as test)'
+  names = data.class_names
+  if names is None:
+    names = range(max(train.labels.max(), test.labels.max()) + 1)
+  source = f'{data.source}; {len(train.labels)} train, {len(test.labels)} test{how}'
+  return Data(train, test, tuple(str(name) for name in names), source)
+
+
+def check_split(where: str, split: Split, class_names: Sequence[str] | None) -> Split:
+  """The split with contiguous images and int64 labels.
+
+  Args:
+    where: what it is, for messages.
+    split: images and labels as read.
+    class_names: None where they are not known.
+
+  Raises:
+    UserError: wrong shape, dtype or label; the message says what to do.
+  """
+  images = np.asarray(split.images)
+  labels = np.asarray(split.labels)
+  _check_images(where, images)
+  _check_labels(where, labels, len(images), class_names)
+  return Split(np.ascontiguousarray(images), labels.astype(np.int64))
+
+
+def _check_images(where, images):
+  if images.dtype != np.uint8:
+    hint = 'convert and save again'
+    if images.dtype.kind == 'f' and images.size and images.min() >= 0 and images.max() <= 1:
+      hint = 'save (images * 255).round().astype(np.uint8)'
+    raise UserError(f'{where}: images are {images.dtype}, expected uint8 in 0..255; {hint}')
+  if images.ndim != 4:
+    hint = '; grey images need a channel axis: images[..., None]' if images.ndim == 3 else ''
+    raise UserError(
+      f'{where}: images have shape {images.shape}, expected (N, height, width, channels){hint}'
+    )
+  if images.shape[3] not in (1, 3, 4):  # 4: a stack of grey frames
+    hint = ''
+    if images.shape[1] in (1, 3):
+      hint = '; it looks like (N, C, H, W): images.transpose(0, 2, 3, 1)'
+    raise UserError(
+      f'{where}: images have shape {images.shape}, expected 1, 3 or 4 channels in the last '
+      f'place{hint}'
+    )
+  if not images.size:
+    raise UserError(
+      f'{where}: images have shape {images.shape}: nothing in it; expected at least one image'
+    )
+  if images.max() == 1:
+    raise UserError(
+      f'{where}: all pixels are 0 or 1, expected 0..255: black pictures; multiply by 255 before '
+      'they become uint8'
+    )
+
+
+def _check_labels(where, labels, num_images, class_names):
+  if labels.ndim != 1 or labels.dtype.kind not in 'iu':
+    raise UserError(
+      f'{where}: labels have shape {labels.shape} and dtype {labels.dtype}, expected (N,) '
+      "integers; one way: labels.reshape(-1).astype('int64')"
+    )
+  if len(labels) != num_images:
+    raise UserError(
+      f'{where}: {len(labels)} labels for {num_images} images, expected one label per image'
+    )
+  if labels.min() < 0:
+    raise UserError(
+      f'{where}: labels hold {labels.min()} (unlabelled?), expected a class 0..K-1 for every '
+      'image; drop those images, or give all of them label 0 where labels do not matter'
+    )
+  limit = _MAX_CLASSES if class_names is None else len(class_names)
+  if labels.max() >= limit:
+    raise UserError(
+      f'{where}: labels hold {labels.max()}, expected 0..{limit - 1}; '
+      'number the classes from 0, and name each of them where class_names are given'
+    )
+
+
+def _test_fifth(labels):
+  """(N,) bool: ceil(N/5) images, from each class its fifth rounded up or down; every class keeps
+  train images."""
+  count = np.bincount(labels)
+  take = count // 5
+  rest = count % 5
+  order = np.argsort(-rest, kind='stable')
+  order = order[count[order] > 1]
+  take[order[: math.ceil(len(labels) / 5) - take.sum()]] += 1
+  # numpy keeps the raw bits of a bit generator across versions; it does not promise that of shuffle
+  # or permutation.
+  shuffled = np.lexsort((np.random.PCG64(0).random_raw(len(labels)), labels))
+  rank = np.arange(len(labels)) - (np.cumsum(count) - count)[labels[shuffled]]
+  chosen = np.zeros(len(labels), bool)
+  chosen[shuffled] = rank < take[labels[shuffled]]
+  return chosen
+
+
+def read_npz(path: pathlib.Path) -> Data:
+  """A .npz: `images` and `labels`, or those of `train_` and `test_`; `class_names` if there.
+
+  Raises:
+    UserError: damaged, not of plain arrays, or with other keys.
+  """
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      arrays = {key: file[key] for key in file.files}
+  except Exception as error:  # A damaged zip or header raises nearly anything.
+    raise UserError(
+      f'{path}: not a readable .npz of plain arrays ({one_line(error)}); '
+      'write it again with numpy.savez_compressed'
+    ) from error
+  class_names = None
+  if 'class_names' in arrays:
+    class_names = [str(name) for name in arrays['class_names'].reshape(-1)]
+  whole = ('images', 'labels')
+  train = ('train_images', 'train_labels')
+  test = ('test_images', 'test_labels')
+  if all(key in arrays for key in train + test):
+    train_split = Split(*(arrays[key] for key in train))
+    test_split = Split(*(arrays[key] for key in test))
+  elif all(key in arrays for key in whole):
+    train_split = Split(*(arrays[key] for key in whole))
+    test_split = None
+  else:
+    raise UserError(
+      f'{path} holds {", ".join(arrays) or "nothing"}; expected the keys {", ".join(whole)}, '
+      f'or {", ".join(train + test)}'
+    )
+  return Data(train_split, test_split, class_names, published.describe(path))
+
+
+def read_mat(path: pathlib.Path) -> Data:
+  """A .mat of SVHN's format 2, whose label 10 is the digit 0.
+
+  Raises:
+    UserError: damaged, or of another form.
+  """
+  form = 'expected SVHN format 2: X (height, width, 3, N) uint8 and y (N, 1) with 1..10'
+  try:
+    content = scipy.io.loadmat(path, variable_names=('X', 'y'))
+  except Exception as error:  # scipy raises whatever the damaged bytes lead to.
+    raise UserError(
+      f'{path}: not a readable MATLAB 5 file ({one_line(error)}); {form}; fetch it again'
+    ) from error
+  if not {'X', 'y'} <= content.keys() or content['X'].ndim != 4:
+    found = ', '.join(f'{key} {content[key].shape}' for key in content if key in ('X', 'y'))
+    raise UserError(f'{path} holds {found or "neither X nor y"}; {form}')
+  labels = content['y'].reshape(-1)
+  labels = np.where(labels == 10, 0, labels).astype(labels.dtype)
+  images = content['X'].transpose(3, 0, 1, 2)
+  return Data(Split(images, labels), None, [str(i) for i in range(10)], published.describe(path))
+
+
+def join(paths: Sequence[pathlib.Path], train: Data, test: Data) -> Data:
+  """One set of two files: train, and test.
+
+  Raises:
+    UserError: one of them has both parts, or they name the classes differently.
+  """
+  for path, part in zip(paths, (train, test), strict=True):
+    if part.test:
+      raise UserError(f'{path} holds both train and test; give it alone')
+  names = [part.class_names for part in (train, test) if part.class_names is not None]
+  if len(names) == 2 and names[0] != names[1]:
+    raise UserError(
+      f'{paths[1]}: class_names differ from those of {paths[0]}; expected the same list in both'
+    )
+  class_names = names[0] if names else None
+  return Data(train.train, test.train, class_names, f'{train.source}, {test.source}')

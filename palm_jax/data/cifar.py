@@ -1,0 +1,221 @@
+"""CIFAR-10 and CIFAR-100 as published: archives or folders, python or binary version.
+
+Source: https://www.cs.toronto.edu/~kriz/cifar.html.
+"""
+
+import collections
+import gzip
+import io
+import pathlib
+import pickle
+import tarfile
+from typing import NamedTuple
+
+import numpy as np
+
+from palm_jax.base.errors import UserError, one_line
+from palm_jax.data import published
+from palm_jax.data.arrays import Data, Split
+
+
+class _Layout(NamedTuple):
+  train: tuple[str, ...]
+  test: str
+  names: str  # '{}' stands for the label set
+  label_bytes: int  # labels before the pixels of a binary record; 0: a python pickle
+  label_sets: tuple[str, ...]  # in the order of those bytes
+
+
+_LAYOUTS = {
+  'cifar-10-batches-bin': _Layout(
+    train=tuple(f'data_batch_{i}.bin' for i in range(1, 6)),
+    test='test_batch.bin',
+    names='batches.meta.txt',
+    label_bytes=1,
+    label_sets=('fine',),
+  ),
+  'cifar-10-batches-py': _Layout(
+    train=tuple(f'data_batch_{i}' for i in range(1, 6)),
+    test='test_batch',
+    names='batches.meta',
+    label_bytes=0,
+    label_sets=('fine',),
+  ),
+  'cifar-100-binary': _Layout(
+    train=('train.bin',),
+    test='test.bin',
+    names='{}_label_names.txt',
+    label_bytes=2,
+    label_sets=('coarse', 'fine'),
+  ),
+  'cifar-100-python': _Layout(
+    train=('train',),
+    test='test',
+    names='meta',
+    label_bytes=0,
+    label_sets=('coarse', 'fine'),
+  ),
+}
+
+
+def matches(path: pathlib.Path) -> bool:
+  """Whether the path is an archive, or a folder with CIFAR's files."""
+  return path.name.endswith(('.tar.gz', '.tgz')) or _folder_kind(path) is not None
+
+
+def read(path: pathlib.Path, label_set: str) -> Data:
+  """CIFAR from an archive or folder.
+
+  Args:
+    path: for which `matches`.
+    label_set: 'fine' or 'coarse'.
+
+  Raises:
+    UserError: damaged, incomplete, not CIFAR, or no such labels.
+  """
+  if path.is_dir():
+    kind = _folder_kind(path)
+    present = {file.name for file in path.iterdir() if file.is_file()}
+    read_file = lambda name: (path / name).read_bytes()
+  else:
+    kind, files = _unpack(path)
+    present = files.keys()
+    read_file = files.__getitem__
+  layout = _LAYOUTS[kind]
+  if label_set not in layout.label_sets:
+    raise UserError(
+      f"label_set 'coarse' with {path}: only CIFAR-100 has coarse labels; leave label_set at 'fine'"
+    )
+  names_file = layout.names.format(label_set)
+  missing = [name for name in (*layout.train, layout.test, names_file) if name not in present]
+  if missing:
+    raise UserError(
+      f'{path} lacks {", ".join(missing)} of {kind}; unpack or fetch the archive again'
+    )
+  try:
+    names = _class_names(layout, label_set, read_file(names_file), f'{path}: {names_file}')
+    train = [_batch(layout, label_set, read_file(name), f'{path}: {name}') for name in layout.train]
+    test = _batch(layout, label_set, read_file(layout.test), f'{path}: {layout.test}')
+  except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    raise UserError(
+      f'{path}: not built like {kind} ({one_line(error)}); unpack or fetch the archive again'
+    ) from error
+  counts = [len(split.labels) for split in train]
+  if len(set(counts)) > 1:
+    raise UserError(
+      f'{path}: {", ".join(layout.train)} hold {counts} images, expected the same number in each; '
+      'unpack or fetch the archive again'
+    )
+  train = Split(*(np.concatenate(part) for part in zip(*train, strict=True)))
+  # The published archives have no other number, so a protocol must not call another set by their
+  # name unmarked.
+  note = ''
+  if (len(train.labels), len(test.labels)) != (50_000, 10_000):
+    note = ', not the published number of images'
+  source = f'{published.describe(path)}: {kind}, {label_set} labels{note}'
+  return Data(train, test, names, source)
+
+
+def _folder_kind(path):
+  """The key of _LAYOUTS that the folder is built like, or None."""
+  if path.is_dir():
+    for kind, layout in _LAYOUTS.items():
+      if path.name == kind or (path / layout.train[0]).is_file():
+        return kind
+  return None
+
+
+def _unpack(path):
+  """(key of _LAYOUTS, {file: bytes}) of an archive."""
+  found = collections.defaultdict(dict)
+  try:
+    with gzip.open(path) as unzipped, tarfile.open(fileobj=unzipped, mode='r|') as tar:
+      for member in tar:
+        folder, _, name = member.name.removeprefix('./').partition('/')
+        if folder in _LAYOUTS and member.isfile():
+          found[folder][name] = tar.extractfile(member).read()
+      while unzipped.read(1 << 20):  # gzip compares its checksum only at the end of the stream.
+        pass
+  except Exception as error:  # gzip, zlib and tarfile each have their own.
+    raise UserError(
+      f'{path}: damaged or not a .tar.gz ({one_line(error)}); fetch it again'
+    ) from error
+  if len(found) != 1:
+    raise UserError(
+      f'{path} holds {" and ".join(found) or "no CIFAR folder"}; expected one of '
+      f'{", ".join(_LAYOUTS)}'
+    )
+  return next(iter(found.items()))
+
+
+def _key(layout, label_set, name):
+  """A key of the python version; CIFAR-100 has one for each label set."""
+  prefix = f'{label_set}_' if len(layout.label_sets) > 1 else ''
+  return f'{prefix}{name}'.encode()
+
+
+def _class_names(layout, label_set, raw, where):
+  if layout.label_bytes:
+    return raw.decode().split()
+  return [name.decode() for name in _unpickle(raw, where)[_key(layout, label_set, 'label_names')]]
+
+
+def _batch(layout, label_set, raw, where):
+  """The images and labels of one file."""
+  if layout.label_bytes:
+    planes, labels = _binary_batch(layout, label_set, raw, where)
+  else:
+    planes, labels = _python_batch(raw, where, _key(layout, label_set, 'labels'))
+  return Split(planes.reshape(len(planes), 3, 32, 32).transpose(0, 2, 3, 1), labels)
+
+
+def _binary_batch(layout, label_set, raw, where):
+  record = layout.label_bytes + 3072
+  if not raw or len(raw) % record:
+    raise UserError(
+      f'{where} has {len(raw)} bytes, expected a whole number of {record}-byte records; '
+      'unpack or fetch the archive again'
+    )
+  records = np.frombuffer(raw, np.uint8).reshape(-1, record)
+  return records[:, layout.label_bytes :], records[:, layout.label_sets.index(label_set)]
+
+
+def _python_batch(raw, where, key):
+  batch = _unpickle(raw, where)
+  _, shape, dtype, fortran, pixels = batch[b'data'].state
+  if dtype.args[0] != b'u1':
+    raise UserError(
+      f'{where} has pixels of type {dtype.args[0]!r}, expected u1; fetch the archive again'
+    )
+  planes = np.frombuffer(pixels, np.uint8).reshape(shape, order='F' if fortran else 'C')
+  return planes, np.asarray(batch[key])
+
+
+class _Inert:
+  """Stands for numpy's classes in a pickle: keeps what the file says of an array, runs nothing."""
+
+  def __init__(self, *args):
+    self.args = args
+
+  def __setstate__(self, state):
+    self.state = state
+
+
+class _Unpickler(pickle.Unpickler):
+  def find_class(self, module, name):
+    if (module, name) in (
+      ('numpy.core.multiarray', '_reconstruct'),
+      ('numpy', 'ndarray'),
+      ('numpy', 'dtype'),
+    ):
+      return _Inert
+    raise pickle.UnpicklingError(f'it asks for {module}.{name}, which was not run')
+
+
+def _unpickle(raw, where):
+  try:
+    return _Unpickler(io.BytesIO(raw), encoding='bytes').load()
+  except Exception as error:  # The pickle module's own documentation: any exception may be raised.
+    raise UserError(
+      f'{where}: damaged, or not a CIFAR pickle ({one_line(error)}); fetch the archive again'
+    ) from error

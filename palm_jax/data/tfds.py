@@ -1,0 +1,91 @@
+"""Sets that tensorflow-datasets has prepared as array_record: read without tensorflow."""
+
+import difflib
+import os
+import shlex
+
+import numpy as np
+
+from palm_jax.base.errors import UserError, one_line
+from palm_jax.data.arrays import Data, Split
+from palm_jax.data.published import PREPARE_NEEDS, prepare_command
+
+
+def read(name: str, data_dir: str | os.PathLike | None, label_set: str) -> Data:
+  """A prepared set, its `test` or `validation` part as test.
+
+  Args:
+    name: what tensorflow-datasets calls it, without 'tfds:'.
+    data_dir: its folder; None: its default.
+    label_set: 'fine' reads the feature `label`, 'coarse' `coarse_label`.
+
+  Raises:
+    UserError: not installed, unknown, not prepared, damaged, or without images and labels.
+  """
+  builder = _open(name, data_dir)
+  features = builder.info.features
+  key = 'coarse_label' if label_set == 'coarse' else 'label'
+  if 'image' not in features or key not in features:
+    raise UserError(f'tfds:{name} has the features {", ".join(features)}; expected image and {key}')
+  train = _read_split(builder, 'train', key)
+  if train is None:
+    raise UserError(
+      f'tfds:{name} {builder.info.version} is not prepared in {builder.data_dir}; run: '
+      f'{prepare_command(name, data_dir)}'
+    )
+  source = f'{builder.info.full_name} of tensorflow-datasets, {key}'
+  names = getattr(features[key], 'names', None)
+  for part in ('test', 'validation'):
+    test = _read_split(builder, part, key)
+    if test is not None:
+      return Data(train, test, names, f'{source}, its {part} part as test')
+  return Data(train, None, names, source)
+
+
+def _open(name, data_dir):
+  """The builder of a set; it reads only what is there, where tfds.load would download."""
+  try:
+    import tensorflow_datasets as tfds  # Here, because no other source needs it.
+  except ImportError as error:
+    raise UserError(
+      f'tfds:{name} needs tensorflow-datasets; run: pip install tensorflow-datasets'
+    ) from error
+  try:
+    return tfds.builder(name, data_dir=data_dir, file_format='array_record')
+  except tfds.core.DatasetNotFoundError as error:
+    near = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), 1)
+    hint = f'; did you mean tfds:{near[0]}?' if near else '; run tfds.list_builders() for the names'
+    raise UserError(
+      f'tfds:{name}: tensorflow-datasets {tfds.__version__} has no set of that name, and '
+      f'{data_dir or tfds.core.constants.DATA_DIR} holds none{hint}'
+    ) from error
+  # A wrong version, configuration or file format; a builder that imports tensorflow.
+  except Exception as error:
+    command = prepare_command(name, data_dir)
+    if 'File format' in str(error):  # Prepared as tfrecord, which only tensorflow reads.
+      folder = tfds.builder(name, data_dir=data_dir).data_dir
+      command = (
+        f'{PREPARE_NEEDS} && '
+        f'tfds convert_format --dataset_version_dir={shlex.quote(str(folder))} '
+        '--out_file_format=array_record'
+      )
+    raise UserError(f'tfds:{name} cannot be opened ({one_line(error)}); run: {command}') from error
+
+
+def _read_split(builder, part, key):
+  """None where the set has no such part."""
+  try:
+    examples = builder.as_data_source(split=part)
+  except (AssertionError, KeyError, ValueError):
+    return None
+  where = f'tfds:{builder.info.full_name} ({part})'
+  try:
+    pairs = [(example['image'], example[key]) for example in examples]
+  # array_record and the image decoder raise whatever the damaged bytes lead to.
+  except Exception as error:
+    raise UserError(
+      f'{where}: damaged ({one_line(error)}); remove {builder.data_dir} and prepare it again'
+    ) from error
+  if len({image.shape for image, _ in pairs}) != 1:
+    raise UserError(f'{where} has images of several sizes or none; expected one size')
+  return Split(*(np.stack(column) for column in zip(*pairs, strict=True)))
