@@ -127,9 +127,8 @@ def test_a_folder_with_train_and_test_gives_its_test_part(tmp_path):
 def test_celeba(tmp_path):
   names = [f'{i:06}.jpg' for i in (1, 2, 182638, 202599)]
   images = np.zeros((4, 218, 178, 3), np.uint8)
-  images[:, 20:198] = np.array([10, 60, 110, 160], np.uint8)[
-    :, None, None, None
-  ]  # the central 178 rows
+  levels = np.array([10, 60, 110, 160], np.uint8)
+  images[:, 20:198] = levels[:, None, None, None]  # the central 178 rows
   folder = write(tmp_path / 'img_align_celeba', images, names)
   got, description = load_images(f'celeba:{folder}', 32)
   assert (
@@ -238,7 +237,7 @@ def test_too_few_images_to_interpolate(mode, count):
     interpolate(Split(pictures(count, 2), np.zeros(count, int)), mode)
 
 
-# ---- sets, and what cannot be
+# ---- sets, and what is refused
 
 
 def test_a_set_is_as_the_images_it_is_compared_with(tmp_path):
@@ -320,14 +319,14 @@ def test_sources_that_may_be_there_pass():
     ),
   ],
 )
-def test_npz_that_cannot_be(tmp_path, make, message):
+def test_invalid_npz(tmp_path, make, message):
   make(tmp_path)
   with pytest.raises(UserError, match=message) as error:
     load_images(str(tmp_path / 'x.npz'), 32)
   assert '\n' not in str(error.value) and 'x.npz' in str(error.value)
 
 
-def test_folders_that_cannot_be(tmp_path):
+def test_invalid_folders(tmp_path):
   (tmp_path / 'empty').mkdir()
   with pytest.raises(
     UserError, match='empty holds no .png, .jpg, .jpeg, .webp files, nor labelled data'

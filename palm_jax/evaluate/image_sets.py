@@ -1,14 +1,17 @@
 """Unlabelled image sets to compare a labelled one with: files, folders, named data sets, and
 interpolations of its own images."""
 
+import os
 import pathlib
 
 import numpy as np
 from PIL import Image
 
-from palm_jax.base.errors import UserError
+from palm_jax.base.errors import UserError, one_line
 from palm_jax.base.metrics import Progress
-from palm_jax.data import load as data
+from palm_jax.data import arrays, folders, published
+from palm_jax.data.arrays import Split
+from palm_jax.data.load import load as load_data
 
 INTERP = ('interp:pairs', 'interp:csi')
 BATCH = 100  # alinlab/CSI's test batch, which its interpolation partners by
@@ -16,12 +19,14 @@ CELEBA_SIDE = 178  # the width of an aligned CelebA picture
 CELEBA_PARTS = 'list_eval_partition.txt'  # as published: '000001.jpg 0' a line, 2 for test
 
 
-def image_set(source, id_split, data_dir=None):
+def image_set(
+  source: str, id_split: Split, data_dir: str | os.PathLike | None = None
+) -> tuple[np.ndarray, str]:
   """Images to be told apart from those of `id_split`.
 
   Args:
     source: 'interp:pairs' or 'interp:csi', see `interpolate`; else what `load_images` reads.
-    id_split: palm_jax.data.arrays.Split, the in-distribution test images in their order.
+    id_split: the in-distribution test images in their order.
     data_dir: where bare names lie, see palm_jax.data.load.
 
   Returns:
@@ -37,23 +42,25 @@ def image_set(source, id_split, data_dir=None):
   if height != width:
     raise UserError(
       f'{source}: the in-distribution images are {height}x{width}, expected square ones for sets '
-      'other than '
-      f'{" and ".join(INTERP)}'
+      f'other than {" and ".join(INTERP)}'
     )
   return load_images(source, height, data_dir, channels)
 
 
-def check_source(source):
-  """Raises UserError where a source cannot be read for sure: before hours of other work."""
+def check_source(source: str) -> None:
+  """Refuses, before hours of other work, a source that certainly cannot be read.
+
+  Raises:
+    UserError: an unknown interpolation, or a path that does not exist.
+  """
   if source.startswith('interp:') and source not in INTERP:
     raise UserError(
       f'image set {source!r} is unknown: expected {" or ".join(INTERP)}, or where images lie'
     )
   path = pathlib.Path(source.removeprefix('celeba:')).expanduser()
   looks_like_a_path = source.startswith('celeba:') or path.suffix or '/' in source
-  if looks_like_a_path and not (
-    ',' in source or source.startswith(('interp:', 'tfds:')) or path.exists()
-  ):
+  may_be_something_else = ',' in source or source.startswith(('interp:', 'tfds:'))
+  if looks_like_a_path and not may_be_something_else and not path.exists():
     raise UserError(
       f'{path}: no such file or folder (working folder: {pathlib.Path.cwd()}); an image set may be '
       f'{" or ".join(INTERP)}, x.npz with images, a folder of images, celeba:FOLDER, or a data '
@@ -61,7 +68,9 @@ def check_source(source):
     )
 
 
-def load_images(path_or_name, size, data_dir=None, channels=3):
+def load_images(
+  path_or_name: str, size: int, data_dir: str | os.PathLike | None = None, channels: int = 3
+) -> tuple[np.ndarray, str]:
   """Images whose labels do not matter, all of one shape.
 
   A folder's pictures are cropped to their central square and then resized by Pillow's bilinear
@@ -90,38 +99,22 @@ def load_images(path_or_name, size, data_dir=None, channels=3):
   path = pathlib.Path(path_or_name.removeprefix('celeba:')).expanduser()
   files = _image_files(path) if path.is_dir() else []
   if files:
-    images, described = _read_folder(path, files, size, channels, celeba)
+    images, description = _read_folder(path, files, size, channels, celeba)
   elif celeba:
     raise UserError(
-      f'{path} holds no {", ".join(data._IMAGE_SUFFIXES)} files: name the folder of the aligned '
+      f'{path} holds no {", ".join(folders.IMAGE_SUFFIXES)} files: name the folder of the aligned '
       'CelebA pictures'
     )
   elif path.suffix == '.npz' and ',' not in path_or_name:
-    images, described = _read_npz(path)
+    images, description = _read_npz(path)
   else:
-    try:
-      loaded = data.load(path_or_name, data_dir=data_dir)
-    except UserError as error:
-      if path.is_dir():
-        raise UserError(
-          f'{path} holds no {", ".join(data._IMAGE_SUFFIXES)} files, nor labelled data: {error}'
-        ) from error
-      raise
-    images, described = loaded.test.images, f'test part of {loaded.source}'
-  if images.shape[1:] != (size, size, channels):
-    colour = 'make colour of grey in' if channels == 3 else 'make grey of colour in'
-    what = 'resize' if images.shape[1:3] != (size, size) else colour
-    raise UserError(
-      f'{path_or_name}: images are {images.shape[1:]}, expected {(size, size, channels)} as the '
-      'in-distribution '
-      f'images are: {what} them first, or give a folder of pictures, where that is done'
-    )
-  return images, f'{described}; {len(images)} images'
+    images, description = _read_data(path_or_name, path, data_dir)
+  _check_shape(path_or_name, images.shape[1:], (size, size, channels))
+  return images, f'{description}; {len(images)} images'
 
 
-def interpolate(split, mode):
-  """Averages of two images each, of which none is a picture of one thing (alinlab/CSI's set
-  "Interp.").
+def interpolate(split: Split, mode: str) -> tuple[np.ndarray, str]:
+  """Averages of two images each, which show no single thing (alinlab/CSI's set "Interp.").
 
   'pairs': every image with the one before it on a fixed random cycle through all images, so that
   the order of the data (sorted by class, in some) means nothing.
@@ -131,7 +124,7 @@ def interpolate(split, mode):
   levels, halves to the even one (CSI averages floats, and does not round).
 
   Args:
-    split: palm_jax.data.arrays.Split, N images; labels only for the description.
+    split: N images; labels only for the description.
     mode: 'pairs' or 'csi'.
 
   Returns:
@@ -140,26 +133,25 @@ def interpolate(split, mode):
   Raises:
     UserError: fewer than 2 images for 'pairs', 101 for 'csi'.
   """
-  images, count, least = split.images, len(split.images), {'pairs': 2, 'csi': BATCH + 1}[mode]
+  images = split.images
+  count = len(images)
+  least = {'pairs': 2, 'csi': BATCH + 1}[mode]
   if count < least:
     raise UserError(
       f'interp:{mode} needs {least} in-distribution test images or more, but there are {count}: '
-      'give more of them, '
-      'or leave that set out'
+      'give more of them, or leave that set out'
     )
   rows = np.arange(count)
   if mode == 'pairs':
-    order = np.argsort(
-      np.random.PCG64(0).random_raw(count)
-    )  # raw bits are the same in all versions of numpy
-    partners, how = np.empty_like(order), 'each image with another, on a fixed random cycle'
+    # Raw bits are the same in all versions of numpy.
+    order = np.argsort(np.random.PCG64(0).random_raw(count))
+    partners = np.empty_like(order)
     partners[order] = np.roll(order, 1)
+    how = 'each image with another, on a fixed random cycle'
   else:
-    partners, how = (
-      np.maximum(rows - BATCH, 0),
-      f'images i and i - {BATCH}, the first {BATCH} as they are',
-    )
+    partners = np.maximum(rows - BATCH, 0)
     partners[:BATCH] = rows[:BATCH]
+    how = f'images i and i - {BATCH}, the first {BATCH} as they are'
   mixed = np.empty_like(images)
   for start in range(0, count, 1024):
     part = slice(start, start + 1024)
@@ -167,27 +159,56 @@ def interpolate(split, mode):
   within = np.mean((split.labels == split.labels[partners])[partners != rows])
   return mixed, (
     f'averages of in-distribution test images, {how}, halves rounded to even; {within:.1%} of the '
-    'pairs '
-    f'within one class; {count} images'
+    f'pairs within one class; {count} images'
   )
 
 
 def _read_npz(path):
   try:
     with np.load(path, allow_pickle=False) as file:
+      found = file.files
       key = next((key for key in ('images', 'test_images') if key in file), None)
-      found, images = ', '.join(file.files), file[key] if key else None
+      images = file[key] if key else None
   except Exception as error:  # a damaged zip or header raises nearly anything
     raise UserError(
-      f'{path}: not a readable .npz of plain arrays ({data._one_line(error)}); '
+      f'{path}: not a readable .npz of plain arrays ({one_line(error)}); '
       'write it again with numpy.savez_compressed'
     ) from error
   if images is None:
-    raise UserError(f'{path} holds {found or "nothing"}; expected images (N, H, W, C) uint8')
-  unlabelled = data.Split(images, np.zeros(images.shape[:1], np.int64))
-  return data._checked_split(
-    str(path), unlabelled, None
-  ).images, f'{key} of {data._described(path)}'
+    raise UserError(
+      f'{path} holds {", ".join(found) or "nothing"}; expected images (N, H, W, C) uint8'
+    )
+  unlabelled = Split(images, np.zeros(images.shape[:1], np.int64))
+  images = arrays.check_split(str(path), unlabelled, None).images
+  return images, f'{key} of {published.describe(path)}'
+
+
+def _read_data(name, path, data_dir):
+  """The test part of a labelled set; `path` is what `name` would be as a path."""
+  try:
+    data = load_data(name, data_dir=data_dir)
+  except UserError as error:
+    if path.is_dir():
+      raise UserError(
+        f'{path} holds no {", ".join(folders.IMAGE_SUFFIXES)} files, nor labelled data: {error}'
+      ) from error
+    raise
+  return data.test.images, f'test part of {data.source}'
+
+
+def _check_shape(name, shape, expected):
+  if shape == expected:
+    return
+  if shape[:2] != expected[:2]:
+    what = 'resize'
+  elif expected[2] == 3:
+    what = 'make colour of grey in'
+  else:
+    what = 'make grey of colour in'
+  raise UserError(
+    f'{name}: images are {shape}, expected {expected} as the in-distribution images are: {what} '
+    'them first, or give a folder of pictures, where that is done'
+  )
 
 
 def _image_files(root):
@@ -197,7 +218,7 @@ def _image_files(root):
   return sorted(
     path
     for path in root.rglob('*')
-    if path.suffix.lower() in data._IMAGE_SUFFIXES
+    if folders.is_picture(path)
     and path.is_file()
     and not any(part.startswith(('.', '__MACOSX')) for part in path.relative_to(root).parts)
   )
@@ -208,13 +229,11 @@ def _read_folder(root, files, size, channels, celeba):
   if celeba:
     files, part = _celeba_test(root, files)
   images = np.empty((len(files), size, size, channels), np.uint8)
-  mode, sides, progress = (
-    'L' if channels == 1 else 'RGB',
-    set(),
-    Progress(f'reading {root.name}', len(files), 'pictures'),
-  )
+  mode = 'L' if channels == 1 else 'RGB'
+  sides = set()
+  progress = Progress(f'reading {root.name}', len(files), 'pictures')
   for i, file in enumerate(files):
-    pixels = data._pixels(file, mode)
+    pixels = folders.read_pixels(file, mode)
     side = CELEBA_SIDE if celeba else min(pixels.shape[:2])
     if side > min(pixels.shape[:2]):
       raise UserError(
@@ -224,27 +243,26 @@ def _read_folder(root, files, size, channels, celeba):
     # Halves go to the even number, as in torchvision's CenterCrop.
     top, left = (round((length - side) / 2) for length in pixels.shape[:2])
     square = Image.fromarray(pixels[top : top + side, left : left + side])
-    images[i] = np.asarray(square.resize((size, size), Image.Resampling.BILINEAR)).reshape(
-      size, size, channels
-    )
+    resized = np.asarray(square.resize((size, size), Image.Resampling.BILINEAR))
+    images[i] = resized.reshape(size, size, channels)
     sides.add(side)
     progress.update(i + 1, {})
+  if sides == {size}:
+    return images, f'folder {part}, as they are'
   span = f'{min(sides)}' if len(sides) == 1 else f'{min(sides)} to {max(sides)}'
-  how = (
-    'as they are'
-    if sides == {size}
-    else f'central squares of side {span}, then Pillow bilinear (antialiased) to {size}'
-  )
+  how = f'central squares of side {span}, then Pillow bilinear (antialiased) to {size}'
   return images, f'folder {part}, {how}'
 
 
 def _celeba_test(root, files):
+  """(files of the test part, or all without its list; description)."""
   lists = [
     folder / CELEBA_PARTS for folder in (root, root.parent) if (folder / CELEBA_PARTS).is_file()
   ]
   if not lists:
     return files, f'{root.name}, all pictures ({CELEBA_PARTS} not found)'
-  parts = dict(line.split() for line in lists[0].read_text().splitlines() if len(line.split()) == 2)
+  lines = [line.split() for line in lists[0].read_text().splitlines()]
+  parts = dict(line for line in lines if len(line) == 2)
   chosen = [file for file in files if parts.get(file.name) == '2']
   if not chosen:
     raise UserError(

@@ -152,7 +152,7 @@ def named_sources(sets):
 
 def download(config):
   """Fetches the published sets among config.ood.sets that are not there yet; UserError as of
-  palm_jax.data.load.fetch."""
+  palm_jax.data.published.fetch."""
   for source in named_sources(config.ood.sets).values():
     fetch_missing(source, config.data.dir or None)
 
