@@ -21,7 +21,7 @@ from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import write_json
 from palm_jax.generator import train
-from palm_jax.study import figure as study_figures
+from palm_jax.study import figure, numbers
 from tests.jobs import finish
 from tests.worlds import COMPILED, nature_config, tiny_config
 
@@ -49,55 +49,48 @@ def test_interval_is_the_percentile_bootstrap():
     want = scipy.stats.bootstrap(
       (values,), np.mean, n_resamples=100_000, method='percentile', rng=rng
     ).confidence_interval
-    np.testing.assert_allclose(
-      study_figures.interval(values), want, atol=0.06 * values.std(), rtol=0
-    )
-    assert study_figures.interval(values) == study_figures.interval(
-      values.tolist()
-    )  # no chance from outside
+    np.testing.assert_allclose(numbers.interval(values), want, atol=0.06 * values.std(), rtol=0)
+    assert numbers.interval(values) == numbers.interval(values.tolist())  # no chance from outside
   means = [np.mean(x) for x in itertools.product((1.0, 2.0, 4.0), repeat=3)]  # all 27 resamples
   np.testing.assert_allclose(
-    study_figures.interval([1.0, 2.0, 4.0]),
+    numbers.interval([1.0, 2.0, 4.0]),
     np.percentile(means, (2.5, 97.5), method='inverted_cdf'),
   )
-  assert study_figures.interval([5.0]) is None
+  assert numbers.interval([5.0]) is None
 
 
 def test_student_is_scipys_interval_and_stricter_than_signs():
   for values in ([1.0, 2.0], [0.3, 0.1, 0.7], np.random.default_rng(1).normal(size=12)):
     error = scipy.stats.sem(values)
     want = scipy.stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=error)
-    np.testing.assert_allclose(study_figures.student(values), want, rtol=1e-9)
-  assert study_figures.student([5.0]) is None
-  found = study_figures.difference({0: 1.0, 1: 2.0, 2: 6.0}, {0: 0.0, 1: 0.0, 2: 0.0})
-  assert found['low'] > 0 > found['t_low'] and study_figures.verdict(found) == 'undecided'
+    np.testing.assert_allclose(numbers.student(values), want, rtol=1e-9)
+  assert numbers.student([5.0]) is None
+  found = numbers.difference({0: 1.0, 1: 2.0, 2: 6.0}, {0: 0.0, 1: 0.0, 2: 0.0})
+  assert found['low'] > 0 > found['t_low'] and numbers.verdict(found) == 'undecided'
 
 
 def test_a_tie_with_the_reference_is_a_difference_of_nothing():
   c = study.default_config()
   c.measures = (('m', ''),)
-  rows = study_figures.summarise(
-    c, lines_of({('m', 'a', ''): [1.0, 2.0], ('m', 'b', ''): [1.0, 2.0]})
-  )['rows']
+  rows = numbers.summarise(c, lines_of({('m', 'a', ''): [1.0, 2.0], ('m', 'b', ''): [1.0, 2.0]}))[
+    'rows'
+  ]
   assert rows[0]['minus_reference'] is None and rows[1]['minus_reference']['difference'] == 0
 
 
 def test_differences_are_paired_by_seed():
   b = {0: 1.0, 1: 50.0, 2: -30.0, 4: 0.0}
   a = {2: -29.9, 0: 1.1, 1: 50.1, 3: 7.0}  # another order, another seed
-  found = study_figures.difference(a, b)
+  found = numbers.difference(a, b)
   assert found['n'] == 3
   np.testing.assert_allclose(
     [found[name] for name in ('difference', 'low', 'high')], 0.1, atol=1e-12
   )  # unpaired: within +-50
-  assert study_figures.verdict(found) == 'holds'
-  assert study_figures.verdict(study_figures.difference(b, a)) == 'does not hold'
+  assert numbers.verdict(found) == 'holds'
+  assert numbers.verdict(numbers.difference(b, a)) == 'does not hold'
+  assert numbers.verdict(numbers.difference({0: 1.0, 1: 2.0}, {0: 2.0, 1: 1.0})) == 'undecided'
   assert (
-    study_figures.verdict(study_figures.difference({0: 1.0, 1: 2.0}, {0: 2.0, 1: 1.0}))
-    == 'undecided'
-  )
-  assert (
-    study_figures.verdict(study_figures.difference({0: 9.0}, {0: 1.0})) == 'undecided'
+    numbers.verdict(numbers.difference({0: 9.0}, {0: 1.0})) == 'undecided'
   )  # one seed says nothing
 
 
@@ -129,7 +122,7 @@ def test_summary_compares_at_the_same_x():
       ('other', 'b', 1): [0.0, 1.0],
     }
   )
-  said = study_figures.summarise(c, lines)
+  said = numbers.summarise(c, lines)
   rows = {(row['measure'], row['arm'], row['x']): row for row in said['rows']}
   assert rows['m', 'a', 2]['mean'] == 6 and (
     rows['m', 'a', 2]['low'],
@@ -158,7 +151,7 @@ def test_summary_compares_at_the_same_x():
   c.reference = 'a @ 1'
   rows = {
     (row['arm'], row['x']): row
-    for row in study_figures.summarise(c, lines)['rows']
+    for row in numbers.summarise(c, lines)['rows']
     if row['measure'] == 'm'
   }
   assert (
@@ -178,8 +171,8 @@ def test_figure_shows_a_panel_a_measure(tmp_path, grid):
     ('lines', 'flat', ''): [1.0, 1.0],
   }
   values |= {('lines', arm, x): [x, x + 1.0] for arm in 'ab' for x in (10, 1000)}
-  results = dict(study='s', axis='x', grid=grid, **study_figures.summarise(c, lines_of(values)))
-  assert study_figures.draw(results, tmp_path / 'figure.png')
+  results = dict(study='s', axis='x', grid=grid, **numbers.summarise(c, lines_of(values)))
+  assert figure.draw(results, tmp_path / 'figure.png')
   with Image.open(tmp_path / 'figure.png') as image:
     pixels = np.asarray(image.convert('RGB')).astype(int)
   left, right = np.array_split(pixels, 2, axis=1)
@@ -195,14 +188,14 @@ def test_figure_shows_an_arm_in_one_colour(tmp_path):
   c.measures = (('one', ''), ('other', ''))
   arms = dict(one=('a', 'bb', 'ccc'), other=('ccc',))
   values = {(name, arm, x): [x + len(arm)] for name in arms for arm in arms[name] for x in (1, 2)}
-  results = dict(study='s', axis='x', grid=False, **study_figures.summarise(c, lines_of(values)))
-  assert study_figures.draw(results, tmp_path / 'f.png')
+  results = dict(study='s', axis='x', grid=False, **numbers.summarise(c, lines_of(values)))
+  assert figure.draw(results, tmp_path / 'f.png')
   with Image.open(tmp_path / 'f.png') as image:
     pixels = np.asarray(image.convert('RGB'))
   panels = pixels[: int(0.85 * len(pixels))]  # without the legend
   shown = lambda half: [
     (half == np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])).all(-1).any()
-    for colour in study_figures.COLOURS[:3]
+    for colour in figure.COLOURS[:3]
   ]
   assert [shown(half) for half in np.array_split(panels, 2, axis=1)] == [
     [True] * 3,

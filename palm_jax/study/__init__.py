@@ -21,9 +21,9 @@ from palm_jax.base.files import write_json
 from palm_jax.base.metrics import Progress
 from palm_jax.base.processes import is_first
 from palm_jax.job import Job, Run, Runner, never
-from palm_jax.study import figure as study_figures
+from palm_jax.study import figure, numbers
 from palm_jax.study.arms import GENERATOR, ArmRun, base_config, make_arms, make_runs, named_arm
-from palm_jax.study.figure import RESAMPLES, at
+from palm_jax.study.numbers import RESAMPLES, at
 from palm_jax.study.readings import Reading, look_up, make_readings, steps_of
 
 
@@ -99,11 +99,11 @@ def make_study(
     (reading.arm, reading.x): [] for reading in readings if reading.measure == first_measure
   }
   for claim in config.study.orderings:
-    if not study_figures.contests(claim, places):
+    if not numbers.contests(claim, places):
       raise UserError(
         f'study.orderings: {claim!r} compares nothing that is at the same x: expected "arm > arm"'
       )
-  study_figures.reference_of(config.study.reference, places)
+  numbers.reference_of(config.study.reference, places)
   return runs, readings
 
 
@@ -168,14 +168,14 @@ def run(this: Run) -> dict | None:
       lines += [
         _line(config.name, reading, arm_run, place) for reading in readings if reading.source == arm
       ]
-      study_figures.write_lines(workdir / 'results' / 'study.csv', lines)
+      numbers.write_lines(workdir / 'results' / 'study.csv', lines)
       progress.update(i + 1, {})
   if not is_first():
     return {}
   results = _results(config, runs, lines) | devices.describe(this.mesh)
-  print(study_figures.table(results), flush=True)
+  print(numbers.table(results), flush=True)
   write_json(workdir / 'results' / 'study.json', results)
-  study_figures.draw(results, workdir / 'figure.png')
+  figure.draw(results, workdir / 'figure.png')
   return results
 
 
@@ -222,7 +222,7 @@ def _results(config, runs, lines):
     study=config.name,
     axis=c.axis,
     grid=c.grid,
-    **study_figures.summarise(c, lines),
+    **numbers.summarise(c, lines),
     protocol=protocol,
   )
 

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from palm_jax.base import checks
 from palm_jax.base.errors import UserError
-from palm_jax.study.figure import at
+from palm_jax.study.numbers import at
 
 GENERATOR = 'base'  # folder of the generator that all arms share, where the config names none
 # Folders that no arm can have.

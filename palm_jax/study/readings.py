@@ -9,7 +9,7 @@ import numpy as np
 
 from palm_jax.base.errors import UserError
 from palm_jax.study.arms import Arm, entry_of
-from palm_jax.study.figure import at, same
+from palm_jax.study.numbers import at, same
 
 # Of one step of a path: a key, and the rows that are meant.
 PATH = re.compile(r'/?([^/\[\]]+)(?:\[([^\[\]]*)\])?')
