@@ -20,13 +20,13 @@ from palm_jax import report, study
 from palm_jax.base import devices, pictures
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
-from palm_jax.data import load as image_data
+from palm_jax.data.arrays import Data, Split
 from palm_jax.encoder import make_encoder
 from palm_jax.evaluate import features
-from palm_jax.report import map as report_map
-from palm_jax.report import page as report_page
+from palm_jax.report import charts, feature_map, read
+from palm_jax.report import pictures as report_pictures
 from palm_jax.report import sections as report_sections
-from palm_jax.study import figure as study_figures
+from palm_jax.study import numbers
 from tests.jobs import finish
 from tests.worlds import nature_config
 
@@ -102,7 +102,7 @@ def ood_results():
 
 
 def diversity_results():
-  numbers = (
+  names = (
     'unique_nn',
     'symmetric',
     'hit_once',
@@ -118,7 +118,7 @@ def diversity_results():
       'n': 60,
       **{
         f'encoder-{key}{end}': value / (i + 1) / (j + 1)
-        for i, key in enumerate(numbers)
+        for i, key in enumerate(names)
         for end, value in (('', 0.5123), ('_sd', 0.0234))
       },
     }
@@ -178,7 +178,7 @@ def study_results():
     study='s',
     axis='samples',
     grid=False,
-    **study_figures.summarise(c, lines),
+    **numbers.summarise(c, lines),
     protocol=dict(reference='PALM'),
   )
 
@@ -418,7 +418,7 @@ def test_numbers_stand_where_they_belong(full):
 
 
 def test_the_headline_compares_like_with_like(full):
-  linear, ood, coverage = report_sections.cards(report.read_run('run', full[0]))
+  linear, ood, coverage = report_sections.cards(read.read_run('run', full[0]))
   assert linear[1].text == '52.00' and linear[2] == 'PALM encoder, linear, L-BFGS'
   assert [(name, number.text) for name, number in linear[3]] == [
     ('untrained encoder', '53.43'),
@@ -472,19 +472,19 @@ def test_an_empty_workdir_has_only_settings(tmp_path):
 
 def test_curves(full):
   *_, text, page = full
-  charts = [
+  labels = [
     attrs['aria-label'] for tag, attrs in page.tags if tag == 'svg' and 'aria-label' in attrs
   ]
-  assert charts[0] == 'SimSiam loss against env steps: run ends at -0.9833'
+  assert labels[0] == 'SimSiam loss against env steps: run ends at -0.9833'
   assert any(
-    chart.startswith('Critic loss against env steps, logarithmic') for chart in charts
+    chart.startswith('Critic loss against env steps, logarithmic') for chart in labels
   )  # 1000 to 17
-  assert any(chart.startswith('strange against') for chart in charts)  # behind the fold
+  assert any(chart.startswith('strange against') for chart in labels)  # hidden
   assert 'NaN' not in text and 'nan' not in re.sub(r'"[^"]*"', '', text).split()
 
 
 def test_chart_puts_points_where_they_belong():
-  svg = report_page.chart(
+  svg = charts.chart(
     't', [(0, 'a', [0, 50, 100], [0.0, None, 10.0]), (1, 'b', [0, 100], [5.0, 5.0])], 'steps'
   )
   paths = re.findall(r'class="c r(\d)" d="([^"]*)"', svg)
@@ -493,7 +493,7 @@ def test_chart_puts_points_where_they_belong():
   ]  # a gap between
   [(_, y2), _] = [tuple(map(float, point.split())) for point in paths[1][1].strip('M').split('L')]
   assert [i for i, _ in paths] == ['0', '1']
-  assert (x0, x1) == (report_page.LEFT, report_page.WIDTH - report_page.RIGHT)
+  assert (x0, x1) == (charts.LEFT, charts.WIDTH - charts.RIGHT)
   assert y0 > y2 > y1 and math.isclose(y2, (y0 + y1) / 2, abs_tol=0.11)
   marks = {
     text: float(y)
@@ -502,8 +502,8 @@ def test_chart_puts_points_where_they_belong():
   assert math.isclose(marks['10'] - 3.5, y1, abs_tol=0.11) and math.isclose(
     marks['0'] - 3.5, y0, abs_tol=0.11
   )
-  assert 'logarithmic' in report_page.chart('t', [(0, 'a', [0, 1], [0.01, 10.0])], 'steps')
-  assert report_page.chart('t', [(0, 'a', [0, 1], [None, None])], 'steps') == ''
+  assert 'logarithmic' in charts.chart('t', [(0, 'a', [0, 1], [0.01, 10.0])], 'steps')
+  assert charts.chart('t', [(0, 'a', [0, 1], [None, None])], 'steps') == ''
 
 
 @pytest.mark.parametrize(
@@ -511,7 +511,7 @@ def test_chart_puts_points_where_they_belong():
   [(0, 1), (-1, 1), (3.14, 3.15), (0, 50e6), (-1e-7, 3e-7), (0.06, 0.1), (1e5, 1.0001e5)],
 )
 def test_ticks_are_few_round_and_within(low, high):
-  found = np.array(report_page.ticks(low, high))
+  found = np.array(charts.ticks(low, high))
   assert (
     2 <= len(found) <= 5
     and found.min() >= low - 1e-9 * abs(low)
@@ -523,16 +523,13 @@ def test_ticks_are_few_round_and_within(low, high):
     math.isclose(step[0] / 10 ** math.floor(math.log10(step[0]) + 1e-9), f, rel_tol=1e-6)
     for f in (1, 2, 2.5, 5)
   )
-  assert (
-    10 - 1e-9 <= min(report_page.log_ticks(10.0, 2000.0))
-    and len(report_page.log_ticks(1e-9, 1e9)) <= 7
-  )
+  assert 10 - 1e-9 <= min(charts.log_ticks(10.0, 2000.0)) and len(charts.log_ticks(1e-9, 1e9)) <= 7
 
 
 def test_thinning_keeps_peaks_and_ends():
   ys = list(np.sin(np.arange(10_000) / 300))
   ys[1234], ys[8000] = 50.0, -50.0
-  xs, kept = report_page.thinned(list(range(10_000)), ys)
+  xs, kept = charts.thinned(list(range(10_000)), ys)
   assert len(xs) <= 302 and (xs[0], xs[-1]) == (0, 9999) and xs == sorted(xs)
   assert (
     max(kept) == 50.0
@@ -588,10 +585,10 @@ def test_two_workdirs_side_by_side(tmp_path):
     )
     assert attrs['title'].rpartition(' = ')[2] in (str(value), json.dumps(value))
   assert page.table('The runs')[0] == ['', 'a', 'b']
-  charts = [
+  labels = [
     attrs['aria-label'] for tag, attrs in page.tags if tag == 'svg' and 'aria-label' in attrs
   ]
-  assert charts[0].endswith('a ends at -0.8; b ends at -0.8889')
+  assert labels[0].endswith('a ends at -0.8; b ends at -0.8889')
 
 
 def test_a_setting_that_one_run_lacks_is_a_difference(tmp_path):
@@ -607,10 +604,10 @@ def test_a_setting_that_one_run_lacks_is_a_difference(tmp_path):
 
 def test_names_tell_workdirs_apart(tmp_path):
   folders = [write(tmp_path / x / y) for x, y in (('p', 'run'), ('q', 'run'), ('q', 'other'))]
-  assert [run.name for run in report.read_runs(folders)] == ['p/run', 'q/run', 'q/other']
-  assert [run.name for run in report.read_runs(folders[1:])] == ['run', 'other']
+  assert [run.name for run in read.read_runs(folders)] == ['p/run', 'q/run', 'q/other']
+  assert [run.name for run in read.read_runs(folders[1:])] == ['run', 'other']
   with pytest.raises(UserError, match='twice'):
-    report.read_runs([folders[0], folders[0]])
+    read.read_runs([folders[0], folders[0]])
 
 
 def test_one_run_is_compared_with_the_defaults(full):
@@ -716,17 +713,17 @@ def test_pictures_are_the_newest_and_bounded(full, tmp_path):
   sources = [attrs['src'] for tag, attrs in page.tags if tag == 'img']
   assert len(sources) == 3
   newest = folder / 'pretrain' / 'rollouts' / '0000003000.webp'
-  assert report.embed(newest, 10**6) == sources[0] and 'after 3,000 env steps' in full[2]
+  assert report_pictures.embed(newest, 10**6) == sources[0] and 'after 3,000 env steps' in full[2]
   noise = np.random.default_rng(1).integers(0, 256, (900, 1200, 3), np.uint8)
   pictures.save_png(tmp_path / 'large.png', noise)
   assert (tmp_path / 'large.png').stat().st_size > 3_000_000
-  uri = report.embed(tmp_path / 'large.png', 150_000)
+  uri = report_pictures.embed(tmp_path / 'large.png', 150_000)
   assert uri.startswith('data:image/webp;base64,') and len(uri) < 150_000 * 4 / 3 + 40
   pictures.save_webp(tmp_path / 'film.webp', [noise[i : i + 200, :300] for i in range(0, 600, 50)])
-  uri = report.embed(tmp_path / 'film.webp', 100_000)
+  uri = report_pictures.embed(tmp_path / 'film.webp', 100_000)
   with Image.open(io.BytesIO(base64.b64decode(uri.partition(',')[2]))) as film:
     assert film.n_frames == 12 and film.width < 300
-  assert report.embed(tmp_path / 'large.png', 100) is None
+  assert report_pictures.embed(tmp_path / 'large.png', 100) is None
 
 
 def test_a_page_of_many_large_pictures_stays_small(tmp_path):
@@ -745,12 +742,12 @@ def test_a_page_of_many_large_pictures_stays_small(tmp_path):
 
 def test_pca_is_that_of_scikit_learn():
   h = np.random.default_rng(0).normal(size=(50, 12)) * np.arange(1, 13)
-  points, shares = report_map.pca(h.astype(np.float32), 3)
+  points, shares = feature_map.pca(h.astype(np.float32), 3)
   theirs = PCA(3, svd_solver='full').fit(h.astype(np.float32).astype(np.float64))
   expected = theirs.transform(h.astype(np.float32).astype(np.float64))
   np.testing.assert_allclose(points * np.sign((points * expected).sum(0)), expected, atol=1e-9)
   np.testing.assert_allclose(shares, theirs.explained_variance_ratio_, rtol=1e-10)
-  points, shares = report_map.pca(np.ones((5, 3)))
+  points, shares = feature_map.pca(np.ones((5, 3)))
   assert np.isfinite(points).all() and np.isfinite(shares).all()
 
 
@@ -760,9 +757,9 @@ def test_nearest_are_those_of_scikit_learn():
   expected = (
     NearestNeighbors(n_neighbors=8, metric='cosine').fit(h).kneighbors(h[queries])[1][:, 1:]
   )
-  np.testing.assert_array_equal(report_map.nearest(h, queries, 7), expected)
+  np.testing.assert_array_equal(feature_map.nearest(h, queries, 7), expected)
   h[5] = h[3]  # its twin comes first, itself never
-  assert report_map.nearest(h, [3])[0, 0] == 5 and 3 not in report_map.nearest(h, [3])
+  assert feature_map.nearest(h, [3])[0, 0] == 5 and 3 not in feature_map.nearest(h, [3])
 
 
 @pytest.fixture(scope='module')
@@ -775,10 +772,10 @@ def trained(tmp_path_factory):
   )
   with Checkpoints(folder / 'pretrain' / 'checkpoints') as checkpoints:
     checkpoints.save(5, {'encoder': variables}, {})
-  split = lambda n: image_data.Split(
+  split = lambda n: Split(
     rng.integers(0, 256, (n, 36, 36, 1), np.uint8), rng.integers(0, 3, n).astype(np.int32)
   )
-  return folder, image_data.Data(split(8), split(64), ('one', '<two>', 'three'), 'noise & labels')
+  return folder, Data(split(8), split(64), ('one', '<two>', 'three'), 'noise & labels')
 
 
 def test_map_and_neighbours(trained):
@@ -806,17 +803,15 @@ def test_map_and_neighbours(trained):
       corners = np.asarray(image)[1, 1 :: image.width // 8]
     names = strip['alt'].partition('nearest: ')[2].split(', ')
     expected = [
-      report_map.RIGHT if name == data.class_names[label] else report_map.WRONG for name in names
+      feature_map.RIGHT if name == data.class_names[label] else feature_map.WRONG for name in names
     ]
-    np.testing.assert_array_equal(corners, [report_map.GREY, *expected])
+    np.testing.assert_array_equal(corners, [feature_map.GREY, *expected])
 
 
 def test_no_map_without_data_or_for_other_images(trained):
   folder, data = trained
   assert make(folder)[0]['sections'] == ['config']
-  others = data._replace(
-    test=image_data.Split(np.zeros((9, 40, 52, 1), np.uint8), np.zeros(9, np.int32))
-  )
+  others = data._replace(test=Split(np.zeros((9, 40, 52, 1), np.uint8), np.zeros(9, np.int32)))
   returned, text = make(folder, data=others)
   assert (
     returned['sections'] == ['config'] and 'no map' in returned['notes'][0] and 'no map' in text
@@ -825,22 +820,20 @@ def test_no_map_without_data_or_for_other_images(trained):
 
 def test_scatter_of_many_classes_leaves_the_rest_grey():
   points = np.random.default_rng(0).normal(size=(60, 2))
-  figure = report_page.scatter(
-    't', points, np.arange(60) % 12, [f'c{i}' for i in range(12)], ['x', 'y']
-  )
+  figure = charts.scatter('t', points, np.arange(60) % 12, [f'c{i}' for i in range(12)], ['x', 'y'])
   assert figure.count('class="p k-"') == 2 and 'grey: the other classes' in figure
   assert (
-    report_page.scatter('t', np.zeros((3, 2)), [0, 0, 0], ['a'], ['', '']).count('h0') == 4
+    charts.scatter('t', np.zeros((3, 2)), [0, 0, 0], ['a'], ['', '']).count('h0') == 4
   )  # and one of the legend
 
 
 def test_frames_tell_right_from_wrong():
   images = np.zeros((4, 8, 8, 1), np.uint8)
-  out = report_map.framed(images[0], report_map.WRONG)
+  out = feature_map.framed(images[0], feature_map.WRONG)
   assert (
-    out.shape == (80, 80, 3) and tuple(out[1, 1]) == report_map.WRONG and not out[4:-4, 4:-4].any()
+    out.shape == (80, 80, 3) and tuple(out[1, 1]) == feature_map.WRONG and not out[4:-4, 4:-4].any()
   )
-  assert report_map.framed(np.zeros((84, 84, 4), np.uint8), report_map.RIGHT).shape == (92, 92, 3)
+  assert feature_map.framed(np.zeros((84, 84, 4), np.uint8), feature_map.RIGHT).shape == (92, 92, 3)
 
 
 @pytest.mark.parametrize(
@@ -851,7 +844,7 @@ def test_frames_tell_right_from_wrong():
     ('compare', ('/nowhere',), '/nowhere holds no config.json'),
   ],
 )
-def test_settings_that_cannot_be(key, value, message):
+def test_invalid_settings(key, value, message):
   c = config()
   c.report[key] = value
   with pytest.raises(UserError, match=message):

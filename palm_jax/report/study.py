@@ -1,78 +1,67 @@
-"""The report's section on a study: its means with intervals, and what they say of the claims."""
+"""The section on results/study.json: means with intervals, and what they say of the claims."""
 
-from palm_jax.report import page as report_page
+from palm_jax.report import page, pictures
 from palm_jax.report.page import Row
-from palm_jax.report.sections import cell, protocols, several, source_of
+from palm_jax.report.read import Report
+from palm_jax.report.values import cell, if_several, protocols, source_of
+
+ROWS = dict(measure=str, arm=str, n=int)
 
 
-def study_section(runs):
-  """A table for each measure, and one of the claims."""
-  rows_of = lambda run: run.results['study']['rows']
-  words = [*several(runs, 'study'), 'arm', 'x']
+def section(report: Report) -> str:
+  """A table for each measure, one of the claims, and the figure."""
+  runs = report.runs
+  measures = dict.fromkeys(row['measure'] for run in runs for row in run.results['study']['rows'])
+  tables = ''.join(_measure(runs, measure) for measure in measures)
+  figure = pictures.section('study', report)
+  return tables + _claims(runs) + protocols(runs, 'study') + figure
+
+
+def _measure(runs, measure):
+  """The means of one measure, and their differences from the reference."""
+  rows = []
+  for run in runs:
+    for i, row in enumerate(run.results['study']['rows']):
+      if row['measure'] == measure:
+        words = [*if_several(runs, run.name), row['arm']]
+        rows.append(Row([*words, *_numbers(run, i)]))
+  references = (run.results['study']['protocol'].get('reference', '') for run in runs)
+  reference = ', '.join(dict.fromkeys(map(str, references)))
+  words = [*if_several(runs, 'study'), 'arm', 'x']
   ends = ['bootstrap from', 'to']
-  out = ''
-  for measure in dict.fromkeys(row['measure'] for run in runs for row in rows_of(run)):
-    rows = []
-    for run in runs:
-      for i, row in enumerate(rows_of(run)):
-        value = lambda *keys, i=i, run=run: cell(run, 'study', 'rows', i, *keys)
-        minus = [value('minus_reference', key) for key in ('difference', 'low', 'high')]
-        if row['measure'] == measure:
-          rows.append(
-            Row(
-              [
-                *several(runs, run.name),
-                row['arm'],
-                value('x'),
-                value('n'),
-                value('mean'),
-                value('low'),
-                value('high'),
-                *minus,
-              ]
-            )
-          )
-    reference = ', '.join(
-      dict.fromkeys(str(run.results['study']['protocol'].get('reference', '')) for run in runs)
-    )
-    out += report_page.table(
-      measure,
-      [*words, 'seeds', 'mean', *ends, f'minus {reference}', *ends],
-      rows,
-      source_of(runs, 'study'),
-      texts=len(words),
-    )
-  claims = [
-    (run, i, found)
-    for run in runs
-    for i, found in enumerate(run.results['study'].get('orderings', []))
+  return page.table(
+    measure,
+    [*words, 'seeds', 'mean', *ends, f'minus {reference}', *ends],
+    rows,
+    source_of(runs, 'study'),
+    texts=len(words),
+  )
+
+
+def _numbers(run, i):
+  own = [cell(run, 'study', 'rows', i, key) for key in ('x', 'n', 'mean', 'low', 'high')]
+  minus = [
+    cell(run, 'study', 'rows', i, 'minus_reference', key) for key in ('difference', 'low', 'high')
   ]
-  if claims:
-    rows = [
-      Row(
-        [
-          *several(runs, run.name),
-          found['ordering'],
-          found['verdict'],
-          *(
-            cell(run, 'study', 'orderings', i, key)
-            for key in ('x', 'difference', 't_low', 't_high', 'n')
-          ),
-        ]
-      )
-      for run, i, found in claims
-    ]
-    header = [
-      *several(runs, 'study'),
-      'claim',
-      'verdict',
-      'x',
-      'difference',
-      't from',
-      'to',
-      'seeds',
-    ]
-    out += report_page.table(
-      'Claims', header, rows, source_of(runs, 'study'), texts=len(header) - 4
-    )
-  return out + protocols(runs, 'study')
+  return own + minus
+
+
+def _claims(runs):
+  """A table of the verdicts, where there are claims."""
+  rows = []
+  for run in runs:
+    for i, found in enumerate(run.results['study'].get('orderings', [])):
+      keys = ('x', 'difference', 't_low', 't_high', 'n')
+      numbers = [cell(run, 'study', 'orderings', i, key) for key in keys]
+      words = [*if_several(runs, run.name), found['ordering'], found['verdict']]
+      rows.append(Row([*words, *numbers]))
+  if not rows:
+    return ''
+  words = [*if_several(runs, 'study'), 'claim', 'verdict', 'x']
+  return page.table(
+    'Claims',
+    [*words, 'difference', 't from', 'to', 'seeds'],
+    rows,
+    source_of(runs, 'study'),
+    texts=len(words),
+  )
