@@ -233,7 +233,10 @@ class Page(html.parser.HTMLParser):
 
   def __init__(self, text):
     super().__init__()
-    self.tags, self.tables, self.marked, self._open = [], [], [], []
+    self.tags = []
+    self.tables = []
+    self.marked = []
+    self._open = []
     self.feed(text)
     self.close()
     assert not self._open, f'not closed: {self._open}'
@@ -540,12 +543,10 @@ def test_thinning_keeps_peaks_and_ends():
 
 def test_two_workdirs_side_by_side(tmp_path):
   other = config()
-  other.name, other.environment.alpha, other.encoder.features, other.quality.num_real = (
-    'second',
-    0.125,
-    24,
-    9,
-  )
+  other.name = 'second'
+  other.environment.alpha = 0.125
+  other.encoder.features = 24
+  other.quality.num_real = 9
   first = write(tmp_path / 'a', dict(probe=probe_results(0.2)), lines=5)
   results = dict(
     probe=probe_results(0.4, names=('PALM encoder', 'new')), novelty=RESULTS['novelty']()

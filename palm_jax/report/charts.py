@@ -5,8 +5,14 @@ from collections.abc import Iterable, Sequence
 
 from palm_jax.report.page import esc
 
-WIDTH, HEIGHT = 320, 180  # a chart's own units
-LEFT, RIGHT, TOP, BOTTOM = 46, 18, 10, 24  # margins within them
+# A chart's own units.
+WIDTH = 320
+HEIGHT = 180
+# Margins within them.
+LEFT = 46
+RIGHT = 18
+TOP = 10
+BOTTOM = 24
 MAP = 420  # side of a map
 NUM_RUN_STYLES = 6  # r0, r1, ... of page.css
 NUM_CLASS_COLOURS = 10  # k0, k1, ... of page.css
