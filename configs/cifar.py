@@ -32,7 +32,9 @@ def get_config(variant=''):
   c.name = 'cifar'
   c.seed = 0
   c.jobs = ('generator', 'pretrain', 'probe')
-  c.data = ConfigDict(dict(name='cifar10', dir=''))  # see palm_jax/data/load.py for what a name can be
+  c.data = ConfigDict(
+    dict(name='cifar10', dir='')
+  )  # see palm_jax/data/load.py for what a name can be
 
   c.generator = train.default_config()  # StyleGAN2-ADA's --cfg=cifar
   c.environment = environment.default_config()

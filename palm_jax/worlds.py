@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from palm_jax import environment, material, pairs
 from palm_jax.base import devices
-from palm_jax.data.load import Data
+from palm_jax.data.arrays import Data
 from palm_jax.generator import load_generator
 from palm_jax.generator.views import cropped, w_latents
 from palm_jax.rollout import DTYPES, World

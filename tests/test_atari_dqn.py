@@ -176,7 +176,10 @@ def test_rmsprop_is_centred():
 @pytest.mark.parametrize(
   'changes, message',
   [
-    (dict(optimizer='sgd'), "collect.agent.optimizer='sgd' is unknown: choose one of adam, rmsprop"),
+    (
+      dict(optimizer='sgd'),
+      "collect.agent.optimizer='sgd' is unknown: choose one of adam, rmsprop",
+    ),
     (dict(n_step=0), 'collect.agent.n_step=0 is not positive'),
     (dict(epsilon=1.5), 'collect.agent.epsilon=1.5'),
     (

@@ -15,7 +15,7 @@ from palm_jax.base import devices
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.steps import list_steps
-from palm_jax.data.load import Data, Split
+from palm_jax.data.arrays import Data, Split
 from palm_jax.evaluate import diversity, play, quality
 from palm_jax.evaluate.extractors import Extractor
 from palm_jax.experience import Experience

@@ -11,8 +11,8 @@ from PIL import Image
 
 from palm_jax import encoder
 from palm_jax.base import pictures
-from palm_jax.base.checkpoints import list_steps
 from palm_jax.base.errors import UserError
+from palm_jax.base.steps import list_steps
 from palm_jax.evaluate import features
 from palm_jax.report import charts, page
 from palm_jax.report.read import Report, RunFiles

@@ -6,24 +6,6 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-<<<<<<< HEAD
-from palm_jax import encoder, environment, pairs, pretrain, replay, reward, sac, simsiam
-from palm_jax.base.steps import list_steps
-from palm_jax.report import page as report_page
-from palm_jax.report.page import Cell, Row
-
-# Sections of the config that make a run what it is, in the order of the table, with the modules of
-# their defaults.
-DEFAULTS = dict(
-  environment=environment,
-  pairs=pairs,
-  encoder=encoder,
-  simsiam=simsiam,
-  reward=reward,
-  sac=sac,
-  replay=replay,
-  pretrain=pretrain,
-=======
 from palm_jax.report import (
   curves,
   diversity,
@@ -35,7 +17,6 @@ from palm_jax.report import (
   quality,
   settings,
   study,
->>>>>>> 929a4cb (Report: one table of sections that the job walks, a module for each evaluation, reading, curves, pictures and HTML apart; style sheet in page.css. The pages are the same byte for byte)
 )
 from palm_jax.report.read import Report, RunFiles
 from palm_jax.report.values import values_table

@@ -3,7 +3,7 @@
 import json
 
 from palm_jax import encoder, environment, pairs, pretrain, replay, reward, sac, simsiam
-from palm_jax.base.checkpoints import list_steps
+from palm_jax.base.steps import list_steps
 from palm_jax.report import page
 from palm_jax.report.page import Cell, Row
 from palm_jax.report.read import Report, RunFiles
