@@ -141,5 +141,6 @@ def check_config(config: ConfigDict, num_devices: int) -> None:
     if weight and config.iterations_per_call < config[name]:
       raise UserError(
         f'generator.iterations_per_call={config.iterations_per_call} is below generator.{name}='
-        f'{config[name]}: some calls would have nothing to report of it; set the first to the second'
+        f'{config[name]}: some calls would have nothing to report of it; set the first to the '
+        'second'
       )

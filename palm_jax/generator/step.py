@@ -78,16 +78,16 @@ def make_train_call(config: ConfigDict, G: Generator, D: Discriminator, mesh: Me
   """Many iterations in one compiled, donated call.
 
   Args:
-    config: the generator's section, of which `train.check_config` has nothing to say.
-    G, D: of `train.make_networks`.
+    config: the generator's section, of which `networks.check_config` has nothing to say.
+    G, D: of `networks.make_networks`.
     mesh: one-dimensional, axis 'data'.
 
   Returns:
     f(state, images, labels, indices) -> (state, metrics), everything replicated. The state is
     donated; images (N, H, W, C) uint8 and labels (N,) int32 are the training set, indices
-    (iterations, B) int32 of `batch_indices`. Metrics are scalars, means over the iterations of the
-    call in which their phase ran, and augment_p after the last. Any number of devices that divides
-    B / (rounds * mbstd_group) computes the same up to rounding.
+    (iterations, B) int32 of `samples.batch_indices`. Metrics are scalars, means over the iterations
+    of the call in which their phase ran, and augment_p after the last. Any number of devices that
+    divides B / (rounds * mbstd_group) computes the same up to rounding.
   """
   phases = make_phases(config, G, D, mesh.size)
 
