@@ -1,6 +1,7 @@
 """Diversity of what an agent explores: whose frames are taken, from where in their episodes, and
 the job."""
 
+import functools
 import json
 import logging
 import shutil
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from palm_jax import environment, experience, pretrain, worlds
+from palm_jax import environment, experience, pretrain, rollout, worlds
 from palm_jax.base import devices
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import NonFiniteError, UserError
@@ -52,7 +53,7 @@ def make_arms(num_devices, state=None):
     mesh, jax.device_get((state.ssl['params']['encoder'], state.agent.actor))
   )
   return (
-    play.make_arms(config, generator, program, mesh, {'params': encoder}, actor),
+    play.make_arms(program.setup, mesh, {'params': encoder}, actor),
     program,
     world,
     state,
@@ -74,8 +75,8 @@ def test_each_frame_is_that_of_the_chosen_step_of_its_episode(played, frames):
   whole state."""
   _, program, world, state = played
   generator, (start, steps, chosen) = LargeGenerator(), jax.random.split(KEY, 3)
-  render = jax.jit(lambda z: to_uint8(generator.apply(world.variables, z, LABELS)))
-  policy = jax.jit(program.action)
+  render = jax.jit(lambda z: environment.to_uint8(generator.apply(world.variables, z, LABELS)))
+  policy = jax.jit(functools.partial(rollout.act, program.setup))
   advance = jax.jit(
     lambda env, actions, key: environment.step(env, actions, key, IDS, world.dynamics, 1000, 3)
   )
@@ -388,7 +389,7 @@ def test_the_record_is_judged_in_its_place_and_too_few_are_told(
 
 def test_the_policy_is_read_without_the_rest(saved, mesh, tmp_path):
   workdir, program, generator, state = saved
-  template = play.actor_template(job_config(), generator, program, mesh)
+  template = play.actor_template(program, mesh)
   folder = tmp_path / 'checkpoints'
   shutil.copytree(workdir / 'pretrain' / 'checkpoints', folder)
   actor = play.load_actor(folder, 40, template)
@@ -399,9 +400,7 @@ def test_the_policy_is_read_without_the_rest(saved, mesh, tmp_path):
 
   config = job_config()
   config.sac.hidden = (8, 16)
-  other = play.actor_template(
-    config, generator, pretrain.make_program(config, generator, mesh), mesh
-  )
+  other = play.actor_template(pretrain.make_program(config, generator, mesh), mesh)
   with pytest.raises(
     UserError,
     match=r'agent/actor/.* is float32\[16\], expected float32\[8\]: give the config of that run',
@@ -467,7 +466,7 @@ def test_features_that_are_not_finite(data, mesh):
   pictures = lambda rows: (
     np.ones((len(rows), 8, 8, 1), np.uint8) * (rows == 2)[:, None, None, None].astype(np.uint8)
   )
-  with pytest.raises(NonFiniteError, match='features of 1 of 5 images .noise. are NaN'):
+  with pytest.raises(NonFiniteError, match='features .noise. are NaN or infinite in 1 of 5'):
     diversity.extract(broken, pictures, 5, 4, mesh, 'noise')
 
 

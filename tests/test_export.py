@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from scipy.signal import correlate
 
 from palm_jax import encoder, export
+from palm_jax.base import digests
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
 from palm_jax.evaluate import features
@@ -233,7 +234,7 @@ def test_torchvision_names_shapes_and_values(resnet, tmp_path):
     state['layer1.1.bn1.bias'], params['stage1_block2']['norm1']['bias']
   )
   metadata = metadata_of(path)
-  assert metadata['sha256'] == features.digest(
+  assert metadata['sha256'] == digests.digest(
     variables, settings
   )  # of the variables, whatever the format
   assert json.loads(metadata['palm_jax_encoder']) == settings
@@ -362,7 +363,7 @@ def test_onnx_graph_holds_the_numbers_of_the_checkpoint(resnet, tmp_path):
   )
   metadata = {entry.key: entry.value for entry in model.metadata_props}
   assert (
-    metadata['sha256'] == features.digest(variables, settings)
+    metadata['sha256'] == digests.digest(variables, settings)
     and metadata['checkpoint_step'] == '12'
   )
 

@@ -1,12 +1,10 @@
-import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from sklearn.linear_model import LogisticRegression
 
-from palm_jax.base import devices
-from palm_jax.base.errors import NonFiniteError, UserError
-from palm_jax.evaluate import features, linear
+from palm_jax.base.errors import UserError
+from palm_jax.evaluate import linear
+from palm_jax.evaluate.labels import stratified_split
 from tests import worlds
 
 N, M, F, C = 300, 120, 6, 3
@@ -90,7 +88,7 @@ def test_l2_is_the_best_on_the_held_out_tenth(blobs):
   x, y, _, _ = blobs
   grid = [1e-4, 1e-2, 1.0, 100.0]
   _, report = linear.logistic_regression(x, y, C, l2_grid=grid, seed=3)
-  fit, held_out = linear.stratified_split(y, 0.1, seed=3)
+  fit, held_out = stratified_split(y, 0.1, seed=3)
   expected = []
   for l2 in sorted(grid, reverse=True):
     truth, standardise = scikit_learn(x[fit], y[fit], l2)
@@ -117,19 +115,6 @@ def test_an_unfinished_fit_is_reported(blobs):
   assert report['iterations'] == 1
 
 
-def test_stratified_split():
-  labels = np.repeat([0, 1, 2, 7], [2, 30, 100, 5])
-  np.random.default_rng(0).shuffle(labels)
-  rest, held_out = linear.stratified_split(labels, 0.1, seed=5)
-  assert sorted([*rest, *held_out]) == list(range(len(labels)))
-  assert {c: int(np.sum(labels[held_out] == c)) for c in (0, 1, 2, 7)} == {0: 1, 1: 3, 2: 10, 7: 1}
-  assert set(labels[rest]) == {0, 1, 2, 7}
-  again = linear.stratified_split(labels, 0.1, seed=5)
-  np.testing.assert_array_equal(again[1], held_out)
-  other = linear.stratified_split(labels, 0.1, seed=6)
-  assert set(other[1]) != set(held_out)
-
-
 def test_bad_settings_are_named(blobs):
   x, y, test_x, test_y = blobs
   with pytest.raises(UserError, match='num_classes is 1'):
@@ -140,121 +125,3 @@ def test_bad_settings_are_named(blobs):
   for grid in ([], [0.0], [np.nan]):
     with pytest.raises(UserError, match='l2_grid'):
       linear.logistic_regression(x, y, C, l2_grid=grid)
-
-
-def settings(**changes):
-  return ConfigDict(
-    dict(
-      lr=0.5,
-      momentum=0.9,
-      weight_decay=0.0,
-      batch_size=32,
-      epochs=5,
-      schedule='cosine',
-      augment='none',
-    )
-    | changes
-  )
-
-
-def standard(blobs):
-  x, y, _, _ = blobs
-  return ((x - x.mean(0)) / x.std(0)).astype(np.float32), y
-
-
-@pytest.fixture(scope='module')
-def mesh():
-  return devices.make_mesh()
-
-
-def test_sgd_reaches_scikit_learns_minimum(blobs, mesh):
-  """All rows in every step: gradient descent. optax decays the bias, too, so it is compared as a
-  feature of ones."""
-  x, y = standard(blobs)
-  x, y = x[: N // 8 * 8], y[: N // 8 * 8]
-  l2 = 0.05
-  c = settings(batch_size=len(x), epochs=1500, weight_decay=l2, lr=0.3)
-  [head] = linear.fit_sgd(x, y, C, c, [3], mesh)
-  ones = np.ones((len(x), 1))
-  truth = LogisticRegression(
-    C=1 / (l2 * len(x)), tol=1e-10, max_iter=5000, fit_intercept=False
-  ).fit(np.append(x, ones, 1), y)
-  np.testing.assert_allclose(np.append(head.weight, head.bias[None], 0), truth.coef_.T, atol=2e-3)
-  np.testing.assert_array_equal(
-    linear.logits(head, x).argmax(1), truth.predict(np.append(x, ones, 1))
-  )
-
-
-def test_heads_of_several_seeds_are_those_of_each_alone(blobs, mesh):
-  x, y = standard(blobs)
-  both = linear.fit_sgd(x, y, C, settings(schedule='step'), [3, 8], mesh)
-  alone = [linear.fit_sgd(x, y, C, settings(schedule='step'), [seed], mesh)[0] for seed in (3, 8)]
-  for a, b in zip(both, alone, strict=True):
-    np.testing.assert_allclose(a.weight, b.weight, atol=1e-6)
-    np.testing.assert_allclose(a.bias, b.bias, atol=1e-6)
-  assert np.abs(both[0].weight - both[1].weight).max() > 1e-3
-
-
-def test_augmented_heads_do_not_depend_on_the_number_of_devices(mesh):
-  """A fixed random projection as encoder; its images are drawn anew from (seed, epoch, step, place
-  in the batch)."""
-  images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
-  labels = np.arange(40) % C
-  weight = np.random.default_rng(1).normal(size=(192, 5)).astype(np.float32) / 8
-  seen = []
-
-  def apply(weight, images):
-    seen.append(images.dtype)
-    return images.reshape(len(images), -1) @ weight
-
-  encoder = features.Encoder('projection', jax.tree_util.Partial(apply, weight), '', {})
-  c = settings(batch_size=16, epochs=2, augment='crop_flip', lr=0.1)
-  heads = [
-    linear.fit_sgd((encoder, images), labels, C, c, [0, 1], m) for m in (mesh, devices.make_mesh(1))
-  ]
-  for a, b in zip(*heads, strict=True):
-    np.testing.assert_allclose(a.weight, b.weight, atol=1e-5)
-  assert all(dtype == np.float32 for dtype in seen)  # augmented, not the uint8 images themselves
-  plain = linear.fit_sgd(
-    (encoder, images),
-    labels,
-    C,
-    settings(batch_size=16, epochs=2, lr=0.1),
-    [0],
-    devices.make_mesh(1),
-  )
-  assert np.abs(plain[0].weight - heads[1][0].weight).max() > 1e-3
-
-
-@pytest.mark.parametrize(
-  'schedule, truth',
-  [
-    ('cosine', lambda step: 0.05 * (1 + np.cos(np.pi * step / 100))),
-    ('step', lambda step: 0.1 * 0.1 ** ((step >= 60) + (step >= 75) + (step >= 90))),
-  ],
-)
-def test_schedules(schedule, truth):
-  optimizer = linear.sgd(
-    settings(lr=0.1, momentum=0.0, schedule=schedule, epochs=10), 10, nesterov=False
-  )
-  state = optimizer.init(np.float32(0))
-  for step in range(100):
-    change, state = optimizer.update(np.float32(1), state, np.float32(0))
-    np.testing.assert_allclose(-change, truth(step), rtol=1e-5, atol=1e-8)
-
-
-def test_bad_sgd_settings_are_named(blobs, mesh):
-  x, y = standard(blobs)
-  for changes, message in [
-    (dict(schedule='linear'), "schedule='linear'.*cosine, step"),
-    (dict(epochs=0), 'epochs=0'),
-    (dict(lr=float('nan')), 'lr=nan'),
-    (dict(augment='crop'), "augment 'crop'"),
-    (dict(augment='crop_flip'), 'needs an encoder and images'),
-  ]:
-    with pytest.raises(UserError, match=message):
-      linear.fit_sgd(x, y, C, settings(**changes), [0], mesh)
-  with pytest.raises(UserError, match='5 images on 8 devices'):
-    linear.fit_sgd(x[:5], y[:5], C, settings(), [0], mesh)
-  with pytest.raises(NonFiniteError, match='lower lr=1e.38'):
-    linear.fit_sgd(x * 1e10, y, C, settings(lr=1e38), [0], mesh)

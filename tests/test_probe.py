@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
-from sklearn.neighbors import KNeighborsClassifier
 
 from configs import cifar as cifar_config
 from palm_jax.base import devices
@@ -14,12 +13,13 @@ from palm_jax.base.errors import UserError
 from palm_jax.data.arrays import Data, Split
 from palm_jax.data.load import load
 from palm_jax.encoder import make_encoder
-from palm_jax.evaluate import features, probe
+from palm_jax.evaluate import features, judge, knn, probe
+from palm_jax.evaluate.labels import Task, make_tasks
 from tests import worlds
+from tests.jobs import finish
 from tests.test_data import cifar, write_folder
 
 N, M, F, C = 300, 120, 6, 3
-from tests.jobs import finish
 
 
 @pytest.fixture(scope='module')
@@ -37,8 +37,8 @@ def digits():
 
 
 def judged(x, y, test_x, test_y, method='lbfgs', num_classes=C, name='raw', **settings):
-  task = probe.Task('fine', 1.0, 0, slice(None), y, test_y, num_classes)
-  return probe.judge(probe.Source(name, x, {'clean': test_x}), task, method, **settings)
+  task = Task('fine', 1.0, 0, slice(None), y, test_y, num_classes)
+  return judge.cached(judge.Source(name, x, {'clean': test_x}), task, method, **settings)
 
 
 def test_shuffled_test_labels_change_the_score_and_nothing_else(blobs):
@@ -50,47 +50,6 @@ def test_shuffled_test_labels_change_the_score_and_nothing_else(blobs):
     k: v for k, v in b.items() if k not in read_from_test
   }
   assert a['accuracy']['clean'] > b['accuracy']['clean'] + 0.2
-
-
-def vote_in_numpy(train_h, train_y, test_h, k, temperature):
-  """PatrickHua/SimSiam's knn_predict, written again in float64."""
-  unit = lambda h: (
-    h.astype(np.float64) / np.linalg.norm(h.astype(np.float64), axis=1, keepdims=True)
-  )
-  predicted = []
-  for cosines in unit(test_h) @ unit(train_h).T:
-    nearest = np.argsort(-cosines)[:k]
-    scores = np.zeros(train_y.max() + 1)
-    for row in nearest:
-      scores[train_y[row]] += np.exp(cosines[row] / temperature)
-    predicted.append(scores.argmax())
-  return np.array(predicted)
-
-
-@pytest.mark.parametrize(
-  'k, temperature', [(1, 0.1), (20, 0.1), (20, 0.01), (200, 0.1), (1000, 0.1)]
-)
-def test_knn_equals_a_transcription(blobs, k, temperature):
-  x, y, test_x, test_y = blobs
-  x, test_x = x / np.logspace(-2, 2, F), test_x / np.logspace(-2, 2, F)
-  predicted = vote_in_numpy(x, y, test_x, k, temperature)
-  # Against the predictions as labels: agreement in every row, not only in the mean.
-  assert probe.knn_accuracy(x, y, test_x, predicted, k, temperature) == 1
-  assert probe.knn_accuracy(x, y, test_x, test_y, k, temperature) == np.mean(predicted == test_y)
-
-
-@pytest.mark.parametrize('temperature', [1e9, np.inf])
-def test_knn_at_infinite_temperature_is_scikit_learns(blobs, temperature):
-  x, y, test_x, _ = blobs
-  truth = KNeighborsClassifier(15, metric='cosine', algorithm='brute').fit(x, y)
-  assert probe.knn_accuracy(x, y, test_x, truth.predict(test_x), 15, temperature) == 1
-
-
-def test_knn_of_more_rows_than_a_chunk():
-  generator = np.random.default_rng(0)
-  x, y = generator.normal(size=(700, 3)), generator.integers(0, 4, 700)
-  predicted = vote_in_numpy(x, y, x[:600], 5, 0.1)
-  assert probe.knn_accuracy(x, y, x[:600], predicted, 5) == 1
 
 
 def test_digits_pixels(digits):
@@ -137,8 +96,8 @@ def test_wilson_half_width():
   z = 1.959964
   for share, n in [(0.5, 100), (0.97, 500), (1.0, 50), (0.0, 50)]:
     low, high = np.sort(np.roots([1 + z**2 / n, -(2 * share + z**2 / n), share**2]).real)
-    assert probe.wilson_half_width(share, n) == pytest.approx((high - low) / 2, rel=1e-9)
-  assert probe.wilson_half_width(0.9, 10000) == pytest.approx(
+    assert judge.wilson_half_width(share, n) == pytest.approx((high - low) / 2, rel=1e-9)
+  assert judge.wilson_half_width(0.9, 10000) == pytest.approx(
     1.96 * np.sqrt(0.09 / 10000), rel=1e-3
   )
 
@@ -173,14 +132,6 @@ def test_bad_input_is_named(blobs, change, message):
     judged(x, y, test_x, test_y, name='PALM encoder')
   assert str(caught.value).startswith('PALM encoder: ')
   assert '\n' not in str(caught.value)
-
-
-def test_bad_settings_are_named(blobs):
-  x, y, test_x, test_y = blobs
-  with pytest.raises(UserError, match='k is 0'):
-    probe.knn_accuracy(x, y, test_x, test_y, k=0)
-  with pytest.raises(UserError, match='temperature 0'):
-    probe.knn_accuracy(x, y, test_x, test_y, temperature=0)
 
 
 @pytest.fixture(scope='module')
@@ -330,7 +281,7 @@ def test_small_shares_of_labels_are_drawn_several_times(blobs):
   x, y, test_x, test_y = blobs
   c = cifar_config.get_config().probe
   c.update(dict(label_fractions=(0.1, 0.5, 1.0), label_draws=3))
-  tasks = probe.make_tasks(c, 'fine', y, test_y, C, 0)
+  tasks = make_tasks(c, 'fine', y, test_y, C, 0)
   assert [(task.fraction, task.draw) for task in tasks] == [
     (0.1, 0),
     (0.1, 1),
@@ -339,7 +290,7 @@ def test_small_shares_of_labels_are_drawn_several_times(blobs):
     (1.0, 0),
   ]
   rows = [
-    probe.judge(probe.Source('raw', x, {'clean': test_x}), task, 'knn', k=5) for task in tasks
+    judge.cached(judge.Source('raw', x, {'clean': test_x}), task, 'knn', k=5) for task in tasks
   ]
   shares = [100 * row['accuracy']['clean'] for row in rows[:3]]
   lines = probe.table(dict(rows=rows, protocol=dict(split='test'))).splitlines()
@@ -352,22 +303,10 @@ def test_small_shares_of_labels_are_drawn_several_times(blobs):
   assert set(tasks[0].rows) < set(tasks[3].rows)
 
 
-def test_nested_rows():
-  labels = np.random.default_rng(0).integers(0, 5, 1000)
-  small, large = probe.nested_rows(labels, 0.05, 3), probe.nested_rows(labels, 0.5, 3)
-  assert set(small) < set(large)
-  for label in range(5):
-    assert np.sum(labels[small] == label) == round(0.05 * np.sum(labels == label))
-  assert set(small) != set(probe.nested_rows(labels, 0.05, 4))
-  assert (
-    len(probe.nested_rows(labels, 1e-6, 3)) == 10
-  )  # two a class are the least a held-out part can be taken of
-
-
 @pytest.mark.parametrize(
   'changes, message',
   [
-    (dict(methods=('lbfgs', 'svm')), "probe.methods has 'svm': choose some of lbfgs, knn, sgd"),
+    (dict(methods=('lbfgs', 'svm')), "'svm' is unknown: choose some of lbfgs, knn, sgd"),
     (dict(methods=()), 'probe.methods is empty'),
     (dict(split='train'), "probe.split='train'"),
     (dict(label_fractions=(0.0, 1.0)), 'label_fractions'),
@@ -406,6 +345,6 @@ def test_the_two_granularities_of_cifar100(tmp_path):
   images, coarse = load(c.data.name), load(c.data.name, label_set='coarse')
   for name, labels in (('fine', images.train.labels), ('coarse', coarse.train.labels)):
     flat = features.pixels(images.train.images)
-    truth = probe.knn_accuracy(flat, labels, flat, labels)
+    truth = knn.accuracy(flat, labels, flat, labels)
     assert pixels[name]['accuracy']['clean'] == truth
   assert len({row['accuracy']['clean'] for row in rows if row['features'] == 'PALM encoder'}) == 2

@@ -18,11 +18,11 @@ from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.data.arrays import Data, Split
 from palm_jax.encoder import ResNet18
-from palm_jax.evaluate import classifier, distances, extractors, quality
+from palm_jax.evaluate import classifier, distances, extractors, features, quality
 from palm_jax.generator.stylegan2 import Generator
+from tests.jobs import finish
 
 FIELDS = dict(z_dim=8, w_dim=8, num_classes=3, channels=(4, 4), image_channels=1, mapping_layers=1)
-from tests.jobs import finish
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -267,8 +267,10 @@ def test_pictures_that_are_not_finite():
 
 
 def test_features_that_are_not_finite():
-  with pytest.raises(NonFiniteError, match='features of 1 of 3 test images'):
-    quality.check_finite(np.array([[1.0], [np.inf], [2.0]]), 'test images')
+  with pytest.raises(
+    NonFiniteError, match='test images are NaN .* in 1 of 3 rows, first in row 1: look'
+  ):
+    features.check_finite(np.array([[1.0], [np.inf], [2.0]]), 'test images', 'look')
 
 
 # ---- the job
@@ -430,10 +432,10 @@ def test_other_data_are_refused(data, generator_run, tmp_path, mesh):
   config = job_config(generator_run, features='pixels')
   larger = data._replace(train=Split(np.zeros((96, 16, 16, 1), np.uint8), data.train.labels))
   with pytest.raises(
-    UserError, match=r'makes images of \(8, 8, 1\), but the data are \(16, 16, 1\)'
+    UserError, match=r'makes images of \(8, 8, 1\) in 3 classes, but the data are \(16, 16, 1\)'
   ):
     finish(quality.JOB, config, tmp_path, larger, mesh)
-  with pytest.raises(UserError, match='has 3 classes, but the data 4'):
+  with pytest.raises(UserError, match='in 3 classes, but the data are .* in 4'):
     finish(quality.JOB, config, tmp_path, data._replace(class_names=('a', 'b', 'c', 'd')), mesh)
   with pytest.raises(UserError, match='leave 3 for comparisons at equal numbers'):
     finish(

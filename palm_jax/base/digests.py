@@ -21,6 +21,14 @@ def digest(variables, settings):
   return sha256.hexdigest()
 
 
+def of_arrays(*arrays: np.ndarray) -> str:
+  """SHA-256 of the arrays' bytes, one after the other."""
+  sha256 = hashlib.sha256()
+  for array in arrays:
+    sha256.update(np.asarray(array).tobytes())
+  return sha256.hexdigest()
+
+
 def describe(tree):
   """{path: {'shape', 'dtype', 'blocks': [[box, SHA-256], ...]}}."""
   there = leaves(tree)

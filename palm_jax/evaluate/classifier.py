@@ -1,11 +1,10 @@
-"""Image classifiers trained end to end by SGD: supervised from scratch, or an encoder
-fine-tuned."""
+"""Image classifiers trained end to end by SGD: from scratch, or from a pretrained encoder."""
 
 import functools
-import hashlib
-import json
 import math
+import pathlib
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,26 +12,29 @@ import numpy as np
 import optax
 from absl import logging
 from flax import linen as nn
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from palm_jax.augment import make_augment
-from palm_jax.base import devices
+from palm_jax.base import devices, digests
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.metrics import Progress
 from palm_jax.base.processes import any_process
+from palm_jax.data.load import Split
 from palm_jax.encoder import make_encoder
-from palm_jax.evaluate import features
-from palm_jax.evaluate.linear import LinearModel, check_sgd, sgd
+from palm_jax.evaluate import features, sgd
+from palm_jax.evaluate.linear import LinearModel, plain_model
 
-STEPS_PER_CALL = 64  # at most: between two calls progress is told
+STEPS_PER_CALL = 64  # at most: progress is shown between two calls
 
 
-def default_config():
-  """OpenOOD's recipe for CIFAR: configs/pipelines/train/baseline.yml,
-  configs/preprocessors/base_preprocessor.yml."""
+def default_config() -> ConfigDict:
+  """OpenOOD's recipe for CIFAR.
+
+  configs/pipelines/train/baseline.yml, configs/preprocessors/base_preprocessor.yml.
+  """
   return ConfigDict(
     dict(
       lr=0.1,
@@ -57,32 +59,37 @@ class Classifier(nn.Module):
   def setup(self):
     self.head = nn.Dense(self.num_classes)
 
-  def __call__(self, images, train=False):
+  def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
     return self.head(self.encoder(images, train))
 
 
-def fit(config, c, split, num_classes, seed, mesh, workdir, name, start=None):
-  """Trains config.encoder and a linear head on labels, or reads what the same call left in the
-  workdir.
+def fit(
+  config: ConfigDict,
+  c: ConfigDict,
+  split: Split,
+  num_classes: int,
+  seed: int,
+  mesh: Mesh,
+  workdir: pathlib.Path,
+  name: str,
+  start: features.Encoder | None = None,
+) -> tuple[features.Encoder, LinearModel]:
+  """Trains config.encoder and a linear head, or reads what the same call left in the workdir.
 
-  A killed training goes on from its last saved epoch (every c.checkpoint_minutes). The folder is
+  A killed training resumes from its last saved epoch (every c.checkpoint_minutes). The folder is
   named by a digest of all that makes the result: settings, seed, images, labels and start.
 
   Args:
     config: the whole config; its section encoder is read.
     c: see `default_config`; `warmup` is the share of the run in which the rate rises.
-    split: palm_jax.data.arrays.Split, labels in [0, num_classes).
+    split: labels in [0, num_classes).
     seed: of the weights, the order and the augmentation.
     mesh: one-dimensional mesh, axis 'data'.
-    workdir: pathlib.Path.
     name: of its folder and in progress lines.
-    start: features.Encoder to fine-tune; None draws the weights.
-
-  Returns:
-    (features.Encoder, LinearModel): the trained encoder and its head.
+    start: what to fine-tune; None draws the weights.
 
   Raises:
-    UserError: settings that cannot be, fewer than two classes, or fewer images than devices.
+    UserError: invalid settings, fewer than two classes, or fewer images than devices.
     NonFiniteError: the training diverges.
   """
   if num_classes < 2:
@@ -90,55 +97,64 @@ def fit(config, c, split, num_classes, seed, mesh, workdir, name, start=None):
       f'{name} learns from labels, but the data have one class: give labelled data of two classes '
       'or more'
     )
-  shape = (1, *split.images.shape[1:])
-  network = Classifier(make_encoder(config.encoder), num_classes)
   settings = dict(
     c.to_dict(),
     encoder=config.encoder.to_dict(),
     seed=seed,
     num_classes=num_classes,
     start=start.sha256 if start else 'random weights',
-    data_sha256=hashlib.sha256(split.images.tobytes() + split.labels.tobytes()).hexdigest(),
+    data_sha256=digests.of_arrays(split.images, split.labels),
   )
-  digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-  def init(key, encoder):
-    variables = network.init(key, jnp.zeros(shape))
-    return {
-      part: {**tree, **({'encoder': encoder[part]} if encoder else {})}
-      for part, tree in variables.items()
-    }
-
-  init = jax.jit(init, out_shardings=NamedSharding(mesh, P()))
-  variables = init(jax.random.key(seed), start.apply.args[0] if start else None)
-  with Checkpoints(workdir / 'classifiers' / f'{name}_{digest[:12]}', keep=1) as checkpoints:
+  network = Classifier(make_encoder(config.encoder), num_classes)
+  variables = _initial(network, split.images.shape[1:], seed, mesh, start)
+  folder = workdir / 'classifiers' / f'{name}_{digests.json_digest(settings)[:12]}'
+  with Checkpoints(folder, keep=1) as checkpoints:
     in_step = Classifier(make_encoder(config.encoder, 'data'), num_classes)
     variables = train(in_step, variables, c, split, seed, mesh, name, checkpoints)
   variables = jax.device_get(variables)
   of_encoder = {part: tree['encoder'] for part, tree in variables.items()}
-  about = dict(
-    network=f'{config.encoder.name} trained end to end on the labels of these training images',
-    **settings,
-  )
-  head = variables['params']['head']
-  zeros = np.zeros(len(head['kernel']), np.float32)
   encoder = features.Encoder(
     name,
     jax.tree_util.Partial(functools.partial(network.encoder.apply, train=False), of_encoder),
-    features.digest(of_encoder, config.encoder.to_dict()),
-    about,
+    digests.digest(of_encoder, config.encoder.to_dict()),
+    dict(
+      network=f'{config.encoder.name} trained end to end on the labels of these training images',
+      **settings,
+    ),
   )
-  return encoder, LinearModel(head['kernel'], head['bias'], zeros, zeros + 1)
+  head = variables['params']['head']
+  return encoder, plain_model(head['kernel'], head['bias'])
 
 
-def train(network, variables, c, split, seed, mesh, name, checkpoints=None):
-  """SGD on all of a classifier's variables -> the variables afterwards. Arguments and errors as in
-  `fit`.
+def _initial(network, image_shape, seed, mesh, start):
+  """A classifier's variables on the mesh, its encoder's those of `start` where there is one."""
+
+  def init(key, encoder):
+    variables = network.init(key, jnp.zeros((1, *image_shape)))
+    if encoder:
+      variables = {part: {**tree, 'encoder': encoder[part]} for part, tree in variables.items()}
+    return variables
+
+  init = jax.jit(init, out_shardings=NamedSharding(mesh, P()))
+  return init(jax.random.key(seed), start.apply.args[0] if start else None)
+
+
+def train(
+  network: Classifier,
+  variables: Any,
+  c: ConfigDict,
+  split: Split,
+  seed: int,
+  mesh: Mesh,
+  name: str,
+  checkpoints: Checkpoints | None = None,
+) -> Any:
+  """SGD on all of a classifier's variables -> the variables. Arguments and errors as in `fit`.
 
   An epoch is a pass in a new order without the last incomplete batch, in compiled calls of at most
   STEPS_PER_CALL updates.
   """
-  check_sgd(c, name)
+  sgd.check(c, name)
   images, labels = split.images, split.labels.astype(np.int32)
   batch = min(c.batch_size, len(images)) // mesh.size * mesh.size
   if not batch:
@@ -148,7 +164,7 @@ def train(network, variables, c, split, seed, mesh, name, checkpoints=None):
     )
   calls = -(-(len(images) // batch) // STEPS_PER_CALL)
   steps, augment = len(images) // batch // calls, make_augment(c.augment)
-  optimizer = sgd(c, calls * steps, nesterov=True)
+  optimizer = sgd.make_optimizer(c, calls * steps, nesterov=True)
 
   def update(carry, inputs, images, labels):
     variables, state = carry

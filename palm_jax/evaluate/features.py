@@ -1,34 +1,33 @@
-"""Features of whole image sets under a frozen encoder: computed once, then shared by every
-probe."""
+"""Features of whole image sets under a frozen encoder: computed once, shared by all who judge."""
 
 import functools
-import hashlib
 import pathlib
 import zipfile
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from palm_jax import checkpoint
-from palm_jax.base import devices
-from palm_jax.base.digests import digest
-from palm_jax.base.errors import UserError
+from palm_jax.base import devices, digests
+from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.files import replacing
-from palm_jax.base.processes import any_process
+from palm_jax.base.metrics import Progress
+from palm_jax.base.processes import any_process, is_first
 from palm_jax.encoder import make_encoder
-from palm_jax.job import Run
 
 
-def default_config():
+def default_config() -> ConfigDict:
+  """Where features come from and go to."""
   return ConfigDict(
     dict(
-      # .npz of another encoder's features, judged beside ours: train_features, test_features,
+      # .npz of another encoder's features, judged beside ours: train_features, test_features and
       # ood_<set>
       path='',
       batch_size=512,  # images a step over all devices
@@ -40,36 +39,38 @@ def default_config():
 
 
 class Encoder(NamedTuple):
-  """A frozen encoder and where it comes from."""
+  """A frozen encoder and where it comes from.
+
+  Attributes:
+    name: of it in results.
+    apply: jax.tree_util.Partial(function, variables), images (B, H, W, C) -> (B, F), batch
+      statistics fixed; None where only features are known.
+    sha256: of variables and settings.
+    about: for protocols.
+  """
 
   name: str
-  apply: (
-    jax.tree_util.Partial
-  )  # Partial(function, variables): images (B, H, W, C) -> (B, F), batch statistics fixed
-  sha256: str  # of variables and settings
-  about: dict  # for protocols
+  apply: Callable | None
+  sha256: str
+  about: dict[str, Any]
 
 
-def load_encoder(config, workdir, image_shape):
+def load_encoder(
+  config: ConfigDict, workdir: pathlib.Path, image_shape: tuple[int, int, int]
+) -> Encoder:
   """The encoder of the workdir's newest pretraining checkpoint.
 
   Args:
     config: the whole config; its section encoder is read.
     image_shape: (H, W, C) of the images that it shall see.
+
   Raises:
     UserError: no encoder in the workdir, or one for other images.
   """
   _, variables, step = checkpoint.load_encoder(workdir)
-  shapes = lambda tree: {
-    jax.tree_util.keystr(path): np.shape(leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
-  there = shapes(variables)
-  differ = [
-    name
-    for name, shape in shapes(jax.eval_shape(_init(config, image_shape))).items()
-    if there.get(name) != shape
-  ]
+  shapes = lambda tree: {name: np.shape(leaf) for name, leaf in _named_leaves(tree).items()}
+  there, wanted = shapes(variables), shapes(jax.eval_shape(_init(config, image_shape)))
+  differ = [name for name, shape in wanted.items() if there.get(name) != shape]
   if differ:
     raise UserError(
       f'the encoder of {workdir} does not take images of shape {image_shape}: {differ[0]} is '
@@ -78,14 +79,10 @@ def load_encoder(config, workdir, image_shape):
   return _make(config, 'PALM encoder', variables, dict(checkpoint_step=step))
 
 
-def untrained_encoder(config, image_shape):
+def untrained_encoder(config: ConfigDict, image_shape: tuple[int, int, int]) -> Encoder:
   """The same network with the weights that config.seed draws."""
-  return _make(
-    config,
-    'untrained encoder',
-    jax.device_get(jax.jit(_init(config, image_shape))()),
-    dict(weights_seed=config.seed),
-  )
+  variables = jax.device_get(jax.jit(_init(config, image_shape))())
+  return _make(config, 'untrained encoder', variables, dict(weights_seed=config.seed))
 
 
 def _init(config, image_shape):
@@ -96,14 +93,17 @@ def _init(config, image_shape):
 
 def _make(config, name, variables, about):
   apply = functools.partial(make_encoder(config.encoder).apply, train=False)
-  sha256, about = (
-    digest(variables, config.encoder.to_dict()),
-    dict(about, layer='h, batch statistics fixed'),
-  )
+  sha256 = digests.digest(variables, config.encoder.to_dict())
+  about = dict(about, layer='h, batch statistics fixed')
   return Encoder(name, jax.tree_util.Partial(apply, variables), sha256, about)
 
 
-def assert_frozen(before, after):
+def _named_leaves(tree):
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def assert_frozen(before: Any, after: Any) -> None:
   """Raises AssertionError, naming the leaf, unless two trees of variables are bit-identical.
 
   Args:
@@ -111,49 +111,37 @@ def assert_frozen(before, after):
       before the probe.
     after: the same tree after it.
   """
-  leaves = [
-    {
-      jax.tree_util.keystr(path): np.asarray(leaf)
-      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    for tree in (before, after)
-  ]
-  unmatched = sorted(leaves[0].keys() ^ leaves[1].keys())
+  old, new = _named_leaves(before), _named_leaves(after)
+  unmatched = sorted(old.keys() ^ new.keys())
   if unmatched:
     raise AssertionError(f'{unmatched[0]} is in one tree only: the encoder was not frozen')
-  for name, old in leaves[0].items():
-    new = leaves[1][name]
-    if (old.shape, old.dtype) != (new.shape, new.dtype) or old.tobytes() != new.tobytes():
+  for name in old:
+    was, now = np.asarray(old[name]), np.asarray(new[name])
+    if (was.shape, was.dtype) != (now.shape, now.dtype) or was.tobytes() != now.tobytes():
       raise AssertionError(f'{name} changed: the encoder was not frozen')
 
 
-def check_single_pictures(config: ConfigDict, job: str) -> None:
-  """Raises UserError where the encoder sees several pictures at once, and a job shows it one."""
-  stack = config.environment.stack
-  if stack > 1:
-    raise UserError(
-      f'--job={job} shows single pictures, but environment.stack={stack} trains an encoder of '
-      'several: judge a run with 1'
+def check_finite(h: np.ndarray, what: str, advice: str) -> None:
+  """Raises NonFiniteError where rows of features (N, F) hold NaN or infinity."""
+  finite = np.isfinite(h).all(1)
+  if not finite.all():
+    raise NonFiniteError(
+      f'{what} are NaN or infinite in {np.sum(~finite)} of {len(h)} rows, first in row '
+      f'{np.argmin(finite)}: {advice}'
     )
 
 
-def check_classes(run: Run, job: str) -> None:
-  """Raises UserError where the data of a job that tells classes apart have only one."""
-  if len(run.data.class_names) < 2:
-    raise UserError(
-      f'the job {job} tells classes apart, but {run.config.data.name} has one: leave it out of '
-      'config.jobs, or label the pictures'
-    )
-
-
-def folder_of(config, workdir):
+def folder_of(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
   """Where features are kept: config.features.folder, or that of the workdir."""
   return pathlib.Path(config.features.folder or pathlib.Path(workdir) / 'features')
 
 
-def cached(encoder, images, folder, mesh, batch_size=512):
-  """`extract`, once for an encoder and its images: kept in a folder, in a file named by digests of
-  both.
+def cached(
+  encoder: Encoder, images: np.ndarray, folder: pathlib.Path, mesh: Mesh, batch_size: int = 512
+) -> np.ndarray:
+  """`extract`, once for an encoder and its images.
+
+  They are kept in a folder, in a file named by digests of both.
 
   Raises:
     UserError: a file there holds features of another encoder or other images; and what `extract`
@@ -161,62 +149,72 @@ def cached(encoder, images, folder, mesh, batch_size=512):
   """
   images = np.asarray(images)
   _check_images(images)
-  images_sha256 = hashlib.sha256(repr(images.shape).encode() + images.tobytes()).hexdigest()
-  about = dict(encoder_sha256=encoder.sha256, images_sha256=images_sha256)
+  shape = np.frombuffer(repr(images.shape).encode(), np.uint8)
+  about = dict(encoder_sha256=encoder.sha256, images_sha256=digests.of_arrays(shape, images))
   path = pathlib.Path(folder) / f'{about["encoder_sha256"][:12]}_{about["images_sha256"][:12]}.npz'
   if any_process(path.exists()):
-    damage = None
-    try:
-      with np.load(path) as file:
-        h, saved = file['features'], {name: str(file[name]) for name in (*about, 'features_sha256')}
-      if hashlib.sha256(h.tobytes()).hexdigest() != saved.pop('features_sha256'):
-        raise ValueError('its digest differs')
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-      damage = error
-    if any_process(damage):  # all together, as they compute together
-      logging.warning(
-        '%s: damaged (%s), computed again', path, damage or 'another process says why'
-      )
-    else:
-      for name, value in about.items():
-        if saved[name] != value:
-          raise UserError(
-            f'{path} holds features whose {name} is {saved[name][:12]}..., expected '
-            f'{value[:12]}...: remove it'
-          )
+    h = _read(path, about)
+    if h is not None:
       return h
   h = extract(encoder.apply, images, batch_size, mesh)
-  if jax.process_index() == 0:
+  if is_first():
     with replacing(path) as file:
-      np.savez(file, features=h, features_sha256=hashlib.sha256(h.tobytes()).hexdigest(), **about)
+      np.savez(file, features=h, features_sha256=digests.of_arrays(h), **about)
   return h
 
 
-def load_foreign(config, counts):
-  """Features of another encoder, from the .npz that config.features.path names: {part: (N, F)
-  float32}; {} without one.
+def _read(path, about):
+  """Features of a file of `cached`, None of a damaged one; UserError where it is of others."""
+  damage = None
+  try:
+    with np.load(path) as file:
+      h = file['features']
+      saved = {name: str(file[name]) for name in (*about, 'features_sha256')}
+    if digests.of_arrays(h) != saved.pop('features_sha256'):
+      raise ValueError('its digest differs')
+  except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    damage = error
+  if any_process(damage):  # all together, as they compute together
+    reason = damage or 'another process says why'
+    logging.warning('%s: damaged (%s), computed again', path, reason)
+    return None
+  for name, value in about.items():
+    if saved[name] != value:
+      raise UserError(
+        f'{path} holds features whose {name} is {saved[name][:12]}..., expected {value[:12]}...: '
+        'remove it'
+      )
+  return h
+
+
+def load_foreign(config: ConfigDict, counts: dict[str, int]) -> dict[str, np.ndarray]:
+  """Features of another encoder, from the .npz that config.features.path names; {} without one.
 
   The file holds train_features, test_features and, for --job=ood, an ood_<set> for each of its
   sets.
 
   Args:
     counts: {'train': images, 'test': images, 'ood_<set>': images, ...}, the parts that are needed.
+
+  Returns:
+    {part: (N, F) float32}.
+
   Raises:
     UserError: no such file, a damaged one, one without a part, or features that are not (images of
       that part, F).
   """
-  path, parts = config.features.path, {}
+  path = config.features.path
   if not path:
-    return parts
+    return {}
   try:
     with np.load(path, allow_pickle=False) as file:
       arrays = dict(file)
   except (OSError, ValueError, zipfile.BadZipFile) as error:
     raise UserError(
       f'features.path={path} cannot be read ({" ".join(str(error).split())}): give an .npz file '
-      'with '
-      'train_features and test_features'
+      'with train_features and test_features'
     ) from error
+  parts = {}
   for part, count in counts.items():
     name = part if part.startswith('ood_') else f'{part}_features'
     if name not in arrays:
@@ -227,13 +225,18 @@ def load_foreign(config, counts):
     if parts[part].ndim != 2 or parts[part].shape != (count, parts['train'].shape[1]):
       raise UserError(
         f'features.path={path}: {name} is {arrays[name].shape}, expected ({count}, F), a row for '
-        'each image in '
-        'order, with the same F in all'
+        'each image in order, with the same F in all'
       )
   return parts
 
 
-def extract(apply_fn, images, batch_size=512, mesh=None):
+def extract(
+  apply_fn: Callable,
+  images: np.ndarray,
+  batch_size: int = 512,
+  mesh: Mesh | None = None,
+  progress: Progress | None = None,
+) -> np.ndarray:
   """Features of `images`, in their order.
 
   Args:
@@ -246,8 +249,11 @@ def extract(apply_fn, images, batch_size=512, mesh=None):
       size.
     mesh: a mesh with the axis 'data', over which a batch is split; None computes on the default
       device.
+    progress: in images.
+
   Returns:
     (N, F) float32, on the host of every process.
+
   Raises:
     UserError: images that are not (N, H, W, C) uint8, an empty set, a batch size below 1, or
       features that are not (B, F).
@@ -256,19 +262,38 @@ def extract(apply_fn, images, batch_size=512, mesh=None):
   _check_images(images)
   if batch_size < 1:
     raise UserError(f'batch_size is {batch_size}, expected at least 1')
+  batch_size = whole_batch(batch_size, len(images), mesh)
+
+  def batches():
+    for start in range(0, len(images), batch_size):
+      batch = images[start : start + batch_size]
+      missing = batch_size - len(batch)
+      yield np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))  # one shape: one compilation
+
+  return extract_batches(apply_fn, batches(), len(images), mesh, progress)
+
+
+def whole_batch(batch_size: int, count: int, mesh: Mesh | None) -> int:
+  """The batch size for so many images, rounded up to a multiple of the mesh's size."""
+  num_devices = mesh.shape['data'] if mesh else 1
+  return -(-min(batch_size, count) // num_devices) * num_devices
+
+
+def extract_batches(
+  apply_fn: Callable,
+  batches: Iterable[np.ndarray],
+  count: int,
+  mesh: Mesh | None = None,
+  progress: Progress | None = None,
+) -> np.ndarray:
+  """As `extract`, of images that come in batches of one shape; of them the first `count` count."""
   if not isinstance(apply_fn, jax.tree_util.Partial):
     apply_fn = jax.tree_util.Partial(apply_fn)
-  num_devices = 1
   if mesh is not None:
-    num_devices = mesh.shape['data']
     apply_fn = jax.device_put(apply_fn, NamedSharding(mesh, PartitionSpec()))
-  batch_size = -(-min(batch_size, len(images)) // num_devices) * num_devices
-
-  features = []
-  for start in range(0, len(images), batch_size):
-    batch = images[start : start + batch_size]
-    missing = batch_size - len(batch)
-    batch = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))  # one shape, so one compilation
+  features, done = [], 0
+  for batch in batches:
+    done = min(done + len(batch), count)
     if mesh is not None:
       batch = devices.shard(mesh, batch, PartitionSpec('data'))
     features.append(_apply(apply_fn, batch))
@@ -279,13 +304,14 @@ def extract(apply_fn, images, batch_size=512, mesh=None):
       )
     if len(features) > 1:  # fetched one step late: the device computes while the host copies
       features[-2] = _fetch(features[-2])
+    if progress:
+      progress.update(done, {})
   features[-1] = _fetch(features[-1])
-  return np.concatenate(features)[: len(images)]
+  return np.concatenate(features)[:count]
 
 
-def pixels(images):
-  """The images themselves as features, x / 127.5 - 1: (N, H, W, C) uint8 -> (N, H * W * C)
-  float32."""
+def pixels(images: np.ndarray) -> np.ndarray:
+  """The images as features, x / 127.5 - 1: (N, H, W, C) uint8 -> (N, H * W * C) float32."""
   images = np.asarray(images)
   _check_images(images)
   return images.reshape(len(images), -1).astype(np.float32) / np.float32(127.5) - np.float32(1)

@@ -1,9 +1,9 @@
-"""How much of the labels an encoder's features hold: linear probes, a nearest-neighbour vote, and
-what labels alone give.
+"""How much of the labels an encoder's features hold.
 
-No setting is chosen on test images: L-BFGS chooses its L2 strength on a held-out tenth of the
-training images, the other methods choose nothing, and the test images are read once, at the end.
-probe.split='validation' leaves them alone altogether.
+Linear probes, a nearest-neighbour vote, and what labels alone give. No setting is chosen on test
+images: L-BFGS chooses its L2 strength on a held-out tenth of the training images, the other methods
+choose nothing, and the test images are read once, at the end. probe.split='validation' leaves them
+alone altogether.
 """
 
 import functools
@@ -11,28 +11,37 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from palm_jax.base import devices
+from palm_jax.base import checks, devices
 from palm_jax.base.errors import UserError
 from palm_jax.base.tables import aligned, protocol_line
-from palm_jax.data.arrays import Split
-from palm_jax.data.load import load as load_data
-from palm_jax.evaluate import classifier, corruptions, features, linear
+from palm_jax.data import load as image_data
+from palm_jax.data.load import Split
+from palm_jax.evaluate import (
+  classifier,
+  corruptions,
+  features,
+  judge,
+  knn,
+  linear,
+  preconditions,
+  sgd,
+)
+from palm_jax.evaluate.judge import Source
+from palm_jax.evaluate.labels import make_tasks, stratified_split
 from palm_jax.job import Job, Run
 
-KNN_K = 200  # PatrickHua/SimSiam tools/knn_monitor.py; lightly's benchmarks
-KNN_TEMPERATURE = 0.1  # the same
 # lbfgs, knn: cached features of clean images; sgd: augmented anew in every epoch, encoder frozen;
 # finetune: the encoder, too; supervised: the same from random weights.
 METHODS = ('lbfgs', 'knn', 'sgd', 'finetune', 'supervised')
-FEW = 0.1  # up to this share of labels several draws are made
+BY_SGD = METHODS[2:]
 
 
-def default_config():
+def default_config() -> ConfigDict:
+  """Methods, and what each does."""
   supervised = classifier.default_config()
   return ConfigDict(
     dict(
@@ -58,422 +67,233 @@ def default_config():
   )
 
 
-def check(config, num_devices):
-  """Raises UserError on settings of the whole config's section `probe` that cannot work."""
-  features.check_single_pictures(config, 'probe')
+def check(config: ConfigDict, num_devices: int) -> None:
+  """Raises UserError on settings of the section `probe` that the job would refuse."""
+  preconditions.check_single_pictures(config, 'probe')
   c = config.probe
-  for method in c.methods:
-    if method not in METHODS:
-      raise UserError(f'probe.methods has {method!r}: choose some of {", ".join(METHODS)}')
-  if not c.methods:
-    raise UserError(f'probe.methods is empty: choose some of {", ".join(METHODS)}')
-  if c.split not in ('test', 'validation'):
-    raise UserError(f"probe.split={c.split!r} is unknown: choose 'test' or 'validation'")
+  checks.choices('probe.methods', c.methods, METHODS)
+  checks.choice('probe.split', c.split, ('test', 'validation'))
   if not c.label_fractions or not all(0 < fraction <= 1 for fraction in c.label_fractions):
     raise UserError(
       f'probe.label_fractions={tuple(c.label_fractions)}: expected one or more shares in (0, 1]'
     )
-  if c.label_draws < 1:
-    raise UserError(f'probe.label_draws={c.label_draws} is too small: set it to 1 or more')
+  checks.at_least('probe.label_draws', c.label_draws, 1)
   for name in c.corruptions:
     corruptions.check(name)
-  for method in ('sgd', 'finetune', 'supervised'):
+  for method in BY_SGD:
     if method in c.methods:
-      linear.check_sgd(c[method], f'probe.{method}')
-      devices.check_divisible(
-        f'probe.{method}.batch_size', c[method].batch_size, num_devices, 'devices'
-      )
+      sgd.check(c[method], f'probe.{method}', num_devices)
 
 
-class Source(NamedTuple):
-  """Features of all images, by one function."""
+class Images(NamedTuple):
+  """What the probes learn from and are tested on."""
 
-  name: str
-  train: np.ndarray  # (N, F)
-  tests: dict[str, np.ndarray]  # name of the test set ('clean', corruptions) -> (M, F)
-  encoder: Any = None  # features.Encoder, where it is one of ours
-
-
-class Task(NamedTuple):
-  """What is to be learned, from which images."""
-
-  labels: str  # 'fine' or 'coarse'
-  fraction: float  # of the training labels
-  draw: int
-  rows: Any  # of the training images: their numbers, or a slice
-  train_y: np.ndarray  # labels of those rows
-  test_y: np.ndarray
-  num_classes: int
+  train: Split
+  test: Split
+  corrupted: dict[str, np.ndarray]  # name -> test images; 'clean' is first
+  rest: np.ndarray | slice  # rows of the data's training images that train has
+  held_out: np.ndarray | None  # rows of the data's training images that test has, if any
 
 
-def knn_accuracy(train_h, train_y, test_h, test_y, k=KNN_K, temperature=KNN_TEMPERATURE):
-  """Accuracy of a vote of the k training features with the largest cosine, weighted by exp(cosine /
-  temperature).
+def run(this: Run) -> dict[str, Any]:
+  """The job: probes the workdir's newest encoder, and references beside it.
 
-  The monitor of PatrickHua/SimSiam (tools/knn_monitor.py) and lightly. k is limited to the number
-  of training rows; equal votes go to the smaller label.
-
-  Args:
-    train_h, test_h: (N, F) and (M, F) features.
-    train_y, test_y: (N,) and (M,) non-negative integer labels.
-    temperature: positive; infinity makes all k votes equal.
-  Raises:
-    UserError: features that are not finite or do not match the labels or each other, k below 1, or
-      a temperature that is not positive.
-  """
-  train_h, train_y = linear.checked(train_h, train_y, 'training')
-  test_h, test_y = linear.checked(test_h, test_y, 'test')
-  linear.check_widths(train_h, test_h)
-  if k < 1 or not temperature > 0:
-    raise UserError(
-      f'k is {k} and temperature {temperature}, expected k of at least 1 and a temperature above 0'
-    )
-  predicted = _vote(
-    train_h,
-    train_y,
-    test_h,
-    temperature,
-    k=min(k, len(train_h)),
-    num_classes=int(train_y.max()) + 1,
-  )
-  return float(np.mean(np.asarray(predicted) == test_y))
-
-
-@functools.partial(jax.jit, static_argnames=('k', 'num_classes'))
-def _vote(train_h, train_y, test_h, temperature, *, k, num_classes):
-  normalise = lambda h: h / jnp.maximum(jnp.linalg.norm(h, axis=-1, keepdims=True), 1e-12)
-  bank = normalise(train_h)
-
-  def predict(h):  # (F,)
-    cosines = jnp.dot(bank, h, precision=jax.lax.Precision.HIGHEST)
-    cosines, rows = jax.lax.top_k(cosines, k)
-    weights = jnp.exp(
-      (cosines - cosines[0]) / temperature
-    )  # relative to the largest, which cannot overflow
-    return jnp.argmax(
-      jnp.dot(
-        weights, jax.nn.one_hot(train_y[rows], num_classes), precision=jax.lax.Precision.HIGHEST
-      )
-    )
-
-  return jax.lax.map(predict, normalise(test_h), batch_size=256)  # (256, N) cosines at a time
-
-
-def nested_rows(labels, fraction, seed):
-  """Sorted row numbers of a stratified share of labels (N,): of each class `fraction`, rounded, two
-  at least.
-
-  Those of a smaller fraction with the same seed are among them.
-  """
-  rows = [
-    np.random.default_rng([seed, label]).permutation(np.flatnonzero(labels == label))
-    for label in np.unique(labels)
-  ]
-  return np.sort(
-    np.concatenate([of_class[: max(2, round(fraction * len(of_class)))] for of_class in rows])
-  )
-
-
-def make_tasks(c, name, train_y, test_y, num_classes, seed):
-  """The tasks of one set of labels: every fraction, and several draws of the small ones."""
-  return [
-    Task(name, float(fraction), draw, rows, train_y[rows], test_y, num_classes)
-    for fraction in c.label_fractions
-    for draw in range(c.label_draws if fraction <= FEW else 1)
-    for rows in [slice(None) if fraction == 1 else nested_rows(train_y, fraction, seed + draw)]
-  ]
-
-
-def judge(
-  source, task, method, seed=0, l2_grid=linear.L2_GRID, k=KNN_K, temperature=KNN_TEMPERATURE
-):
-  """One row of the results by a method on cached features, 'lbfgs' or 'knn'.
+  They are the same encoder untrained, raw pixels, and foreign features. It reads seed, data,
+  encoder, features and probe of the config. Features and trained classifiers stay in the workdir
+  for the next job.
 
   Returns:
-    dict, all of it JSON: who was judged, on what, and what `scored` gives; for lbfgs also the
-    report of `linear.logistic_regression`.
+    `rows`, see judge.py; `protocol`; `seconds`.
+
   Raises:
-    UserError: features or labels that the method cannot take; the message begins with the name of
-      the features.
+    UserError: no encoder in the workdir, images unlike those that it was trained on, or invalid
+      settings.
   """
-  started = time.perf_counter()
-  try:
-    train_x, train_y = linear.checked(source.train[task.rows], task.train_y, 'training')
-    for test_h in source.tests.values():
-      test_x, test_y = linear.checked(test_h, task.test_y, 'test')
-      linear.check_widths(train_x, test_x)
-      if test_y.max() >= task.num_classes:
-        raise UserError(
-          f'a test label is {test_y.max()}, expected labels below num_classes = {task.num_classes}'
-        )
-    if method == 'lbfgs':
-      model, report = linear.logistic_regression(
-        train_x, train_y, task.num_classes, l2_grid, seed=seed
-      )
-      accuracy = lambda h: linear.accuracy(model, h, test_y)
-    else:
-      report = dict(k=min(k, len(train_x)), temperature=float(temperature))
-      accuracy = lambda h: knn_accuracy(train_x, train_y, h, test_y, k, temperature)
-    shares = {name: accuracy(h) for name, h in source.tests.items()}
-  except UserError as error:
-    raise UserError(f'{source.name}: {error}') from None
-  return scored(source.name, train_x.shape[1], task, method, shares, started, **report)
-
-
-def scored(name, width, task, method, shares, started, **report):
-  """A row: `accuracy` {test set: share of right answers}, `half_width` of the clean one's 95%
-  Wilson interval."""
+  started, config, data = time.monotonic(), this.config, this.data
+  shape = data.train.images.shape[1:]
+  encoders = [
+    features.load_encoder(config, this.workdir, shape),
+    features.untrained_encoder(config, shape),
+  ]
+  before = jax.tree.map(np.copy, [encoder.apply.args for encoder in encoders])
+  images = _images(config, data)
+  tasks = _tasks(config, data, images)
+  sources = [_encoded(this, encoder, images) for encoder in encoders] + _others(this, images)
+  rows = []
+  for method in config.probe.methods:
+    for task in tasks:
+      found = _rows(this, method, task, sources, images)
+      for row in found:
+        share, accuracy = 100 * task.fraction, 100 * row['accuracy']['clean']
+        line = f'{row["features"]}, {method}, {task.labels} {share:.0f}%: {accuracy:.2f}%'
+        logging.info('probe: %s', line)
+      rows += found
+  features.assert_frozen(before, [encoder.apply.args for encoder in encoders])
   return dict(
-    features=name,
-    F=int(width),
-    method=method,
-    labels=task.labels,
-    num_classes=int(task.num_classes),
-    fraction=task.fraction,
-    draw=task.draw,
-    n_train=len(task.train_y),
-    n_test=len(task.test_y),
-    accuracy=shares,
-    half_width=wilson_half_width(shares['clean'], len(task.test_y)),
-    seconds=time.perf_counter() - started,
-    **report,
+    job='probe',
+    rows=rows,
+    protocol=_protocol(config, data, images, encoders[0]),
+    **devices.describe(this.mesh),
+    seconds=time.monotonic() - started,
   )
 
 
-def wilson_half_width(share, n):
-  """Half the width of the 95% Wilson interval of a share observed in n independent trials."""
-  z = 1.959964  # normal quantile at 0.975
-  return float(z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n))
+def _images(config, data):
+  """Images; with probe.split='validation' a tenth of the training images is called test."""
+  train, test = data.train, data.test
+  rest, held_out = slice(None), None
+  if config.probe.split == 'validation':
+    fraction = linear.VALIDATION_FRACTION
+    rest, held_out = stratified_split(data.train.labels, fraction, config.seed)
+    train, test = _take(data.train, rest), _take(data.train, held_out)
+  corrupted = {'clean': test.images}
+  for name in config.probe.corruptions:
+    corrupted[name] = corruptions.corrupt(name, test.images, config.seed)
+  return Images(train, test, corrupted, rest, held_out)
 
 
-def table(results):
-  """The results of `evaluate` as text: a row for each kind of features, method and labels, the
-  protocol in one line beneath.
+def _take(split, rows):
+  return split._replace(images=split.images[rows], labels=split.labels[rows])
+
+
+def _tasks(config, data, images):
+  """Every task of every set of labels."""
+  sets = {'fine': data}
+  if config.probe.coarse:
+    folder = config.data.dir or None
+    sets['coarse'] = image_data.load(config.data.name, data_dir=folder, label_set='coarse')
+  tasks = []
+  for name, labelled in sets.items():
+    train_y, test_y = labelled.train.labels[images.rest], labelled.test.labels
+    if images.held_out is not None:
+      test_y = labelled.train.labels[images.held_out]
+    num_classes = len(labelled.class_names)
+    tasks += make_tasks(config.probe, name, train_y, test_y, num_classes, config.seed)
+  return tasks
+
+
+def _encoded(this, encoder, images):
+  """The Source of one of our encoders."""
+  folder = features.folder_of(this.config, this.workdir)
+  size = this.config.features.batch_size
+  h = lambda images: features.cached(encoder, images, folder, this.mesh, size)
+  tests = {name: h(corrupted) for name, corrupted in images.corrupted.items()}
+  return Source(encoder.name, h(images.train.images), tests, encoder)
+
+
+def _others(this, images):
+  """Sources without an encoder: foreign features, where they are given, and pixels."""
+  config, data, sources = this.config, this.data, []
+  counts = dict(train=len(data.train.labels), test=len(data.test.labels))
+  foreign = features.load_foreign(config, counts)
+  if foreign:
+    test = foreign['test']
+    if images.held_out is not None:
+      test = foreign['train'][images.held_out]
+    sources.append(Source('foreign features', foreign['train'][images.rest], {'clean': test}))
+  if config.probe.pixels:
+    flat = {name: features.pixels(corrupted) for name, corrupted in images.corrupted.items()}
+    sources.append(Source('pixels', features.pixels(images.train.images), flat))
+  return sources
+
+
+def _rows(this, method, task, sources, images):
+  """The rows of one method and task."""
+  if method in ('lbfgs', 'knn'):
+    return [judge.cached(source, task, method, this.config.seed) for source in sources]
+  ours, train = [source for source in sources if source.encoder], images.train.images
+  if method == 'sgd':
+    return [judge.by_sgd(source, task, train, this.config, this.mesh) for source in ours]
+  return [judge.end_to_end(this, method, ours[0].encoder, task, train, images.corrupted)]
+
+
+def _protocol(config, data, images, encoder):
+  """Every setting that made the numbers."""
+  c = config.probe
+  foreign = dict(foreign_features=config.features.path) if config.features.path else {}
+  return dict(
+    data=data.source,
+    split=c.split,
+    n_train=len(images.train.labels),
+    n_test=len(images.test.labels),
+    seed=int(config.seed),
+    **encoder.about,
+    encoder_sha256=encoder.sha256,
+    **foreign,
+    images='not augmented',
+    lbfgs='multinomial logistic regression on cached features, '
+    'mean cross-entropy + l2/2 |weight|^2',
+    solver='L-BFGS (scipy), preconditioned, strong to weak l2 with warm starts',
+    max_iterations=linear.MAX_ITERATIONS,
+    gradient_tolerance=linear.GRADIENT_TOLERANCE,
+    standardisation='per feature by training mean and standard deviation',
+    l2_grid=sorted(linear.L2_GRID),
+    l2_selection='accuracy on a held-out stratified tenth of train, strongest of equals; '
+    'refitted on all of train',
+    test='read once, after l2 was chosen',
+    knn_k=knn.K,
+    knn_temperature=knn.TEMPERATURE,
+    knn_vote='exp(cosine / temperature)',
+    **{method: dict(c[method]) for method in c.methods if method in BY_SGD},
+    interval='95% Wilson half width; standard deviation over draws',
+  )
+
+
+def table(results: dict[str, Any]) -> str:
+  """The results as text: a row for each kind of features, method and labels, then the protocol.
 
   Several draws of a fraction give one row: their mean, and after +- their standard deviation.
   """
   groups = {}
   for row in results['rows']:
-    groups.setdefault((row['features'], row['method'], row['labels'], row['fraction']), []).append(
-      row
-    )
-  tests = list(results['rows'][0]['accuracy'])
-  varied = len({key[2:] for key in groups}) > 1
-  header = [
-    'features',
-    'F',
-    'method',
-    *(['labels'] if varied else []),
-    f'{results["protocol"]["split"]} %',
-    *(test for test in tests if test != 'clean'),
-    'val %',
-    'l2',
-    'seconds',
+    key = row['features'], row['method'], row['labels'], row['fraction']
+    groups.setdefault(key, []).append(row)
+  corrupted = [name for name in results['rows'][0]['accuracy'] if name != 'clean']
+  varied = len({(labels, fraction) for _, _, labels, fraction in groups}) > 1
+  labels = ['labels'] if varied else []
+  split = f'{results["protocol"]["split"]} %'
+  cells = [['features', 'F', 'method', *labels, split, *corrupted, 'val %', 'l2', 'seconds']]
+  cells += [_cells(rows, corrupted, varied) for rows in groups.values()]
+  notes = [
+    f'{row["features"]}: L-BFGS stopped after {row["iterations"]} iterations before it converged'
+    for rows in groups.values()
+    for row in rows
+    if not row.get('converged', True)
   ]
-  cells, notes = [header], []
-  for (name, method, labels, fraction), rows in groups.items():
-    shares = {
-      test: [100 * row['accuracy'][test] for row in rows if test in row['accuracy']]
-      for test in tests
-    }
-    spread = np.std(shares['clean'], ddof=1) if len(rows) > 1 else 100 * rows[0]['half_width']
-    first = rows[0]
-    cells.append(
-      [
-        name,
-        str(first['F']),
-        method,
-        *([f'{labels} {fraction:.0%}'] if varied else []),
-        f'{np.mean(shares["clean"]):.2f} +- {spread:.2f}',
-        *(
-          f'{np.mean(shares[test]):.2f}' if shares[test] else '-'
-          for test in tests
-          if test != 'clean'
-        ),
-        f'{100 * np.mean([row["validation_accuracy"] for row in rows]):.2f}'
-        if 'validation_accuracy' in first
-        else '-',
-        f'{first["l2"]:.0e}' if 'l2' in first else '-',
-        f'{sum(row["seconds"] for row in rows):.1f}',
-      ]
-    )
-    for row in rows:
-      if not row.get('converged', True):
-        notes.append(
-          f'{name}: L-BFGS stopped after {row["iterations"]} iterations before it converged'
-        )
   return '\n'.join([*aligned(cells), *notes, protocol_line(results['protocol'])])
 
 
-def run(this: Run) -> dict:
-  """The job: probes the workdir's newest encoder beside the same encoder untrained, raw pixels, and
-  other references.
-
-  Writes `<workdir>/results/probe.json`; features and trained classifiers stay in the workdir for
-  the next job.
-
-  Args:
-    config: the whole config; read are seed, data, encoder, features and probe.
-    workdir: pathlib.Path of a run with a checkpoint of its pretraining.
-    dataset: palm_jax.data.arrays.Data.
-    mesh: one-dimensional mesh, axis 'data'.
-  Returns:
-    The dict that was written: `rows`, see `judge`; `protocol`; `seconds`.
-  Raises:
-    UserError: no encoder in the workdir, images unlike those that it was trained on, or settings
-      that cannot be.
-  """
-  config, workdir, dataset, mesh = this.config, this.workdir, this.data, this.mesh
-  started, c = time.monotonic(), config.probe
-  train, test = dataset.train, dataset.test
-  shape = train.images.shape[1:]
-  encoders = [
-    features.load_encoder(config, workdir, shape),
-    features.untrained_encoder(config, shape),
+def _cells(rows, corrupted, varied):
+  """The cells of the draws of one kind."""
+  first, percent = rows[0], {}
+  for name in ('clean', *corrupted):
+    percent[name] = [100 * row['accuracy'][name] for row in rows if name in row['accuracy']]
+  spread = 100 * first['half_width']
+  if len(rows) > 1:
+    spread = np.std(percent['clean'], ddof=1)
+  validation = l2 = '-'
+  if 'validation_accuracy' in first:
+    validation = f'{100 * np.mean([row["validation_accuracy"] for row in rows]):.2f}'
+  if 'l2' in first:
+    l2 = f'{first["l2"]:.0e}'
+  return [
+    first['features'],
+    str(first['F']),
+    first['method'],
+    *([f'{first["labels"]} {first["fraction"]:.0%}'] if varied else []),
+    f'{np.mean(percent["clean"]):.2f} +- {spread:.2f}',
+    *(f'{np.mean(percent[name]):.2f}' if percent[name] else '-' for name in corrupted),
+    validation,
+    l2,
+    f'{sum(row["seconds"] for row in rows):.1f}',
   ]
-  before = jax.tree.map(np.copy, [encoder.apply.args for encoder in encoders])
-  label_sets = {'fine': (train.labels, test.labels, len(dataset.class_names))}
-  if c.coarse:
-    coarse = load_data(config.data.name, data_dir=config.data.dir or None, label_set='coarse')
-    label_sets['coarse'] = coarse.train.labels, coarse.test.labels, len(coarse.class_names)
-  if c.split == 'validation':  # from here on the tenth is called test
-    rest, held_out = linear.stratified_split(train.labels, linear.VALIDATION_FRACTION, config.seed)
-    take = lambda split, rows: split._replace(images=split.images[rows], labels=split.labels[rows])
-    train, test = take(train, rest), take(train, held_out)
-    label_sets = {name: (y[rest], y[held_out], count) for name, (y, _, count) in label_sets.items()}
-  test_images = {
-    'clean': test.images,
-    **{name: corruptions.corrupt(name, test.images, config.seed) for name in c.corruptions},
-  }
-  tasks = [
-    task
-    for name, labels in label_sets.items()
-    for task in make_tasks(c, name, *labels, config.seed)
-  ]
-
-  sources = []
-  for encoder in encoders:
-    h = functools.partial(
-      features.cached,
-      encoder,
-      folder=features.folder_of(config, workdir),
-      mesh=mesh,
-      batch_size=config.features.batch_size,
-    )
-    sources.append(
-      Source(
-        encoder.name,
-        h(train.images),
-        {name: h(images) for name, images in test_images.items()},
-        encoder,
-      )
-    )
-  foreign = features.load_foreign(
-    config, dict(train=len(dataset.train.labels), test=len(dataset.test.labels))
-  )
-  if foreign and c.split == 'validation':
-    foreign = dict(train=foreign['train'][rest], test=foreign['train'][held_out])
-  if foreign:
-    sources.append(Source('foreign features', foreign['train'], {'clean': foreign['test']}))
-  if c.pixels:
-    flat = {name: features.pixels(images) for name, images in test_images.items()}
-    sources.append(Source('pixels', features.pixels(train.images), flat))
-
-  rows = []
-  for method in c.methods:
-    for task in tasks:
-      if method in ('lbfgs', 'knn'):
-        rows += [judge(source, task, method, config.seed) for source in sources]
-      elif method == 'sgd':
-        rows += [
-          _judge_sgd(source, task, train.images, config, mesh)
-          for source in sources
-          if source.encoder
-        ]
-      else:
-        rows.append(
-          _judge_end_to_end(method, encoders[0], task, train, test_images, config, workdir, mesh)
-        )
-      for row in rows[-len(sources) :]:
-        logging.info(
-          'probe: %s, %s, %s %.0f%%: %.2f%%',
-          row['features'],
-          method,
-          task.labels,
-          100 * task.fraction,
-          100 * row['accuracy']['clean'],
-        )
-  features.assert_frozen(before, [encoder.apply.args for encoder in encoders])
-
-  results = dict(
-    job='probe',
-    rows=rows,
-    protocol=dict(
-      data=dataset.source,
-      split=c.split,
-      n_train=len(train.labels),
-      n_test=len(test.labels),
-      seed=int(config.seed),
-      **encoders[0].about,
-      encoder_sha256=encoders[0].sha256,
-      **({'foreign_features': config.features.path} if foreign else {}),
-      images='not augmented',
-      lbfgs='multinomial logistic regression on cached features, mean cross-entropy + l2/2 '
-      '|weight|^2',
-      solver='L-BFGS (scipy), preconditioned, strong to weak l2 with warm starts',
-      max_iterations=linear.MAX_ITERATIONS,
-      gradient_tolerance=linear.GRADIENT_TOLERANCE,
-      standardisation='per feature by training mean and standard deviation',
-      l2_grid=sorted(linear.L2_GRID),
-      l2_selection='accuracy on a held-out stratified tenth of train, strongest of equals; '
-      'refitted on all of train',
-      test='read once, after l2 was chosen',
-      knn_k=KNN_K,
-      knn_temperature=KNN_TEMPERATURE,
-      knn_vote='exp(cosine / temperature)',
-      **{
-        method: dict(c[method])
-        for method in c.methods
-        if method in ('sgd', 'finetune', 'supervised')
-      },
-      interval='95% Wilson half width; standard deviation over draws',
-    ),
-    **devices.describe(mesh),
-    seconds=time.monotonic() - started,
-  )
-  return results
-
-
-def _judge_sgd(source, task, images, config, mesh):
-  c, started = config.probe.sgd, time.perf_counter()
-  of = (source.encoder, images[task.rows]) if c.augment != 'none' else source.train[task.rows]
-  name = f'probe: sgd, {source.name}'
-  [head] = linear.fit_sgd(of, task.train_y, task.num_classes, c, [config.seed], mesh, name)
-  shares = {test: linear.accuracy(head, h, task.test_y) for test, h in source.tests.items()}
-  return scored(source.name, source.train.shape[1], task, 'sgd', shares, started)
-
-
-def _judge_end_to_end(method, pretrained, task, train, test_images, config, workdir, mesh):
-  started, start = time.perf_counter(), pretrained if method == 'finetune' else None
-  split = Split(train.images[task.rows], task.train_y)
-  encoder, head = classifier.fit(
-    config, config.probe[method], split, task.num_classes, config.seed, mesh, workdir, method, start
-  )
-  shares = {
-    name: linear.accuracy(
-      head, features.extract(encoder.apply, images, config.features.batch_size, mesh), task.test_y
-    )
-    for name, images in test_images.items()
-  }
-  name = f'{pretrained.name}, fine-tuned' if start else 'supervised from scratch'
-  return scored(name, head.weight.shape[0], task, method, shares, started)
 
 
 JOB = Job(
   'probe',
   run,
   check,
-  check_data=functools.partial(features.check_classes, job='probe'),
+  check_data=functools.partial(preconditions.check_classes, job='probe'),
   table=table,
   judges=True,
 )

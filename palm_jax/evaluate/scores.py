@@ -1,12 +1,12 @@
-"""How much a picture looks in-distribution, from logits or features, and how well that tells two
-sets apart.
+"""How much a picture looks in-distribution (ID), and how well that tells two sets apart.
 
-Every score is higher for in-distribution (ID) pictures, and computed in float64 on the host. Names
-and settings are those of OpenOOD's postprocessors (msp, mls, ebo, knn, mds), and of SSD
-(inspire-group/SSD, eval_ssd.py).
+Scores are of logits or features. Every score is higher for ID pictures, and computed in float64 on
+the host. Names and settings are those of OpenOOD's postprocessors (msp, mls, ebo, knn, mds), and of
+SSD (inspire-group/SSD, eval_ssd.py).
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,8 @@ import scipy.special
 import scipy.stats
 
 from palm_jax.base.errors import UserError
+from palm_jax.evaluate import linear
+from palm_jax.evaluate.features import check_finite
 
 PAIRS_AT_ONCE = 2**23  # similarities held at a time: 64 MB, twice over
 
@@ -22,7 +24,7 @@ PAIRS_AT_ONCE = 2**23  # similarities held at a time: 64 MB, twice over
 # ---- scores of logits (N, K) -> (N,)
 
 
-def msp(logits):
+def msp(logits: np.ndarray) -> np.ndarray:
   """Logarithm of the largest softmax probability (Hendrycks and Gimpel 2017, arXiv 1610.02136).
 
   The logarithm keeps the order, and has no ties where the probability itself rounds to 1.
@@ -31,23 +33,23 @@ def msp(logits):
   return -np.log1p(np.exp(others - top[:, None]).sum(1))
 
 
-def mls(logits):
+def mls(logits: np.ndarray) -> np.ndarray:
   """The largest logit (Hendrycks et al. 2022, arXiv 1911.11132)."""
   return _top_and_others(logits)[0]
 
 
-def energy(logits):
-  """Negative energy, log sum exp of the logits at temperature 1 (Liu et al. 2020, arXiv
-  2010.03759)."""
+def energy(logits: np.ndarray) -> np.ndarray:
+  """Negative energy, log sum exp at temperature 1 (Liu et al. 2020, arXiv 2010.03759)."""
   return scipy.special.logsumexp(_rows(logits, 'logits'), axis=1)
 
 
 # ---- scores of features: from the training set to a function (N, F) -> (N,)
 
 
-def knn(train_h, k=50):
-  """Minus the squared distance to the k-th nearest training feature, all l2-normalised (Sun et al.
-  2022, arXiv 2204.06507).
+def knn(train_h: np.ndarray, k: int = 50) -> Callable[[np.ndarray], np.ndarray]:
+  """Minus the squared distance to the k-th nearest training feature, all l2-normalised.
+
+  Sun et al. 2022, arXiv 2204.06507.
 
   Args:
     train_h: (N, F), every training feature.
@@ -62,7 +64,8 @@ def knn(train_h, k=50):
 
   def score(h):
     h = _unit(_rows(h, 'features', train_h.shape[1]))
-    nearest, step = np.empty(len(h), np.intp), max(PAIRS_AT_ONCE // len(train_h), 1)
+    nearest = np.empty(len(h), np.intp)
+    step = max(PAIRS_AT_ONCE // len(train_h), 1)
     for start in range(0, len(h), step):
       cosines = h[start : start + step] @ train_h.T
       nearest[start : start + step] = np.argpartition(cosines, -k, axis=1)[:, -k]
@@ -71,12 +74,16 @@ def knn(train_h, k=50):
   return score
 
 
-def mahalanobis(train_h, train_labels):
-  """Minus the squared Mahalanobis distance to the nearest class mean, one covariance for all (Lee
-  et al. 2018, 1807.03888).
+def mahalanobis(
+  train_h: np.ndarray, train_labels: np.ndarray
+) -> Callable[[np.ndarray], np.ndarray]:
+  """Minus the squared Mahalanobis distance to the nearest class mean, one covariance for all.
+
+  Lee et al. 2018, arXiv 1807.03888.
 
   Args:
-    train_h, train_labels: (N, F) features and their (N,) labels.
+    train_h: (N, F) features.
+    train_labels: (N,).
 
   Raises:
     UserError: features that are not finite (N, F), or another number of labels.
@@ -84,8 +91,8 @@ def mahalanobis(train_h, train_labels):
   train_h, train_labels = _rows(train_h, 'training features'), np.asarray(train_labels)
   if train_labels.shape != train_h.shape[:1]:
     raise UserError(
-      f'training features are {train_h.shape} and labels {train_labels.shape}, expected (N, F) '
-      'and (N,)'
+      f'training features are {train_h.shape} and labels {train_labels.shape}, '
+      'expected (N, F) and (N,)'
     )
   classes, index = np.unique(train_labels, return_inverse=True)
   means = np.stack([train_h[train_labels == label].mean(0) for label in classes])
@@ -98,37 +105,33 @@ def mahalanobis(train_h, train_labels):
   return score
 
 
-def ssd(train_h):
-  """Minus the squared Mahalanobis distance to the training set as one cluster, without labels
-  (Sehwag et al. 2021, 2103.12051).
+def ssd(train_h: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+  """Minus the squared Mahalanobis distance to the training set as one cluster, without labels.
 
-  Features are l2-normalised, then standardised by training mean and deviation; a constant one is
-  left out.
+  Sehwag et al. 2021, arXiv 2103.12051. Features are l2-normalised, then standardised by training
+  mean and deviation; a constant one is left out.
 
   Raises:
     UserError: features that are not finite (N, F).
   """
   train_h = _unit(_rows(train_h, 'training features'))
   mean, scale = train_h.mean(0), train_h.std(0)
-  scale[scale <= 1e-10] = (
-    np.inf
-  )  # SSD adds 1e-10, and the rounding of what never varies would count as a direction
+  # SSD adds 1e-10; then the rounding of what never varies would count as a direction.
+  scale[scale <= 1e-10] = np.inf
   whiten = _whitening((train_h - mean) / scale)
 
   def score(h):
-    return -np.sum(
-      ((_unit(_rows(h, 'features', train_h.shape[1])) - mean) / scale @ whiten) ** 2, 1
-    )
+    h = _unit(_rows(h, 'features', train_h.shape[1]))
+    return -np.sum(((h - mean) / scale @ whiten) ** 2, 1)
 
   return score
 
 
 class Score(NamedTuple):
-  """One way to score: of `logits`, function(logits); of `features`, function(train_h, train_labels,
-  k)(h)."""
+  """One way to score."""
 
-  needs: str
-  function: Callable
+  needs: str  # 'logits' or 'features'
+  function: Callable  # function(logits), or function(train_h, train_labels, k)(h)
 
 
 SCORES = {
@@ -143,10 +146,35 @@ SCORES = {
 }
 
 
+def of_features(
+  names: Iterable[str],
+  heads: Sequence[linear.LinearModel],
+  train_h: np.ndarray,
+  train_labels: np.ndarray,
+  k: int,
+) -> dict[str, list[Callable[[np.ndarray], np.ndarray]]]:
+  """The scores of these names as functions of features (N, F) -> (N,).
+
+  A score of logits has a function a head, a score of features has one.
+  """
+  found = {}
+  for name in names:
+    score = SCORES[name]
+    if score.needs == 'logits':
+      found[name] = [functools.partial(_of_head, score.function, head) for head in heads]
+    else:
+      found[name] = [score.function(train_h, train_labels, k)]
+  return found
+
+
+def _of_head(function, head, h):
+  return function(linear.logits(head, h))
+
+
 # ---- how well scores (N,) of ID and (M,) of OOD pictures are told apart
 
 
-def auroc(id_scores, ood_scores):
+def auroc(id_scores: np.ndarray, ood_scores: np.ndarray) -> float:
   """P(ID > OOD) + P(ID = OOD) / 2: Mann-Whitney's statistic by average ranks, no binning."""
   id_scores, ood_scores = _scores(id_scores, ood_scores)
   n, m = len(id_scores), len(ood_scores)
@@ -154,19 +182,21 @@ def auroc(id_scores, ood_scores):
   return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
 
 
-def aupr_in(id_scores, ood_scores):
-  """Average precision with ID as the positives: the area in steps, as in scikit-learn; OpenOOD's
-  trapezoids are larger."""
+def aupr_in(id_scores: np.ndarray, ood_scores: np.ndarray) -> float:
+  """Average precision with ID as the positives.
+
+  The area is that of steps, as in scikit-learn; OpenOOD's trapezoids are larger.
+  """
   return _average_precision(*_scores(id_scores, ood_scores))
 
 
-def aupr_out(id_scores, ood_scores):
+def aupr_out(id_scores: np.ndarray, ood_scores: np.ndarray) -> float:
   """Average precision with OOD as the positives, by the scores' negatives."""
   id_scores, ood_scores = _scores(id_scores, ood_scores)
   return _average_precision(-ood_scores, -id_scores)
 
 
-def fpr_at_95_tpr(id_scores, ood_scores):
+def fpr_at_95_tpr(id_scores: np.ndarray, ood_scores: np.ndarray) -> float:
   """Share of OOD at or above the highest threshold at or above which at least 95% of ID are.
 
   ID is positive, as in SSD and most papers (OpenOOD keeps 95% of OOD: another number). The
@@ -196,8 +226,7 @@ def _scores(*parts):
     if part.ndim != 1 or not part.size or np.isnan(part).any():
       raise UserError(
         f'{name} scores are {part.shape} with {np.isnan(part).sum()} NaN, expected (N,) with N of '
-        'at least 1 and '
-        'no NaN: check the network that made them'
+        'at least 1 and no NaN: check the network that made them'
       )
   return parts
 
@@ -207,13 +236,7 @@ def _rows(x, what, width=None):
   x = np.asarray(x, np.float64)
   if x.ndim != 2 or not x.size or width not in (None, x.shape[1]):
     raise UserError(f'{what} are {x.shape}, expected (N, {width or "F"}) with N of at least 1')
-  finite = np.isfinite(x).all(1)
-  if not finite.all():
-    raise UserError(
-      f'{what} are NaN or infinite in {np.sum(~finite)} of {len(x)} rows, first in row '
-      f'{np.argmin(finite)}: '
-      'check the network that made them'
-    )
+  check_finite(x, what, 'check the network that made them')
   return x
 
 
@@ -228,8 +251,10 @@ def _unit(h):
 
 
 def _whitening(centred):
-  """(F, R): |x @ it|^2 is x' C^+ x, C the covariance (divided by N) of rows of mean zero (N, F), ^+
-  as in scipy's pinvh."""
+  """(F, R), W with |x @ W|^2 = x' C^+ x.
+
+  C is the covariance (divided by N) of rows of mean zero (N, F), ^+ as in scipy's pinvh.
+  """
   values, vectors = scipy.linalg.eigh(centred.T @ centred / len(centred), driver='evd')
   kept = values > len(values) * np.finfo(np.float64).eps * np.abs(values).max()
   return vectors[:, kept] / np.sqrt(values[kept])

@@ -1,0 +1,45 @@
+"""What jobs that judge ask of the config and of the data."""
+
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from palm_jax.base.errors import UserError
+from palm_jax.data.load import Data
+from palm_jax.job import Run
+
+
+def check_single_pictures(config: ConfigDict, job: str) -> None:
+  """Raises UserError where the encoder sees several pictures at once: a job shows it one."""
+  stack = config.environment.stack
+  if stack > 1:
+    raise UserError(
+      f'--job={job} shows single pictures, but environment.stack={stack} trains an encoder of '
+      'several: judge a run with 1'
+    )
+
+
+def check_classes(this: Run, job: str) -> None:
+  """Raises UserError where the data of a job that tells classes apart have only one."""
+  if len(this.data.class_names) < 2:
+    raise UserError(
+      f'the job {job} tells classes apart, but {this.config.data.name} has one: leave it out of '
+      'config.jobs, or label the pictures'
+    )
+
+
+def check_generator(generator: Any, path: str | pathlib.Path, data: Data) -> None:
+  """Raises UserError where the data are not of the generator's shape and classes.
+
+  Args:
+    generator: of palm_jax.generator.load_generator.
+    path: where it came from.
+  """
+  shape, num_classes = data.train.images.shape[1:], len(data.class_names)
+  if tuple(generator.image_shape) != shape or generator.num_classes not in (0, num_classes):
+    raise UserError(
+      f'the generator of {path} makes images of {tuple(generator.image_shape)} in '
+      f'{generator.num_classes} classes, but the data are {shape} in {num_classes} '
+      f'({data.source}): give the data it was trained on'
+    )
