@@ -1,5 +1,7 @@
-"""What is done to test images to see how far a probe that learned on clean ones holds (arXiv
-2105.05837, section 5)."""
+"""Corrupted test images, to see how far a probe that learned on clean ones holds.
+
+arXiv 2105.05837, section 5.
+"""
 
 import numpy as np
 from PIL import Image
@@ -7,7 +9,7 @@ from PIL import Image
 from palm_jax.base.errors import UserError
 
 
-def check(name, size=None):
+def check(name: str, size: int | None = None) -> tuple[str, float]:
   """(kind, strength) of 'salt_pepper:SHARE' or 'downsample:PIXELS'.
 
   Raises:
@@ -21,7 +23,8 @@ def check(name, size=None):
     raise UserError(
       f"corruption {name!r} is unknown: expected 'salt_pepper:SHARE' or 'downsample:PIXELS'"
     ) from None
-  if not 0 < strength <= (1 if kind == 'salt_pepper' else size or strength):
+  most = 1 if kind == 'salt_pepper' else size
+  if not strength > 0 or (most and strength > most):
     raise UserError(
       f'corruption {name!r}: expected a share in (0, 1], or 1 to '
       f'{size or "the side of the images"} pixels'
@@ -29,7 +32,7 @@ def check(name, size=None):
   return kind, strength
 
 
-def corrupt(name, images, seed):
+def corrupt(name: str, images: np.ndarray, seed: int) -> np.ndarray:
   """Corrupted copies of images (N, H, W, C) uint8.
 
   'salt_pepper:p' makes each pixel black or white, all channels together, with probability p in all;
@@ -39,13 +42,11 @@ def corrupt(name, images, seed):
   kind, strength = check(name, min(images.shape[1:3]))
   if kind == 'salt_pepper':
     drawn = np.random.default_rng(seed).random(images.shape[:3])[..., None]
-    return np.where(drawn < strength / 2, 0, np.where(drawn < strength, 255, images)).astype(
-      np.uint8
-    )
+    speckled = np.where(drawn < strength, 255, images)
+    return np.where(drawn < strength / 2, 0, speckled).astype(np.uint8)
   out = np.empty_like(images)
   for i, image in enumerate(images):
     small = Image.fromarray(image.squeeze()).resize((strength, strength), Image.Resampling.BILINEAR)
-    out[i] = np.asarray(small.resize(image.shape[1::-1], Image.Resampling.BILINEAR)).reshape(
-      image.shape
-    )
+    large = small.resize(image.shape[1::-1], Image.Resampling.BILINEAR)
+    out[i] = np.asarray(large).reshape(image.shape)
   return out

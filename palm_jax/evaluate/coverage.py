@@ -1,5 +1,4 @@
-"""How much of a data set pictures of another source lie near to: nearest-neighbour coverage, and
-PRDC.
+"""How much of a data set another source's pictures lie near to: nearest-neighbour coverage, PRDC.
 
 Neighbours are exact: squared distances are sifted by a Gram matrix in float64 with a bound of its
 errors, and those too close to call are computed again by differences. A block of distances at a
@@ -12,17 +11,18 @@ from palm_jax.base.errors import UserError
 from palm_jax.evaluate import distances
 
 
-def unique_nearest(real, fake):
+def unique_nearest(real: np.ndarray, fake: np.ndarray) -> float:
   """Share of reals that are the nearest real of at least one fake (PALM, Table 3).
 
   Uniformly spread hits give 1 - (1 - 1/N)^M. It measures neither fidelity nor independence of M:
   noise raises it, and so do more fakes.
 
   Args:
-    real, fake: (N, F) and (M, F) features; distances are Euclidean, without normalisation.
+    real: (N, F) features; distances are Euclidean, without normalisation.
+    fake: (M, F).
 
   Returns:
-    float in (0, 1].
+    In (0, 1].
 
   Raises:
     UserError: features that are empty, not finite or do not match.
@@ -30,29 +30,28 @@ def unique_nearest(real, fake):
   return _shares(*_prepared(real, fake))[0]
 
 
-def coverage(real, fake):
+def coverage(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
   """`unique_nearest` and the other readings of Table 3's caption.
 
   Returns:
     {'unique_nn': `unique_nearest`; 'symmetric': its mean with the share of fakes that are the
-    nearest of at least one real;
-    'hit_once': share of reals that are the nearest of exactly one fake, 1/e where hits are uniform
-      and M = N}.
+    nearest of at least one real; 'hit_once': share of reals that are the nearest of exactly one
+    fake, 1/e where hits are uniform and M = N}.
   """
   real, fake = _prepared(real, fake)
   unique, once = _shares(real, fake)
   return dict(unique_nn=unique, symmetric=(unique + _shares(fake, real)[0]) / 2, hit_once=once)
 
 
-def prdc(real, fake, k=5):
-  """Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797), as the
-  package prdc has them.
+def prdc(real: np.ndarray, fake: np.ndarray, k: int = 5) -> dict[str, float]:
+  """Precision, recall, density and coverage, as the package prdc has them.
 
-  Balls reach from a point to its k-th nearest other point of its own set; points on their surface
-  are outside, so features that are all equal score 0.
+  arXiv 1904.06991 and 2002.09797. Balls reach from a point to its k-th nearest other point of its
+  own set; points on their surface are outside, so features that are all equal score 0.
 
   Args:
-    real, fake: (N, F) and (M, F) features.
+    real: (N, F) features.
+    fake: (M, F).
     k: neighbours, fewer than N and M.
 
   Returns:
@@ -64,13 +63,10 @@ def prdc(real, fake, k=5):
     UserError: as `unique_nearest`, or k out of range.
   """
   real, fake = _prepared(real, fake)
-  if not 1 <= k < min(len(real), len(fake)):
-    raise UserError(
-      f'k is {k}, expected 1 to {min(len(real), len(fake)) - 1}, fewer than the rows of the '
-      'smaller set'
-    )
+  distances.check_neighbours(k, real, fake)
   real_radii, fake_radii = distances.neighbour_radii(real, k), distances.neighbour_radii(fake, k)
-  precise, memberships, recalled, covered = np.zeros(len(fake), bool), 0, 0, 0
+  precise = np.zeros(len(fake), bool)
+  memberships = recalled = covered = 0
   for rows, rough, error in distances.rough_distances(real, fake):
     inside = _inside(rough, error, real_radii[rows, None], real[rows], fake)  # (n, M)
     precise |= inside.any(0)
@@ -85,18 +81,19 @@ def prdc(real, fake, k=5):
   )
 
 
-def nearest(points, centres):
-  """(M,) int: for each of (M, F) points the row of the nearest of (N, F) centres, the smallest of
-  equals. float64."""
+def nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
+  """(M,) int: for each of (M, F) points the row of the nearest of (N, F) centres, all float64.
+
+  Of equals it is the smallest.
+  """
   found = np.empty(len(points), np.int64)
   for rows, rough, error in distances.rough_distances(points, centres):
     found[rows] = rough.argmin(1)
     close = rough <= rough.min(1, keepdims=True) + 2 * error
     for i in np.flatnonzero(np.count_nonzero(close, 1) > 1):
       candidates = np.flatnonzero(close[i])
-      found[rows[i]] = candidates[
-        distances.exact_distances(points[rows[i]], centres[candidates]).argmin()
-      ]
+      exact = distances.exact_distances(points[rows[i]], centres[candidates])
+      found[rows[i]] = candidates[exact.argmin()]
   return found
 
 
@@ -113,11 +110,10 @@ def _inside(rough, error, radii, points, centres):
   np.abs(gap, out=gap)
   doubtful = np.nonzero(gap <= error)
   step = max(distances.PAIRS_AT_ONCE // points.shape[1], 1)
+  radii = np.broadcast_to(radii, gap.shape)
   for start in range(0, len(doubtful[0]), step):
     i, j = (index[start : start + step] for index in doubtful)
-    inside[i, j] = (
-      distances.exact_distances(points[i], centres[j]) < np.broadcast_to(radii, gap.shape)[i, j]
-    )
+    inside[i, j] = distances.exact_distances(points[i], centres[j]) < radii[i, j]
   return inside
 
 
@@ -129,7 +125,6 @@ def _prepared(real, fake):
     raise UserError(
       f'features {real.shape} and {fake.shape} are empty or not finite: check what made them'
     )
-  shift = real.mean(0).astype(
-    np.float32
-  )  # of few bits: differences of float32 features stay exact, so ties stay ties
+  # Of few bits: differences of float32 features stay exact, so ties stay ties.
+  shift = real.mean(0).astype(np.float32)
   return real - shift, fake - shift

@@ -1,14 +1,15 @@
-"""Inception-v3 of 2015-12-05, the network of the Frechet Inception distance, for inference; weights
-come from a file.
+"""Inception-v3 of 2015-12-05, the network of the Frechet Inception distance, for inference.
 
-Units and their names are those of pytorch-fid (src/pytorch_fid/inception.py) and torch-fidelity
-(torch_fidelity/feature_extractor_inceptionv3.py), so a tensor's place in the network is its name in
-the file. It differs from the Inception-v3 of torchvision: average pools leave the padding out of
-the count, the last block pools by maximum, and there are 1008 classes.
+Weights come from a file. Units and their names are those of pytorch-fid
+(src/pytorch_fid/inception.py) and torch-fidelity (torch_fidelity/feature_extractor_inceptionv3.py),
+so a tensor's place in the network is its name in the file. It differs from the Inception-v3 of
+torchvision: average pools leave the padding out of the count, the last block pools by maximum, and
+there are 1008 classes.
 """
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,21 +20,23 @@ from flax import traverse_util
 from palm_jax.base.errors import UserError
 from palm_jax.formats import torch_files
 
-FILES = 'pt_inception-2015-12-05-6726825d.pth (project pytorch-fid) or weights-inception-2015-12-05-6726825d.pth (torch-fidelity)'
+FILES = (
+  'pt_inception-2015-12-05-6726825d.pth (project pytorch-fid) or '
+  'weights-inception-2015-12-05-6726825d.pth (torch-fidelity)'
+)
 EPSILON = 1e-3  # of all its batch normalisations
 SIDE = 299
 
 
 class Inception(nn.Module):
-  """images (N, H, W, 1 or 3) uint8 -> the last pooled features (N, 2048), at least float32;
-  convolutions in full float32.
+  """images (N, H, W, 1 or 3) uint8 -> the last pooled features (N, 2048), at least float32.
 
-  Variables: of `load` or `convert`; every unit is a convolution with its batch normalisation folded
-  in, then ReLU.
+  Variables are of `load` or `convert`. Every unit is a convolution in full float32 with its batch
+  normalisation folded in, then ReLU.
   """
 
   @nn.compact
-  def __call__(self, images):
+  def __call__(self, images: jax.Array) -> jax.Array:
     x = prepare(images)
     x = _unit(x, 'Conv2d_1a_3x3', 32, (3, 3), 2)  # (N, 149, 149, 32)
     x = _unit(x, 'Conv2d_2a_3x3', 32, (3, 3), padding='VALID')
@@ -53,21 +56,19 @@ class Inception(nn.Module):
     return jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
 
 
-def prepare(images):
-  """images (N, H, W, 1 or 3) uint8 -> (N, 299, 299, 3) float32 in [-1, 1): torch-fidelity; grey is
-  repeated."""
+def prepare(images: jax.Array) -> jax.Array:
+  """images (N, H, W, 1 or 3) uint8 -> (N, 299, 299, 3) float32 in [-1, 1), as torch-fidelity."""
   x = images.astype(jnp.float32)
   if x.shape[-1] == 1:
     x = jnp.repeat(x, 3, -1)  # stylegan2-ada-pytorch, metrics/metric_utils.py
   return (resize(x, SIDE) - 128) / 128
 
 
-def resize(images, size):
-  """TensorFlow 1's bilinear resize, corners not aligned: output i lies at i * input size / size,
-  without half pixels.
+def resize(images: jax.Array, size: int) -> jax.Array:
+  """TensorFlow 1's bilinear resize, (N, H, W, C) float -> (N, size, size, C).
 
-  images (N, H, W, C) float -> (N, size, size, C). Enlarging repeats the last row and column;
-  reducing is not smoothed.
+  Corners are not aligned: output i lies at i * input size / size, without half pixels. Enlarging
+  repeats the last row and column; reducing is not smoothed.
   """
 
   def along(x, axis):
@@ -82,12 +83,12 @@ def resize(images, size):
   return along(along(images, 2), 1)
 
 
-def average_pool(x):
+def average_pool(x: jax.Array) -> jax.Array:
   """3x3 means, stride 1, over the pixels that there are: padding does not count."""
   return nn.avg_pool(x, (3, 3), padding='SAME', count_include_pad=False)
 
 
-def max_pool(x):
+def max_pool(x: jax.Array) -> jax.Array:
   """3x3 maxima, stride 1."""
   return nn.max_pool(x, (3, 3), padding='SAME')
 
@@ -208,9 +209,10 @@ class BlockE(nn.Module):
     )
 
 
-def convert(state):
-  """{name in the PyTorch ports: array} -> variables of `Inception`. The logits' layer is looked at
-  and left out.
+def convert(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """{name in the PyTorch ports: array} -> variables of `Inception`.
+
+  The logits' layer is checked and left out.
 
   Raises:
     UserError: a tensor is missing or has another shape; the first is named.
@@ -245,17 +247,16 @@ def convert(state):
   return {'params': traverse_util.unflatten_dict(params)}
 
 
-def check_file(path):
+def check_file(path: str | pathlib.Path) -> None:
   """Raises UserError, saying which file is meant and who publishes it, unless `path` is a file."""
   if not path or not pathlib.Path(path).is_file():
     raise UserError(
       f'quality.inception_path={str(path)!r} is no file: give {FILES}, fetched by hand from the '
-      'releases of '
-      "that project, or set quality.features to 'proxy'"
+      "releases of that project, or set quality.features to 'proxy'"
     )
 
 
-def load(path):
+def load(path: str | pathlib.Path) -> dict[str, Any]:
   """Variables of `Inception` from the file of one of the PyTorch ports. Nothing is downloaded.
 
   Raises:
