@@ -15,7 +15,8 @@ from palm_jax import environment
 from palm_jax.base import devices
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
-from palm_jax.data.load import Data, Split
+from palm_jax.data import published
+from palm_jax.data.arrays import Data, Split
 from palm_jax.evaluate import features, linear, ood, scores, sgd, table_1
 from tests.jobs import finish
 

@@ -22,7 +22,7 @@ from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.metrics import Progress
 from palm_jax.base.processes import any_process
-from palm_jax.data.load import Split
+from palm_jax.data.arrays import Split
 from palm_jax.encoder import make_encoder
 from palm_jax.evaluate import features, sgd
 from palm_jax.evaluate.linear import LinearModel, plain_model

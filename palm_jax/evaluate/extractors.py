@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from palm_jax import encoder
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
-from palm_jax.data.load import Data
+from palm_jax.data.arrays import Data
 from palm_jax.evaluate import classifier, features, inception, linear
 
 

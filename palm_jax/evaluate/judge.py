@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from palm_jax.base.errors import UserError
-from palm_jax.data.load import Split
+from palm_jax.data.arrays import Split
 from palm_jax.evaluate import classifier, features, knn, linear, sgd
 from palm_jax.evaluate.features import Encoder
 from palm_jax.evaluate.labels import Task

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from palm_jax.base import checks, devices, digests
 from palm_jax.base.errors import UserError
 from palm_jax.base.metrics import Progress
-from palm_jax.data import load as data_sets
+from palm_jax.data.published import fetch_missing
 from palm_jax.evaluate import classifier, features, linear, preconditions, sgd, table_1
 from palm_jax.evaluate.features import Encoder
 from palm_jax.evaluate.image_sets import check_source, image_set

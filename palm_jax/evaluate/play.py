@@ -16,7 +16,6 @@ from orbax.checkpoint import v1 as ocp
 from palm_jax import environment, experience, pretrain, replay, rollout, sac, worlds
 from palm_jax.base import devices, digests
 from palm_jax.base.errors import UserError
-from palm_jax.layers.pixels import to_uint8
 
 # (key, ids (E,) int32 or latents (E, z_dim), labels (E,) int32) -> (E, H, W, C) uint8 on the host
 Arm = Callable[[jax.Array, np.ndarray, np.ndarray], np.ndarray]

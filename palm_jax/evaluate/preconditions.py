@@ -6,7 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from palm_jax.base.errors import UserError
-from palm_jax.data.load import Data
+from palm_jax.data.arrays import Data
 from palm_jax.job import Run
 
 

@@ -19,7 +19,7 @@ from palm_jax.base import checks, devices
 from palm_jax.base.errors import UserError
 from palm_jax.base.tables import aligned, protocol_line
 from palm_jax.data import load as image_data
-from palm_jax.data.load import Split
+from palm_jax.data.arrays import Split
 from palm_jax.evaluate import (
   classifier,
   corruptions,

@@ -19,17 +19,15 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from palm_jax.base import checks, devices, digests
-from palm_jax.base.checkpoints import list_steps
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.metrics import Progress
 from palm_jax.base.steps import list_steps
 from palm_jax.base.tables import aligned, protocol_line
-from palm_jax.environment import to_uint8
 from palm_jax.evaluate import extractors, features, inception, preconditions
 from palm_jax.evaluate.distances import frechet_distance, kernel_distance, moments, precision_recall
 from palm_jax.evaluate.extractors import Extractor
 from palm_jax.generator import load_generator
-from palm_jax.generator.train import padded
+from palm_jax.generator.samples import padded
 from palm_jax.job import Job, Run
 from palm_jax.layers.pixels import to_uint8
 
