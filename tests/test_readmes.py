@@ -7,8 +7,8 @@ Above each ```bash block of a README stands a comment that says how it is tested
   <!-- test: parse -->          too long to run: flags, config, keys and jobs are only checked
 
 Commands of blocks that run are checked, too. Of ```python blocks all are compiled, and those marked
-`run` are executed. What runs does so in one folder, where README.md's first command has made
-runs/digits. Lines of pip are never executed.
+`run` are executed. What runs does so in a folder that holds runs/digits. Lines of pip are never
+executed.
 """
 
 import importlib
@@ -25,8 +25,12 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+from configs import digits
 from launch import local
 from palm_jax import runner
+from palm_jax.base.checkpoints import Checkpoints
+from palm_jax.encoder import make_encoder
+from tests.test_encoder import random_variables
 
 ROOT = pathlib.Path(__file__).parents[1]
 READMES = sorted(
@@ -211,12 +215,21 @@ def check_flags(module, arguments, monkeypatch):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """A working folder with the repository's packages, and runs/digits; (path, what was printed)."""
+  """A working folder with the repository's packages, and an encoder in runs/digits, untrained."""
   path = tmp_path_factory.mktemp('readmes')
+  link_packages(path)
+  config = digits.get_config()
+  config.encoder.width = 4
+  variables = random_variables(make_encoder(config.encoder), (2, 8, 8, 1))
+  with Checkpoints(path / 'runs/digits/pretrain/checkpoints') as checkpoints:
+    checkpoints.save(1, {'encoder': variables}, {})
+  (path / 'runs/digits/config.json').write_text(config.to_json_best_effort())
+  return path
+
+
+def link_packages(path):
   for name in ('palm_jax', 'configs', 'launch'):
     (path / name).symlink_to(ROOT / name)
-  first = next(block for block in BASH if block.readme == 'README.md')
-  return path, execute(first, path)
 
 
 def execute(block, path):
@@ -240,27 +253,22 @@ def execute(block, path):
   return printed
 
 
-def runs(how):
-  return [block for block in BASH if block.how == how and block.readme != 'README.md']
-
-
-def test_first_command_prints_the_table(folder):
-  """Its rows are those that README.md shows, in that order."""
-  shown = next(b.code for b in BLOCKS if b.readme == 'README.md' and b.code.startswith('features '))
-  columns = [line.split()[:2] for line in shown.splitlines()[:-1]]
-  printed = [line.split()[:2] for line in folder[1].splitlines()]
-  assert columns == [words for words in printed if words in columns]
-
-
-@pytest.mark.parametrize('block', runs('run'), ids=str)
+@pytest.mark.parametrize('block', [block for block in BASH if block.how == 'run'], ids=str)
 def test_commands_run(block, folder):
-  execute(block, folder[0])
+  execute(block, folder)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('block', runs('slow'), ids=str)
-def test_long_commands_run(block, folder):
-  execute(block, folder[0])
+def test_long_commands_run(tmp_path):
+  """In order, in one folder: the first makes runs/digits, and its table has the rows shown."""
+  link_packages(tmp_path)
+  first, *others = [block for block in BASH if block.how == 'slow']
+  printed = [line.split()[:2] for line in execute(first, tmp_path).splitlines()]
+  shown = next(block.code for block in BLOCKS if block.code.startswith('features '))
+  rows = [line.split()[:2] for line in shown.splitlines()[:-1]]
+  assert [words for words in printed if words in rows] == rows
+  for block in others:
+    execute(block, tmp_path)
 
 
 @pytest.mark.parametrize('block', PYTHON, ids=str)
@@ -270,5 +278,5 @@ def test_python_compiles(block):
 
 @pytest.mark.parametrize('block', [block for block in PYTHON if block.how == 'run'], ids=str)
 def test_python_runs(block, folder, monkeypatch):
-  monkeypatch.chdir(folder[0])
+  monkeypatch.chdir(folder)
   exec(compile(block.code, str(block), 'exec'), {'__name__': 'readme'})
