@@ -1,3 +1,6 @@
+import os
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +9,7 @@ import pytest
 from configs import cifar
 from palm_jax.base import checkpoints, devices, digests
 from palm_jax.base.errors import UserError
+from palm_jax.base.training import Stopped
 from palm_jax.data.arrays import Split
 from palm_jax.encoder import make_encoder
 from palm_jax.evaluate import classifier, features, linear
@@ -75,6 +79,26 @@ def test_a_killed_training_goes_on_and_ends_the_same(trained, split, mesh, tmp_p
   assert same(again.apply.args, encoder.apply.args) and same(head_again, head)
   classifier.fit(c, c.probe.supervised, split, 3, 0, mesh, tmp_path, 'supervised')
   assert epochs == [1, 2, 3, 4]  # read, not trained
+
+
+def test_a_training_stopped_within_an_epoch_resumes_there(split, mesh, tmp_path, monkeypatch):
+  """One update a call, three calls an epoch."""
+  monkeypatch.setattr(classifier, 'STEPS_PER_CALL', 1)
+  c, save, steps = tiny(), checkpoints.Checkpoints.save, []
+  whole, head = classifier.fit(c, c.probe.supervised, split, 3, 0, mesh, tmp_path / 'a', 'x')
+
+  def terminated_after_the_fifth(self, step, *args):
+    save(self, step, *args)
+    steps.append(step)
+    if len(steps) == 5:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  monkeypatch.setattr(checkpoints.Checkpoints, 'save', terminated_after_the_fifth)
+  with pytest.raises(Stopped):
+    classifier.fit(c, c.probe.supervised, split, 3, 0, mesh, tmp_path / 'b', 'x')
+  again, head_again = classifier.fit(c, c.probe.supervised, split, 3, 0, mesh, tmp_path / 'b', 'x')
+  assert steps == list(range(1, 13))
+  assert same(again.apply.args, whole.apply.args) and same(head_again, head)
 
 
 def test_another_seed_other_labels_and_another_start_are_other_classifiers(trained, split, mesh):

@@ -3,14 +3,13 @@
 import functools
 import math
 import pathlib
-import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -18,10 +17,8 @@ from ml_collections import ConfigDict
 
 from palm_jax.augment import make_augment
 from palm_jax.base import devices, digests
-from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import NonFiniteError, UserError
-from palm_jax.base.metrics import Progress
-from palm_jax.base.processes import any_process
+from palm_jax.base.training import Training
 from palm_jax.data.arrays import Split
 from palm_jax.encoder import make_encoder
 from palm_jax.evaluate import features, sgd
@@ -76,7 +73,7 @@ def fit(
 ) -> tuple[features.Encoder, LinearModel]:
   """Trains config.encoder and a linear head, or reads what the same call left in the workdir.
 
-  A killed training resumes from its last saved epoch (every c.checkpoint_minutes). The folder is
+  A killed training is resumed where it last saved (every c.checkpoint_minutes). The folder is
   named by a digest of all that makes the result: settings, seed, images, labels and start.
 
   Args:
@@ -108,10 +105,8 @@ def fit(
   network = Classifier(make_encoder(config.encoder), num_classes)
   variables = _initial(network, split.images.shape[1:], seed, mesh, start)
   folder = workdir / 'classifiers' / f'{name}_{digests.json_digest(settings)[:12]}'
-  with Checkpoints(folder, keep=1) as checkpoints:
-    in_step = Classifier(make_encoder(config.encoder, 'data'), num_classes)
-    variables = train(in_step, variables, c, split, seed, mesh, name, checkpoints)
-  variables = jax.device_get(variables)
+  in_step = Classifier(make_encoder(config.encoder, 'data'), num_classes)
+  variables = jax.device_get(train(in_step, variables, c, split, seed, mesh, name, folder))
   of_encoder = {part: tree['encoder'] for part, tree in variables.items()}
   encoder = features.Encoder(
     name,
@@ -139,6 +134,34 @@ def _initial(network, image_shape, seed, mesh, start):
   return init(jax.random.key(seed), start.apply.args[0] if start else None)
 
 
+class Passes(NamedTuple):
+  """How a training goes through its images: `calls` compiled calls an epoch, `steps` updates each.
+
+  An epoch is a pass in a new order, without the last incomplete batch.
+  """
+
+  calls: int
+  steps: int
+  batch: int
+
+  @property
+  def images_per_call(self) -> int:
+    """How many images a call sees."""
+    return self.steps * self.batch
+
+
+def plan_passes(c: ConfigDict, num_images: int, mesh: Mesh, name: str) -> Passes:
+  """Passes over so many images. Raises UserError where there is not one a device."""
+  batch = min(c.batch_size, num_images) // mesh.size * mesh.size
+  if not batch:
+    raise UserError(
+      f'{name}: batches of {c.batch_size} from {num_images} images on {mesh.size} devices: need '
+      'one a device'
+    )
+  calls = -(-(num_images // batch) // STEPS_PER_CALL)
+  return Passes(calls, num_images // batch // calls, batch)
+
+
 def train(
   network: Classifier,
   variables: Any,
@@ -147,24 +170,74 @@ def train(
   seed: int,
   mesh: Mesh,
   name: str,
-  checkpoints: Checkpoints | None = None,
+  folder: pathlib.Path,
 ) -> Any:
-  """SGD on all of a classifier's variables -> the variables. Arguments and errors as in `fit`.
+  """SGD on all of a classifier's variables -> the variables.
 
-  An epoch is a pass in a new order without the last incomplete batch, in compiled calls of at most
-  STEPS_PER_CALL updates.
+  Arguments and errors as in `fit`; `folder` holds the checkpoints.
+
+  Raises:
+    Stopped: by a signal; everything is saved.
   """
   sgd.check(c, name)
-  images, labels = split.images, split.labels.astype(np.int32)
-  batch = min(c.batch_size, len(images)) // mesh.size * mesh.size
-  if not batch:
-    raise UserError(
-      f'{name}: batches of {c.batch_size} from {len(images)} images on {mesh.size} devices: need '
-      'one a device'
-    )
-  calls = -(-(len(images) // batch) // STEPS_PER_CALL)
-  steps, augment = len(images) // batch // calls, make_augment(c.augment)
-  optimizer = sgd.make_optimizer(c, calls * steps, nesterov=True)
+  passes = plan_passes(c, len(split.images), mesh, name)
+  optimizer = sgd.make_optimizer(c, passes.calls * passes.steps, nesterov=True)
+  call = make_call(network, optimizer, make_augment(c.augment), mesh)
+  everywhere = NamedSharding(mesh, P())
+  carry = variables, jax.jit(optimizer.init, out_shardings=everywhere)(variables['params'])
+  with Training(
+    name,
+    folder,
+    c.epochs * passes.calls,
+    unit='images',
+    per_step=passes.images_per_call,
+    checkpoint_minutes=c.checkpoint_minutes,
+    keep=1,
+    writes_metrics=False,
+  ) as training:
+    restored = training.resume({'classifier': carry})
+    if restored:
+      carry = restored.items['classifier']
+      if 'calls' not in restored.metadata:  # older checkpoints count epochs
+        training.step *= passes.calls
+    training_set = devices.replicate(mesh, (split.images, split.labels.astype(np.int32)))
+    while not training.over:
+      epoch, i = divmod(training.step, passes.calls)
+      rows, keys = call_inputs(seed, epoch, i, len(split.images), passes)
+      rows = devices.shard(mesh, rows, P(None, 'data'))
+      carry, losses = call(carry, *training_set, rows, keys)
+      loss = float(losses.mean())
+      if not math.isfinite(loss):
+        raise NonFiniteError(
+          f'{name}: the loss became {loss} in epoch {epoch + 1}: lower lr={c.lr}'
+        )
+      training.advance()
+      training.show(dict(loss=loss))
+      if training.should_save:
+        training.save({'classifier': carry}, loss=loss, calls=passes.calls)
+  return carry[0]
+
+
+def call_inputs(
+  seed: int, epoch: int, i: int, num_images: int, passes: Passes
+) -> tuple[np.ndarray, jax.Array]:
+  """Call i of an epoch: (steps, batch) int32 rows of the training set, and (steps,) keys."""
+  shape = passes.calls, passes.steps
+  order = np.random.default_rng([seed, epoch]).permutation(num_images)
+  rows = order[: passes.calls * passes.images_per_call].reshape(*shape, passes.batch)
+  keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), epoch), shape)
+  return rows[i].astype(np.int32), keys[i]
+
+
+def make_call(
+  network: Classifier, optimizer: optax.GradientTransformation, augment: Callable, mesh: Mesh
+) -> Callable:
+  """Updates in one compiled, donated call.
+
+  Returns:
+    f((variables, opt_state), images, labels, rows (steps, batch), keys (steps,)) -> the first
+    argument after as many updates, (steps,) losses.
+  """
 
   def update(carry, inputs, images, labels):
     variables, state = carry
@@ -190,35 +263,4 @@ def train(
   sharded = jax.shard_map(
     call, mesh=mesh, in_specs=(P(), P(), P(), P(None, 'data'), P()), out_specs=P()
   )
-  call = jax.jit(sharded, donate_argnums=0)
-  carry, done = (
-    (
-      variables,
-      jax.jit(optimizer.init, out_shardings=NamedSharding(mesh, P()))(variables['params']),
-    ),
-    0,
-  )
-  restored = checkpoints.restore({'classifier': carry}) if checkpoints else None
-  if restored:
-    carry, done = restored.items['classifier'], restored.step
-    logging.info('%s: epoch %d of %s', name, done, checkpoints.folder)
-  images, labels = devices.replicate(mesh, (images, labels))
-  progress, saved = Progress(name, c.epochs * calls * steps * batch, 'images'), time.monotonic()
-  for epoch in range(done, c.epochs):
-    order = np.random.default_rng([seed, epoch]).permutation(len(images))[: calls * steps * batch]
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), epoch), (calls, steps))
-    for i, rows in enumerate(order.reshape(calls, steps, batch).astype(np.int32)):
-      carry, losses = call(
-        carry, images, labels, devices.shard(mesh, rows, P(None, 'data')), keys[i]
-      )
-      loss = float(losses.mean())
-      if not math.isfinite(loss):
-        raise NonFiniteError(
-          f'{name}: the loss became {loss} in epoch {epoch + 1}: lower lr={c.lr}'
-        )
-      progress.update(((epoch * calls + i + 1) * steps) * batch, dict(loss=loss))
-    due = time.monotonic() - saved > 60 * c.checkpoint_minutes
-    if checkpoints and any_process(due or epoch + 1 == c.epochs):
-      checkpoints.save(epoch + 1, {'classifier': carry}, dict(loss=loss))
-      saved = time.monotonic()
-  return carry[0]
+  return jax.jit(sharded, donate_argnums=0)

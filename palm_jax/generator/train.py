@@ -5,7 +5,9 @@ What a run computes does not depend on the number of devices.
 """
 
 import math
+import pathlib
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -131,8 +133,7 @@ def run(this: Run) -> dict:
       state, metrics = init(key).replace(**trained), {}
     if is_first():
       write_json(folder / 'network.json', network_fields(G))
-      shown = real_images(images, labels, G)
-      pictures.save_png(folder / 'real.png', pictures.grid(shown, labels=class_names))
+    write_grid(folder / 'real.png', real_images(images, labels, G), class_names)
     training_set = devices.replicate(mesh, (images, labels))
     while not training.over:
       walk = batch_indices(config.seed, training.step * batch, per_call * batch, set_size)
@@ -144,17 +145,15 @@ def run(this: Run) -> dict:
       before = training.step
       training.advance(per_call)
       check_finite(metrics, before, training.step)
-      training.write(dict(metrics, images=training.step * batch))
+      seen = training.step * batch
+      training.write(dict(metrics, images=seen))
       training.show({name: metrics[name] for name in SHOWN if name in metrics})
-      if training.complete or passed(c.snapshot_kimg * 1000, before * batch, training.step * batch):
+      if training.complete or passed(c.snapshot_kimg * 1000, before * batch, seen):
         samples = jax.device_get(draw_samples(state.G_ema))
-        if is_first():
-          path = folder / 'samples' / f'{training.step * batch // 1000:06d}.png'
-          pictures.save_png(path, pictures.grid(samples, labels=class_names))
+        write_grid(folder / 'samples' / f'{seen // 1000:06d}.png', samples, class_names)
       if training.should_save:
         items = {'state': state, 'generator': state.G_ema}
-        about = dict(images=training.step * batch, metrics=metrics, compared=compared)
-        training.save(items, **about)
+        training.save(items, images=seen, metrics=metrics, compared=compared)
   return dict(
     job='generator',
     images=training.step * batch,
@@ -166,6 +165,12 @@ def run(this: Run) -> dict:
     data=data.source,
     **devices.describe(mesh),
   )
+
+
+def write_grid(path: pathlib.Path, images: np.ndarray, names: Sequence[str] | None) -> None:
+  """Writes a grid of pictures (R, C, H, W, channels), rows named, in the first process."""
+  if is_first():
+    pictures.save_png(path, pictures.grid(images, labels=names))
 
 
 def passed(every: float, before: int, now: int) -> bool:
