@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,13 @@ ASPECT = (3 / 4, 4 / 3)  # torchvision RandomResizedCrop
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, PIL's convert('L')
 
 
-def sample_crop(key, height, width, scale, ratio=ASPECT):
+def sample_crop(
+  key: jax.Array,
+  height: int,
+  width: int,
+  scale: tuple[float, float],
+  ratio: tuple[float, float] = ASPECT,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """Window of torchvision's RandomResizedCrop.get_params: ten tries, then the largest central
   window of legal aspect.
 
@@ -48,7 +55,9 @@ def sample_crop(key, height, width, scale, ratio=ASPECT):
   return top, left, crop_height, crop_width
 
 
-def resized_crop(image, top, left, height, width):
+def resized_crop(
+  image: jax.Array, top: jax.Array, left: jax.Array, height: jax.Array, width: jax.Array
+) -> jax.Array:
   """The window, resized bilinearly to the image's own size. image (H, W, C) float; the window may
   be traced.
 
@@ -66,12 +75,18 @@ def resized_crop(image, top, left, height, width):
   return jnp.einsum('yi,xj,ijc->yxc', rows, columns, image, precision='highest')
 
 
-def random_resized_crop(key, image, scale=(0.2, 1.0), ratio=ASPECT):
+def random_resized_crop(
+  key: jax.Array,
+  image: jax.Array,
+  scale: tuple[float, float] = (0.2, 1.0),
+  ratio: tuple[float, float] = ASPECT,
+) -> jax.Array:
   """torchvision's RandomResizedCrop to the image's own size. image (H, W, C) float -> the same."""
-  return resized_crop(image, *sample_crop(key, *image.shape[:2], scale, ratio))
+  height, width = image.shape[:2]
+  return resized_crop(image, *sample_crop(key, height, width, scale, ratio))
 
 
-def hflip(key, image, probability=0.5):
+def hflip(key: jax.Array, image: jax.Array, probability: float = 0.5) -> jax.Array:
   """Mirrors left and right with a probability. image (H, W, C)."""
   return jnp.where(jax.random.bernoulli(key, probability), image[:, ::-1], image)
 
@@ -80,29 +95,29 @@ def hflip(key, image, probability=0.5):
 # torchvision/transforms/functional.py.
 
 
-def to_gray(image):
+def to_gray(image: jax.Array) -> jax.Array:
   """Luma in every channel; (H, W, 3) -> the same."""
   return jnp.broadcast_to(
     (image * jnp.asarray(LUMA, image.dtype)).sum(axis=-1, keepdims=True), image.shape
   )
 
 
-def adjust_brightness(image, factor):
+def adjust_brightness(image: jax.Array, factor: jax.Array) -> jax.Array:
   return jnp.clip(image * factor, 0, 1)
 
 
-def adjust_contrast(image, factor):
+def adjust_contrast(image: jax.Array, factor: jax.Array) -> jax.Array:
   """Blends with the image's mean grey level; where there are not three channels, with the mean of
   all values."""
   mean = jnp.mean(to_gray(image) if image.shape[-1] == 3 else image)
   return jnp.clip(factor * image + (1 - factor) * mean, 0, 1)
 
 
-def adjust_saturation(image, factor):
+def adjust_saturation(image: jax.Array, factor: jax.Array) -> jax.Array:
   return jnp.clip(factor * image + (1 - factor) * to_gray(image), 0, 1)
 
 
-def adjust_hue(image, turn):
+def adjust_hue(image: jax.Array, turn: jax.Array) -> jax.Array:
   """Turns HSV's hue by `turn` of a full circle; saturation and value stay."""
   red, green, blue = image[..., 0], image[..., 1], image[..., 2]
   value, chroma = image.max(axis=-1), image.max(axis=-1) - image.min(axis=-1)
@@ -120,7 +135,14 @@ def adjust_hue(image, turn):
   return jnp.stack([channel(5), channel(3), channel(1)], axis=-1)
 
 
-def color_jitter(key, image, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1):
+def color_jitter(
+  key: jax.Array,
+  image: jax.Array,
+  brightness: float = 0.4,
+  contrast: float = 0.4,
+  saturation: float = 0.4,
+  hue: float = 0.1,
+) -> jax.Array:
   """torchvision's ColorJitter: the four adjustments in random order, factors U(1 - x, 1 + x), hue
   U(-hue, hue) turns.
 
@@ -172,7 +194,7 @@ def _augment(one, keys, images):
   return 2 * jax.vmap(one)(keys, images.astype(jnp.float32) / 255) - 1
 
 
-def simsiam_augment(keys, images):
+def simsiam_augment(keys: jax.Array, images: jax.Array) -> jax.Array:
   """SimSiam's CIFAR augmentations: crop (area 0.2 to 1), flip, colour jitter, grey; no blur at 32
   pixels.
 
@@ -190,7 +212,7 @@ def simsiam_augment(keys, images):
   return _augment(_simsiam_one, keys, images)
 
 
-def crop_flip(keys, images):
+def crop_flip(keys: jax.Array, images: jax.Array) -> jax.Array:
   """Crop (area 0.08 to 1) and flip, for linear probes (PatrickHua/SimSiam
   augmentations/eval_aug.py).
 
@@ -199,7 +221,7 @@ def crop_flip(keys, images):
   return _augment(_crop_flip_one, keys, images)
 
 
-def shift_flip(keys, images):
+def shift_flip(keys: jax.Array, images: jax.Array) -> jax.Array:
   """Shift by up to an eighth of the side, black around, and flip: supervised training's
   (kuangliu/pytorch-cifar main.py).
 
@@ -208,7 +230,7 @@ def shift_flip(keys, images):
   return _augment(_shift_flip_one, keys, images)
 
 
-def make_augment(name):
+def make_augment(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
   """The function (keys (N,), images (N, H, W, C) uint8) -> images of a name: 'none', 'simsiam',
   'crop_flip', 'shift_flip'.
 

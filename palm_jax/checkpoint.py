@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from typing import Any
 
 from palm_jax.base.checkpoints import Checkpoints, load_item
 from palm_jax.base.errors import UserError
@@ -10,7 +11,9 @@ from palm_jax.base.steps import Restored, list_steps, one_line
 __all__ = ['Checkpoints', 'Restored', 'list_steps', 'load_encoder', 'load_item']
 
 
-def load_encoder(workdir, step=None):
+def load_encoder(
+  workdir: str | pathlib.Path, step: int | None = None
+) -> tuple[dict[str, Any], dict[str, Any], int]:
   """The pretrained encoder of a workdir, on any number of devices; the replay stays on the disk.
 
   Returns:

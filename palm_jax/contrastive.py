@@ -5,7 +5,13 @@ import jax
 import jax.numpy as jnp
 
 
-def supcon(z1, z2, labels, temperature=0.1, axis_name=None):
+def supcon(
+  z1: jax.Array,
+  z2: jax.Array,
+  labels: jax.Array | None,
+  temperature: float = 0.1,
+  axis_name: str | None = None,
+) -> jax.Array:
   """Positives are all other views of the same label: mean over them outside the logarithm (arXiv
   2004.11362, equation 2).
 
@@ -40,7 +46,7 @@ def supcon(z1, z2, labels, temperature=0.1, axis_name=None):
   )
 
 
-def normalize(x):
+def normalize(x: jax.Array) -> jax.Array:
   """Rows of unit length, in at least float32; a row of zeros stays zero and has a finite
   gradient."""
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -17,7 +18,7 @@ KAIMING = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')  # torchvis
 PADDING = ((1, 1), (1, 1))
 
 
-def default_config():
+def default_config() -> ConfigDict:
   return ConfigDict(
     dict(
       name='resnet18',  # PALM 4.2; 'nature' for Atari
@@ -29,7 +30,7 @@ def default_config():
   )
 
 
-def preprocess(images, dtype=None):
+def preprocess(images: jax.Array, dtype: Any = None) -> jax.Array:
   """Brings images to floats in [-1, 1].
 
   Args:
@@ -156,7 +157,7 @@ class NatureCNN(nn.Module):
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def make_encoder(config, axis_name=None, dtype=None):
+def make_encoder(config: ConfigDict, axis_name: str | None = None, dtype: Any = None) -> nn.Module:
   """The encoder that `config.name` names, with the keys of `default_config`.
 
   Args:

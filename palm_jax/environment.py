@@ -18,7 +18,7 @@ DYNAMICS = 'ema', 'momentum', 'ou'
 LATENT_SPACES = 'z', 'w'
 
 
-def default_config():
+def default_config() -> ConfigDict:
   """The world of the paper's text; configs/cifar.py has the other reading."""
   return ConfigDict(
     dict(
@@ -46,23 +46,21 @@ def check(c: ConfigDict) -> None:
   checks.at_least('environment.episode_length', c.episode_length, 2, 'has no consecutive frames')
 
 
-@flax.struct.dataclass
-class Dynamics:
+class Dynamics(flax.struct.PyTreeNode):
   """The two numbers of the world, traced so that a sweep over them does not recompile.
 
   Attributes:
-    alpha: share of the action in the composed latent, in [0, 1] (T_com).
-    beta: persistence of the latent, in [0, 1] (T_ema).
+    alpha: () share of the action in the composed latent, in [0, 1] (T_com).
+    beta: () persistence of the latent, in [0, 1] (T_ema).
     kind: one of DYNAMICS, not traced.
   """
 
-  alpha: jax.Array
-  beta: jax.Array
+  alpha: Any
+  beta: Any
   kind: str = flax.struct.field(pytree_node=False, default='ema')
 
 
-@flax.struct.dataclass
-class EnvState:
+class EnvState(flax.struct.PyTreeNode):
   """State of E environments.
 
   Attributes:
@@ -79,17 +77,19 @@ class EnvState:
   velocity: Any = ()
 
 
-def env_keys(key, env_ids):
+def env_keys(key: jax.Array, env_ids: jax.Array) -> jax.Array:
   """One key an environment: (E,) keys from a key and the (E,) global environment ids."""
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(env_ids)
 
 
-def random_actions(keys, z_dim, dtype):
+def random_actions(keys: jax.Array, z_dim: int, dtype: Any) -> jax.Array:
   """Uniform in [-1, 1]: (E,) keys -> (E, z_dim)."""
   return jax.vmap(lambda key: jax.random.uniform(key, (z_dim,), dtype, -1, 1))(keys)
 
 
-def first_latent_and_label(keys, z_dim, num_classes, dtype):
+def first_latent_and_label(
+  keys: jax.Array, z_dim: int, num_classes: int, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
   """Draws z_0 = eps (no action has been taken yet) and the episode's label.
 
   Args:
@@ -111,7 +111,15 @@ def first_latent_and_label(keys, z_dim, num_classes, dtype):
   return jax.vmap(draw)(keys)
 
 
-def reset(key, env_ids, first_step, z_dim, num_classes, dtype=jnp.float32, kind='ema'):
+def reset(
+  key: jax.Array,
+  env_ids: jax.Array,
+  first_step: jax.Array,
+  z_dim: int,
+  num_classes: int,
+  dtype: Any = jnp.float32,
+  kind: str = 'ema',
+) -> EnvState:
   """Begins an episode in every environment.
 
   Args:
@@ -131,22 +139,23 @@ def reset(key, env_ids, first_step, z_dim, num_classes, dtype=jnp.float32, kind=
   return EnvState(z=z, label=label, step=first_step.astype(jnp.int32), velocity=velocity)
 
 
-def compose(action, eps, alpha):
-  """T_com: z' = alpha a + (1 - alpha) eps; action in [-1, 1], eps a fresh latent; all (E,
-  z_dim)."""
+def compose(action: jax.Array, eps: jax.Array, alpha: Any) -> jax.Array:
+  """T_com: z' = alpha a + (1 - alpha) eps; a in [-1, 1], eps a fresh latent; all (E, z_dim)."""
   return alpha * action + (1 - alpha) * eps
 
 
-def persist(z, z_new, beta, kind='ema', velocity=()):
-  """T_ema: z <- beta z + (1 - beta) z', or another of DYNAMICS; all (E, z_dim). With beta 0 each of
-  them goes to z'.
+def persist(
+  z: jax.Array, z_new: jax.Array, beta: Any, kind: str = 'ema', velocity: Any = ()
+) -> tuple[jax.Array, Any]:
+  """T_ema: z <- beta z + (1 - beta) z', or another of DYNAMICS; all (E, z_dim).
 
-  'ema': a low-pass filter of first order, the paper's; the variance of independent z' shrinks by (1
-  - beta) / (1 + beta).
-  'ou': z <- beta z + sqrt(1 - beta^2) z', an Ornstein-Uhlenbeck process: unit normal z' keep z unit
-  normal.
+  With beta 0 each of them is z'.
+  'ema': a low-pass filter of first order, the paper's; the variance of independent z' shrinks by
+    (1 - beta) / (1 + beta).
+  'ou': z <- beta z + sqrt(1 - beta^2) z', an Ornstein-Uhlenbeck process: unit normal z' keep z
+    unit normal.
   'momentum': v <- beta v + (1 - beta) (z' - z), z <- z + v: of second order, so paths are smooth
-  and overshoot.
+    and overshoot.
 
   Returns:
     z and velocity, which is () but for 'momentum'.
@@ -154,14 +163,22 @@ def persist(z, z_new, beta, kind='ema', velocity=()):
   if kind == 'momentum':
     velocity = beta * velocity + (1 - beta) * (z_new - z)
     return z + velocity, velocity
-  return beta * z + (jnp.sqrt(1 - beta**2) if kind == 'ou' else 1 - beta) * z_new, velocity
+  share = jnp.sqrt(1 - beta**2) if kind == 'ou' else 1 - beta
+  return beta * z + share * z_new, velocity
 
 
-def step(state, action, key, env_ids, dynamics, episode_length, num_classes):
-  """One step of every environment. After `episode_length` frames the episode is cut and a new one,
-  with a new label, begins.
+def step(
+  state: EnvState,
+  action: jax.Array,
+  key: jax.Array,
+  env_ids: jax.Array,
+  dynamics: Dynamics,
+  episode_length: int,
+  num_classes: int,
+) -> EnvState:
+  """One step of every environment.
 
-  There is no termination: an episode ends by truncation only, so values are always bootstrapped.
+  After `episode_length` frames the episode is cut and a new one, with a new label, begins. There is no termination: an episode ends by truncation only, so values are always bootstrapped.
 
   Args:
     state: EnvState.
@@ -194,7 +211,7 @@ def step(state, action, key, env_ids, dynamics, episode_length, num_classes):
   )
 
 
-def see(seen, pictures, step):
+def see(seen: jax.Array, pictures: jax.Array, step: jax.Array) -> jax.Array:
   """What the agent sees: the last pictures of its episode as channels, oldest first, zeros before
   the episode's first.
 
@@ -210,7 +227,7 @@ def see(seen, pictures, step):
   return jnp.concatenate([before, pictures], -1)
 
 
-def staggered_steps(env_ids, num_envs, episode_length):
+def staggered_steps(env_ids: jax.Array, num_envs: int, episode_length: int) -> jax.Array:
   """First step of each environment, spread evenly over an episode so that ends do not coincide.
   (E,) int32."""
   return (env_ids * episode_length // num_envs).astype(jnp.int32)

@@ -1,14 +1,14 @@
-"""What an agent lived through, in order and on disk: the latents, labels and steps of which its
-frames are drawn.
+"""The record of what an agent did: latents, labels and steps, in order and on disk.
 
-Frames are drawn again from them, bit for bit where the pictures of a batch do not depend on its
-size. One file a call of pretraining and process; a run that goes on after being killed writes the
+Its frames are drawn again from them, bit for bit where the pictures of a batch do not depend on its
+size. One file a call of pretraining and process; a run that is resumed after a kill writes the
 files after its last checkpoint again, with the same content.
 """
 
 import pathlib
 import re
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -29,12 +29,12 @@ class Experience(NamedTuple):
     step: (R, E) int32 steps since the episode began; 0 in its first row.
   """
 
-  z: np.ndarray
-  label: np.ndarray
-  step: np.ndarray
+  z: Any
+  label: Any
+  step: Any
 
 
-def write(folder, first_row, experience):
+def write(folder: pathlib.Path, first_row: int, experience: Experience) -> None:
   """Adds rows; each process writes those of its own environments.
 
   Args:
@@ -50,16 +50,15 @@ def write(folder, first_row, experience):
     for field, x in experience._asdict().items()
   }
   first_env = shards['step'][0].index[1].start or 0
-  local = {
+  local: dict[str, Any] = {
     field: np.concatenate([np.asarray(s.data) for s in parts], 1) for field, parts in shards.items()
   }
   with replacing(folder / f'{first_row:010d}_{first_env:06d}.npz') as file:
     np.savez(file, **local)
 
 
-def forget(folder, rows):
-  """Removes all but the first rows, of which the same or another number of processes will write the
-  rest anew."""
+def forget(folder: pathlib.Path, rows: int) -> None:
+  """Removes all but the first rows; any number of processes may then write the rest again."""
   if jax.process_index() == 0:
     for path in folder.glob('*.npz'):
       if (match := NAME.fullmatch(path.name)) and int(match[1]) >= rows:
@@ -67,7 +66,7 @@ def forget(folder, rows):
   any_process(False)  # nobody writes before that
 
 
-def read(folder):
+def read(folder: str | pathlib.Path) -> Iterator[Experience]:
   """Yields the Experience of each call, in order, all environments together.
 
   Raises:
@@ -120,7 +119,7 @@ def _load(path):
     raise UserError(f'{path} is damaged ({type(e).__name__}): restore it or record again') from e
 
 
-def frames(experience, render):
+def frames(experience: Experience, render: Callable) -> np.ndarray:
   """(R, E, H, W, C) uint8, the pictures of an Experience, one row of environments at a time.
 
   Args:

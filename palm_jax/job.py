@@ -8,8 +8,6 @@ from typing import Any, Protocol
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from palm_jax.data.arrays import Data
-
 
 class Runner(Protocol):
   """What a job that runs others needs of palm_jax.runner; see there."""
@@ -33,7 +31,7 @@ class Run:
     config: the whole config.
     workdir: absolute path.
     mesh: one-dimensional, axis 'data'.
-    data: where the job needs them, else None.
+    data: data.arrays.Data where the job needs them, else None.
     download: whether published data may be fetched.
     runner: for a job that runs others.
   """
@@ -41,7 +39,7 @@ class Run:
   config: ConfigDict
   workdir: pathlib.Path
   mesh: Mesh
-  data: Data | None = None
+  data: Any = None
   download: bool = False
   runner: Runner | None = None
 

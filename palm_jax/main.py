@@ -1,4 +1,7 @@
-"""python -m palm_jax.main --config=configs/digits.py [--job=...] [--workdir=...] [--config.x.y=value ...]"""
+"""python -m palm_jax.main --config=configs/digits.py [--job=...] [--workdir=...]
+
+Any key of the config is a flag: --config.KEY=VALUE.
+"""
 
 from absl import flags
 

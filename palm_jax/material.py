@@ -21,10 +21,10 @@ from palm_jax.experience import Experience
 class Images(NamedTuple):
   """Real images, sorted by label: those of label k are `count[k]` rows from `first[k]` on."""
 
-  images: jax.Array  # (N, H, W, C) uint8
-  labels: jax.Array  # (N,) int32
-  first: jax.Array  # (K,) int32
-  count: jax.Array  # (K,) int32
+  images: Any  # (N, H, W, C) uint8
+  labels: Any  # (N,) int32
+  first: Any  # (K,) int32
+  count: Any  # (K,) int32
 
 
 def load(

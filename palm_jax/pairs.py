@@ -16,9 +16,10 @@ from ml_collections import ConfigDict
 from palm_jax import replay, rollout
 from palm_jax.base import checks
 from palm_jax.base.errors import UserError
+from palm_jax.rollout import Play, World
 
 
-def default_config():
+def default_config() -> ConfigDict:
   return ConfigDict(
     dict(
       source='explored',  # see SOURCES
@@ -87,7 +88,11 @@ class Draw(NamedTuple):
   dtype: Any
 
 
-def independent(d, keys, n):
+# frames (V * n, H, W, C) uint8 of V keys, their partners, labels (V * n,) int32
+Drawn = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def independent(d: Draw, keys: jax.Array, n: int) -> Drawn:
   """Two independent latents of one label (Jahanian et al., arXiv 2106.05258: 'random')."""
 
   def one(key):
@@ -97,9 +102,8 @@ def independent(d, keys, n):
   return _rendered(d, one, keys, n, d.config.environment.truncation_psi)
 
 
-def gaussian(d, keys, n):
-  """A latent and the same with normal noise of `pairs.std`, truncated (Jahanian et al.:
-  'Gaussian')."""
+def gaussian(d: Draw, keys: jax.Array, n: int) -> Drawn:
+  """A latent and the same with normal noise of pairs.std, truncated (Jahanian: 'Gaussian')."""
 
   def one(key):
     key_label, key_z = jax.random.split(key)
@@ -109,7 +113,7 @@ def gaussian(d, keys, n):
   return _rendered(d, one, keys, n, d.config.pairs.truncation_psi)
 
 
-def recorded(d, keys, n):
+def recorded(d: Draw, keys: jax.Array, n: int) -> Drawn:
   """Consecutive steps, uniformly from all of the record ('random passive')."""
   record, length = d.material, d.config.environment.episode_length
   rows, num_envs = record.step.shape
@@ -122,7 +126,7 @@ def recorded(d, keys, n):
   return render(row), render(row + 1), record.label[row, env]
 
 
-def same_label(d, keys, n):
+def same_label(d: Draw, keys: jax.Array, n: int) -> Drawn:
   """Two different real images of one label ('static')."""
   m = d.material
 
@@ -138,7 +142,7 @@ def same_label(d, keys, n):
   return m.images[first], m.images[second], m.labels[first]
 
 
-def same_image(d, keys, n):
+def same_image(d: Draw, keys: jax.Array, n: int) -> Drawn:
   """One real image twice, for simsiam.augment to make two views of."""
   rows = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(d.material.labels)))(
     _sample_keys(keys, n)
@@ -156,8 +160,10 @@ def _sample_keys(keys, n):
 
 
 def _rendered(d, one, keys, n, truncation_psi):
-  """Pictures of the latents (2, z_dim) and label that `one` draws from a key; pairs.samples limits
-  the keys."""
+  """Pictures of the latents (2, z_dim) and label that `one` draws from each key.
+
+  pairs.samples limits how many different keys there are.
+  """
   keys, samples = _sample_keys(keys, n), d.config.pairs.samples
   if samples:
     numbers = jax.vmap(lambda key: jax.random.randint(key, (), 0, samples))(keys)
@@ -170,7 +176,9 @@ def _rendered(d, one, keys, n, truncation_psi):
   )
 
 
-def rerun(play, state, world, key, warm):
+def rerun(
+  play: Play, state: Any, world: World, key: jax.Array, warm: jax.Array
+) -> tuple[Any, tuple]:
   """The rows that another run recorded in this iteration, drawn again and added to the ring."""
   del key, warm  # nothing is chosen
   count, dtype = play.config.pretrain.rollout_length, play.action_dtype
@@ -183,13 +191,15 @@ def rerun(play, state, world, key, warm):
   return state.replace(ring=replay.add(state.ring, frames, unused)), ()
 
 
-def collect_nothing(play, state, world, key, warm):
+def collect_nothing(
+  play: Play, state: Any, world: World, key: jax.Array, warm: jax.Array
+) -> tuple[Any, tuple]:
   """For sources that draw their pairs when they are asked for them."""
   del play, world, key, warm
   return state, ()
 
 
-def from_ring(play, ring, world, keys, n):
+def from_ring(play: Play, ring: Any, world: World, keys: jax.Array, n: int) -> Pairs:
   """Consecutive frames of the replay, with the action between them."""
   del world
   first_steps = play.first_steps(play.local_env_ids())
@@ -198,7 +208,14 @@ def from_ring(play, ring, world, keys, n):
   return Pairs(frames, next_frames, actions=actions)
 
 
-def drawn(draw, play, ring, world, keys, n):
+def drawn(
+  draw: Callable[[Draw, jax.Array, int], Drawn],
+  play: Play,
+  ring: Any,
+  world: World,
+  keys: jax.Array,
+  n: int,
+) -> Pairs:
   """Pairs of one of DRAWS."""
   del ring
   drawing = Draw(
@@ -213,7 +230,6 @@ def drawn(draw, play, ring, world, keys, n):
   return Pairs(frames, next_frames, labels=labels)
 
 
-# (Draw, keys (V,), n) -> frames (V * n, H, W, C) uint8, their partners, labels (V * n,) int32.
 DRAWS = {
   'passive_random': recorded,  # paper Figure 6
   'static': same_label,  # Figure 6
@@ -271,9 +287,8 @@ def check(config: ConfigDict) -> None:
     )
 
 
-def require_policy(config, job):
-  """Raises UserError where a job asks for a policy and the whole config's source of pairs trains
-  none."""
+def require_policy(config: ConfigDict, job: str) -> None:
+  """Raises UserError where a job asks for a policy, and the source of pairs trains none."""
   check(config)
   if not SOURCES[config.pairs.source].learns_policy:
     raise UserError(

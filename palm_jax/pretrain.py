@@ -61,8 +61,7 @@ def default_config() -> ConfigDict:
   )
 
 
-@flax.struct.dataclass
-class State:
+class State(flax.struct.PyTreeNode):
   """Everything that a run is; a checkpoint holds all of it. E environments over all devices.
 
   What the source of the pairs (pairs.py) does without is (): env and frames where nobody plays,
@@ -89,16 +88,18 @@ class State:
   @staticmethod
   def specs(ring: bool = True) -> 'State':
     """Where each part lies: environments are sharded over 'data', the rest is on every device."""
-    rows = P(None, 'data')
-    return State(
-      iteration=P(),
-      key=P(),
+    everywhere, rows = P(), P(None, 'data')
+    in_ring: dict[str, Any] = dict(frames=rows, actions=rows, total=everywhere)
+    places: dict[str, Any] = dict(
+      iteration=everywhere,
+      key=everywhere,
       env=P('data'),
       frames=P('data'),
-      ring=replay.Replay(frames=rows, actions=rows, total=P()) if ring else P(),
-      ssl=P(),
-      agent=P(),
+      ring=replay.Replay(**in_ring) if ring else everywhere,
+      ssl=everywhere,
+      agent=everywhere,
     )
+    return State(**places)
 
 
 class Output(NamedTuple):
@@ -185,7 +186,7 @@ def learn_policy(
   Without a policy there is nothing to learn. An episode is only cut off, so every value is
   bootstrapped.
   """
-  if agent == ():
+  if not isinstance(agent, sac.SAC) or batch.actions is None:
     return agent, {}
   config, z_dim, count = setup.config, setup.generator.z_dim, per_shard(setup)
   h, next_h = seen.h.astype(setup.real), seen.h_next.astype(setup.real)
@@ -235,27 +236,24 @@ def init(setup: Setup, key: jax.Array, world: World) -> State:
   )
   pictures = jnp.zeros((2, *shape), jnp.uint8)
   params, batch_stats = cast(simsiam.init(setup.modules, key_ssl, pictures))
-  env, frames, ring, agent = (), (), (), ()
+  parts: dict[str, Any] = dict(env=(), frames=(), ring=(), agent=())
   if source.plays:
     ids = jnp.arange(num_envs)
     kind, first = world.dynamics.kind, setup.first_steps(ids)
     env = environment.reset(key_env, ids, first, generator.z_dim, generator.num_classes, real, kind)
-    frames = rollout.look(setup, world, env)
+    parts |= dict(env=env, frames=rollout.look(setup, world, env))
   if source.keeps:
     rows, dtype = config.replay.capacity // num_envs, setup.action_dtype
-    ring = replay.create(rows, num_envs, shape, generator.z_dim, dtype)
+    parts['ring'] = replay.create(rows, num_envs, shape, generator.z_dim, dtype)
   if source.learns_policy:
     encode = functools.partial(rollout.encode, setup, params, batch_stats)
     h = jax.eval_shape(encode, pictures)
-    agent = cast(sac.init(key_agent, h.shape[1], generator.z_dim, config.sac))
+    parts['agent'] = cast(sac.init(key_agent, h.shape[1], generator.z_dim, config.sac))
   return State(
     iteration=jnp.zeros((), jnp.int32),
     key=key,
-    env=env,
-    frames=frames,
-    ring=ring,
     ssl=dict(params=params, batch_stats=batch_stats, opt_state=setup.optimizer.init(params)),
-    agent=agent,
+    **parts,
   )
 
 
@@ -290,8 +288,8 @@ def make_program(config: ConfigDict, generator: Any, mesh: Mesh) -> Program:
   sharded_call = jax.shard_map(
     call,
     mesh=mesh,
-    in_specs=(specs, World(P(), P(), material.specs(setup.source.needs))),
-    out_specs=(specs, Output(P(), P(None, 'data'))),
+    in_specs=(specs, World._make((P(), P(), material.specs(setup.source.needs)))),
+    out_specs=(specs, Output._make((P(), P(None, 'data')))),
   )
   first = functools.partial(init, setup)
   shapes = jax.eval_shape(first, jax.random.key(0), worlds.host_world(config, generator))

@@ -8,6 +8,7 @@ tiles, and (W, C) of a picture fills a quarter of them.
 """
 
 import math
+from typing import Any
 
 import flax.struct
 import jax
@@ -24,7 +25,7 @@ ACTION_DTYPES = {
 }  # None: that of the computation
 
 
-def default_config():
+def default_config() -> ConfigDict:
   return ConfigDict(
     dict(
       # frames over all devices, 3.2 GB of CIFAR and 2.1 GB of its actions; URLB keeps 1M
@@ -58,8 +59,7 @@ def check(
     )
 
 
-@flax.struct.dataclass
-class Replay:
+class Replay(flax.struct.PyTreeNode):
   """Attributes:
   frames: (T, E, H * W * C) uint8, sharded over E.
   actions: (T, E, z_dim), the action taken on seeing the frame of the same row, as `pack` makes it.
@@ -71,7 +71,13 @@ class Replay:
   total: jax.Array
 
 
-def create(rows, num_envs, image_shape, action_dim, dtype=jnp.float32):
+def create(
+  rows: int,
+  num_envs: int,
+  image_shape: tuple[int, ...],
+  action_dim: int,
+  dtype: Any = jnp.float32,
+) -> Replay:
   """An empty ring of `rows` rows for `num_envs` environments; dtype is that of the packed
   actions."""
   return Replay(
@@ -81,17 +87,17 @@ def create(rows, num_envs, image_shape, action_dim, dtype=jnp.float32):
   )
 
 
-def pack(actions, dtype):
+def pack(actions: jax.Array, dtype: Any) -> jax.Array:
   """Actions in [-1, 1] as they are stored: in a floating-point type, or as 1/127 in int8."""
   return jnp.round(actions * 127).astype(dtype) if dtype == jnp.int8 else actions.astype(dtype)
 
 
-def unpack(packed, dtype):
+def unpack(packed: jax.Array, dtype: Any) -> jax.Array:
   """The actions that `pack` stored, as `dtype`."""
   return packed.astype(dtype) / 127 if packed.dtype == jnp.int8 else packed.astype(dtype)
 
 
-def add(replay, frames, actions):
+def add(replay: Replay, frames: jax.Array, actions: jax.Array) -> Replay:
   """Adds R rows in place (when donated). T must be a multiple of R, so that a block never wraps.
 
   Args:
@@ -111,7 +117,14 @@ def add(replay, frames, actions):
   )
 
 
-def sample(replay, keys, batch_size, first_step, episode_length, image_shape):
+def sample(
+  replay: Replay,
+  keys: jax.Array,
+  batch_size: int,
+  first_step: jax.Array,
+  episode_length: int,
+  image_shape: tuple[int, ...],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Draws transitions (s, a, s') uniformly; none crosses the end of an episode.
 
   The environments held here are cut into V equal groups, each sampled with its own key: with V
@@ -140,7 +153,15 @@ def sample(replay, keys, batch_size, first_step, episode_length, image_shape):
   return pictures(here), replay.actions[here, env], pictures(there)
 
 
-def draw_rows(total, num_rows, keys, batch_size, first_step, episode_length, num_envs):
+def draw_rows(
+  total: jax.Array,
+  num_rows: int,
+  keys: jax.Array,
+  batch_size: int,
+  first_step: jax.Array,
+  episode_length: int,
+  num_envs: int,
+) -> tuple[jax.Array, jax.Array]:
   """Draws rows that have a successor in their episode, uniformly; arguments as in `sample`.
 
   Args:

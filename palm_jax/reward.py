@@ -1,6 +1,8 @@
 """Exploration reward: k-nearest-neighbour entropy of the representation (APT, Liu and Abbeel, arXiv
 2103.04551)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -16,7 +18,7 @@ TRANSFORMS = {
 }
 
 
-def default_config():
+def default_config() -> ConfigDict:
   return ConfigDict(
     dict(
       k=12,  # URLB icm_apt.yaml; PALM does not say
@@ -41,17 +43,16 @@ def check(c: ConfigDict, batch_size: int) -> None:
 
 
 def entropy_reward(
-  h,
-  candidates=None,
-  k=12,
-  average=True,
-  transform='log1p',
-  include_self=False,
-  clip=0.0,
-  self_index=None,
-):
-  """Distance to the nearest neighbours: the particle estimate of what each sample adds to the
-  entropy.
+  h: jax.Array,
+  candidates: jax.Array | None = None,
+  k: int = 12,
+  average: bool = True,
+  transform: str = 'log1p',
+  include_self: bool = False,
+  clip: float = 0.0,
+  self_index: jax.Array | None = None,
+) -> jax.Array:
+  """Distance to the nearest neighbours: a particle estimate of what a sample adds to the entropy.
 
   Equal to URLB utils.PBE without its running mean when `include_self`; to PALM 4.2 with
   `average=False, transform='log'`.
@@ -73,11 +74,12 @@ def entropy_reward(
     UserError: k that the candidates cannot give, an unknown transform, or only one of candidates
       and self_index.
   """
-  if (candidates is None) != (self_index is None):
-    raise UserError(
-      'entropy_reward got only one of candidates and self_index: give both, or neither for h itself'
-    )
-  if candidates is None:
+  if candidates is None or self_index is None:
+    if candidates is not None or self_index is not None:
+      raise UserError(
+        'entropy_reward got only one of candidates and self_index: give both, or neither for h '
+        'itself'
+      )
     candidates, self_index = h, jnp.arange(len(h))
   available = len(candidates) - (not include_self)
   if not 1 <= k <= available:
@@ -109,12 +111,12 @@ def entropy_reward(
   return TRANSFORMS[transform](jnp.mean(distances, axis=1) if average else distances[:, -1])
 
 
-def options(config):
+def options(config: ConfigDict) -> dict[str, Any]:
   """What of `default_config` goes to `global_entropy_reward`."""
   return {name: config[name] for name in ('k', 'average', 'transform', 'include_self', 'clip')}
 
 
-def global_entropy_reward(h, axis_name=None, **options):
+def global_entropy_reward(h: jax.Array, axis_name: str | None = None, **options: Any) -> jax.Array:
   """`entropy_reward` with neighbours from all devices' batches, so the number of devices does not
   change it.
 

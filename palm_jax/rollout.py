@@ -96,7 +96,7 @@ def act(
     keys: (E,), one an environment.
   """
   z_dim = play.generator.z_dim
-  if agent == ():
+  if not isinstance(agent, sac.SAC):
     return environment.random_actions(keys, z_dim, play.real)
   h = encode(play, ssl['params'], ssl['batch_stats'], frames)
   noise = jax.vmap(lambda key: jax.random.normal(key, (z_dim,), play.real))(keys)

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from palm_jax.base.errors import UserError
 
 
-def default_config():
+def default_config() -> ConfigDict:
   return ConfigDict(
     dict(
       lr_actor=1e-4,  # ProtoRL config.yaml
@@ -131,7 +131,7 @@ class Critic(nn.Module):
     )
 
 
-def sample(mean, log_std, noise):
+def sample(mean: jax.Array, log_std: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Draws from a tanh Gaussian.
 
   Args:
@@ -151,8 +151,7 @@ def sample(mean, log_std, noise):
   return jnp.tanh(x), jnp.sum(log_normal - log_slope, axis=-1)
 
 
-@flax.struct.dataclass
-class SAC:
+class SAC(flax.struct.PyTreeNode):
   """State of the agent.
 
   Attributes:
@@ -191,15 +190,15 @@ class Batch(NamedTuple):
   discount: jax.Array
 
 
-def _actor(config, action_dim):
+def _actor(config, action_dim) -> Any:
   return Actor(action_dim, config.hidden, config.trunk, config.log_std_min, config.log_std_max)
 
 
-def _critic(config):
+def _critic(config) -> Any:
   return Critic(config.hidden, config.trunk)
 
 
-def init(key, feature_dim, action_dim, config):
+def init(key: jax.Array, feature_dim: int, action_dim: int, config: ConfigDict) -> SAC:
   """A new agent with float32 parameters; `config` has the attributes of `default_config()`."""
   actor_key, critic_key = jax.random.split(key)
   h, action = jnp.zeros((1, feature_dim)), jnp.zeros((1, action_dim))
@@ -220,18 +219,23 @@ def init(key, feature_dim, action_dim, config):
   )
 
 
-def act(state, h, noise, config):
-  """Actions (B, A) in [-1, 1] for features (B, F) and standard normal noise (B, A); zero noise is
-  deterministic."""
-  return sample(*_actor(config, noise.shape[-1]).apply(state.actor, h), noise)[0]
+def act(state: SAC, h: jax.Array, noise: jax.Array, config: ConfigDict) -> jax.Array:
+  """Actions (B, A) in [-1, 1] for features (B, F) and standard normal noise (B, A).
+
+  Zero noise is deterministic.
+  """
+  mean, log_std = _actor(config, noise.shape[-1]).apply(state.actor, h)
+  return sample(mean, log_std, noise)[0]
 
 
-def _adam(lr, grads, opt_state, params):
+def _adam(lr, grads, opt_state, params) -> Any:
   updates, opt_state = optax.adam(lr).update(grads, opt_state)
   return optax.apply_updates(params, updates), opt_state
 
 
-def update(state, batch, noise, config, axis_name=None):
+def update(
+  state: SAC, batch: Batch, noise: jax.Array, config: ConfigDict, axis_name: str | None = None
+) -> tuple[SAC, dict[str, jax.Array]]:
   """One step of critic, then actor, then temperature, then target (ProtoRL proto.py update).
 
   Args:
@@ -252,7 +256,8 @@ def update(state, batch, noise, config, axis_name=None):
   average = lambda x: jnp.mean(x) if axis_name is None else jax.lax.pmean(jnp.mean(x), axis_name)
   alpha = jnp.exp(state.log_alpha)
 
-  next_action, next_log_prob = sample(*actor.apply(state.actor, batch.next_h), noise[0])
+  next_mean, next_log_std = actor.apply(state.actor, batch.next_h)
+  next_action, next_log_prob = sample(next_mean, next_log_std, noise[0])
   next_value = (
     jnp.min(critic.apply(state.target_critic, batch.next_h, next_action), axis=0)
     - alpha * next_log_prob
@@ -267,7 +272,8 @@ def update(state, batch, noise, config, axis_name=None):
   critic_params, critic_opt = _adam(config.lr_critic, critic_grads, state.critic_opt, state.critic)
 
   def actor_loss_fn(params):
-    action, log_prob = sample(*actor.apply(params, batch.h), noise[1])
+    mean, log_std = actor.apply(params, batch.h)
+    action, log_prob = sample(mean, log_std, noise[1])
     value = jnp.min(critic.apply(critic_params, batch.h, action), axis=0)
     return average(alpha * log_prob - value), average(log_prob)
 

@@ -19,7 +19,7 @@ OBJECTIVES = 'simsiam', 'simclr', 'supcon'
 LINEAR = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 
-def default_config():
+def default_config() -> ConfigDict:
   return ConfigDict(
     dict(
       # SimSiam appendix D on CIFAR; PatrickHua/SimSiam and lightly; solo-learn has 3
@@ -138,7 +138,9 @@ class Aux(NamedTuple):
   metrics: dict  # scalars over the global batch
 
 
-def make_modules(encoder, config, axis_name=None, dtype=None):
+def make_modules(
+  encoder: nn.Module, config: ConfigDict, axis_name: str | None = None, dtype: Any = None
+) -> Modules:
   """Projector and predictor of `config` around an encoder, which must have been made with the same
   `axis_name`.
 
@@ -163,7 +165,7 @@ def make_modules(encoder, config, axis_name=None, dtype=None):
   )
 
 
-def init(modules, key, images):
+def init(modules: Modules, key: jax.Array, images: jax.Array) -> tuple[Any, Any]:
   """(params, batch_stats) of all three networks for images (B, H, W, C); both have the names of
   `Modules`."""
 
@@ -181,7 +183,13 @@ def _cosine(a, b):
   return jnp.mean(jnp.sum(normalize(a) * normalize(b), axis=-1))
 
 
-def loss(p1, z1, p2, z2, symmetric=True):
+def loss(
+  p1: jax.Array,
+  z1: jax.Array,
+  p2: jax.Array | None,
+  z2: jax.Array,
+  symmetric: bool = True,
+) -> jax.Array:
   """Negative cosine between prediction and detached projection of the other view, in [-1, 1].
 
   SimSiam equation 2, 1/2 D(p1, sg z2) + 1/2 D(p2, sg z1); not symmetric: D(p1, sg z2) alone (PALM
@@ -200,18 +208,18 @@ def loss(p1, z1, p2, z2, symmetric=True):
 
 
 def forward(
-  modules,
-  params,
-  batch_stats,
-  s,
-  s_next,
-  train=True,
-  symmetric=True,
-  axis_name=None,
-  objective='simsiam',
-  temperature=0.5,
-  labels=None,
-):
+  modules: Modules,
+  params: dict[str, Any],
+  batch_stats: dict[str, Any],
+  s: jax.Array,
+  s_next: jax.Array,
+  train: bool = True,
+  symmetric: bool = True,
+  axis_name: str | None = None,
+  objective: str = 'simsiam',
+  temperature: float = 0.5,
+  labels: jax.Array | None = None,
+) -> tuple[jax.Array, Aux]:
   """SimSiam, or another objective on the same networks, over a batch of pairs.
 
   The views go through the networks one after the other, each with the statistics of its own batch;
@@ -252,13 +260,12 @@ def forward(
   p = apply('predictor', z) if objective == 'simsiam' else None  # (B, D)
   h_next = apply('encoder', s_next)
   z_next = apply('projector', h_next)
-  p_next = apply('predictor', z_next) if objective == 'simsiam' and symmetric else None
-  if objective == 'simsiam':
+  if p is not None:
+    p_next = apply('predictor', z_next) if symmetric else None
     value = mean(loss(p, z, p_next, z_next, symmetric))
   else:
-    value = mean(
-      supcon(z, z_next, labels if objective == 'supcon' else None, temperature, axis_name)
-    )
+    kinds = labels if objective == 'supcon' else None
+    value = mean(supcon(z, z_next, kinds, temperature, axis_name))
 
   h, h_next, z, detached_loss = jax.lax.stop_gradient((h, h_next, z, value))
   unit = normalize(z)
@@ -273,7 +280,7 @@ def forward(
   return value, Aux(h, h_next, z, stats, metrics)
 
 
-def learning_rate(config, total_updates, batch_size):
+def learning_rate(config: ConfigDict, total_updates: int, batch_size: int) -> optax.Schedule:
   """Schedule of encoder and projector: linear warm-up, then cosine to 0 at `total_updates`; peak lr
   * batch / 256.
 
@@ -292,7 +299,9 @@ def learning_rate(config, total_updates, batch_size):
   return optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup_updates, total_updates)
 
 
-def make_optimizer(config, total_updates, batch_size):
+def make_optimizer(
+  config: ConfigDict, total_updates: int, batch_size: int
+) -> optax.GradientTransformation:
   """torch's SGD (weight decay into the gradient, before momentum), with the predictor's learning
   rate held constant.
 

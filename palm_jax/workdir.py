@@ -105,7 +105,7 @@ def _section(key):
 
 def keep_compiled(workdir: pathlib.Path) -> None:
   """Keeps compiled programs in the workdir, unless JAX_COMPILATION_CACHE_DIR names a place."""
-  if not jax.config.jax_compilation_cache_dir:
+  if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update('jax_compilation_cache_dir', str(workdir / 'compilation_cache'))
 
 

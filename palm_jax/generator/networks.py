@@ -1,6 +1,7 @@
 """The networks of a generator's training, and what its settings can be."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -73,7 +74,7 @@ def make_networks(
       f'{sizes}, ... pixels a side; resize them or change base_size'
     )
   check_choices(config)
-  shared = dict(
+  shared: dict[str, Any] = dict(
     num_classes=num_classes,
     image_channels=image_channels,
     conv_clamp=config.conv_clamp or None,

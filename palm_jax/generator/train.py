@@ -86,13 +86,9 @@ def default_config():
 def run(this: Run) -> dict:
   """The job: trains a generator until generator.kimg images were seen, and resumes what is there.
 
-  Writes <workdir>/generator/: network.json (what `load_generator` builds the network from),
-  checkpoints/ with the items 'state' and 'generator' (variables of G_ema), real.png,
-  samples/<kimg>.png and metrics. kimg is rounded up to whole calls; with one class the generator
-  is unconditional.
-
-  Returns:
-    What stands in results/generator.json.
+  Writes <workdir>/generator/: network.json, which `load_generator` builds the network from,
+  checkpoints/ with the items 'state' and 'generator' (variables of G_ema), pictures and metrics.
+  kimg is rounded up to whole calls; with one class the generator is unconditional.
 
   Raises:
     UserError: settings that cannot work, or a workdir of another config.
