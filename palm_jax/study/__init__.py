@@ -108,7 +108,7 @@ def make_study(
 
 
 def _check_arm(arm, arms, configs, num_devices, runner):
-  """Raises UserError where a job refuses the arm's settings, or a record that it reads is not kept."""
+  """Raises UserError where a job refuses the arm's settings, or no record is kept that it reads."""
   try:
     for name in configs[arm].jobs:
       runner.find(name).check(configs[arm], num_devices)

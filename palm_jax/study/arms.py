@@ -74,8 +74,8 @@ def in_order(arms):
     if not ready:
       stuck = next(arm for arm in arms if arm not in ordered)
       raise UserError(
-        f'study.arms: {stuck.name!r} waits for {needed_arms(stuck)[0]!r}, which waits for it: take one '
-        f'{{}} away'
+        f'study.arms: {stuck.name!r} waits for {needed_arms(stuck)[0]!r}, which waits for it: take '
+        'one {} away'
       )
     ordered += ready
   return ordered
@@ -116,8 +116,8 @@ def named_arm(name, arm, arms):
 
 
 def make_runs(config, place, arms):
-  """[ArmRun]: all arms with the first seed, then with the next, so that one that was stopped early has
-  whole comparisons.
+  """[ArmRun]: all arms with the first seed, then with the next: a study that is stopped early then
+  has whole comparisons.
 
   Raises:
     UserError: seeds that cannot be, or settings that the base config does not have or that are of
