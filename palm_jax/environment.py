@@ -178,7 +178,8 @@ def step(
 ) -> EnvState:
   """One step of every environment.
 
-  After `episode_length` frames the episode is cut and a new one, with a new label, begins. There is no termination: an episode ends by truncation only, so values are always bootstrapped.
+  After `episode_length` frames the episode is cut and a new one, with a new label, begins. There is
+  no termination: an episode ends by truncation only, so values are always bootstrapped.
 
   Args:
     state: EnvState.
