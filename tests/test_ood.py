@@ -154,7 +154,9 @@ def test_the_job_reports_every_encoder_score_and_set(finished, run, config):
 def test_a_set_equal_to_the_test_images_cannot_be_told_apart(finished):
   for row in finished['rows']:
     if row['set'] == 'same':
-      np.testing.assert_allclose(row['auroc']['values'], 0.5, atol=1e-12)
+      # The same images in another order: where a matrix product rounds a row by its place, the
+      # last bit of a score differs, and a tie of 120 x 120 pairs may break.
+      np.testing.assert_allclose(row['auroc']['values'], 0.5, atol=3 / 120**2)
       assert min(row['fpr_at_95_tpr']['values']) >= 0.95
 
 
