@@ -378,7 +378,7 @@ def test_values_of_presets():
     (dict(lr=0.0), 1, 'lr=0.0'),
     (dict(r1_gamma=-1.0), 1, 'r1_gamma=-1.0'),
     (dict(augment='flip'), 1, "augment='flip' is unknown: choose .*bgc"),
-    (dict(dtype='float16'), 1, "dtype='float16' is unknown: choose float32, bfloat16"),
+    (dict(dtype='float16'), 1, "dtype='float16' is unknown .*choose one of float32, bfloat16"),
     (dict(architecture='skip'), 1, "architecture='skip'"),
     (dict(accumulate=3), 1, 'accumulate=3 does not divide the 16 images'),
     (dict(accumulate=0), 1, 'accumulate=0 is not positive'),
