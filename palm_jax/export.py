@@ -1,10 +1,12 @@
-"""python -m palm_jax.export --workdir=runs/cifar --format=safetensors|torchvision|onnx [--out=FILE]
-[--step=N]
+"""Writes the encoder of a pretraining run as one file for other programs.
 
-Writes the encoder of a pretraining run as one file for other programs:
-  safetensors   our own names; `load` gives back the encoder's settings and its variables, bit for bit
-  torchvision   .safetensors with the names of torchvision's ResNet-18 (encoder nature: those of a torch.nn.Sequential)
-  onnx          a graph from `images` (N, H, W, C) uint8, scaled inside, to `features` (N, F) float32
+  python -m palm_jax.export --workdir=runs/cifar --format=FORMAT [--out=FILE] [--step=N]
+
+The formats:
+  safetensors   our own names; `load` gives settings and variables back, bit for bit
+  torchvision   .safetensors with the names of torchvision's ResNet-18, or, for the encoder nature,
+                of a torch.nn.Sequential
+  onnx          a graph from images (N, H, W, C) uint8, scaled inside, to features (N, F) float32
 
 Each file's metadata say from which checkpoint it is, how images are scaled, the encoder's sha256 as
 results have it, and, under 'usage', the Python that runs it.
@@ -14,7 +16,9 @@ import functools
 import importlib.metadata
 import json
 import math
+import os
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,8 +44,7 @@ FORMATS = {
 }
 ENCODER_KEY = 'palm_jax_encoder'  # of the metadata: the encoder's settings as JSON
 
-# Our modules and leaves -> torchvision/models/resnet.py and torch.nn; names that are not here are
-# the same.
+# Our modules and leaves -> torchvision/models/resnet.py and torch.nn; other names are the same.
 MODULES = {
   'stem_conv': 'conv1',
   'stem_norm': 'bn1',
@@ -101,7 +104,8 @@ import torch
 from safetensors.torch import load_file
 
 model = torch.nn.Sequential(OrderedDict(
-  conv1=torch.nn.Conv2d({channels}, 32, 8, 4), relu1=torch.nn.ReLU(), conv2=torch.nn.Conv2d(32, 64, 4, 2), relu2=torch.nn.ReLU(),
+  conv1=torch.nn.Conv2d({channels}, 32, 8, 4), relu1=torch.nn.ReLU(), \
+conv2=torch.nn.Conv2d(32, 64, 4, 2), relu2=torch.nn.ReLU(),
   conv3=torch.nn.Conv2d(64, 64, 3), relu3=torch.nn.ReLU(), flatten=torch.nn.Flatten(),
   dense=torch.nn.Linear({flat}, {features}), relu4=torch.nn.ReLU()))
 """
@@ -118,21 +122,26 @@ features, = onnxruntime.InferenceSession(path).run(None, {'images': images})
 """
 
 
-def export(workdir, format='safetensors', out=None, step=None):
+def export(
+  workdir: str | pathlib.Path,
+  format: str = 'safetensors',
+  out: str | os.PathLike | None = None,
+  step: int | None = None,
+) -> tuple[pathlib.Path, int]:
   """Writes the pretrained encoder of a workdir; the file is whole or as it was before.
 
   Args:
     workdir: of a pretraining run.
     format: one of FORMATS.
-    out: file in a folder that is there; None is FORMATS' name in the workdir.
+    out: file in an existing folder; None is FORMATS' name in the workdir.
     step: of the checkpoint; None is the newest that is whole.
 
   Returns:
-    (pathlib.Path of the file, step).
+    Path of the file, and step of the checkpoint.
 
   Raises:
-    UserError: an unknown format, no such workdir or checkpoint, a file that cannot be written, or
-      no onnx package.
+    UserError: an unknown format, no such workdir or checkpoint, a failure to write the file, or no
+      onnx package.
   """
   if format not in FORMATS:
     raise UserError(
@@ -142,7 +151,7 @@ def export(workdir, format='safetensors', out=None, step=None):
   if out is not None:
     suffix = pathlib.Path(FORMATS[format]).suffix
     if not pathlib.Path(out).absolute().parent.is_dir():
-      raise UserError(f'--out={out}: its folder is not there; make it, or name a file in another')
+      raise UserError(f'--out={out}: its folder is missing; make it, or name a file in another')
     if pathlib.Path(out).is_dir() or pathlib.Path(out).suffix != suffix:
       raise UserError(
         f'--out={out}: the format {format} is written as one file, expected a name that ends with '
@@ -156,17 +165,23 @@ def export(workdir, format='safetensors', out=None, step=None):
       f'{workdir}/config.json has no settings of an encoder: give the --workdir of a pretraining '
       'run'
     )
-  out = pathlib.Path(out or pathlib.Path(workdir) / FORMATS[format])
+  path = pathlib.Path(out or pathlib.Path(workdir) / FORMATS[format])
   try:
-    save(out, format, config['encoder'], variables, step)
+    save(path, format, config['encoder'], variables, step)
   except OSError as e:
     raise UserError(
-      f'{out} cannot be written ({e.strerror}): free space or mend that, or choose another --out'
+      f'{path} cannot be written ({e.strerror}): free space or fix that, or choose another --out'
     ) from e
-  return out, step
+  return path, step
 
 
-def save(path, format, settings, variables, step):
+def save(
+  path: str | os.PathLike,
+  format: str,
+  settings: dict[str, Any],
+  variables: dict[str, Any],
+  step: int,
+) -> None:
   """Writes an encoder to a file that is whole or as it was before.
 
   Args:
@@ -177,52 +192,54 @@ def save(path, format, settings, variables, step):
     step: of the checkpoint, for the metadata.
 
   Raises:
-    UserError: settings and variables that do not belong together, or no onnx package. OSError: it
-      cannot be written.
+    UserError: settings and variables that do not belong together, or no onnx package.
+    OSError: the file cannot be written.
   """
   (size, _, channels), features = _sizes(settings, variables)
-  if settings['name'] == 'nature':
-    accepted, dimensions = (
-      f'H and W {size} to {size + 7}',
-      dict(flat=variables['params']['dense']['kernel'].shape[0]),
-    )
-    torch_usage = NATURE_USAGE
-  else:
-    accepted, dimensions = 'any H and W', dict(width=settings['width'])
-    torch_usage = (
-      RESNET_USAGE if settings['width'] == 64 else NARROW_RESNET_USAGE
-    ) + CIFAR_STEM_USAGE
-  torch_usage = torch_usage.format(channels=channels, features=features, **dimensions) + TORCH_USAGE
+  sides = f'H and W {size} to {size + 7}' if settings['name'] == 'nature' else 'any H and W'
   metadata = {
     ENCODER_KEY: json.dumps(settings),
     'format': format,
     'checkpoint_step': str(step),
-    'preprocessing': f'images (N, H, W, {channels}) uint8, {accepted}; uint8 / 127.5 - 1 in float32',
+    'preprocessing': f'images (N, H, W, {channels}) uint8, {sides}; uint8 / 127.5 - 1 in float32',
     'features': f'(N, {features}), batch normalisation in eval mode',
     'sha256': digest(variables, settings),
     'palm_jax_version': _version(),
-    'usage': {'safetensors': FLAX_USAGE, 'torchvision': torch_usage, 'onnx': ONNX_USAGE}[format],
+    'usage': _usage(format, settings, variables, channels, features),
   }
   if format == 'onnx':
-    content = onnx_file.build(
-      settings['name'], torch_state(variables), channels, features, metadata
-    )
+    state = torch_state(variables)
+    content = onnx_file.build(settings['name'], state, channels, features, metadata)
   else:
     tensors = torch_state(variables) if format == 'torchvision' else _flat(variables)
-    content = safetensors.numpy.save(
-      {name: np.array(x, order='C') for name, x in tensors.items()}, metadata
-    )
+    arrays = {name: np.array(x, order='C') for name, x in tensors.items()}
+    content = safetensors.numpy.save(arrays, metadata)
   with replacing(path) as file:
     file.write(content)
 
 
-def load(path):
-  """The encoder in a file of the format safetensors, for
-  `encoder.make_encoder(ConfigDict(settings))`.
+def _usage(format, settings, variables, channels, features):
+  """The Python that runs an encoder of this format."""
+  if format == 'safetensors':
+    return FLAX_USAGE
+  if format == 'onnx':
+    return ONNX_USAGE
+  if settings['name'] == 'nature':
+    flat = variables['params']['dense']['kernel'].shape[0]
+    model = NATURE_USAGE.format(channels=channels, features=features, flat=flat)
+  else:
+    width = settings['width']
+    model = RESNET_USAGE if width == 64 else NARROW_RESNET_USAGE
+    model = (model + CIFAR_STEM_USAGE).format(channels=channels, width=width)
+  return model + TORCH_USAGE
+
+
+def load(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+  """The encoder in a file of the format safetensors.
 
   Returns:
-    (settings dict, {'params', 'batch_stats'} of numpy arrays, bit-equal to those exported, metadata
-    {str: str}).
+    Settings, of which `encoder.make_encoder(ConfigDict(settings))` makes the network; variables
+    {'params', 'batch_stats'} of numpy arrays, bit-equal to those exported; metadata.
 
   Raises:
     UserError: no such file, one of another kind, or damage.
@@ -231,14 +248,11 @@ def load(path):
   if metadata.get('format') != 'safetensors' or ENCODER_KEY not in metadata:
     raise UserError(
       f'{path} is no encoder under the names of palm_jax: give a file that palm_jax.export wrote '
-      'with '
-      '--format=safetensors'
+      'with --format=safetensors'
     )
   try:
-    settings, variables = (
-      json.loads(metadata[ENCODER_KEY]),
-      traverse_util.unflatten_dict(arrays, sep='/'),
-    )
+    settings = json.loads(metadata[ENCODER_KEY])
+    variables = traverse_util.unflatten_dict(arrays, sep='/')
     if digest(variables, settings) != metadata.get('sha256'):
       raise ValueError('it holds other numbers or settings than were saved')
   except (LookupError, TypeError, ValueError) as e:
@@ -246,14 +260,15 @@ def load(path):
   return settings, variables, metadata
 
 
-def torch_state(variables):
+def torch_state(variables: dict[str, Any]) -> dict[str, np.ndarray]:
   """The variables under torch's names and in its layouts: {name: array}, convolutions OIHW.
 
-  Running variances stay divided by n; torch's eval mode takes them as they are. The rows of the
-  dense layer of nature are put into the order of a flattened (C, H, W).
+  Running variances stay divided by n, as torch's eval mode takes them. The rows of the dense layer
+  of nature are put into the order of a flattened (C, H, W).
   """
   state = {}
-  for (_, *modules, leaf), x in traverse_util.flatten_dict(variables).items():
+  for path, x in _flat(variables).items():
+    _, *modules, leaf = path.split('/')
     module = '.'.join(MODULES.get(name, name) for name in modules)
     if x.ndim == 4:
       x = x.transpose(3, 2, 0, 1)
@@ -263,21 +278,21 @@ def torch_state(variables):
       x = x.reshape(side, side, channels, -1).transpose(3, 2, 0, 1).reshape(x.shape[::-1])
     state[f'{module}.{LEAVES.get(leaf, leaf)}'] = x
     if leaf == 'mean':
-      state[f'{module}.num_batches_tracked'] = np.zeros(
-        (), np.int64
-      )  # torch averages with a fixed momentum instead
+      # Unused: torch's running averages have a fixed momentum.
+      state[f'{module}.num_batches_tracked'] = np.zeros((), np.int64)
   return state
 
 
 def _sizes(settings, variables):
-  """(H, W, C) of the smallest images that the encoder is sure to take, and its number of features.
+  """(H, W, C) of the smallest images that the encoder surely takes, and its number of features.
 
   Raises:
     UserError: settings and variables that do not belong together.
   """
   shapes = lambda tree: {name: np.shape(x) for name, x in _flat(tree).items()}
   try:
-    encoder, params = make_encoder(ConfigDict(settings)), variables['params']
+    encoder = make_encoder(ConfigDict(settings))
+    params = variables['params']
     if settings['name'] == 'nature':
       side = math.isqrt(params['dense']['kernel'].shape[0] // params['conv3']['kernel'].shape[-1])
       # Strides 4, 2 and 1 without padding; generators draw squares.
@@ -285,28 +300,25 @@ def _sizes(settings, variables):
     else:
       shape = (8, 8, params['stem_conv']['kernel'].shape[2])
     images = jax.ShapeDtypeStruct((1, *shape), np.uint8)
-    h, template = jax.eval_shape(
-      functools.partial(encoder.init_with_output, train=False), jax.random.key(0), images
-    )
+    init = functools.partial(encoder.init_with_output, train=False)
+    h, template = jax.eval_shape(init, jax.random.key(0), images)
     expected, found = shapes(template), shapes(variables)
   except (AttributeError, LookupError, TypeError, ValueError) as e:
     raise UserError(
       f'the settings of the encoder, {settings}, do not belong to its variables '
-      f'({type(e).__name__}): '
-      'give the config and the checkpoint of one run'
+      f'({type(e).__name__}): give the config and the checkpoint of one run'
     ) from e
   for name in sorted(expected.keys() | found.keys()):
     if found.get(name) != expected.get(name):
       raise UserError(
         f'{name} is {found.get(name, "absent")}, expected {expected.get(name, "absent")} for an '
-        'encoder of '
-        f'{settings}: give the config and the checkpoint of one run'
+        f'encoder of {settings}: give the config and the checkpoint of one run'
       )
   return shape, h.shape[-1]
 
 
-def _flat(variables):
-  return {'/'.join(name): x for name, x in traverse_util.flatten_dict(variables).items()}
+def _flat(variables) -> dict[str, Any]:
+  return traverse_util.flatten_dict(variables, sep='/')
 
 
 def _version():
@@ -328,15 +340,14 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
+  """The command, after `parse_flags`. Raises UserError."""
   command.no_arguments(argv)
   if not flags.FLAGS.workdir:
     raise UserError('--workdir is missing: give that of a pretraining run, such as runs/cifar')
   command.start()
   out, step = export(flags.FLAGS.workdir, flags.FLAGS.format, flags.FLAGS.out, flags.FLAGS.step)
-  print(
-    f'{out}: the encoder of {flags.FLAGS.workdir} at checkpoint step {step}, format '
-    f'{flags.FLAGS.format}'
-  )
+  about = f'the encoder of {flags.FLAGS.workdir} at checkpoint step {step}'
+  print(f'{out}: {about}, format {flags.FLAGS.format}')
 
 
 if __name__ == '__main__':

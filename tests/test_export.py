@@ -399,7 +399,7 @@ def test_without_onnx_there_is_the_command_that_installs_it(workdir, monkeypatch
   'arguments, message',
   [
     (dict(format='torch'), '--format=torch is unknown.*did you mean torchvision'),
-    (dict(out='absent/e.safetensors'), 'absent/e.safetensors: its folder is not there'),
+    (dict(out='absent/e.safetensors'), 'absent/e.safetensors: its folder is missing'),
     (dict(out='.'), 'ends with .safetensors'),
     (dict(format='torchvision', out='e.pth'), r'--out=e.pth.*ends with \.safetensors'),
     (dict(out='e.onnx'), r'ends with \.safetensors'),

@@ -7,6 +7,8 @@ model.
 import functools
 import json
 import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,20 +21,23 @@ RESAMPLES_AT_ONCE = 250
 
 
 @functools.cache
-def published():
+def published() -> dict[str, Any]:
   """Random, human and published scores, as in published.json."""
   return json.loads((pathlib.Path(__file__).parent / 'published.json').read_text())
 
 
-def human_normalised(scores, game):
-  """Raw scores -> float64 scores of which 0 is a random player's and 1 a human's; UserError for an
-  unknown game."""
+def human_normalised(scores: Sequence[float] | np.ndarray, game: str) -> np.ndarray:
+  """Raw scores -> float64 scores of which 0 is a random player's and 1 a human's.
+
+  Raises:
+    UserError: an unknown game.
+  """
   rom_id(game)
   known = published()['games'][game]
   return (np.asarray(scores, np.float64) - known['random']) / (known['human'] - known['random'])
 
 
-def aggregate(runs):
+def aggregate(runs: Mapping[str, Sequence[float]]) -> dict[str, Any]:
   """Aggregates of human-normalised scores.
 
   Args:
@@ -55,30 +60,33 @@ def aggregate(runs):
   )
 
 
-def bootstrap(runs, resamples=2000, seed=0):
-  """95% intervals of `aggregate`'s first four, {name: (low, high)}: runs are drawn anew within each
-  game.
+def bootstrap(
+  runs: Mapping[str, Sequence[float]], resamples: int = 2000, seed: int = 0
+) -> dict[str, tuple[float, float]] | None:
+  """95% intervals of the STATISTICS of `aggregate`; runs are drawn anew within each game.
 
-  None where a game has fewer than FEWEST_RUNS runs. Args as in `aggregate`.
+  Args:
+    runs: as for `aggregate`.
+    resamples: draws of all runs.
+    seed: of the draws.
+
+  Returns:
+    {name: (low, high)}; None where a game has fewer than FEWEST_RUNS runs.
   """
   scores, generator = _normalised(runs), np.random.default_rng(seed)
   if min(map(len, scores)) < FEWEST_RUNS:
     return None
-  drawn = [
-    _statistics(
-      [
-        score[
-          generator.integers(0, len(score), (min(RESAMPLES_AT_ONCE, resamples - start), len(score)))
-        ]
-        for score in scores
-      ]
-    )
-    for start in range(0, resamples, RESAMPLES_AT_ONCE)
-  ]
-  return {
-    name: tuple(np.percentile(np.concatenate([part[name] for part in drawn]), [2.5, 97.5]).tolist())
-    for name in STATISTICS
-  }
+  parts = []
+  for start in range(0, resamples, RESAMPLES_AT_ONCE):
+    count = min(RESAMPLES_AT_ONCE, resamples - start)
+    places = (generator.integers(0, len(score), (count, len(score))) for score in scores)
+    parts.append(_statistics([score[at] for score, at in zip(scores, places, strict=True)]))
+  intervals = {}
+  for name in STATISTICS:
+    values = np.concatenate([part[name] for part in parts])
+    low, high = np.percentile(values, [2.5, 97.5]).tolist()
+    intervals[name] = low, high
+  return intervals
 
 
 def _normalised(runs):

@@ -1,5 +1,8 @@
-"""The job of collecting: double DQN plays a game from nothing, and an even sample of the stacks of
-frames that it sees is kept for a generator."""
+"""The job of collecting: double DQN plays a game, and stacks that it sees are kept.
+
+The agent begins untrained. The stacks of frames are an even sample of all that it sees, from which
+a generator learns.
+"""
 
 import functools
 import math
@@ -19,13 +22,13 @@ from palm_jax.job import Job, Run, never
 
 
 def default_config() -> ConfigDict:
+  """Settings of the job."""
   return ConfigDict(
     dict(
       # of the emulator: PALM section 5.3; it may mean agent steps, which are four frames each
       frames=50_000_000,
       num_envs=8,  # games side by side; ours
-      # of the kept stacks when unpacked, as a generator's training holds four fifths of them:
-      # 283,000
+      # of the kept stacks when unpacked: 283,000; a generator's training holds four fifths of them
       max_bytes=8_000_000_000,
       log_steps=20_000,  # agent steps a point of the curve
       checkpoint_minutes=10.0,
@@ -57,7 +60,8 @@ def run(this: Run, make_environment: Callable[..., Environment] = Environment) -
     UserError, NonFiniteError, Stopped: see `play`.
   """
   config, workdir, mesh = this.config, this.workdir, this.mesh
-  c, folder, game = config.collect, workdir / 'collect', config.atari.game
+  c, game = config.collect, config.atari.game
+  folder = workdir / 'collect'
   agent_steps = math.ceil(c.frames / FRAMES_A_STEP / c.num_envs) * c.num_envs
   with make_environment(game, 1, 0) as environment:
     shape = environment.reset().shape[1:]

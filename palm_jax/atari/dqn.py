@@ -1,5 +1,6 @@
 """Double DQN on stacks of frames as pure functions; its keys also describe DrQ (see drq.py)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from palm_jax.atari.replay import Batch
 from palm_jax.base import checks
 from palm_jax.base.errors import UserError
 from palm_jax.encoder import NatureCNN
@@ -17,7 +19,8 @@ TRUNK = ('conv1', 'conv2', 'conv3')
 OPTIMIZERS = ('adam', 'rmsprop')
 
 
-def default_config():
+def default_config() -> ConfigDict:
+  """Settings of the agent."""
   return ConfigDict(
     dict(
       features=512,  # Mnih et al. 2015
@@ -41,9 +44,11 @@ def default_config():
   )
 
 
-def dqn_zoo_config():
-  """dqn_zoo's double_q/run_atari.py, "tuned", in agent steps of four frames. Its shared bias of the
-  last layer is left out."""
+def dqn_zoo_config() -> ConfigDict:
+  """dqn_zoo's double_q/run_atari.py, "tuned", in agent steps of four frames.
+
+  Its shared bias of the last layer is left out.
+  """
   config = default_config()
   config.update(
     dict(
@@ -97,17 +102,16 @@ class QNetwork(nn.Module):
   dueling: bool = False
 
   @nn.compact
-  def __call__(self, stacks):
+  def __call__(self, stacks: jax.Array) -> jax.Array:
     """stacks (B, H, W, 4), uint8 or floats in [-1, 1] -> (B, A)."""
     h = NatureCNN(self.features, name='encoder')(stacks, train=False)
     q = nn.Dense(self.num_actions, name='advantage')(h)
-    return (
-      q if not self.dueling else nn.Dense(1, name='value')(h) + q - q.mean(axis=-1, keepdims=True)
-    )
+    if self.dueling:
+      return nn.Dense(1, name='value')(h) + q - q.mean(axis=-1, keepdims=True)
+    return q
 
 
-@flax.struct.dataclass
-class Agent:
+class Agent(flax.struct.PyTreeNode):
   """State of the agent.
 
   Attributes:
@@ -124,36 +128,41 @@ class Agent:
   updates: jax.Array
 
 
-def _network(params, config):
+def _network(params, config) -> Any:
   return QNetwork(params['advantage']['bias'].shape[0], config.features, config.dueling)
 
 
 def _optimizer(config):
-  """Adam or RMSProp, then a learning rate for trunk, dense layer and heads. `update` needs no
-  parameters."""
+  """Adam or RMSProp, then a learning rate for each of trunk, dense layer and heads.
+
+  Its `update` needs no parameters.
+  """
 
   def by_group(updates, _):
     descend = lambda lr, tree: jax.tree.map(lambda u: -lr * u, tree)
-    encoder = {
-      name: descend(
-        config.lr * (config.trunk_scale if name in TRUNK else config.hidden_scale), tree
-      )
-      for name, tree in updates['encoder'].items()
-    }
+    encoder = {}
+    for name, tree in updates['encoder'].items():
+      scale = config.trunk_scale if name in TRUNK else config.hidden_scale
+      encoder[name] = descend(config.lr * scale, tree)
     return {
       name: encoder if name == 'encoder' else descend(config.lr, tree)
       for name, tree in updates.items()
     }
 
-  scale = (
-    optax.scale_by_adam(eps=config.adam_eps)
-    if config.optimizer == 'adam'
-    else optax.scale_by_stddev(decay=0.95, eps=config.rmsprop_eps)
-  )
-  return optax.chain(scale, optax.stateless(by_group))
+  if config.optimizer == 'adam':
+    normalise = optax.scale_by_adam(eps=config.adam_eps)
+  else:
+    normalise = optax.scale_by_stddev(decay=0.95, eps=config.rmsprop_eps)
+  return optax.chain(normalise, optax.stateless(by_group))
 
 
-def init(key, stack_shape, num_actions, config, trunk=None):
+def init(
+  key: jax.Array,
+  stack_shape: tuple[int, ...],
+  num_actions: int,
+  config: ConfigDict,
+  trunk: Any = None,
+) -> Agent:
   """A new agent.
 
   Args:
@@ -163,19 +172,12 @@ def init(key, stack_shape, num_actions, config, trunk=None):
     config: attributes of `default_config()`.
     trunk: parameters {'conv1', 'conv2', 'conv3'} of a NatureCNN to begin with, leaf for leaf; all
       else is fresh.
-
-  Returns:
-    Agent.
   """
   network = QNetwork(num_actions, config.features, config.dueling)
   params = network.init(key, jnp.zeros((1, *stack_shape)))['params']
   if trunk:
-    params = dict(
-      params,
-      encoder=dict(
-        params['encoder'], **{name: jax.tree.map(jnp.asarray, trunk[name]) for name in TRUNK}
-      ),
-    )
+    convolutions = {name: jax.tree.map(jnp.asarray, trunk[name]) for name in TRUNK}
+    params = dict(params, encoder=dict(params['encoder'], **convolutions))
   own_target = config.target_period == config.learn_period
   return Agent(
     params=params,
@@ -185,51 +187,66 @@ def init(key, stack_shape, num_actions, config, trunk=None):
   )
 
 
-def q_values(params, stacks, config):
+def q_values(params: Any, stacks: jax.Array, config: ConfigDict) -> jax.Array:
   """(B, A) for stacks (B, H, W, 4)."""
   return _network(params, config).apply({'params': params}, stacks)
 
 
-def act(params, stacks, epsilon, key, config):
-  """Actions (E,) int32 for stacks (E, H, W, 4): random with probability epsilon, else the best. Row
-  e draws by (key, e)."""
+def act(
+  params: Any,
+  stacks: jax.Array,
+  epsilon: float | jax.Array,
+  key: jax.Array,
+  config: ConfigDict,
+) -> jax.Array:
+  """Actions (E,) int32 for stacks (E, H, W, 4): random with probability epsilon, else the best.
+
+  Row e draws by (key, e).
+  """
   q = q_values(params, stacks, config)
 
   def one(e, best):
     explore_key, action_key = jax.random.split(jax.random.fold_in(key, e))
-    return jnp.where(
-      jax.random.uniform(explore_key) < epsilon,
-      jax.random.randint(action_key, (), 0, q.shape[1]),
-      best,
-    )
+    explore = jax.random.uniform(explore_key) < epsilon
+    return jnp.where(explore, jax.random.randint(action_key, (), 0, q.shape[1]), best)
 
   return jax.vmap(one)(jnp.arange(len(q)), jnp.argmax(q, axis=1))
 
 
-def targets(next_q_online, next_q_target, returns, discounts):
-  """Double Q-learning's targets (B,): the online network chooses, the other values (van Hasselt et
-  al. 2016, equation 4).
+def targets(
+  next_q_online: jax.Array, next_q_target: jax.Array, returns: jax.Array, discounts: jax.Array
+) -> jax.Array:
+  """Double Q-learning's targets (B,); van Hasselt et al. 2016, equation 4.
 
-  next_q_online and next_q_target are (B, A), returns and discounts (B,) as in
-  palm_jax.atari.replay.Batch.
+  Args:
+    next_q_online: (B, A), by which the action is chosen.
+    next_q_target: (B, A), by which it is valued.
+    returns: (B,) as in palm_jax.atari.replay.Batch.
+    discounts: (B,) likewise.
   """
   chosen = jnp.argmax(next_q_online, axis=1)
   return returns + discounts * jnp.take_along_axis(next_q_target, chosen[:, None], axis=1)[:, 0]
 
 
-def update(agent, batches, key, config, augment=None):
+def update(
+  agent: Agent,
+  batches: Batch,
+  key: jax.Array,
+  config: ConfigDict,
+  augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+) -> tuple[Agent, dict[str, jax.Array]]:
   """Updates in the order of `batches`, in one scan.
 
   Args:
-    agent: Agent.
-    batches: Batch of arrays (U, B, ...).
+    agent: as of `init`, or of the update before.
+    batches: arrays (U, B, ...).
     key: one typed key; update u of an agent's life draws by (key, u).
     config: attributes of `default_config()`.
     augment: (keys (B,), stacks (B, H, W, 4) uint8) -> floats in [-1, 1]; s and s' are drawn
       independently.
 
   Returns:
-    Agent, and a dict of scalars, means over the U updates: loss, q, target_q, grad_norm.
+    The agent, and scalars, means over the U updates: loss, q, target_q, grad_norm.
   """
   optimizer, network = _optimizer(config), _network(agent.params, config)
   copy_every = config.target_period // config.learn_period
@@ -243,27 +260,27 @@ def update(agent, batches, key, config, augment=None):
       stacks, next_stacks = augment(keys[:size], stacks), augment(keys[size:], next_stacks)
 
     next_q = network.apply({'params': agent.params}, next_stacks)
-    next_q_target = (
-      next_q if agent.target is None else network.apply({'params': agent.target}, next_stacks)
-    )
+    if agent.target is None:
+      next_q_target = next_q
+    else:
+      next_q_target = network.apply({'params': agent.target}, next_stacks)
     target_q = targets(next_q, next_q_target, batch.returns, batch.discounts)
 
     def loss_fn(params):
       if not config.trunk_scale:  # spares the gradients of a frozen trunk
-        params = dict(
-          params,
-          encoder={
-            name: jax.lax.stop_gradient(tree) if name in TRUNK else tree
-            for name, tree in params['encoder'].items()
-          },
-        )
+        encoder = {
+          name: jax.lax.stop_gradient(tree) if name in TRUNK else tree
+          for name, tree in params['encoder'].items()
+        }
+        params = dict(params, encoder=encoder)
       q = network.apply({'params': params}, stacks)
       q = jnp.take_along_axis(q, batch.actions[:, None], axis=1)[:, 0]
       return jnp.mean(optax.huber_loss(q, target_q, delta=1.0)), q
 
     (loss, q), grads = jax.value_and_grad(loss_fn, has_aux=True)(agent.params)
     steps, opt_state = optimizer.update(grads, agent.opt_state)
-    params, updates = optax.apply_updates(agent.params, steps), agent.updates + 1
+    params = optax.apply_updates(agent.params, steps)
+    updates = agent.updates + 1
     target = agent.target
     if target is not None:
       target = jax.tree.map(
@@ -278,8 +295,10 @@ def update(agent, batches, key, config, augment=None):
   return agent, jax.tree.map(jnp.mean, metrics)
 
 
-def epsilon_at(step, config):
-  """Share of random actions at an agent step: 1 until min_history, then linearly to config.epsilon
-  (dopamine)."""
+def epsilon_at(step: int, config: ConfigDict) -> float:
+  """Share of random actions at an agent step.
+
+  1 until config.min_history, then linearly down to config.epsilon (dopamine).
+  """
   done = (step - config.min_history) / config.epsilon_decay
   return 1 - (1 - config.epsilon) * min(max(done, 0.0), 1.0)

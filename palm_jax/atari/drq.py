@@ -1,15 +1,20 @@
-"""DrQ for Atari-100k: a dueling double DQN of n-step returns whose pictures are shifted and dimmed
-at random.
+"""DrQ for Atari-100k: a dueling double DQN on pictures that are shifted and dimmed at random.
 
-Source: google/dopamine, labs/atari_100k/configs/DrQ.gin; update and network are those of
-palm_jax.atari.dqn. Here the convolutions have no padding (there SAME), so that a pretrained Nature
-CNN fits; pictures are in [-1, 1], as that has seen them (there [0, 1]); shifts reach +4 (there only
-+3); a stack is kept over a lost life (there it begins anew); and a window that a game's cut-off
-shortens bootstraps from its last picture.
+Source: google/dopamine, labs/atari_100k/configs/DrQ.gin. Update and network are those of
+palm_jax.atari.dqn. Differences:
+- The convolutions have no padding (there SAME), so that a pretrained Nature CNN fits.
+- Pictures are in [-1, 1], as that CNN has seen them (there [0, 1]).
+- Shifts reach +4 (there only +3).
+- A stack is kept over a lost life (there it begins anew).
+- A window that a game's cut-off shortens bootstraps from its last picture.
 """
+
+import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from palm_jax.atari import dqn
 from palm_jax.base.errors import UserError
@@ -19,7 +24,8 @@ PAD = 4  # Kostrikov et al. 2020 (DrQ), and spr src/models.py
 INTENSITY = 0.05  # spr src/models.py, dopamine; DrQ's appendix may mean 0.1
 
 
-def default_config():
+def default_config() -> ConfigDict:
+  """Settings of the agent."""
   config = dqn.default_config()
   config.update(
     dict(
@@ -39,25 +45,27 @@ def default_config():
   return config
 
 
-def epsilon_config():
-  """DrQ(eps) of Agarwal et al. 2021 (arXiv 2108.13264): the same with other shares of random
-  actions."""
+def epsilon_config() -> ConfigDict:
+  """DrQ(eps) of Agarwal et al. 2021 (arXiv 2108.13264), with fewer random actions."""
   config = default_config()
   config.update(dict(epsilon=0.01, eval_epsilon=0.001))
   return config
 
 
-def sgi_config():
-  """The learning rates of SGI (Schwarzer et al. 2021, scripts/experiments/sgim_finetune.sh) for a
-  pretrained trunk."""
+def sgi_config() -> ConfigDict:
+  """With the learning rates of SGI for a pretrained trunk.
+
+  Source: Schwarzer et al. 2021, scripts/experiments/sgim_finetune.sh.
+  """
   config = default_config()
   config.update(dict(lr=1e-4, hidden_scale=0.3, trunk_scale=0.01))
   return config
 
 
-def augment(keys, stacks):
-  """Shift by up to 4 pixels each way, edges repeated, the same for all frames of a stack; then one
-  factor on the brightness.
+def augment(keys: jax.Array, stacks: jax.Array) -> jax.Array:
+  """Shifts by up to 4 pixels each way, edges repeated, then one factor on the brightness.
+
+  Both are the same for all frames of a stack.
 
   Args:
     keys: (B,) typed keys, one a stack.
@@ -79,7 +87,7 @@ def augment(keys, stacks):
   return jax.vmap(one)(keys, stacks)
 
 
-def load_trunk(workdir):
+def load_trunk(workdir: str | pathlib.Path) -> tuple[dict[str, Any], int]:
   """The convolutions of a workdir's pretrained encoder.
 
   Returns:
@@ -99,7 +107,6 @@ def load_trunk(workdir):
   if channels != 4:
     raise UserError(
       f'the encoder of {workdir} takes pictures of {channels} channel(s), expected 4, the frames '
-      'of a stack: '
-      'pretrain in a generator of stacks'
+      'of a stack: pretrain in a generator of stacks'
     )
   return {name: variables['params'][name] for name in dqn.TRUNK}, step

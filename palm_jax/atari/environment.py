@@ -8,7 +8,7 @@ optional extra: its licence is the GPL-2.0, so it is imported only when a game i
 
 import difflib
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -51,22 +51,36 @@ SETTINGS = (
 
 
 class Step(NamedTuple):
-  """What a step of N games gave. A transition goes from the stacks before to these, unless
-  `first`."""
+  """What a step of N games gave.
 
-  stacks: np.ndarray  # (N, 84, 84, 4) uint8, oldest frame first; zeros before a game's first frame
-  reward: np.ndarray  # (N,) float32, as the game counts: neither clipped nor scaled
-  life_lost: np.ndarray  # (N,) bool, the last life too; the game goes on unless `game_over`
-  game_over: np.ndarray  # (N,) bool, the game ended by its own rules
-  truncated: np.ndarray  # (N,) bool, cut off at max_steps and not over
-  # (N,) bool, row is a new game's first stack: its action was ignored, no reward; store no
-  # transition
+  A transition leads from the stacks before to these, unless `first`.
+
+  Attributes:
+    stacks: (N, 84, 84, 4) uint8, oldest frame first; zeros before a game's first frame.
+    reward: (N,) float32, as the game counts: neither clipped nor scaled.
+    life_lost: (N,) bool, the last life too; the game continues unless `game_over`.
+    game_over: (N,) bool, the game ended by its own rules.
+    truncated: (N,) bool, cut off at max_steps and not over.
+    first: (N,) bool, the stack is a new game's first. Its action was ignored and has no reward, so
+      there is no transition to store.
+    score: (N,) float64, sum of the game's rewards so far.
+  """
+
+  stacks: np.ndarray
+  reward: np.ndarray
+  life_lost: np.ndarray
+  game_over: np.ndarray
+  truncated: np.ndarray
   first: np.ndarray
-  score: np.ndarray  # (N,) float64, sum of the game's rewards so far
+  score: np.ndarray
 
 
-def rom_id(game):
-  """'MsPacman' -> 'ms_pacman', ale-py's name of it; UserError unless it is one of GAMES."""
+def rom_id(game: str) -> str:
+  """ale-py's name of a game, such as 'ms_pacman' of 'MsPacman'.
+
+  Raises:
+    UserError: it is not one of GAMES.
+  """
   if game not in GAMES:
     plain = {re.sub(r'[^a-z]', '', known.lower()): known for known in GAMES}
     near = difflib.get_close_matches(re.sub(r'[^a-z]', '', str(game).lower()), plain, 1)
@@ -109,10 +123,18 @@ class Environment:
       does nothing.
 
   Raises:
-    UserError: an unknown game, settings that cannot be, or no ale-py.
+    UserError: an unknown game, invalid settings, or no ale-py.
   """
 
-  def __init__(self, game, num_envs, seed, max_steps=27_000, noop_max=30, sticky=0.0):
+  def __init__(
+    self,
+    game: str,
+    num_envs: int,
+    seed: int,
+    max_steps: int = 27_000,
+    noop_max: int = 30,
+    sticky: float = 0.0,
+  ) -> None:
     rom = rom_id(game)
     for name, value, least in (
       ('num_envs', num_envs, 1),
@@ -131,8 +153,7 @@ class Environment:
     except ImportError as e:
       raise UserError(
         f"Atari games need ale-py 0.12 and gymnasium ({e}): pip install 'ale-py>=0.12' "
-        "'gymnasium>=1.0', "
-        'or this package with its extra, palm_jax[atari]'
+        "'gymnasium>=1.0', or this package with its extra, palm_jax[atari]"
       ) from e
     self._emulator = AtariVectorEnv(
       rom,
@@ -146,15 +167,16 @@ class Environment:
       use_fire_reset=False,
       reward_clipping=False,
     )
-    self.num_actions = int(self._emulator.single_action_space.n)
-    self._max_steps, self._num_envs = max_steps, int(num_envs)
+    actions: Any = self._emulator.single_action_space
+    self.num_actions = int(actions.n)
+    self._max_steps = max_steps
+    self._num_envs = int(num_envs)
     # ale-py's own seeds, seed + i, would give runs with neighbouring seeds the same games.
-    self._seeds = (
-      np.random.SeedSequence(seed).generate_state(self._num_envs).astype(np.int64) % 2**31
-    )
+    seeds = np.random.SeedSequence(seed).generate_state(self._num_envs)
+    self._seeds = seeds.astype(np.int64) % 2**31
 
-  def reset(self):
-    """Starts all games, each time in the same way. Returns stacks (N, 84, 84, 4) uint8."""
+  def reset(self) -> np.ndarray:
+    """Starts all games, each time in the same way; stacks (N, 84, 84, 4) uint8."""
     observations, info = self._emulator.reset(seed=self._seeds)
     self._lives = info['lives'].copy()
     self._steps = np.zeros(self._num_envs, np.int64)
@@ -162,8 +184,8 @@ class Environment:
     self._ended = np.zeros(self._num_envs, bool)
     return _stacks(observations)
 
-  def step(self, actions):
-    """Plays actions (N,), whole numbers. Returns a Step.
+  def step(self, actions: np.ndarray) -> Step:
+    """Plays actions (N,), whole numbers.
 
     Raises:
       UserError: actions of another shape or type, or that the game does not have.
@@ -183,7 +205,7 @@ class Environment:
     first, lives = self._ended, info['lives'].copy()
     # ale-py says nothing when lives fall to 0 and play goes on, as in BankHeist; dopamine counts
     # that as a lost life, too.
-    life_lost = terminated | (lives < self._lives) & ~first
+    life_lost = terminated | ((lives < self._lives) & ~first)
     game_over = terminated & ((lives == 0) | (lives >= self._lives))
     self._steps = np.where(first, 0, self._steps + 1)
     # Counted here: ale-py ends the game but does not call it truncated when a life is lost in the
@@ -201,15 +223,15 @@ class Environment:
       self._score.copy(),
     )
 
-  def close(self):
+  def close(self) -> None:
     """Ends the emulators' threads; there are no steps after it."""
     self._emulator.close()
     del self._emulator
 
-  def __enter__(self):
+  def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     self.close()
 
 

@@ -1,11 +1,14 @@
-"""The job of fine-tuning: Atari-100k with DrQ, from a pretrained trunk or from scratch, and the
-score of what was learned."""
+"""The job of fine-tuning: Atari-100k with DrQ, from a pretrained trunk or from scratch.
+
+Its result is the score of what was learned.
+"""
 
 import dataclasses
 import functools
 import pathlib
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,10 +27,11 @@ from palm_jax.job import Job, Run, never
 
 
 def default_config() -> ConfigDict:
+  """Settings of the job."""
   return ConfigDict(
     dict(
-      # convolutions to begin with: 'own': of this workdir's pretraining; 'scratch': fresh; or
-      # another workdir
+      # convolutions to begin with: 'own', of this workdir's pretraining; 'scratch', fresh; or those
+      # of another workdir
       trunk='own',
       agent_steps=100_000,  # Atari-100k (SimPLe): 400,000 frames
       num_envs=1,  # the same: one game at a time
@@ -79,25 +83,24 @@ def run(this: Run, make_environment: Callable[..., Environment] = Environment) -
     UserError: no trunk; see also `play`, as for NonFiniteError and Stopped.
   """
   config, workdir, mesh = this.config, this.workdir, this.mesh
-  c, folder, game = settle(config.finetune), workdir / 'finetune', config.atari.game
+  c, game = settle(config.finetune), config.atari.game
   make_environment = functools.partial(make_environment, game)
-  trunk, about = None, None
+  trunk = about = None
   if c.trunk != 'scratch':
     path = workdir if c.trunk == 'own' else pathlib.Path(c.trunk).expanduser()
     trunk, step = drq.load_trunk(path)
     about = dict(workdir=str(path), checkpoint_step=step, sha256=digest(trunk, {}))
     logging.info('finetune: trunk of %s, step %d', path, step)
-  augment = drq.augment if c.agent.augment else None
   played = play(
     'finetune',
     c,
     c.agent_steps,
     make_environment,
     config.seed,
-    folder,
+    workdir / 'finetune',
     mesh,
     trunk,
-    augment,
+    drq.augment if c.agent.augment else None,
     origin=about,
   )
   began = time.monotonic()
@@ -188,33 +191,49 @@ SCRATCH = Job(
 )
 
 
-def settle(c):
-  """The section with the learning rates that count: from scratch all layers have one, as no layer
-  knows anything yet."""
+def settle(c: ConfigDict) -> ConfigDict:
+  """The section with the learning rates that count.
+
+  From scratch all layers have the same, as no layer has learned anything yet.
+  """
   c = c.copy_and_resolve_references()
   if c.trunk == 'scratch':
     c.agent.update(dict(trunk_scale=1.0, hidden_scale=1.0))
   return c
 
 
-def evaluate(params, c, make_environment, seed, preemption):
-  """Raw scores, a list of c.eval_episodes floats, of the first game in as many environments; None
-  if stopped before.
+def evaluate(
+  params: Any,
+  c: ConfigDict,
+  make_environment: Callable[[int, int], Environment],
+  seed: int,
+  preemption: Preemption,
+) -> list[float] | None:
+  """Raw scores of the first game in each of c.eval_episodes environments.
 
   A game counts in whole whatever its length: with fewer environments and several games each, short
   ones would come first.
+
+  Args:
+    params: of the agent.
+    c: the config's section.
+    make_environment: (num_envs, seed) -> environment.
+    seed: of everything drawn.
+    preemption: asked at each step whether to stop.
+
+  Returns:
+    c.eval_episodes scores; None if stopped before.
   """
   n, key = c.eval_episodes, jax.random.key(seed)
-  act = jax.jit(
-    lambda params, stacks, step: dqn.act(
-      params,
-      stacks,
-      c.agent.eval_epsilon,
-      jax.random.fold_in(jax.random.fold_in(key, 3), step),
-      c.agent,
-    )
-  )
-  scores, ended, count = np.zeros(n), np.zeros(n, bool), 0
+
+  @jax.jit
+  def act(params, stacks, step):
+    key_step = jax.random.fold_in(jax.random.fold_in(key, 3), step)
+    return dqn.act(params, stacks, c.agent.eval_epsilon, key_step, c.agent)
+
+  scores = np.zeros(n)
+  ended = np.zeros(n, bool)
+  count = 0
   progress = Progress('finetune: evaluation', n, 'games')
   with make_environment(n, draw_seed(seed, 'evaluation')) as environment:
     stacks = environment.reset()
@@ -224,9 +243,9 @@ def evaluate(params, c, make_environment, seed, preemption):
       step = environment.step(np.asarray(act(params, stacks, np.int32(count))))
       over = (step.game_over | step.truncated) & ~ended
       scores[over] = step.score[over]
-      ended, stacks, count = ended | over, step.stacks, count + 1
-      progress.update(
-        int(ended.sum()),
-        dict(agent_steps=count * n, score=float(scores[ended].mean()) if ended.any() else 0.0),
-      )
+      ended |= over
+      stacks = step.stacks
+      count += 1
+      score = float(scores[ended].mean()) if ended.any() else 0.0
+      progress.update(int(ended.sum()), dict(agent_steps=count * n, score=score))
   return scores.tolist()

@@ -49,7 +49,8 @@ def check_play(
   checks.not_negative('seed', config.seed)
   dqn.check_config(f'{section}.agent', c.agent)
   rows_of(c.agent.capacity, c.num_envs, c.agent.n_step)
-  period, num_envs, history = c.agent.learn_period, c.num_envs, c.agent.min_history
+  period, num_envs = c.agent.learn_period, c.num_envs
+  history = c.agent.min_history
   if num_envs % period and period % num_envs:
     raise UserError(
       f'{section}.num_envs={num_envs} and {section}.agent.learn_period={period}: expected that '
@@ -119,7 +120,8 @@ def play(
     NonFiniteError: a loss became NaN or infinite; the last good checkpoint stays.
     Stopped: by a signal; everything is saved.
   """
-  rows, log_rows = math.ceil(agent_steps / c.num_envs), math.ceil(c.log_steps / c.num_envs)
+  rows = math.ceil(agent_steps / c.num_envs)
+  log_rows = math.ceil(c.log_steps / c.num_envs)
   with Training(
     job,
     folder,
@@ -166,8 +168,22 @@ class Player:
   Arguments as of `play`.
   """
 
-  def __init__(self, c, environment, seed, folder, mesh, trunk, augment, sample, origin):
-    self._c, self._environment, self._seed, self._sample = c, environment, seed, sample
+  def __init__(
+    self,
+    c: ConfigDict,
+    environment: Environment,
+    seed: int,
+    folder: pathlib.Path,
+    mesh: Mesh,
+    trunk: Any,
+    augment: Callable | None,
+    sample: Any,
+    origin: Any,
+  ) -> None:
+    self._c = c
+    self._environment = environment
+    self._seed = seed
+    self._sample = sample
     self._stacks = environment.reset()  # (E, H, W, 4)
     self._starts = np.ones(c.num_envs, bool)
     self._per_row = max(1, c.num_envs // c.agent.learn_period)
@@ -186,7 +202,8 @@ class Player:
       return dqn.update(agent, batches, jax.random.fold_in(key, 2), c.agent, augment)
 
     self._init = jax.jit(init, out_shardings=here)
-    self._act, self._update = jax.jit(act), jax.jit(update, donate_argnums=0)
+    self._act = jax.jit(act)
+    self._update = jax.jit(update, donate_argnums=0)
     self.template = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), jax.eval_shape(self._init)
     )
@@ -210,7 +227,9 @@ class Player:
       self.resumes += 1
       self.replay.restore(restored.step)
       self.replay.cut()
-    self.updates, self.games, self.scalars = saved['updates'], saved['games'], saved['scalars']
+    self.updates = saved['updates']
+    self.games = saved['games']
+    self.scalars = saved['scalars']
     self.recent.extend(saved['recent'])
     if self._sample:
       self._sample.restore(saved['sampled'])
@@ -273,6 +292,7 @@ def remember(
   """Adds a row to a Replay.
 
   Args:
+    replay: that it goes into.
     stacks: (E, H, W, 4) uint8 that were seen.
     actions: (E,) that were done.
     starts: (E,) bool, whether a game began with these stacks.

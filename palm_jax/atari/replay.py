@@ -1,20 +1,21 @@
-"""A ring of single uint8 frames on the disk, mapped into memory: each frame once, stacks and n-step
-returns on reading.
+"""A ring of single uint8 frames on the disk, mapped into memory.
 
-All environments add one row a step, side by side. A row is what was seen and what came of it; the
-last picture of a game has a row too, whose action led nowhere, so that a game which is only cut off
+Each frame is stored once; stacks and n-step returns are made on reading.
+
+All environments add one row a step, side by side. A row is what was seen and what came of it. The
+last picture of a game has a row too, whose action led nowhere. So a game which is only cut off
 (27,000 steps, or a stop of the program) has the successor that its last transition bootstraps from.
 
 The file is the ring itself, so a checkpoint keeps only the number of rows. Rows added after it are
 added again after a kill. They must not have taken the place of rows that the checkpoint still
 counts on: the file has a margin beyond the capacity, and `must_commit` asks for a checkpoint before
-half of it is used (half, because the newest checkpoint may be half-written or damaged, and then the
-one before it is read).
+half of it is used. Half, because the newest checkpoint may be half-written or damaged, and then the
+one before it is read.
 """
 
 import os
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,14 +44,18 @@ class Batch(NamedTuple):
   next_stacks: np.ndarray
 
 
-def rows_of(capacity, num_envs, n_step=1):
-  """Rows for each environment; UserError where they are too few for windows of n_step."""
-  rows, least = capacity // num_envs, max(64, n_step + STACK + 1)
+def rows_of(capacity: int, num_envs: int, n_step: int = 1) -> int:
+  """Rows for each environment.
+
+  Raises:
+    UserError: they are too few for windows of n_step.
+  """
+  rows = capacity // num_envs
+  least = max(64, n_step + STACK + 1)
   if rows < least:
     raise UserError(
       f'a replay of capacity={capacity} has {rows} rows for each of {num_envs} environments, '
-      f'expected {least} '
-      'or more: raise capacity or lower num_envs'
+      f'expected {least} or more: raise capacity or lower num_envs'
     )
   return rows
 
@@ -70,10 +75,18 @@ class Replay:
     OSError: no room for the file.
   """
 
-  def __init__(self, path, capacity, num_envs, frame_shape=(84, 84)):
+  def __init__(
+    self,
+    path: str | os.PathLike,
+    capacity: int,
+    num_envs: int,
+    frame_shape: tuple[int, ...] = (84, 84),
+  ) -> None:
     self.rows = rows_of(capacity, num_envs)
-    self.num_envs, self.total = num_envs, 0
-    self._margin, self._committed = max(16, self.rows // 8), 0
+    self.num_envs = num_envs
+    self.total = 0
+    self._margin = max(16, self.rows // 8)
+    self._committed = 0
     record = np.dtype(
       [
         ('frame', np.uint8, frame_shape),
@@ -85,25 +98,32 @@ class Replay:
       ]
     )
     self._file_rows = self.rows + self._margin
-    path, size = pathlib.Path(path), self._file_rows * num_envs * record.itemsize
-    self._path, self._is_whole = path, path.exists() and path.stat().st_size == size
+    size = self._file_rows * num_envs * record.itemsize
+    self._path = pathlib.Path(path)
+    self._is_whole = self._path.exists() and self._path.stat().st_size == size
     if not self._is_whole:
-      with replacing(
-        path, 'w+b'
-      ) as file:  # folders of some networks reserve by reading and writing
+      # 'w+b': some network file systems reserve space by reading and writing.
+      with replacing(self._path, 'w+b') as file:
         file.truncate(size)
-        if hasattr(
-          os, 'posix_fallocate'
-        ):  # a full disk must be an error here, not a SIGBUS on some later row
+        # A full disk must be an error here, not a SIGBUS on some later row.
+        if hasattr(os, 'posix_fallocate'):
           os.posix_fallocate(file.fileno(), 0, size)
-    self._records = np.memmap(path, record, 'r+', shape=(self._file_rows, num_envs))
+    self._records = np.memmap(self._path, record, 'r+', shape=(self._file_rows, num_envs))
 
   @property
-  def must_commit(self):
+  def must_commit(self) -> bool:
     """Whether a checkpoint is due, so that none of the last two would lose rows."""
     return self.total - self._committed >= self._margin // 2
 
-  def add(self, frames, actions, rewards, alive, starts, transitions):
+  def add(
+    self,
+    frames: np.ndarray,
+    actions: np.ndarray,
+    rewards: np.ndarray,
+    alive: np.ndarray,
+    starts: np.ndarray,
+    transitions: np.ndarray,
+  ) -> None:
     """Adds a row.
 
     Args:
@@ -116,70 +136,69 @@ class Replay:
         game.
     """
     row = self._records[self.total % self._file_rows]
-    for name, values in dict(
-      frame=frames,
-      action=actions,
-      reward=rewards,
-      alive=alive,
-      start=starts,
-      transition=transitions,
-    ).items():
-      row[name] = values
+    row['frame'] = frames
+    row['action'] = actions
+    row['reward'] = rewards
+    row['alive'] = alive
+    row['start'] = starts
+    row['transition'] = transitions
     self.total += 1
 
-  def cut(self):
-    """Ends all games at the newest row, for games that cannot be gone on with. The row's own
-    transition is given up."""
+  def cut(self) -> None:
+    """Ends all games at the newest row, as they cannot be continued.
+
+    The row's own transition is given up.
+    """
     if self.total:
       self._records['transition'][(self.total - 1) % self._file_rows] = False
 
-  def commit(self):
+  def commit(self) -> None:
     """Brings all rows to the disk; to be called just before a checkpoint with `total` in it."""
     self._records.flush()
     self._committed = self.total
 
-  def restore(self, total):
-    """Goes back to `total` rows, the number at a commit; UserError where the file was not there, or
-    not whole."""
+  def restore(self, total: int) -> None:
+    """Goes back to `total` rows, the number at a commit.
+
+    Raises:
+      UserError: the file was missing or not whole.
+    """
     if total and not self._is_whole:
       self._path.unlink()
       raise UserError(
         f'{self._path} is missing or cut short, but the checkpoint beside it counts on {total} '
-        'rows: restore '
-        f'both, or remove {self._path.parent} to begin anew'
+        f'rows: restore both, or remove {self._path.parent} to begin anew'
       )
     self.total = self._committed = total
 
-  def sample(self, generator, batch_size, n_step, gamma):
+  def sample(
+    self, generator: np.random.Generator, batch_size: int, n_step: int, gamma: float
+  ) -> Batch:
     """Transitions drawn uniformly, with replacement.
 
     A window ends after n steps, with a lost life (no value beyond it), or on the last picture of a
-    game that was cut off, from where its shorter return bootstraps: to leave such starts out would
-    hide what is seen late in long games.
+    game that was cut off, from where its shorter return bootstraps. Without such starts, what is
+    seen late in long games would be hidden.
 
     Args:
-      generator: numpy.random.Generator.
+      generator: of the draws.
       batch_size: B.
       n_step: longest window.
       gamma: discount of a step.
-
-    Returns:
-      Batch.
 
     Raises:
       ValueError: fewer than n_step + 1 rows.
     """
     # Frames before the oldest row may be gone, and a stack reaches three back.
-    low, high = (
-      (0 if self.total <= self.rows else self.total - self.rows + STACK - 1),
-      self.total - n_step,
-    )
+    low = 0 if self.total <= self.rows else self.total - self.rows + STACK - 1
+    high = self.total - n_step
     if low >= high:
       raise ValueError(f'{self.total} rows hold no window of {n_step} steps')
-    draw = lambda count: (
-      generator.integers(low, high, count),
-      generator.integers(0, self.num_envs, count),
-    )
+
+    def draw(count):
+      rows = generator.integers(low, high, count)
+      return rows, generator.integers(0, self.num_envs, count)
+
     rows, envs = draw(batch_size)
     while (ended := ~self._get('transition', rows, envs)).any():
       rows[ended], envs[ended] = draw(ended.sum())
@@ -201,14 +220,14 @@ class Replay:
       self._stacks(rows + length, envs),
     )
 
-  def _get(self, name, rows, envs):
+  def _get(self, name, rows, envs) -> Any:
     return self._records[name][rows % self._file_rows, envs]
 
   def _stacks(self, rows, envs):
     """(B, H, W, 4): the frames of `rows` and the three before in the same game."""
     back = rows[:, None] + np.arange(1 - STACK, 1)  # (B, 4), oldest first
-    # Beyond a start, counted from the newest frame, all is of another game. Rows before the first
-    # wrap into rows not written.
+    # What lies before a start, seen from the newest frame, is of another game. Rows before the
+    # first wrap into rows that are not written yet.
     starts = self._get('start', back[:, 1:], envs[:, None]) | (back[:, 1:] <= 0)
     same_game = np.ones(back.shape, bool)
     same_game[:, :-1] = ~np.logical_or.accumulate(starts[:, ::-1], axis=1)[:, ::-1]

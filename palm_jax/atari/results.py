@@ -4,7 +4,8 @@ import glob
 import json
 import os
 import pathlib
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,15 +28,20 @@ class FineTuned(NamedTuple):
   folder: str
 
 
-def find(patterns, workdir):
-  """Folders that hold results/finetune.json, sorted, each once; UserError where there are none for
-  a pattern."""
+def find(patterns: Sequence[str], workdir: pathlib.Path) -> list[pathlib.Path]:
+  """Folders that hold results/finetune.json, sorted, each once.
+
+  Args:
+    patterns: of glob; () is the workdir and the folders in it.
+    workdir: of the job that asks.
+
+  Raises:
+    UserError: a pattern that names none, or none at all.
+  """
   result = pathlib.Path('results', 'finetune.json')
+  here = glob.escape(str(workdir))
   found = set()
-  for pattern in patterns or (
-    glob.escape(str(workdir)),
-    os.path.join(glob.escape(str(workdir)), '*'),
-  ):
+  for pattern in patterns or (here, os.path.join(here, '*')):
     matches = {
       path.resolve()
       for path in map(pathlib.Path, glob.glob(os.path.expanduser(pattern), recursive=True))
@@ -44,49 +50,28 @@ def find(patterns, workdir):
     if patterns and not matches:
       raise UserError(
         f'scores.runs: {pattern!r} names no folder with {result} (working folder: '
-        f'{pathlib.Path.cwd()}): '
-        'name workdirs whose job finetune is complete'
+        f'{pathlib.Path.cwd()}): name workdirs whose job finetune is complete'
       )
     found |= matches
   if not found:
     raise UserError(
       f'neither {workdir} nor a folder in it has {result}: run the job finetune, or name its '
-      'workdirs '
-      'in scores.runs'
+      'workdirs in scores.runs'
     )
   return sorted(found)
 
 
-def read_runs(folders):
-  """[FineTuned] of the workdirs' results/finetune.json.
+def read_runs(folders: Iterable[str | os.PathLike]) -> list[FineTuned]:
+  """The results of fine-tunings in these workdirs.
 
   Raises:
-    UserError: a file that cannot be read or lacks something, or two of the same variant, game and
-      seed.
+    UserError: an unreadable or incomplete file, or two of the same variant, game and seed.
   """
-  runs = {}
+  runs: dict[tuple[str, str, int], FineTuned] = {}
   for folder in folders:
     path = pathlib.Path(folder) / 'results' / 'finetune.json'
     try:
-      content = json.loads(path.read_text())
-      protocol, episodes = (
-        content.get('protocol', {}),
-        content['episodes'],
-      )  # their scores, or how many they were
-      run = FineTuned(
-        str(content['variant']),
-        content['game'],
-        int(content['seed']),
-        float(content['score']),
-        len(episodes) if isinstance(episodes, list) else int(episodes),
-        int(content['agent_steps']),
-        int(content['frames']),
-        dict(protocol.get('agent', {})),
-        int(protocol['trunk']['checkpoint_step'])
-        if isinstance(protocol.get('trunk'), dict)
-        else -1,
-        str(folder),
-      )
+      run = _fine_tuned(json.loads(path.read_text()), str(folder))
       if not np.isfinite(run.score) or not run.episodes:
         raise ValueError(f'score={run.score} of {run.episodes} episodes')
     except KeyError as e:
@@ -100,8 +85,26 @@ def read_runs(folders):
     if key in runs:
       raise UserError(
         f'{runs[key].folder} and {folder} are both {run.variant}, {run.game}, seed {run.seed}: a '
-        'run counts once, '
-        'name one of them in scores.runs'
+        'run counts once, name one of them in scores.runs'
       )
     runs[key] = run
   return list(runs.values())
+
+
+def _fine_tuned(content: Any, folder: str) -> FineTuned:
+  """Raises KeyError, ValueError, TypeError or AttributeError for what is missing or invalid."""
+  protocol = content.get('protocol', {})
+  episodes = content['episodes']  # their scores, or how many they were
+  trunk = protocol.get('trunk')
+  return FineTuned(
+    variant=str(content['variant']),
+    game=content['game'],
+    seed=int(content['seed']),
+    score=float(content['score']),
+    episodes=len(episodes) if isinstance(episodes, list) else int(episodes),
+    agent_steps=int(content['agent_steps']),
+    frames=int(content['frames']),
+    agent=dict(protocol.get('agent', {})),
+    trunk_step=int(trunk['checkpoint_step']) if isinstance(trunk, dict) else -1,
+    folder=folder,
+  )

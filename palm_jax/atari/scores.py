@@ -1,14 +1,17 @@
-"""Scores of Atari-100k: normalised by a human's, aggregated over games and runs with intervals,
-beside published ones.
+"""The job that aggregates scores of Atari-100k and sets them beside published ones.
 
-The aggregates are those of Agarwal et al. 2021 (arXiv 2108.13264), whose library rliable is the
-model. Beside PALM's Table 2 stand scores of DrQ with a smaller epsilon, DrQ(eps), which learned
-nothing beforehand and score higher than PALM's row. So the worth of a pretraining is seen only
-beside the same fine-tuning from scratch.
+Scores are normalised by a human's and aggregated over games and runs, with intervals, as Agarwal et
+al. 2021 (arXiv 2108.13264) do.
+
+Beside PALM's Table 2 stand scores of DrQ with a smaller epsilon, DrQ(eps). It is not pretrained and
+still scores higher than PALM's row. So the worth of a pretraining is seen only beside the same
+fine-tuning from scratch.
 """
 
 import collections
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -28,26 +31,28 @@ from palm_jax.base.errors import UserError
 from palm_jax.base.tables import aligned, protocol_line
 from palm_jax.job import Job, Run, never
 
+Scores = dict[str, dict[str, list[float]]]  # {variant: {game: raw scores of its runs}}
+OTHERS = 'random', 'human', 'DrQ', 'DrQ(eps)'  # columns beside the scores of each game
 
-def default_config():
+
+def default_config() -> ConfigDict:
+  """Settings of the job."""
   return ConfigDict(
     dict(
-      # workdirs of fine-tunings, or patterns such as 'runs/atari/**'; empty: this workdir and the
-      # folders in it
-      runs=(),
+      # workdirs of fine-tunings, or patterns such as 'runs/atari/**'
+      runs=(),  # empty: this workdir and the folders in it
       resamples=2000,  # of the runs, for the intervals; rliable's examples: up to 50,000
     )
   )
 
 
-def check(config, num_devices):
+def check(config: ConfigDict, num_devices: int) -> None:
   """Raises UserError on settings of the whole config's section `scores` that cannot work."""
   del num_devices  # all is done on the host
   require_game(config, 'scores')
   c = config.scores
-  if not isinstance(c.runs, (tuple, list)) or not all(
-    isinstance(run, str) and run for run in c.runs
-  ):
+  listed = isinstance(c.runs, (tuple, list))
+  if not listed or not all(isinstance(pattern, str) and pattern for pattern in c.runs):
     raise UserError(
       f"scores.runs={c.runs!r}: expected a tuple of workdirs or patterns, such as ('runs/atari/*',)"
     )
@@ -58,7 +63,7 @@ def check(config, num_devices):
 
 
 def run(this: Run) -> dict:
-  """The job: gathers results of fine-tunings; aggregates beside published ones, and every game.
+  """The job: gathers results of fine-tunings, aggregates them, and lists every game.
 
   Returns:
     What stands in results/scores.json: `rows`, one a line of the first table, whose aggregates are
@@ -66,9 +71,10 @@ def run(this: Run) -> dict:
     seeds, scores}}}; `notes`; `protocol`; `seconds`.
 
   Raises:
-    UserError: no runs, or results that cannot be used; see `find` and `read_runs`.
+    UserError: no runs, or invalid results; see `find` and `read_runs`.
   """
-  config, started, c = this.config, time.monotonic(), this.config.scores
+  started = time.monotonic()
+  config, c = this.config, this.config.scores
   runs = read_runs(find(c.runs, this.workdir))
   runs.sort(key=lambda run: (run.variant, run.game, run.seed))
   by_game = collections.defaultdict(lambda: collections.defaultdict(list))
@@ -99,7 +105,7 @@ def run(this: Run) -> dict:
   )
 
 
-def describe_game(game: str, runs: list[FineTuned]) -> dict:
+def describe_game(game: str, runs: list[FineTuned]) -> dict[str, Any]:
   """The scores of one variant in one game."""
   scores = [run.score for run in runs]
   return dict(
@@ -111,7 +117,7 @@ def describe_game(game: str, runs: list[FineTuned]) -> dict:
   )
 
 
-def protocol_of(config: ConfigDict, runs: list[FineTuned]) -> dict:
+def protocol_of(config: ConfigDict, runs: list[FineTuned]) -> dict[str, Any]:
   """Every setting that made the numbers."""
   distinct = lambda name: sorted({getattr(run, name) for run in runs})
   of_agents = lambda name: sorted({run.agent[name] for run in runs if name in run.agent})
@@ -136,73 +142,89 @@ def protocol_of(config: ConfigDict, runs: list[FineTuned]) -> dict:
   )
 
 
-def make_rows(scores, resamples, seed):
-  """Lines of the first table: the variants of {variant: {game: [score]}}, then what is known of
-  others.
+def make_rows(scores: Scores, resamples: int, seed: int) -> list[dict[str, Any]]:
+  """Lines of the first table: the variants, then what is known of others.
 
   Where not all variants have the same games, or not all 26, they and the published methods stand
   again over the games that all variants have.
+
+  Args:
+    scores: of the variants.
+    resamples: for the intervals.
+    seed: of the resamples.
   """
-
-  def measured(name, known):
-    intervals, counts = bootstrap(known, resamples, seed), {len(runs) for runs in known.values()}
-    found = aggregate(known)
-    return dict(
-      found,
-      method=name,
-      games=len(known),
-      runs=[min(counts), max(counts)],
-      **{s: [found[s], *(intervals[s] if intervals else ())] for s in STATISTICS},
-    )
-
-  def by_means(name, column, games):
-    found = aggregate({game: [published()['games'][game][column]] for game in games})
-    # IQM and gap are of single runs, which are not known here.
-    return dict(
-      found,
-      method=name,
-      games=len(games),
-      runs=None,
-      median=[found['median']],
-      mean=[found['mean']],
-      iqm=None,
-      gap=None,
-    )
-
-  rows = [measured(variant, known) for variant, known in scores.items()]
-  methods, table_2 = published()['methods'], published()['table_2']['rows']
+  measured = lambda name, known: measured_row(name, known, resamples, seed)
+  methods = published()['methods']
   common = [game for game in GAMES if all(game in known for known in scores.values())]
   over_common = 'the same game' if len(common) == 1 else f'the same {len(common)} games'
+  rows = [measured(variant, known) for variant, known in scores.items()]
   if common and any(len(known) > len(common) for known in scores.values()):
     rows += [
       measured(f'{variant}, {over_common}', {game: known[game] for game in common})
       for variant, known in scores.items()
     ]
   if 0 < len(common) < len(GAMES):
-    rows += [by_means(f'{name}, {over_common}', name, common) for name in methods]
-  for name, known in methods.items():
-    row = dict(by_means(name, name, GAMES))
-    if 'runs' in known:
-      row.update({s: known[s] for s in STATISTICS}, runs=[known['runs']] * 2)
-    rows.append(row)
-  for name, (median, mean, above_human, above_random, _) in table_2.items():
-    rows.append(
-      dict(
-        method=f'paper: {name}',
-        games=len(GAMES),
-        runs=None,
-        median=[median],
-        mean=[mean],
-        iqm=None,
-        gap=None,
-        above_human=above_human,
-        above_random=above_random,
-      )
+    rows += [row_of_means(f'{name}, {over_common}', name, common) for name in methods]
+  return rows + [row_of_method(name) for name in methods] + paper_rows()
+
+
+def measured_row(
+  name: str, scores: dict[str, list[float]], resamples: int, seed: int
+) -> dict[str, Any]:
+  """The line of one variant's {game: scores}, with intervals where there are runs enough."""
+  found = aggregate(scores)
+  intervals = bootstrap(scores, resamples, seed)
+  counts = {len(runs) for runs in scores.values()}
+  row = dict(found, method=name, games=len(scores), runs=[min(counts), max(counts)])
+  for statistic in STATISTICS:
+    row[statistic] = [found[statistic], *(intervals[statistic] if intervals else ())]
+  return row
+
+
+def row_of_means(name: str, column: str, games: Sequence[str]) -> dict[str, Any]:
+  """The line of a published method of which one mean score a game is known."""
+  found = aggregate({game: [published()['games'][game][column]] for game in games})
+  return dict(
+    found,
+    method=name,
+    games=len(games),
+    runs=None,
+    median=[found['median']],
+    mean=[found['mean']],
+    # IQM and gap are of single runs, which are not known here.
+    iqm=None,
+    gap=None,
+  )
+
+
+def row_of_method(name: str) -> dict[str, Any]:
+  """The line of a published method over all games, with its own aggregates where it gives them."""
+  known = published()['methods'][name]
+  row = row_of_means(name, name, GAMES)
+  if 'runs' in known:
+    row.update({statistic: known[statistic] for statistic in STATISTICS}, runs=[known['runs']] * 2)
+  return row
+
+
+def paper_rows() -> list[dict[str, Any]]:
+  """The lines of PALM's Table 2."""
+  return [
+    dict(
+      method=f'paper: {name}',
+      games=len(GAMES),
+      runs=None,
+      median=[median],
+      mean=[mean],
+      iqm=None,
+      gap=None,
+      above_human=above_human,
+      above_random=above_random,
     )
-  return rows
+    for name, (median, mean, above_human, above_random, _) in published()['table_2']['rows'].items()
+  ]
 
 
-def make_notes(scores, runs):
+def make_notes(scores: Scores, runs: list[FineTuned]) -> list[str]:
   """What a reader must know before comparing, one sentence each."""
   notes = []
   for variant, known in scores.items():
@@ -221,10 +243,10 @@ def make_notes(scores, runs):
       )
   if 'scratch' not in scores:
     best = published()['methods']['DrQ(eps)']['median'][0]
+    palm = published()['table_2']['rows']['PALM'][0]
     notes.append(
       f'no runs from scratch: DrQ(eps) without pretraining has a median of {best:.3f}, PALM one of '
-      f'{published()["table_2"]["rows"]["PALM"][0]:.3f}, so run the same fine-tuning from scratch '
-      'beside it'
+      f'{palm:.3f}, so run the same fine-tuning from scratch beside it'
     )
   steps = sorted({run.agent_steps for run in runs} - {100_000})
   if steps:
@@ -242,60 +264,70 @@ def make_notes(scores, runs):
   return notes
 
 
-def table(results):
-  """The results of `evaluate` as text: aggregates, games, notes, protocol."""
-
-  def cell(values):
-    return (
-      '-'
-      if values is None
-      else f'{values[0]:.3f}' + (f' [{values[1]:.3f}, {values[2]:.3f}]' if len(values) == 3 else '')
-    )
-
-  def number(mean, sd=None):
-    return f'{mean:,.1f}' + (f' +- {sd:,.1f}' if sd is not None else '')
-
-  def span(counts):
-    return (
-      '-'
-      if counts is None
-      else str(counts[0])
-      if counts[0] == counts[1]
-      else f'{counts[0]} to {counts[1]}'
-    )
-
-  aggregates = [['human-normalised', 'games', 'runs', 'median', 'mean', 'IQM', 'gap', '>H', '>0']]
-  aggregates += [
-    [
-      row['method'],
-      f'{row["games"]} of {len(GAMES)}',
-      span(row['runs']),
-      *(cell(row[s]) for s in STATISTICS),
-      str(row['above_human']),
-      str(row['above_random']),
-    ]
-    for row in results['rows']
-  ]
-  variants = list(
-    dict.fromkeys(variant for known in results['games'].values() for variant in known)
-  )
-  others = ['random', 'human', 'DrQ', 'DrQ(eps)']
-  games = [
-    ['raw scores', *others, *(title for variant in variants for title in (variant, 'runs', 'HNS'))]
-  ]
-  for game, known in results['games'].items():
-    line = [game, *(number(published()['games'][game][column]) for column in others)]
-    for variant in variants:
-      at = known.get(variant)
-      line += (
-        [number(at['mean'], at['sd']), str(len(at['scores'])), f'{at["hns"]:.3f}']
-        if at
-        else ['-'] * 3
-      )
-    games.append(line)
+def table(results: dict[str, Any]) -> str:
+  """The result as text: aggregates, games, notes, protocol."""
   notes = [f'note: {note}' for note in results['notes']]
+  aggregates = aligned(aggregate_cells(results['rows']))
+  games = aligned(game_cells(results['games']))
   protocol = protocol_line(results['protocol'])
-  return '\n'.join([*aligned(aggregates), '', *aligned(games), '', *notes, protocol])
+  return '\n'.join([*aggregates, '', *games, '', *notes, protocol])
+
+
+def aggregate_cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+  """The first table: a variant or method a row."""
+  cells = [['human-normalised', 'games', 'runs', 'median', 'mean', 'IQM', 'gap', '>H', '>0']]
+  for row in rows:
+    cells.append(
+      [
+        row['method'],
+        f'{row["games"]} of {len(GAMES)}',
+        _span(row['runs']),
+        *(_with_interval(row[statistic]) for statistic in STATISTICS),
+        str(row['above_human']),
+        str(row['above_random']),
+      ]
+    )
+  return cells
+
+
+def game_cells(games: dict[str, dict[str, Any]]) -> list[list[str]]:
+  """The second table: a game a row, published scores first, then those of each variant."""
+  variants = list(dict.fromkeys(variant for known in games.values() for variant in known))
+  head = ['raw scores', *OTHERS]
+  for variant in variants:
+    head += [variant, 'runs', 'HNS']
+  cells = [head]
+  for game, known in games.items():
+    line = [game, *(f'{published()["games"][game][column]:,.1f}' for column in OTHERS)]
+    for variant in variants:
+      line += _of_variant(known.get(variant))
+    cells.append(line)
+  return cells
+
+
+def _of_variant(found):
+  """Mean and deviation, runs, and human-normalised mean, of `describe_game`."""
+  if found is None:
+    return ['-'] * 3
+  mean = f'{found["mean"]:,.1f}'
+  if found['sd'] is not None:
+    mean += f' +- {found["sd"]:,.1f}'
+  return [mean, str(len(found['scores'])), f'{found["hns"]:.3f}']
+
+
+def _with_interval(values):
+  if values is None:
+    return '-'
+  if len(values) < 3:
+    return f'{values[0]:.3f}'
+  return f'{values[0]:.3f} [{values[1]:.3f}, {values[2]:.3f}]'
+
+
+def _span(counts):
+  if counts is None:
+    return '-'
+  low, high = counts
+  return str(low) if low == high else f'{low} to {high}'
 
 
 JOB = Job('scores', run, check, needs_data=never, table=table, judges=True)

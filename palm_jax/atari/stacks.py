@@ -29,43 +29,47 @@ class StackSample:
     seed: of the draws.
   """
 
-  def __init__(self, folder, agent_steps, count, num_envs, seed):
-    self._folder, self._steps, self._size, self._num_envs, self._seed = (
-      folder,
-      agent_steps,
-      count,
-      num_envs,
-      seed,
-    )
+  def __init__(
+    self, folder: pathlib.Path, agent_steps: int, count: int, num_envs: int, seed: int
+  ) -> None:
+    self._folder = folder
+    self._steps = agent_steps
+    self._size = count
+    self._num_envs = num_envs
+    self._seed = seed
     self.restore(0)
 
-  def restore(self, count):
+  def restore(self, count: int) -> None:
     """Goes back to the first `count` stacks, the number at a commit."""
-    self.count, self._open = count, []
+    self.count = count
+    self._open = []
     if count % STACKS_IN_SHARD and count < self._size:
       with np.load(self._path(count // STACKS_IN_SHARD)) as shard:
         self._open = list(shard['images'][: count % STACKS_IN_SHARD])
     self._next = self._draw()
 
-  def take(self, row, stacks):
+  def take(self, row: int, stacks: np.ndarray) -> None:
     """Keeps those of stacks (E, H, W, 4) that were drawn. Rows come in order."""
     while self._next < (row + 1) * self._num_envs:
-      self._open.append(stacks[self._next - row * self._num_envs].copy())
+      place = int(self._next) - row * self._num_envs
+      self._open.append(stacks[place].copy())
       self.count += 1
       self._next = self._draw()
       if self.count % STACKS_IN_SHARD == 0:
         self._write()
         self._open = []
 
-  def commit(self):
+  def commit(self) -> int:
     """Brings all stacks to the disk; returns their number."""
     if self._open:
       self._write()
     return self.count
 
-  def finish(self, path):
-    """Writes all stacks to one .npz: images (N, H, W, 4) uint8, oldest frame first, and labels
-    (N,), all 0."""
+  def finish(self, path: pathlib.Path) -> None:
+    """Writes all stacks to one .npz.
+
+    It holds images (N, H, W, 4) uint8, oldest frame first, and labels (N,), all 0.
+    """
     if path.exists():  # it is whole, and its shards may be gone
       return
     paths = [self._path(i) for i in range(-(-self.count // STACKS_IN_SHARD))]
@@ -75,22 +79,23 @@ class StackSample:
     return self._folder / f'{shard:06d}.npz'
 
   def _write(self):
-    write_stacks(
-      self._path((self.count - 1) // STACKS_IN_SHARD), len(self._open), [np.stack(self._open)]
-    )
+    path = self._path((self.count - 1) // STACKS_IN_SHARD)
+    write_stacks(path, len(self._open), [np.stack(self._open)])
 
   def _draw(self):
+    """The step of the next stack, infinite after the last."""
     if self.count == self._size:
       return math.inf
     start, stop = (i * self._steps // self._size for i in (self.count, self.count + 1))
-    return int(
-      np.random.default_rng([self._seed, PURPOSES['stacks'], self.count]).integers(start, stop)
-    )
+    generator = np.random.default_rng([self._seed, PURPOSES['stacks'], self.count])
+    return int(generator.integers(start, stop))
 
 
 def write_stacks(path: pathlib.Path, count: int, blocks: Iterable[np.ndarray]) -> None:
-  """Writes an .npz of `count` images, which come in blocks (n, H, W, 4) and need not fit into
-  memory together, and labels 0."""
+  """Writes an .npz of images (count, H, W, 4) and labels, all 0.
+
+  The images come in blocks (n, H, W, 4), which need not fit into memory together.
+  """
 
   def header(file, shape, dtype):
     np.lib.format.write_array_header_1_0(

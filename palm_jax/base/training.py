@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import jax
 from absl import logging
@@ -62,7 +62,7 @@ class Preemption:
     """Whether any process was told to stop; all must ask together, and get one answer."""
     return any_process(self._received is not None)
 
-  def stop(self) -> None:
+  def stop(self) -> NoReturn:
     """Ends the work that was told to stop: KeyboardInterrupt after Ctrl-C, else Stopped.
 
     Of several processes only one may have had the Ctrl-C, and all must end alike: with Stopped.

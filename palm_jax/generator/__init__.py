@@ -47,8 +47,7 @@ def load_generator(path_or_name: str | os.PathLike, network: str = 'G_ema') -> L
     LoadedGenerator with variables as float32 numpy arrays (of a run: as they were trained).
 
   Raises:
-    UserError: nothing of this kind is there, it is damaged, or its network is not one that
-      `Generator` is.
+    UserError: nothing of this kind there, damage, or a network of another kind than `Generator`.
   """
   path = _path(path_or_name)
   if path.suffix == '.safetensors':

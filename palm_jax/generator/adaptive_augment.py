@@ -78,7 +78,7 @@ def augment(
 
 
 def draw(
-  keys: jax.Array, p: float | jax.Array, ops: tuple[str, ...], size: tuple[int, int]
+  keys: jax.Array, p: float | jax.Array, ops: tuple[str, ...], size: tuple[int, ...]
 ) -> dict[str, jax.Array]:
   """Parameters of the operations, per sample: all are zero where the operation does not happen.
 

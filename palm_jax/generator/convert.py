@@ -1,9 +1,10 @@
-"""python -m palm_jax.generator.convert network.pkl out/   (or out.safetensors) [--which=G]
-[--about=words]
+"""Writes a generator that `load_generator` reads in a form of ours.
 
-Writes a generator that `load_generator` reads in a form of ours: a folder with a checkpoint in full
-precision, which --config.generator.path takes, or one .safetensors file of half the size in
-float16.
+  python -m palm_jax.generator.convert network.pkl out/ [--which=G]
+  python -m palm_jax.generator.convert network.pkl out.safetensors [--which=G] [--about=WORDS]
+
+The form is a folder with a checkpoint in full precision, which --config.generator.path takes, or
+one .safetensors file of half the size, in float16.
 """
 
 import os
@@ -19,37 +20,42 @@ from palm_jax.base.files import write_json
 from palm_jax.generator import load_generator, network_fields, save_safetensors
 
 
-def convert(source, target, network='G_ema', about=''):
+def convert(
+  source: str | os.PathLike,
+  target: str | os.PathLike,
+  network: str = 'G_ema',
+  about: str = '',
+) -> None:
   """Reads a generator as `load_generator` does and writes it to `target`: whole, or nothing of it.
 
   Args:
     source: path or name for `load_generator`.
-    target: folder that is empty or not there, or *.safetensors.
+    target: *.safetensors, or a folder, which is new or empty.
     network: 'G_ema' or 'G'.
     about: for people, into a .safetensors file: where it comes from, under which licence.
 
   Raises:
     UserError: what `load_generator` refuses, or a target that holds something.
   """
-  target, source = pathlib.Path(target), pathlib.Path(source)
+  source = pathlib.Path(source)
+  target = pathlib.Path(target)
   in_file = target.suffix == '.safetensors'
-  if target.is_dir() and (in_file or any(target.iterdir())) or target.is_file() and not in_file:
+  used_folder = target.is_dir() and (in_file or any(target.iterdir()))
+  if used_folder or (target.is_file() and not in_file):
     raise UserError(
       f'{target} holds something already: name an empty or new folder, or a new .safetensors file'
     )
   generator = load_generator(source, network)
   if in_file:
-    save_safetensors(
-      target, generator.network, generator.variables, about or f'{network} of {source.name}'
-    )
+    words = about or f'{network} of {source.name}'
+    save_safetensors(target, generator.network, generator.variables, words)
     return
   part = target.with_name(f'.{target.name}.{os.getpid()}.part')
   try:
     write_json(part / 'network.json', network_fields(generator.network))
     with Checkpoints(part / 'checkpoints') as checkpoints:
-      checkpoints.save(
-        0, {'generator': generator.variables}, dict(source=source.name, network=network)
-      )
+      origin = dict(source=source.name, network=network)
+      checkpoints.save(0, {'generator': generator.variables}, origin)
     os.rename(part, target)
   finally:
     shutil.rmtree(part, ignore_errors=True)
@@ -67,6 +73,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
+  """The command, after `parse_flags`. Raises UserError."""
   if len(argv) != 3:
     raise UserError(
       f'{len(argv) - 1} arguments: expected two, the network to read and the folder or '

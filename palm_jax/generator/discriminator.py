@@ -51,9 +51,11 @@ class Discriminator(nn.Module):
     return resolution_of(self.channels, self.base_size)
 
   @nn.compact
-  def __call__(self, images, labels=None):
-    """Raises UserError for images of another size, an unknown architecture, and an N that the
-    group does not divide."""
+  def __call__(self, images: jax.Array, labels: jax.Array | None = None) -> jax.Array:
+    """Raises UserError: an unknown architecture, images of another size, or an invalid N.
+
+    The minibatch-std group must divide N.
+    """
     if self.architecture not in ('orig', 'resnet'):
       raise UserError(f'architecture {self.architecture!r}: expected orig or resnet.')
     expected = self.resolution, self.resolution, self.image_channels
@@ -97,7 +99,7 @@ class DiscriminatorBlock(nn.Module):
     from_rgb: whether the input is the image.
   """
 
-  channels: tuple[int, int]
+  channels: tuple[int, ...]
   architecture: str
   from_rgb: bool
   conv_clamp: float | None

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from palm_jax.base.errors import UserError
 from palm_jax.generator.stylegan2 import Generator
@@ -65,13 +66,20 @@ class LoadedGenerator:
         are no class.
     """
     self._check_inputs(z, labels, truncation_cutoff)
-    return self.network.apply(
+    images: Any = self.network.apply(
       variables, z, labels, truncation_psi, truncation_cutoff, noise, noise_keys
     )
+    return images
 
   def __call__(
-    self, z, labels, truncation_psi=1.0, truncation_cutoff=None, noise='const', noise_keys=None
-  ):
+    self,
+    z: jax.Array,
+    labels: jax.Array,
+    truncation_psi: float | jax.Array = 1.0,
+    truncation_cutoff: int | jax.Array | None = None,
+    noise: str = 'const',
+    noise_keys: jax.Array | None = None,
+  ) -> jax.Array:
     """`apply` with its own variables."""
     return self.apply(
       self.variables, z, labels, truncation_psi, truncation_cutoff, noise, noise_keys
@@ -87,7 +95,9 @@ class LoadedGenerator:
       raise UserError(f'truncation_cutoff={cutoff}, expected a number of layers, or None for all')
     count = len(z)
     num_classes = self.num_classes
-    if not num_classes or _is_array(labels, jnp.number) and labels.shape == (count, num_classes):
+    if not num_classes:
+      return
+    if _is_array(labels, jnp.number) and labels.shape == (count, num_classes):
       return
     if not _is_array(labels, jnp.integer) or labels.shape != (count,):
       raise UserError(
@@ -102,7 +112,7 @@ class LoadedGenerator:
 
 def _is_known(x):
   """Whether its numbers can be looked at: not inside a compiled function."""
-  return not isinstance(x, jax.core.Tracer)
+  return not isinstance(x, Tracer)
 
 
 def _is_array(x, kind):

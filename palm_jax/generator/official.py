@@ -120,7 +120,7 @@ def _widths(state, pattern, first=4):
   return tuple(widths)
 
 
-def _mapping_fields(state, features):
+def _mapping_fields(state, features) -> dict[str, Any]:
   """Fields of the network whose mapping ends in `features`; default widths are None."""
   layers = sum(re.fullmatch(r'mapping[.]fc\d+[.]weight', name) is not None for name in state)
   num_classes = 0

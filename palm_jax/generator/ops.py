@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
 from jax import lax
 
 from palm_jax.layers.convolution import conv
@@ -23,15 +24,17 @@ def fir(x: jax.Array, pad: tuple[int, int], stride: int = 1, gain: float = 1.0) 
   """Pads both image axes of x (N, H, W, C), filters, and keeps every stride-th sample.
 
   Args:
+    x: the images.
     pad: zeros before and after.
+    stride: on both axes.
     gain: per axis.
   """
   for axis in (1, 2):
     x = _pad(x, axis, pad)
     last = x.shape[axis] - len(TAPS)
-    x = sum(
-      tap * gain * lax.slice_in_dim(x, k, k + last + 1, stride, axis) for k, tap in enumerate(TAPS)
-    )
+    shifted = [lax.slice_in_dim(x, k, k + last + 1, stride, axis) for k in range(len(TAPS))]
+    terms = [tap * gain * y for tap, y in zip(TAPS, shifted, strict=True)]
+    x = sum(terms)  # pyright: ignore[reportAssignmentType]  # 0 only without terms
   return x
 
 
@@ -92,7 +95,7 @@ class Dense(nn.Module):
     fan_in = x.shape[-1]
     kernel = self.param('kernel', nn.initializers.normal(1 / self.lr_mult), (fan_in, self.features))
     bias = self.param('bias', nn.initializers.constant(self.bias_init), (self.features,))
-    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
+    x, kernel, bias = promote_dtype(x, kernel, bias)
     x = x @ (kernel * (self.lr_mult / np.sqrt(fan_in)).item()) + bias * self.lr_mult
     return _activate(x) if self.activate else x
 
@@ -121,7 +124,7 @@ class StyleLayer(nn.Module):
     )
     demodulation = jax.lax.rsqrt(style**2 @ (kernel**2).sum((0, 1)) + 1e-8)
 
-    x, kernel, style, demodulation, bias = nn.dtypes.promote_dtype(
+    x, kernel, style, demodulation, bias = promote_dtype(
       x, kernel, style, demodulation, bias, dtype=self.dtype
     )
     convolve = up_conv if self.up else conv
@@ -146,7 +149,7 @@ class ToRGB(nn.Module):
     style = Dense(x.shape[-1], bias_init=1.0, name='affine')(w) / np.sqrt(x.shape[-1]).item()
     kernel = self.param('kernel', nn.initializers.normal(1.0), (1, 1, x.shape[-1], self.features))
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
-    x, kernel, style = nn.dtypes.promote_dtype(x, kernel, style, dtype=self.dtype)
+    x, kernel, style = promote_dtype(x, kernel, style, dtype=self.dtype)
     x = jnp.matmul(
       x * style[:, None, None], kernel[0, 0], preferred_element_type=at_least_float32(x)
     )
@@ -170,7 +173,7 @@ class ConvLayer(nn.Module):
     shape = self.size, self.size, x.shape[-1], self.features
     kernel = self.param('kernel', nn.initializers.normal(1.0), shape)
     bias = self.param('bias', nn.initializers.zeros, (self.features,)) if self.use_bias else None
-    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+    x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
     kernel *= 1 / np.sqrt(np.prod(shape[:3])).item()
     if self.down and self.size == 1:
       x = conv(downsample(x), kernel)

@@ -42,6 +42,10 @@ class Setup:
   augmentations: tuple[str, ...]
 
 
+# Of an optimiser step: scalars over the global batch.
+Metrics = dict[str, jax.Array]
+
+
 class Updated(NamedTuple):
   """What an optimiser step gives; loss and metrics are means over rounds and devices."""
 
@@ -108,7 +112,9 @@ def round_sizes(config: ConfigDict, num_devices: int) -> tuple[int, int]:
 # ---- the four steps
 
 
-def g_main(setup, state, images, labels, indices):
+def g_main(
+  setup: Setup, state: Any, images: jax.Array, labels: jax.Array, indices: jax.Array
+) -> tuple[Any, Metrics]:
   """G towards pictures that D takes for real."""
   keys = iteration_keys(state)
 
@@ -125,7 +131,9 @@ def g_main(setup, state, images, labels, indices):
   return state, dict(loss_g=new.loss, grad_norm_g=new.grad_norm)
 
 
-def path_lengths(setup, state, images, labels, indices):
+def path_lengths(
+  setup: Setup, state: Any, images: jax.Array, labels: jax.Array, indices: jax.Array
+) -> tuple[Any, Metrics]:
   """G towards steps in W that change pictures by the same amount everywhere."""
   config = setup.config
   key_fakes, key_directions = jax.random.split(iteration_keys(state)['path_lengths'])
@@ -152,7 +160,9 @@ def path_lengths(setup, state, images, labels, indices):
   return state, dict(pl=new.metrics, grad_norm_pl=new.grad_norm)
 
 
-def d_main(setup, state, images, labels, indices):
+def d_main(
+  setup: Setup, state: Any, images: jax.Array, labels: jax.Array, indices: jax.Array
+) -> tuple[Any, Metrics]:
   """D towards telling real from generated pictures."""
   keys = iteration_keys(state)
   key_real, key_fake = jax.random.split(keys['augment_d'])
@@ -179,7 +189,9 @@ def d_main(setup, state, images, labels, indices):
   return state, dict(new.metrics, loss_d=new.loss, grad_norm_d=new.grad_norm)
 
 
-def d_r1(setup, state, images, labels, indices):
+def d_r1(
+  setup: Setup, state: Any, images: jax.Array, labels: jax.Array, indices: jax.Array
+) -> tuple[Any, Metrics]:
   """D towards a small gradient at real pictures."""
   config = setup.config
   key = iteration_keys(state)['augment_r1']
@@ -203,12 +215,23 @@ def d_r1(setup, state, images, labels, indices):
 # ---- what they share
 
 
-def update(setup, optimizer, loss_fn, params, opt_state, carry):
-  """An optimiser step on the mean of the local losses over rounds and devices -> `Updated`.
+def update(
+  setup: Setup,
+  optimizer: optax.GradientTransformation,
+  loss_fn: Callable,
+  params: Any,
+  opt_state: optax.OptState,
+  carry: Any,
+) -> Updated:
+  """An optimiser step on the mean of the local losses over rounds and devices.
 
   Args:
-    loss_fn: (params, carry, round's index) -> loss, (carry, metrics); carry goes from round to
-      round.
+    setup: of the phases.
+    optimizer: of the network.
+    loss_fn: (params, carry, round's index) -> loss, (carry, metrics).
+    params: of the network.
+    opt_state: of the optimizer.
+    carry: what each round hands to the next.
   """
   accumulate = setup.config.accumulate
   # Each device differentiates its own copy, so there is one all-reduce a parameter, after the
@@ -234,25 +257,25 @@ def update(setup, optimizer, loss_fn, params, opt_state, carry):
   return Updated(params, opt_state, carry, loss, metrics, optax.tree.norm(grads))
 
 
-def iteration_keys(state):
+def iteration_keys(state: Any) -> dict[str, jax.Array]:
   """Keys of this iteration, a phase each; the last three are those of augmentation."""
   names = 'g', 'path_lengths', 'd', 'augment_g', 'augment_d', 'augment_r1'
   keys = jax.random.split(jax.random.fold_in(state.key, state.step), len(names))
   return dict(zip(names, keys, strict=True))
 
 
-def fold_in(key, ids):
+def fold_in(key: jax.Array, ids: jax.Array) -> jax.Array:
   """A key for each of the ids (n,)."""
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
 
 
-def sample_ids(setup, round_index, count):
+def sample_ids(setup: Setup, round_index: jax.Array, count: int) -> jax.Array:
   """Global ids of the `count` samples that this device has in a round: (count,)."""
   shard = round_index * setup.num_devices + jax.lax.axis_index('data')
   return shard * count + jnp.arange(count)
 
 
-def grouped_ids(setup, round_index):
+def grouped_ids(setup: Setup, round_index: jax.Array) -> jax.Array:
   """`sample_ids` in an order in which D's minibatch statistic compares consecutive ids.
 
   The statistic groups samples that lie round_size / group apart. So ordered, a group is the same
@@ -262,7 +285,9 @@ def grouped_ids(setup, round_index):
   return ids.reshape(setup.round_size // setup.group, setup.group).T.reshape(-1)
 
 
-def map_fakes(setup, params, buffers, key, ids, all_labels):
+def map_fakes(
+  setup: Setup, params: Any, buffers: Any, key: jax.Array, ids: jax.Array, all_labels: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
   """Fresh latents through the mapping, with the labels of random training images.
 
   Returns:
@@ -291,24 +316,31 @@ def map_fakes(setup, params, buffers, key, ids, all_labels):
       jax.random.randint(key_where, (), 1, G.num_ws),
       G.num_ws,
     )
-    other = G.apply(variables, latents(keys[:, 2]), labels, method='mapping')
+    other: Any = G.apply(variables, latents(keys[:, 2]), labels, method='mapping')
     ws = jnp.where(jnp.arange(G.num_ws)[:, None] < cutoff, ws, other)
   return ws, labels, keys[:, 3], updated['buffers']
 
 
-def synthesize(setup, params, buffers, ws, noise_keys):
+def synthesize(
+  setup: Setup, params: Any, buffers: Any, ws: jax.Array, noise_keys: jax.Array
+) -> jax.Array:
   """Pictures of ws, with random noise: (n, H, W, C)."""
   variables = dict(params=params, buffers=buffers)
-  return setup.G.apply(variables, ws, 'random', noise_keys, method='synthesis')
+  images: Any = setup.G.apply(variables, ws, 'random', noise_keys, method='synthesis')
+  return images
 
 
-def make_fakes(setup, params, buffers, key, ids, all_labels):
+def make_fakes(
+  setup: Setup, params: Any, buffers: Any, key: jax.Array, ids: jax.Array, all_labels: jax.Array
+) -> tuple[jax.Array, jax.Array, Any]:
   """Generated pictures (n, H, W, C), their labels (n,), and buffers with w_avg moved."""
   ws, labels, noise_keys, buffers = map_fakes(setup, params, buffers, key, ids, all_labels)
   return synthesize(setup, params, buffers, ws, noise_keys), labels, buffers
 
 
-def take_reals(setup, ids, images, labels, indices):
+def take_reals(
+  setup: Setup, ids: jax.Array, images: jax.Array, labels: jax.Array, indices: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   """Training pictures of the batch's samples `ids`: (n, H, W, C) in [-1, 1], and labels (n,)."""
   places = indices[ids]
   if not setup.config.mirror:
@@ -320,14 +352,23 @@ def take_reals(setup, ids, images, labels, indices):
   return reals / 127.5 - 1, labels[places]
 
 
-def discriminate(setup, params, images, labels, p, key, ids):
+def discriminate(
+  setup: Setup,
+  params: Any,
+  images: jax.Array,
+  labels: jax.Array,
+  p: jax.Array,
+  key: jax.Array,
+  ids: jax.Array,
+) -> jax.Array:
   """D's logits (n,) of pictures, each augmented by its own key with probability p."""
   if setup.augmentations:
     images = adaptive_augment.augment(images, fold_in(key, ids), p, setup.augmentations)
-  return setup.D.apply({'params': params}, images, labels)
+  logits: Any = setup.D.apply({'params': params}, images, labels)
+  return logits
 
 
-def count_signs(setup, state, mean_sign):
+def count_signs(setup: Setup, state: Any, mean_sign: jax.Array) -> Any:
   """Notes the mean sign(D(real)) of a batch, by which the strength of augmentation moves."""
   if not setup.augmentations:
     return state

@@ -35,3 +35,4 @@ class PictureGenerator(Protocol):
     truncation_psi: float | jax.Array = 1.0,
   ) -> jax.Array:
     """z (N, z_dim), labels (N,) int -> (N, H, W, C) images, nominally in [-1, 1]; pure."""
+    ...

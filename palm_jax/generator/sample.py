@@ -1,11 +1,12 @@
-"""python -m palm_jax.generator.sample --network=network.pkl --classes=0,1,2 --truncation=0.7
---seed=0 out.png
+"""Pictures of a generator, to look at.
 
-Pictures of a generator, to look at: a grid (.png), or the latent world's films under random actions
-(.webp).
+  python -m palm_jax.generator.sample --network=network.pkl --classes=0,1,2 --truncation=0.7 out.png
+
+They are a grid (.png), or films of the latent world under random actions (.webp).
 """
 
 import math
+import os
 import pathlib
 
 import jax
@@ -21,14 +22,22 @@ from palm_jax.layers.pixels import to_uint8
 
 
 def sample(
-  network, out, classes=None, truncation=1.0, seed=0, columns=10, steps=64, alpha=0.5, beta=0.95
-):
+  network: str | os.PathLike,
+  out: str | os.PathLike,
+  classes: list[int] | None = None,
+  truncation: float = 1.0,
+  seed: int = 0,
+  columns: int = 10,
+  steps: int = 64,
+  alpha: float = 0.5,
+  beta: float = 0.95,
+) -> None:
   """Draws a grid or a film into a file.
 
   Args:
     network: path or name for `load_generator`.
     out: *.png, a class a row and a latent a column; or *.webp, one film a class side by side.
-    classes: list of class numbers; None is all (at most 10). An unconditional generator has none.
+    classes: their numbers; None is all (at most 10). An unconditional generator has none.
     truncation: psi.
     seed: of the latents, and of the actions of a film.
     columns: of the grid.
@@ -36,7 +45,7 @@ def sample(
     alpha, beta: of the film's `environment.Dynamics`.
 
   Raises:
-    UserError: values that cannot be, before anything is compiled; or what `load_generator` refuses.
+    UserError: invalid values, before anything is compiled; or what `load_generator` refuses.
   """
   out = pathlib.Path(out)
   if out.suffix not in ('.png', '.webp'):
@@ -45,29 +54,15 @@ def sample(
     raise UserError(
       f'truncation={truncation}: expected a number, from 0 (the mean picture) to 1 (no truncation)'
     )
-  for name, value, least, most in (
-    ('seed', seed, 0, 2**32 - 1),
-    ('columns', columns, 1, 100),
-    ('steps', steps, 1, 10_000),
-    ('alpha', alpha, 0, 1),
-    ('beta', beta, 0, 1),
-  ):
-    if not least <= value <= most:
-      raise UserError(f'{name}={value}: expected {least} to {most}')
+  _check_range('seed', seed, 0, 2**32 - 1)
+  _check_range('columns', columns, 1, 100)
+  _check_range('steps', steps, 1, 10_000)
+  _check_range('alpha', alpha, 0, 1)
+  _check_range('beta', beta, 0, 1)
   generator = load_generator(network)
-  count = generator.num_classes
   if classes is None:
-    classes = list(range(min(count, 10)))
-  wrong = [c for c in classes if not 0 <= c < count]
-  if wrong:
-    raise UserError(
-      f'class {wrong[0]}: '
-      + (
-        f'expected 0 to {count - 1}'
-        if count
-        else 'the generator has no classes; leave --classes away'
-      )
-    )
+    classes = list(range(min(generator.num_classes, 10)))
+  _check_classes(classes, generator.num_classes)
 
   @jax.jit
   def draw(variables, z, labels):
@@ -78,9 +73,8 @@ def sample(
   with jax.default_matmul_precision('highest'):
     if out.suffix == '.png':
       z = jax.random.normal(jax.random.key(seed), (columns, generator.z_dim))
-      images = np.stack(
-        [draw(variables, z, np.full(columns, label)) for label in rows]
-      )  # (R, columns, H, W, C)
+      # (R, columns, H, W, C)
+      images = np.stack([draw(variables, z, np.full(columns, label)) for label in rows])
       pictures.save_png(out, pictures.grid(images, labels=classes or None))
     else:
       walk = jax.jit(latent_walk, static_argnums=(1, 2))(
@@ -90,12 +84,24 @@ def sample(
       pictures.save_webp(out, [pictures.grid(np.asarray(frames)[None]) for frames in films])
 
 
-def latent_walk(key, steps, z_dim, alpha, beta):
+def _check_range(name, value, least, most):
+  if not least <= value <= most:
+    raise UserError(f'{name}={value}: expected {least} to {most}')
+
+
+def _check_classes(classes, count):
+  wrong = [number for number in classes if not 0 <= number < count]
+  if not wrong:
+    return
+  if not count:
+    raise UserError(f'class {wrong[0]}: the generator has no classes; leave --classes away')
+  raise UserError(f'class {wrong[0]}: expected 0 to {count - 1}')
+
+
+def latent_walk(key: jax.Array, steps: int, z_dim: int, alpha: float, beta: float) -> jax.Array:
   """The latents of one environment under random actions, uniform in [-1, 1]: (steps, z_dim)."""
-  dynamics, ids = (
-    environment.Dynamics(jnp.float32(alpha), jnp.float32(beta)),
-    jnp.zeros(1, jnp.int32),
-  )
+  dynamics = environment.Dynamics(jnp.float32(alpha), jnp.float32(beta))
+  ids = jnp.zeros(1, jnp.int32)
 
   def step(state, key):
     key_action, key_step = jax.random.split(key)
@@ -122,19 +128,24 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
+  """The command, after `parse_flags`. Raises UserError."""
   if len(argv) != 2:
     raise UserError(
       f'{len(argv) - 1} arguments besides the flags: expected one, the .png or .webp to write'
     )
   f = flags.FLAGS
-  try:
-    classes = None if f.classes is None else [int(c) for c in f.classes]
-  except ValueError as e:
-    raise UserError(
-      f'--classes={",".join(f.classes)}: expected class numbers, such as 0,1,2'
-    ) from e
+  classes = _class_numbers(f.classes)
   command.start()
   sample(f.network, argv[1], classes, f.truncation, f.seed, f.columns, f.steps, f.alpha, f.beta)
+
+
+def _class_numbers(words: list[str] | None) -> list[int] | None:
+  if words is None:
+    return None
+  try:
+    return [int(word) for word in words]
+  except ValueError as e:
+    raise UserError(f'--classes={",".join(words)}: expected class numbers, such as 0,1,2') from e
 
 
 if __name__ == '__main__':

@@ -13,11 +13,13 @@ ROWS = 10  # of a grid of pictures, at most
 
 
 def batch_indices(seed: int, start: int, count: int, size: int) -> np.ndarray:
-  """Positions start ... start + count of the endless shuffled walk over a data set of `size`
-  images: (count,) int32.
+  """Positions start ... start + count of an endless shuffled walk over `size` images.
 
-  Each epoch is a permutation that depends on (seed, epoch) only, so a resumed run goes on exactly
+  Each epoch is a permutation that depends on (seed, epoch) only, so a resumed run continues exactly
   where it stopped.
+
+  Returns:
+    (count,) int32.
   """
   out = []
   for epoch in range(start // size, (start + count - 1) // size + 1):
@@ -28,28 +30,40 @@ def batch_indices(seed: int, start: int, count: int, size: int) -> np.ndarray:
 
 
 def grid_shape(G: Generator) -> tuple[int, int]:
-  """(rows, columns) of a grid to look at, a class a row; stacks of frames, which are shown side by
-  side, are fewer."""
-  return min(ROWS, G.num_classes) or ROWS, 10 if G.image_shape[-1] in (1, 3) else 2
+  """(rows, columns) of a grid to look at, a class a row.
+
+  Stacks of frames are fewer, as their frames are shown side by side.
+  """
+  rows = min(ROWS, G.num_classes) if G.num_classes else ROWS
+  columns = 10 if G.image_shape[-1] in (1, 3) else 2
+  return rows, columns
 
 
 def sample_images(
   G: Generator, variables: Any, key: jax.Array, truncation_psi: float = 1.0
 ) -> jax.Array:
-  """Generated pictures to look at: (R, C, H, W, channels) uint8, a class a row and a latent a
-  column, or all different."""
+  """Generated pictures to look at, a class a row and a latent a column, or all different.
+
+  Returns:
+    (rows, columns, H, W, C) uint8; see `grid_shape`.
+  """
   rows, columns = grid_shape(G)
-  z = jax.random.normal(key, (columns if G.num_classes else rows * columns, G.z_dim))
-  labels = (
-    jnp.repeat(jnp.arange(rows), columns) if G.num_classes else jnp.zeros(rows * columns, jnp.int32)
-  )
-  images = G.apply(variables, jnp.tile(z, (len(labels) // len(z), 1)), labels, truncation_psi)
+  if G.num_classes:
+    z = jax.random.normal(key, (columns, G.z_dim))
+    labels = jnp.repeat(jnp.arange(rows), columns)
+  else:
+    z = jax.random.normal(key, (rows * columns, G.z_dim))
+    labels = jnp.zeros(rows * columns, jnp.int32)
+  latents = jnp.tile(z, (len(labels) // len(z), 1))
+  images: Any = G.apply(variables, latents, labels, truncation_psi)
   return to_uint8(images).reshape(rows, columns, *G.image_shape)
 
 
 def real_images(images: np.ndarray, labels: np.ndarray, G: Generator) -> np.ndarray:
-  """Training pictures (N, H, W, channels) in such a grid, spread evenly over the set; black where a
-  class has too few."""
+  """Training pictures (N, H, W, C) in such a grid, spread evenly over the set.
+
+  Places are black where a class has too few.
+  """
   rows, columns = grid_shape(G)
   found = np.zeros((rows, columns, *images.shape[1:]), np.uint8)
   for row in range(rows):
@@ -60,6 +74,10 @@ def real_images(images: np.ndarray, labels: np.ndarray, G: Generator) -> np.ndar
 
 
 def padded(images: np.ndarray, pad: int) -> np.ndarray:
-  """(N, H, W, C) pictures with `pad` pixels more on each side, like those at the edge: what a
-  generator with generator.pad learns."""
-  return np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), 'edge') if pad else images
+  """Pictures (N, H, W, C) with `pad` pixels more on each side, which repeat those at the edge.
+
+  They are what a generator with generator.pad learns.
+  """
+  if not pad:
+    return images
+  return np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), 'edge')

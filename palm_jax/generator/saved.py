@@ -40,7 +40,7 @@ def save_safetensors(
   variables: Any,
   about: str,
   dtype: Any = np.float16,
-):
+) -> None:
   """Writes a generator as one file that `load_generator` reads.
 
   The file is whole, or as it was before.
@@ -90,7 +90,8 @@ def from_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray], fields: str) 
     raise SnapshotError(
       f'{path}: its description of the network is damaged ({type(e).__name__}); fetch it again'
     ) from e
-  expected = {name: x.shape for name, x in traverse_util.flatten_dict(template, sep='/').items()}
+  flat: dict[str, Any] = traverse_util.flatten_dict(template, sep='/')
+  expected = {name: x.shape for name, x in flat.items()}
   shapes = {name: x.shape for name, x in arrays.items()}
   for name in sorted(expected.keys() | shapes.keys()):
     if shapes.get(name) != expected.get(name):
@@ -124,17 +125,18 @@ def from_folder(path: pathlib.Path) -> LoadedGenerator:
   return LoadedGenerator(network, load_item(folder / 'checkpoints', 'generator')[1])
 
 
-def _network(fields):
+def _network(fields: dict[str, Any]) -> Generator:
   """Generator of the fields in a file.
 
   Raises ValueError for sizes that no generator has, before they cost anything.
   """
   channels = tuple(fields['channels'])
   sizes = [n for n in (*channels, *fields.values()) if type(n) is int]
-  if (
-    not all(0 <= n <= MAX_SIZE for n in sizes)
-    or len(channels) > MAX_RESOLUTIONS
-    or fields['mapping_layers'] > MAX_MAPPING_LAYERS
-  ):
+  plausible = (
+    all(0 <= n <= MAX_SIZE for n in sizes)
+    and len(channels) <= MAX_RESOLUTIONS
+    and fields['mapping_layers'] <= MAX_MAPPING_LAYERS
+  )
+  if not plausible:
     raise ValueError('sizes')
-  return Generator(**dict(fields, channels=channels))
+  return Generator(**{**fields, 'channels': channels})

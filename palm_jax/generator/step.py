@@ -6,6 +6,7 @@ does not depend on the number of devices.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -21,8 +22,7 @@ from palm_jax.generator.phases import make_optimizers, make_phases
 from palm_jax.generator.stylegan2 import Generator
 
 
-@flax.struct.dataclass
-class State:
+class State(flax.struct.PyTreeNode):
   """Everything that a run is; a checkpoint holds all of it.
 
   Attributes:
@@ -39,9 +39,9 @@ class State:
   """
 
   step: jax.Array
-  G: dict
-  G_ema: dict
-  D: dict
+  G: Any
+  G_ema: Any
+  D: Any
   opt_g: optax.OptState
   opt_d: optax.OptState
   pl_mean: jax.Array

@@ -90,7 +90,7 @@ class Generator(nn.Module):
   def num_ws(self) -> int:
     return 2 * len(self.channels)
 
-  def setup(self):
+  def setup(self) -> None:
     self.mapping_network = MappingNetwork(
       self.w_dim, self.mapping_layers, self.num_classes, self.embed_features, self.layer_features
     )
@@ -100,8 +100,14 @@ class Generator(nn.Module):
     self.w_avg = self.variable('buffers', 'w_avg', jnp.zeros, (self.w_dim,))
 
   def __call__(
-    self, z, labels=None, truncation_psi=1.0, truncation_cutoff=None, noise='const', noise_keys=None
-  ):
+    self,
+    z: jax.Array,
+    labels: jax.Array | None = None,
+    truncation_psi: float | jax.Array = 1.0,
+    truncation_cutoff: int | jax.Array | None = None,
+    noise: str = 'const',
+    noise_keys: jax.Array | None = None,
+  ) -> jax.Array:
     """z (N, z_dim), labels -> (N, H, W, C) images in at least float32, not clipped.
 
     Further arguments are those of `mapping` and `synthesis`.
@@ -111,14 +117,14 @@ class Generator(nn.Module):
 
   def mapping(
     self,
-    z,
-    labels=None,
+    z: jax.Array,
+    labels: jax.Array | None = None,
     *,
-    truncation_psi=1.0,
-    truncation_cutoff=None,
-    update_w_avg=False,
-    axis_name=None,
-  ):
+    truncation_psi: float | jax.Array = 1.0,
+    truncation_cutoff: int | jax.Array | None = None,
+    update_w_avg: bool = False,
+    axis_name: str | None = None,
+  ) -> jax.Array:
     """z (N, z_dim), labels -> ws (N, num_ws, w_dim).
 
     Args:
@@ -141,7 +147,9 @@ class Generator(nn.Module):
     pull = jnp.where(jnp.arange(self.num_ws) < cutoff, 1 - truncation_psi, 0).astype(ws.dtype)
     return ws + pull[:, None] * (w_avg - ws)
 
-  def synthesis(self, ws, noise='const', noise_keys=None):
+  def synthesis(
+    self, ws: jax.Array, noise: str = 'const', noise_keys: jax.Array | None = None
+  ) -> jax.Array:
     """ws (N, num_ws, w_dim) -> (N, H, W, C) images in at least float32.
 
     Args:
@@ -171,7 +179,7 @@ class MappingNetwork(nn.Module):
   layer_features: int | None
 
   @nn.compact
-  def __call__(self, z, labels):
+  def __call__(self, z: jax.Array | None, labels: jax.Array | None) -> jax.Array:
     inputs = [] if z is None else [_normalize(z)]
     if self.num_classes:
       vectors = _label_vectors(labels, self.num_classes)
@@ -198,7 +206,7 @@ class SynthesisNetwork(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, ws, noise, noise_keys):
+  def __call__(self, ws: jax.Array, noise: str, noise_keys: jax.Array | None) -> jax.Array:
     x = image = None
     for i, width in enumerate(self.channels):
       block = SynthesisBlock(
@@ -211,7 +219,7 @@ class SynthesisNetwork(nn.Module):
         name=f'b{self.base_size << i}',
       )
       x, image = block(x, image, ws, noise, noise_keys)
-    return image
+    return image  # pyright: ignore[reportReturnType]  # of one width or more
 
 
 class SynthesisBlock(nn.Module):

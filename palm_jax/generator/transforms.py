@@ -60,7 +60,8 @@ def apply_geometry(images: jax.Array, G_inv: jax.Array) -> jax.Array:
   rows, columns = doubled.shape[1:3]
 
   G = G_inv.astype(images.dtype)[..., None, None]  # (N, 3, 3, 1, 1)
-  x, y = matrix(_positions, width), matrix(_positions, height)[:, None]
+  x = matrix(_positions, width)
+  y = matrix(_positions, height)[:, None]
   row, below = _neighbours(G[:, 1, 0] * x + G[:, 1, 1] * y + G[:, 1, 2], height)
   column, right = _neighbours(G[:, 0, 0] * x + G[:, 0, 1] * y + G[:, 0, 2], width)
   # One index into all images: as a batch of gathers the gradient is twice as slow on CPU.

@@ -59,7 +59,8 @@ class WLatents:
     w = variables['mean'][labels] + z @ variables['root'].T
     w = w_avg + truncation_psi * (w - w_avg)
     ws = jnp.repeat(w[:, None], network.num_ws, 1)
-    return network.apply(variables['generator'], ws, method='synthesis')
+    images: Any = network.apply(variables['generator'], ws, method='synthesis')
+    return images
 
 
 def w_latents(generator: LoadedGenerator, samples: int = 10_000, seed: int = 0) -> WLatents:

@@ -1,12 +1,14 @@
 """2-D convolutions, NHWC and HWIO, whose gradients stay fast inside a compiled loop on CPU.
 
 XLA:CPU brings convolutions into the layout of its fast kernel in the outermost computation only
-(jaxlib 0.10.2): the gradients of a convolution inside lax.scan or lax.cond fall back to a naive
+(jaxlib 0.10.2). The gradients of a convolution inside lax.scan or lax.cond fall back to a naive
 loop, 30 to 100 times slower. Here they are written in that layout to begin with. Everything can be
 differentiated any number of times in reverse. Other platforms keep XLA's own gradients.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +17,16 @@ from jax import lax
 from palm_jax.base.devices import platform, vary_alike
 
 CHUNK = 16  # pictures
+Padding = str | Sequence[Sequence[int]]  # 'SAME', 'VALID', or ((top, bottom), (left, right))
 
 
-def conv(x, kernel, padding='SAME'):
+def conv(x: jax.Array, kernel: jax.Array, padding: Padding = 'SAME') -> jax.Array:
   """Correlation with stride 1.
 
   Args:
     x: (N, H, W, I).
     kernel: (h, w, I, O).
-    padding: 'SAME' (odd kernels), 'VALID', or ((top, bottom), (left, right)).
+    padding: 'SAME' for odd kernels only.
 
   Returns:
     (N, H', W', O).
@@ -40,9 +43,11 @@ def conv(x, kernel, padding='SAME'):
   return _canonical(*vary_alike(x, kernel), tuple(map(tuple, padding)))
 
 
-def strided_conv(x, kernel, stride, padding):
-  """Correlation with the same stride on both axes: (N, H, W, I) -> (N, H', W', O). Padding as in
-  `conv`, without 'SAME'."""
+def strided_conv(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
+  """Correlation with the same stride on both axes: (N, H, W, I) -> (N, H', W', O).
+
+  Padding is as in `conv`, without 'SAME'.
+  """
   padding = ((0, 0), (0, 0)) if padding == 'VALID' else tuple(map(tuple, padding))
   if platform() != 'cpu':
     return _strided(x, kernel, padding, stride)
@@ -52,38 +57,33 @@ def strided_conv(x, kernel, stride, padding):
 
 
 def _of_pixels(x, kernel):
-  """A kernel of 1x1, on CPU as a product of two matrices: with more axes XLA would transpose x for
-  the kernel's gradient."""
+  """A kernel of 1x1, on CPU as a product of two matrices.
+
+  With more axes XLA would transpose x for the kernel's gradient.
+  """
   if platform() != 'cpu':
     return x @ kernel[0, 0]
-  return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
+  y = x.reshape(-1, x.shape[-1]) @ kernel[0, 0]
+  return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def _as_blocks(x, kernel, padding, stride):
   """(x, kernel) whose convolution of stride 1 without padding is the strided one.
 
-  Stride by stride pixels become channels, and the kernel a smaller one, with zeros beyond the given
-  one.
+  Stride by stride pixels become channels, and the kernel a smaller one, padded by zeros.
   """
-  blocks = [-(-size // stride) for size in kernel.shape[:2]]  # of the kernel
-  lengths = [
+  sizes = kernel.shape[:2]
+  blocks = [-(-size // stride) for size in sizes]  # of the kernel
+  lengths = [  # of the pixels that are seen
     ((n + sum(pad) - size) // stride + b) * stride
-    for n, pad, size, b in zip(x.shape[1:3], padding, kernel.shape[:2], blocks, strict=True)
-  ]  # of the pixels that are seen
-  x = jnp.pad(x, ((0, 0), *((before, stride + after) for before, after in padding), (0, 0)))[
-    :, : lengths[0], : lengths[1]
+    for n, pad, size, b in zip(x.shape[1:3], padding, sizes, blocks, strict=True)
   ]
-  kernel = jnp.pad(
-    kernel,
-    (
-      *((0, b * stride - size) for b, size in zip(blocks, kernel.shape[:2], strict=True)),
-      (0, 0),
-      (0, 0),
-    ),
-  )
-  return _as_channels(x, stride), _as_channels(kernel.transpose(3, 0, 1, 2), stride).transpose(
-    1, 2, 3, 0
-  )
+  x = jnp.pad(x, ((0, 0), *((before, stride + after) for before, after in padding), (0, 0)))
+  x = x[:, : lengths[0], : lengths[1]]
+  missing = [(0, b * stride - size) for b, size in zip(blocks, sizes, strict=True)]
+  kernel = jnp.pad(kernel, (*missing, (0, 0), (0, 0)))
+  kernel = _as_channels(kernel.transpose(3, 0, 1, 2), stride).transpose(1, 2, 3, 0)
+  return _as_channels(x, stride), kernel
 
 
 def _as_channels(x, size):
@@ -93,11 +93,13 @@ def _as_channels(x, size):
   return x.reshape(n, height // size, width // size, -1)
 
 
-def flax_conv(x, kernel, strides, padding, **_):
+def flax_conv(
+  x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Padding, **_: Any
+) -> jax.Array:
   """For nn.Conv(conv_general_dilated=flax_conv), with the same stride on both axes."""
-  return (
-    conv(x, kernel, padding) if strides[0] == 1 else strided_conv(x, kernel, strides[0], padding)
-  )
+  if strides[0] == 1:
+    return conv(x, kernel, padding)
+  return strided_conv(x, kernel, strides[0], padding)
 
 
 def _strided(x, kernel, padding, stride):
@@ -111,11 +113,10 @@ def _plain(x, kernel, padding):
 
 
 def _in_chunks(gradients, x, kernel, g):
-  """gradients(x, kernel, g) = (to x or None, to the kernel), a few pictures at a time so that all
-  stays in the cache.
+  """gradients(x, kernel, g), a few pictures at a time so that all stays in the cache.
 
-  The kernel's alone is 1.2 to 2.7 times faster (128 pictures of 8x8x128 to 32x32x32, one core), x's
-  own is not.
+  They are that of x, or None, and that of the kernel. The kernel's alone is 1.2 to 2.7 times faster
+  so (128 pictures of 8x8x128 to 32x32x32, one core), that of x is not.
   """
   chunk = math.gcd(len(x), CHUNK)
   if chunk < CHUNK // 2 or chunk == len(x) or (x.size + g.size) * chunk // len(x) < kernel.size:
@@ -134,25 +135,24 @@ def _in_chunks(gradients, x, kernel, g):
 
 
 def _on_cpu(x, kernel, padding):
-  """XLA:CPU would take pictures smaller than the kernel for the kernel, outside its fast layout:
-  they are one matrix product."""
-  size = x.shape[1:3]
-  within = all(0 <= p < k for k, pad in zip(kernel.shape[:2], padding, strict=True) for p in pad)
-  if math.prod(size) >= math.prod(kernel.shape[:2]) or not within:
+  """The convolution; for pictures smaller than the kernel it is one matrix product.
+
+  XLA:CPU would take such a picture for the kernel, outside its fast layout.
+  """
+  size, sides = x.shape[1:3], kernel.shape[:2]
+  within = all(0 <= p < k for k, pad in zip(sides, padding, strict=True) for p in pad)
+  if math.prod(size) >= math.prod(sides) or not within:
     return _plain(x, kernel, padding)
-  reach = [
-    n + sum(pad) - k + 1 for n, pad, k in zip(size, padding, kernel.shape[:2], strict=True)
-  ]  # of the result
+  # Of the result.
+  reach = [n + sum(pad) - k + 1 for n, pad, k in zip(size, padding, sides, strict=True)]
   taps = jnp.pad(kernel, (*((r, n) for r, n in zip(reach, size, strict=True)), (0, 0), (0, 0)))
   starts = [
     [r + before - i for i in range(r)] for r, (before, _) in zip(reach, padding, strict=True)
   ]
-  matrix = jnp.stack(
-    [taps[i : i + size[0], j : j + size[1]] for i in starts[0] for j in starts[1]], -2
-  )  # (H, W, I, H'W', O)
-  return (x.reshape(len(x), -1) @ matrix.reshape(x[0].size, -1)).reshape(
-    -1, *reach, kernel.shape[-1]
-  )
+  shifted = [taps[i : i + size[0], j : j + size[1]] for i in starts[0] for j in starts[1]]
+  matrix = jnp.stack(shifted, -2)  # (H, W, I, H'W', O)
+  y = x.reshape(len(x), -1) @ matrix.reshape(x[0].size, -1)
+  return y.reshape(-1, *reach, kernel.shape[-1])
 
 
 _canonical = jax.custom_vjp(_on_cpu, nondiff_argnums=(2,))
@@ -191,7 +191,8 @@ def _strided_backward(padding, stride, residuals, g):
     blocks, back = jax.vjp(lambda x, kernel: _as_blocks(x, kernel, padding, stride), x, kernel)
     return back(_backward(((0, 0), (0, 0)), blocks, g))
 
-  return _in_chunks(gradients, *residuals, g)
+  x, kernel = residuals
+  return _in_chunks(gradients, x, kernel, g)
 
 
 _strided_on_cpu.defvjp(_strided_forward, _strided_backward)

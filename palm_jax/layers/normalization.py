@@ -1,13 +1,17 @@
-"""Batch normalisation (Ioffe and Szegedy, arXiv 1502.03167) that is fast on CPU, with flax's
-numbers and names."""
+"""Batch normalisation (Ioffe and Szegedy, arXiv 1502.03167) that is fast on CPU.
+
+Numbers and names are those of flax.linen.BatchNorm.
+"""
 
 import functools
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 
 from palm_jax.base.devices import platform, vary_alike
@@ -17,8 +21,7 @@ FOLD = 8  # pictures: XLA:CPU is fast at sums over few leading entries only
 
 
 class BatchNorm(nn.Module):
-  """As flax.linen.BatchNorm over all axes but the last; its parameters and statistics fit here and
-  the other way round.
+  """As flax.linen.BatchNorm over all axes but the last; parameters and statistics fit both.
 
   Attributes:
     use_running_average: normalise by the running statistics, and leave them as they are.
@@ -35,7 +38,7 @@ class BatchNorm(nn.Module):
   scale_init: Any = nn.initializers.ones
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     """x (N, ..., C) -> (N, ..., C)."""
     shape = x.shape[-1:]
     scale = self.param('scale', self.scale_init, shape, jnp.float32)
@@ -46,45 +49,46 @@ class BatchNorm(nn.Module):
     )
     mean, var = running_mean.value, running_var.value
     if not self.use_running_average:
-      moments = _sums_of_powers(x, jnp.promote_types(self.dtype or x.dtype, jnp.float32)) / (
-        x.size // x.shape[-1]
-      )
+      wide = jnp.promote_types(self.dtype or x.dtype, jnp.float32)
+      moments = _sums_of_powers(x, wide) / (x.size // x.shape[-1])
       if self.axis_name is not None and not self.is_initializing():
         moments = lax.pmean(moments, self.axis_name)
       mean, var = moments[0], jnp.maximum(moments[1] - moments[0] ** 2, 0)
       if not self.is_initializing():
         running_mean.value += (1 - self.momentum) * (mean - running_mean.value)
         running_var.value += (1 - self.momentum) * (var - running_var.value)
-    dtype = jnp.result_type(
-      x, mean, scale, bias
-    )  # promoted out here, where the gradients are converted back
-    mean, scaling, offset = (
-      a.astype(dtype) for a in (mean, lax.rsqrt(var + self.epsilon) * scale, bias)
-    )
+    # Promoted out here, where the gradients are converted back.
+    dtype = jnp.result_type(x, mean, scale, bias)
+    scaling = lax.rsqrt(var + self.epsilon) * scale
+    mean, scaling, offset = (a.astype(dtype) for a in (mean, scaling, bias))
     normalize = _normalize_on_cpu if platform() == 'cpu' else _normalize
     y = normalize(*vary_alike(x, mean, scaling, offset))
-    return y.astype(nn.dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype))
+    return y.astype(canonicalize_dtype(x, scale, bias, dtype=self.dtype))
 
 
-def channel_sums(terms, *arrays):
-  """(len(terms), C): the sum over all axes but the last of each array (N, ..., C) that
-  `terms(*arrays)` makes, element by element.
+def channel_sums(terms: Callable[..., Iterable[jax.Array]], *arrays: jax.Array) -> jax.Array:
+  """Sums over all axes but the last of the terms that are made of arrays (N, ..., C).
 
-  On CPU a few pictures at a time where N is a multiple of 8: no term is ever whole in memory, and
-  what the arrays are made of is computed once, not for each term (0.85 of the time of SimSiam's
-  update, configs/benchmark.py:small, two cores). What is left then is a product with ones, as XLA's
-  own sums over leading axes are slow. Totals are at least float32.
+  On CPU this takes a few pictures at a time where N is a multiple of 8. So no term is ever whole in
+  memory, and what the arrays are made of is computed once, not for each term (0.85 of the time of
+  SimSiam's update, configs/benchmark.py:small, two cores). What is left then is a product with
+  ones, as XLA's own sums over leading axes are slow.
+
+  Args:
+    terms: arrays -> as many terms (N, ..., C) as it likes, computed element by element.
+    *arrays: any number.
+
+  Returns:
+    (number of terms, C), at least float32.
   """
   wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
   if platform() != 'cpu':
     return jnp.stack([wide(x).sum(range(x.ndim - 1)) for x in terms(*arrays)])
   n, size = len(arrays[0]), arrays[0].size
-  # Never all of them: XLA would take away a loop of one step, and with it the border to what the
+  # Never all of them: XLA would remove a loop of one step, and with it the border to what the
   # arrays are made of.
-  chunk = max(
-    (d for d in range(FOLD, n, FOLD) if n % d == 0 and (d == FOLD or d * size <= CHUNK * n)),
-    default=n,
-  )
+  divisors = (d for d in range(FOLD, n, FOLD) if n % d == 0)
+  chunk = max((d for d in divisors if d == FOLD or d * size <= CHUNK * n), default=n)
 
   def fold(x):
     return wide(x).reshape(FOLD, -1, *x.shape[1:]).sum(0) if len(x) % FOLD == 0 else wide(x)
@@ -103,17 +107,18 @@ def channel_sums(terms, *arrays):
 
 
 def _sum(x):
-  rows = x.reshape(
-    -1, math.prod(x.shape[-2:]) if x.ndim > 2 else x.shape[-1]
-  )  # of all columns: fewer terms, smaller error
+  # Rows of all columns: fewer terms, smaller error.
+  rows = x.reshape(-1, math.prod(x.shape[-2:]) if x.ndim > 2 else x.shape[-1])
   sums = jnp.matmul(jnp.ones((1, len(rows)), x.dtype), rows, precision=lax.Precision.HIGHEST)
   return sums.reshape(-1, x.shape[-1]).sum(0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _sums_of_powers(x, dtype):
-  """(N, ..., C) -> (2, C) in `dtype`: of x and of its square. The gradient keeps x alone, and none
-  of the loop's steps."""
+  """(N, ..., C) -> (2, C) in `dtype`: of x and of its square.
+
+  The gradient keeps x alone, and none of the loop's steps.
+  """
   return channel_sums(lambda x: (x.astype(dtype), x.astype(dtype) ** 2), x)
 
 

@@ -1,22 +1,25 @@
-"""How fast the work of a config goes on these devices, how near to what cannot be avoided, and
-where the time is spent."""
+"""The job that measures how fast a config trains on these devices, and where the time is spent."""
 
 import dataclasses
 import math
 import statistics
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import logging
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from palm_jax import pairs, pretrain, rollout, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
+from palm_jax.generator import LoadedGenerator, PictureGenerator
 from palm_jax.job import Job, Run
 from palm_jax.speed import cost, generator_training, plan, timing, workload
 
-ROWS = dict(
+ROWS = dict(  # of the table: a part's name in words
   generator='generator',
   acting='acting encoder',
   simsiam='SimSiam, both passes',
@@ -27,25 +30,22 @@ ROWS = dict(
 
 
 def run(this: Run) -> dict:
-  """The job: measures what the config trains and writes <workdir>/results/benchmark.json, whose
-  content it returns.
+  """The job: measures the training of a generator and the pretraining, where config.jobs has them.
 
-  Args:
-    config: the whole config; of its jobs, 'generator' (where it trains one) and 'pretrain' are
-      measured.
-    workdir: pathlib.Path.
-    data: data.Data, or None where no generator is trained.
-    mesh: one-dimensional, axis 'data'.
+  Returns:
+    What stands in results/benchmark.json.
 
   Raises:
-    UserError: settings that cannot work, or jobs without either.
+    UserError: settings that cannot work, or jobs with neither.
   """
-  config, workdir, data, mesh = this.config, this.workdir, this.data, this.mesh
-  result = dict(job='benchmark', seed=config.seed, **devices.describe(mesh))
+  config, mesh = this.config, this.mesh
+  result: dict[str, Any] = dict(job='benchmark', seed=config.seed, **devices.describe(mesh))
   if trains_generator(config):
-    result['generator'] = generator_training.measure(config, data, mesh)
+    assert this.data is not None  # needs_data is trains_generator
+    result['generator'] = generator_training.measure(config, this.data, mesh)
   if 'pretrain' in config.jobs:
-    generator = worlds.as_world(config, draw_weights(plan.make_generator(config, workdir)))
+    generator = draw_weights(plan.make_generator(config, this.workdir))
+    generator = worlds.as_world(config, generator)
     result['pretrain'] = pretraining(config, generator, mesh)
   if not result.keys() & {'generator', 'pretrain'}:
     raise UserError(
@@ -54,26 +54,24 @@ def run(this: Run) -> dict:
   return result
 
 
-def trains_generator(config):
+def trains_generator(config: ConfigDict) -> bool:
+  """Whether the config's jobs train a generator, for which data are needed."""
   return 'generator' in config.jobs and not config.generator.path
 
 
-def draw_weights(generator):
-  """The same generator with random weights; speed does not ask for trained ones."""
+def draw_weights(generator: LoadedGenerator) -> LoadedGenerator:
+  """The same generator with random weights, as the speed does not depend on them."""
   network = generator.network
-  init = jax.jit(network.init)(
-    jax.random.key(0), jnp.zeros((1, network.z_dim)), jnp.zeros(1, jnp.int32)
-  )
-  return dataclasses.replace(generator, variables=jax.device_get(init))
+  z, label = jnp.zeros((1, network.z_dim)), jnp.zeros(1, jnp.int32)
+  variables = jax.jit(network.init)(jax.random.key(0), z, label)
+  return dataclasses.replace(generator, variables=jax.device_get(variables))
 
 
-def pretraining(config, generator, mesh):
-  """Speed of pretraining against the work that no arrangement avoids (`workload.UNAVOIDABLE`), each
-  compiled alone.
+def pretraining(config: ConfigDict, generator: PictureGenerator, mesh: Mesh) -> dict[str, Any]:
+  """Speed of pretraining, against the work that cannot be avoided (`workload.UNAVOIDABLE`).
 
-  The whole call, as pretraining makes it, with a full ring and learning in every iteration, and the
-  parts take turns, so that other load on the machine hits all alike. Each figure is the median of
-  timing.REPEATS, after a turn that is not counted.
+  The whole call is as pretraining makes it, with a full ring and learning in every iteration; the
+  parts are compiled alone.
 
   Args:
     config: the whole config.
@@ -91,12 +89,12 @@ def pretraining(config, generator, mesh):
   """
   p = config.pretrain
   program = pretrain.make_program(config, generator, mesh)
-  world, key = worlds.make_world(config, generator, mesh), jax.random.key(config.seed)
+  world = worlds.make_world(config, generator, mesh)
+  key = jax.random.key(config.seed)
   state = fill(program, program.init(key, world))
   make_sample = lambda key: workload.make_sample(program.setup, key)
-  sample = jax.jit(
-    make_sample, out_shardings=workload.sample_shardings(mesh, jax.eval_shape(make_sample, key))
-  )(key)
+  places = workload.sample_shardings(mesh, jax.eval_shape(make_sample, key))
+  sample = jax.jit(make_sample, out_shardings=places)(key)
   parts = workload.make_parts(program.setup, mesh)
 
   traced = program.call.trace(state, world)
@@ -105,24 +103,14 @@ def pretraining(config, generator, mesh):
   calls = {}
   for name, part in parts.items():
     traced = part.call.trace(*part.arguments(state, world, sample))
-    flops[name], calls[name] = cost.flops(traced), traced.lower().compile()
+    flops[name] = cost.flops(traced)
+    calls[name] = traced.lower().compile()
 
-  times = {name: [] for name in ('whole', *parts)}
-  for turn in range(timing.REPEATS + 1):
-    took, (state, _) = timing.seconds(lambda state=state: compiled(state, world))
-    times['whole'].append(took / p.iterations_per_call)
-    for name, part in parts.items():
-      arguments = part.arguments(state, world, sample)
-      took, result = timing.seconds(lambda call=calls[name], arguments=arguments: call(*arguments))
-      times[name].append(took)
-      if part.carries:
-        state = state.replace(**{part.carries: result[0]})
-    logging.info(
-      'benchmark: turn %d of %d, %.3g s an iteration', turn, timing.REPEATS, times['whole'][-1]
-    )
-  found = {name: statistics.median(values[1:]) for name, values in times.items()}
-  whole, unavoidable = found.pop('whole'), sum(found[name] for name in workload.UNAVOIDABLE)
-  peak, memory = timing.matmul_flops(rollout.DTYPES[p.dtype]), compiled.memory_analysis()
+  found = take_turns(compiled, p.iterations_per_call, calls, parts, state, world, sample)
+  whole = found.pop('whole')
+  unavoidable = sum(found[name] for name in workload.UNAVOIDABLE)
+  peak = timing.matmul_flops(rollout.DTYPES[p.dtype])
+  memory = compiled.memory_analysis()
   result = dict(
     seconds_per_iteration=whole,
     env_steps_per_second=program.env_steps_per_iteration / whole,
@@ -146,7 +134,49 @@ def pretraining(config, generator, mesh):
   return result
 
 
-def fill(program, state):
+def take_turns(
+  whole: Callable,
+  iterations: int,
+  calls: dict[str, Callable],
+  parts: dict[str, workload.Part],
+  state: pretrain.State,
+  world: Any,
+  sample: dict[str, jax.Array],
+) -> dict[str, float]:
+  """Seconds an iteration of the whole call and of each part alone.
+
+  They take turns, so that other load on the machine affects all alike. Each figure is the median of
+  timing.REPEATS, after a turn that is not counted.
+
+  Args:
+    whole: the compiled call of pretraining.
+    iterations: in it.
+    calls: of the parts, compiled.
+    parts: by the same names.
+    state: is donated.
+    world: of pretraining.
+    sample: of `workload.make_sample`.
+
+  Returns:
+    {'whole' and each part's name: seconds}.
+  """
+  times = {name: [] for name in ('whole', *parts)}
+  for turn in range(timing.REPEATS + 1):
+    took, (state, _) = timing.seconds(lambda state=state: whole(state, world))
+    times['whole'].append(took / iterations)
+    for name, part in parts.items():
+      arguments = part.arguments(state, world, sample)
+      took, result = timing.seconds(lambda call=calls[name], arguments=arguments: call(*arguments))
+      times[name].append(took)
+      if part.carries:
+        state = state.replace(**{part.carries: result[0]})
+    logging.info(
+      'benchmark: turn %d of %d, %.3g s an iteration', turn, timing.REPEATS, times['whole'][-1]
+    )
+  return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def fill(program: pretrain.Program, state: pretrain.State) -> pretrain.State:
   """The state with a full ring of noise, past its warm-up."""
 
   def filled(state):
@@ -160,34 +190,35 @@ def fill(program, state):
   return jax.jit(filled, out_shardings=program.state_shardings, donate_argnums=0)(state)
 
 
-def table(result, about):
-  """The measures in lines of text."""
-  p, whole, parts = (
-    result['settings']['pretrain'],
-    result['seconds_per_iteration'],
-    result['part_seconds'],
-  )
+def table(result: dict[str, Any], about: dict[str, Any]) -> str:
+  """The measures in lines of text.
+
+  Args:
+    result: of `pretraining`.
+    about: of devices.describe.
+  """
+  p, flops = result['settings']['pretrain'], result['flops']
+  whole, parts = result['seconds_per_iteration'], result['part_seconds']
   memory = ', '.join(
     f'{name.replace("_", " ")} {n / 2**20:,.1f} MiB' for name, n in result['bytes'].items()
   )
   lines = [
     f'pretraining on {about["devices"]}, jax {about["versions"]["jax"]}, {p["dtype"]}:',
     f'  {result["env_steps_per_second"]:,.1f} env steps/s, {result["updates_per_second"]:,.2f} '
-    f'updates/s, {whole:.4g} s an '
-    f'iteration, {p["env_steps"]:,} env steps in {result["hours"]:.3g} h',
+    f'updates/s, {whole:.4g} s an iteration, {p["env_steps"]:,} env steps in '
+    f'{result["hours"]:.3g} h',
     f'  {"alone":22}{"ms/iteration":>14}{"of the whole":>14}{"GFLOP":>10}',
   ]
-  lines += [
-    '  '
-    f'{ROWS[name]:22}{1000 * parts[name]:14,.2f}{parts[name] / whole:14.1%}{result["flops"][name] / 1e9:10,.2f}'
-    for name in ROWS
-  ]
+  for name, words in ROWS.items():
+    milliseconds = f'{1000 * parts[name]:14,.2f}'
+    share = f'{parts[name] / whole:14.1%}'
+    gflop = f'{flops[name] / 1e9:10,.2f}'
+    lines.append(f'  {words:22}{milliseconds}{share}{gflop}')
   lines += [
     f'  efficiency {result["efficiency"]:.3f} = (generator + acting + SimSiam) / whole',
-    f'  {result["flops"]["whole"] / 1e9:,.2f} GFLOP an iteration and device: '
-    f'{result["share_of_matmul"]:.1%} of '
-    f'{result["matmul_flops_per_second"] / 1e12:.3g} TFLOP/s, measured in a {p["dtype"]} matrix '
-    'product',
+    f'  {flops["whole"] / 1e9:,.2f} GFLOP an iteration and device: '
+    f'{result["share_of_matmul"]:.1%} of {result["matmul_flops_per_second"] / 1e12:.3g} TFLOP/s, '
+    f'measured in a {p["dtype"]} matrix product',
     f'  memory of a device: {memory}',
     f'  median of {result["repeats"]} turns, the first left out; compiled in '
     f'{result["compile_seconds"]:.0f} s',

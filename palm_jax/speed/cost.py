@@ -1,18 +1,21 @@
 """What a traced program costs, counted without compiling it."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
-def flops(traced):
+def flops(traced: Any) -> int:
   """FLOPs of the matrix products and convolutions that one device runs, 2 a multiplication.
 
-  Loops of known length count as often as they run, others once; of branches the dearest counts.
-  Products with padding and everything elementwise are left out; batch norm's sums count on CPU as
-  far as they are products with ones.
+  Loops of known length count as often as they run, others once. Of branches the most expensive
+  counts. Products with padding and everything elementwise are left out. On CPU batch norm's sums
+  count as far as they are products with ones.
 
   Args:
     traced: of jax.jit(f).trace(...).
@@ -31,9 +34,8 @@ def _equation_flops(equation):
     shape = equation.invars[0].aval.shape
     return 2 * equation.outvars[0].aval.size * math.prod(shape[i] for i in contracted)
   if name == 'conv_general_dilated':
-    return _convolution_flops(
-      *(v.aval.shape for v in (*equation.invars, *equation.outvars)), **params
-    )
+    shapes = (v.aval.shape for v in (*equation.invars, *equation.outvars))
+    return _convolution_flops(*shapes, **params)
   inner = [
     _flops(getattr(x, 'jaxpr', x))
     for x in jax.tree.leaves(list(params.values()))
@@ -41,7 +43,9 @@ def _equation_flops(equation):
   ]
   if name == 'scan':
     return params['length'] * sum(inner)
-  return max(inner, default=0) if name == 'cond' else sum(inner)
+  if name == 'cond':
+    return max(inner, default=0)
+  return sum(inner)
 
 
 def _convolution_flops(
@@ -59,31 +63,31 @@ def _convolution_flops(
 ):
   (batch, _, *x_space), (outputs, inputs, *kernel_space), (_, _, *out_space) = dimension_numbers
   total = 2 * x[batch] * kernel[outputs] * kernel[inputs] // batch_group_count
-  for i, (step, (before, _), hole, spread) in enumerate(
-    zip(window_strides, padding, lhs_dilation, rhs_dilation, strict=True)
-  ):
-    at = (
-      np.arange(out[out_space[i]])[:, None] * step
-      + np.arange(kernel[kernel_space[i]]) * spread
-      - before
-    )
+  axes = zip(window_strides, padding, lhs_dilation, rhs_dilation, strict=True)
+  for i, (step, (before, _), hole, spread) in enumerate(axes):
+    first = np.arange(out[out_space[i]])[:, None] * step - before
+    at = first + np.arange(kernel[kernel_space[i]]) * spread
     total *= int(((at >= 0) & (at <= (x[x_space[i]] - 1) * hole) & (at % hole == 0)).sum())
   return total
 
 
-def nbytes(tree):
-  """Bytes of a tree of arrays or their shapes, over all devices; typed keys count as their
-  words."""
+def nbytes(tree: Any) -> int:
+  """Bytes of a tree of arrays or their shapes, over all devices.
+
+  Typed keys count as their words.
+  """
 
   def size(x):
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
       x = jax.eval_shape(jax.random.key_data, x)
     return math.prod(x.shape) * x.dtype.itemsize
 
   return sum(map(size, jax.tree.leaves(tree)))
 
 
-def residual_bytes(f, *arguments):
-  """Bytes that reverse differentiation of f keeps between its two passes, before the compiler fuses
-  or recomputes any."""
+def residual_bytes(f: Callable, *arguments: Any) -> int:
+  """Bytes that reverse differentiation of f keeps between its two passes.
+
+  The compiler may then fuse or recompute some of it.
+  """
   return nbytes(jax.eval_shape(lambda *x: jax.vjp(f, *x)[1], *arguments))

@@ -1,15 +1,19 @@
 """How fast a generator trains, and where the time is spent."""
 
+from typing import Any
+
 import jax
 import numpy as np
 from absl import logging
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from palm_jax.base import devices
-from palm_jax.generator import train
+from palm_jax.data.arrays import Data
+from palm_jax.generator.networks import check_config, make_networks
 from palm_jax.generator.phases import make_phases
+from palm_jax.generator.samples import batch_indices, padded
 from palm_jax.generator.step import init_state, make_train_call
 from palm_jax.speed import timing
 from palm_jax.speed.timing import REPEATS, median_seconds
@@ -17,17 +21,16 @@ from palm_jax.speed.timing import REPEATS, median_seconds
 PHASES = dict(g_main='Gmain', d_main='Dmain', r1='R1', path_lengths='path lengths', ada='ADA')
 
 
-def measure(config, data, mesh):
+def measure(config: ConfigDict, data: Data, mesh: Mesh) -> dict[str, Any]:
   """Speed of the generator's training, and the share of its phases.
 
   Whole calls, as training makes them, give the speed. The phases are compiled and timed apart, each
-  weighted by how often it runs; what augmentation takes is the difference to phases without it.
-  Each measure is the median of REPEATS, after a run that is not counted and in which compilation
-  falls.
+  weighted by how often it runs. What augmentation takes is the difference to phases without it.
+  Each measure is the median of REPEATS, after a run that is not counted.
 
   Args:
     config: the whole config; read are seed and generator.
-    data: data.Data.
+    data: whose training pictures it learns.
     mesh: one-dimensional, axis 'data'.
 
   Returns:
@@ -39,12 +42,12 @@ def measure(config, data, mesh):
     UserError: settings that cannot work.
   """
   c, split = config.generator, data.train
-  train.check_config(c, mesh.size)
+  check_config(c, mesh.size)
   num_classes = len(data.class_names) if len(data.class_names) > 1 else 0
-  images = train.padded(split.images, c.pad)
-  G, D = train.make_networks(c, images.shape[1:], num_classes)
+  images = padded(split.images, c.pad)
+  G, D = make_networks(c, images.shape[1:], num_classes)
   training_set = devices.replicate(mesh, (images, split.labels.astype(np.int32)))
-  walk = train.batch_indices(config.seed, 0, c.iterations_per_call * c.batch_size, len(images))
+  walk = batch_indices(config.seed, 0, c.iterations_per_call * c.batch_size, len(images))
   indices = devices.replicate(mesh, walk.reshape(-1, c.batch_size))
   init = jax.jit(lambda key: init_state(c, G, D, key), out_shardings=NamedSharding(mesh, P()))
   fresh = lambda: init(jax.random.key(config.seed))
@@ -59,21 +62,18 @@ def measure(config, data, mesh):
     """Seconds an iteration of each phase."""
     found = {}
     for name, (interval, phase) in make_phases(config, G, D, mesh.size).items():
-      compiled = jax.jit(
-        jax.shard_map(phase, mesh=mesh, in_specs=P(), out_specs=P()), donate_argnums=0
-      )
-      found[name] = median_seconds(compiled, fresh(), *training_set, indices[0]) / interval
+      sharded = jax.shard_map(phase, mesh=mesh, in_specs=P(), out_specs=P())
+      step = jax.jit(sharded, donate_argnums=0)
+      found[name] = median_seconds(step, fresh(), *training_set, indices[0]) / interval
     return found
 
   found = phase_seconds(c)
   if c.augment != 'none':
-    without = phase_seconds(
-      ConfigDict(dict(c, augment='none', pl_weight=0.0))
-    )  # path lengths know no augmentation
+    # Without path lengths, which know no augmentation.
+    without = phase_seconds(ConfigDict(dict(c, augment='none', pl_weight=0.0)))
     ada = sum(max(found[name] - without[name], 0.0) for name in without)
-    found = {name: min(found[name], without.get(name, found[name])) for name in found} | dict(
-      ada=ada
-    )
+    found = {name: min(found[name], without.get(name, found[name])) for name in found}
+    found['ada'] = ada
   total = sum(found.values())
   shares = {name: value / total for name, value in found.items()}
   logging.info('%s', table(c, mesh, c.batch_size / seconds, seconds, found, shares))
@@ -88,13 +88,19 @@ def measure(config, data, mesh):
   )
 
 
-def table(config, mesh, images_per_second, seconds, found, shares):
+def table(
+  config: ConfigDict,
+  mesh: Mesh,
+  images_per_second: float,
+  seconds: float,
+  found: dict[str, float],
+  shares: dict[str, float],
+) -> str:
   """The measures in lines of text."""
-  about = devices.describe(mesh)
+  about: dict[str, Any] = devices.describe(mesh)
   lines = [
     f'generator training on {about["devices"]}, jax {about["versions"]["jax"]}, {config.dtype}, '
-    'batch '
-    f'{config.batch_size}: {images_per_second:,.1f} images/s, {seconds * 1000:,.1f} ms an '
+    f'batch {config.batch_size}: {images_per_second:,.1f} images/s, {seconds * 1000:,.1f} ms an '
     'iteration',
     f'  {"phase":14}{"ms/iteration":>14}{"share":>8}',
   ]

@@ -1,9 +1,12 @@
-"""What a pretraining would take, counted before anything of it is compiled: memory, arithmetic,
-time."""
+"""The job that counts what a pretraining would take: memory, arithmetic, time.
+
+Nothing of the pretraining is compiled for it.
+"""
 
 import json
 import math
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,22 +18,22 @@ from palm_jax import pairs, pretrain, rollout, simsiam, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from palm_jax.encoder import make_encoder
-from palm_jax.generator import LoadedGenerator, load_generator
-from palm_jax.generator.train import make_networks
+from palm_jax.generator import LoadedGenerator, PictureGenerator, load_generator
+from palm_jax.generator.networks import make_networks
 from palm_jax.job import Job, Run, never
 from palm_jax.speed import cost, timing, workload
 
-USUAL_SHARE = 0.4  # of a large matrix product's speed that well-filled convolutional networks reach
+USUAL_SHARE = 0.4  # of a large matrix product's speed: what wide convolutional networks reach
 
 
-def default_config():
+def default_config() -> ConfigDict:
   """What to plan for. Zeros stand for this machine."""
   return ConfigDict(
     dict(
       devices=0,  # their number
       memory_gb=0.0,  # of each, 10^9 bytes
-      # that each sustains; 0: as --job=benchmark found in this workdir, else USUAL_SHARE of a
-      # measured product
+      # that each sustains; 0: as --job=benchmark found in this workdir, else USUAL_SHARE of what a
+      # matrix product reaches here
       tflops=0.0,
       image_size=32,  # of the pictures, where no generator is there yet to tell
       image_channels=3,
@@ -42,14 +45,11 @@ def default_config():
 def run(this: Run) -> dict:
   """The job: prints the plan and returns it; nothing is written.
 
-  Args:
-    config: the whole config.
-    workdir: pathlib.Path; read are its generator and its benchmark, if there.
-    mesh: of the devices that are here.
+  Of the workdir its generator and its benchmark are read, if there.
 
   Raises:
-    UserError: settings that cannot work, or a pretraining that does not fit the memory, after it is
-      printed.
+    UserError: settings that cannot work, or, after the plan is printed, a pretraining that does not
+      fit the memory.
   """
   config, workdir, mesh = this.config, this.workdir, this.mesh
   c = config.plan
@@ -58,7 +58,8 @@ def run(this: Run) -> dict:
       raise UserError(f'plan.{name}={value} is negative: set it to 0 or more')
   num_devices = c.devices or mesh.size
   memory = c.memory_gb * 1e9 or devices.memory_bytes(mesh)
-  result = estimate(config, worlds.as_world(config, make_generator(config, workdir)), num_devices)
+  generator = worlds.as_world(config, make_generator(config, workdir))
+  result = estimate(config, generator, num_devices)
   rate, source = sustained_rate(config, workdir)
   seconds = result['flops_per_iteration'] / rate
   result |= dict(
@@ -73,36 +74,32 @@ def run(this: Run) -> dict:
   return result
 
 
-def make_generator(config, workdir):
-  """The generator of the config or of this workdir, as it was trained; where none is there yet,
-  `untrained_generator`."""
-  if config.generator.path or (pathlib.Path(workdir) / 'generator' / 'network.json').exists():
-    return load_generator(config.generator.path or workdir).with_dtype(
-      rollout.DTYPES[config.pretrain.dtype]
-    )
+def make_generator(config: ConfigDict, workdir: pathlib.Path) -> LoadedGenerator:
+  """The generator of the config or of this workdir; `untrained_generator` where there is none."""
+  if config.generator.path or (workdir / 'generator' / 'network.json').exists():
+    generator = load_generator(config.generator.path or workdir)
+    return generator.with_dtype(rollout.DTYPES[config.pretrain.dtype])
   return untrained_generator(config)
 
 
-def untrained_generator(config):
+def untrained_generator(config: ConfigDict) -> LoadedGenerator:
   """A generator of the config's sizes whose arrays take no memory."""
   c = config.plan
-  network, _ = make_networks(
-    config.generator, (c.image_size, c.image_size, c.image_channels), c.num_classes
-  )
-  variables = jax.eval_shape(
-    network.init, jax.random.key(0), jnp.zeros((1, network.z_dim)), jnp.zeros(1, jnp.int32)
-  )
+  image_shape = c.image_size, c.image_size, c.image_channels
+  network, _ = make_networks(config.generator, image_shape, c.num_classes)
+  z, label = jnp.zeros((1, network.z_dim)), jnp.zeros(1, jnp.int32)
+  variables = jax.eval_shape(network.init, jax.random.key(0), z, label)
   variables = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), variables)
   return LoadedGenerator(network, variables).with_dtype(rollout.DTYPES[config.pretrain.dtype])
 
 
-def estimate(config, generator, num_devices):
+def estimate(config: ConfigDict, generator: PictureGenerator, num_devices: int) -> dict[str, Any]:
   """The plan's numbers that do not depend on the machine.
 
   Args:
     config: the whole config.
     generator: as for pretrain.make_program; only shapes are read.
-    num_devices: int.
+    num_devices: of the plan.
 
   Returns:
     parameters {part: count}; bytes {part: on each device}; flops {part: an iteration, on each
@@ -112,16 +109,14 @@ def estimate(config, generator, num_devices):
   Raises:
     UserError: settings that cannot work.
   """
-  mesh = AbstractMesh((num_devices,), ('data',), axis_types=(AxisType.Auto,))
+  mesh = abstract_mesh(num_devices)
   program = pretrain.make_program(config, generator, mesh)
-  world, state, sample = jax.eval_shape(
-    lambda key: (
-      world := worlds.host_world(config, generator),
-      program.init(key, world),
-      workload.make_sample(program.setup, key),
-    ),
-    jax.random.key(0),
-  )
+
+  def inputs(key):
+    world = worlds.host_world(config, generator)
+    return world, program.init(key, world), workload.make_sample(program.setup, key)
+
+  world, state, sample = jax.eval_shape(inputs, jax.random.key(0))
   parts = workload.make_parts(program.setup, mesh)
   flops = {
     name: cost.flops(part.call.trace(*part.arguments(state, world, sample)))
@@ -129,12 +124,9 @@ def estimate(config, generator, num_devices):
   }
   count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
   agent = {name: count(getattr(state.agent, name)) for name in ('actor', 'critic')}
-  sharded = {
-    name: cost.nbytes(tree) / num_devices
-    for name, tree in dict(
-      frames=state.ring.frames, actions=state.ring.actions, environments=(state.env, state.frames)
-    ).items()
-  }
+  sharded = dict(
+    frames=state.ring.frames, actions=state.ring.actions, environments=(state.env, state.frames)
+  )
   iterations = program.setup.num_calls * config.pretrain.iterations_per_call
   return dict(
     num_devices=num_devices,
@@ -149,7 +141,7 @@ def estimate(config, generator, num_devices):
       **agent,
     ),
     bytes=dict(
-      sharded,
+      {name: cost.nbytes(tree) / num_devices for name, tree in sharded.items()},
       networks=cost.nbytes((world, state.ssl, state.agent)),
       activations=activation_bytes(config, generator, state.ssl, num_devices),
     ),
@@ -159,78 +151,90 @@ def estimate(config, generator, num_devices):
   )
 
 
-def activation_bytes(config, generator, ssl, num_devices):
-  """What SimSiam's backward pass, the largest of all, needs kept by the forward pass over one
-  device's batch."""
+def abstract_mesh(num_devices: int) -> Any:
+  """A mesh of devices that need not be here, for functions that are only traced."""
+  return AbstractMesh((num_devices,), ('data',), axis_types=(AxisType.Auto,))
+
+
+def activation_bytes(
+  config: ConfigDict, generator: PictureGenerator, ssl: dict[str, Any], num_devices: int
+) -> int:
+  """What SimSiam's forward pass over one device's batch keeps for its backward pass.
+
+  That is the largest backward pass of all.
+  """
   dtype = rollout.DTYPES[config.pretrain.dtype]
-  modules = simsiam.make_modules(
-    make_encoder(config.encoder, None, dtype), config.simsiam, None, dtype
-  )
-  frames = jax.ShapeDtypeStruct(
-    (config.pretrain.batch_size // num_devices, *worlds.seen_shape(config, generator)), jnp.uint8
-  )
-  loss = lambda params, *views: simsiam.forward(
-    modules, params, batch_stats, *views, symmetric=config.simsiam.symmetric
-  )[0]
+  encoder = make_encoder(config.encoder, None, dtype)
+  modules = simsiam.make_modules(encoder, config.simsiam, None, dtype)
+  count = config.pretrain.batch_size // num_devices
+  frames = jax.ShapeDtypeStruct((count, *worlds.seen_shape(config, generator)), jnp.uint8)
   batch_stats = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), ssl['batch_stats'])
+  symmetric = config.simsiam.symmetric
+
+  def loss(params, *views):
+    return simsiam.forward(modules, params, batch_stats, *views, symmetric=symmetric)[0]
+
   return cost.residual_bytes(loss, ssl['params'], frames, frames)
 
 
-def sustained_rate(config, workdir):
+def sustained_rate(config: ConfigDict, workdir: pathlib.Path) -> tuple[float, str]:
   """FLOP/s of a device in the loop, and where the number is from."""
   if config.plan.tflops:
     return config.plan.tflops * 1e12, 'plan.tflops'
-  measured = pathlib.Path(workdir) / 'results' / 'benchmark.json'
-  if measured.exists() and 'pretrain' in (found := json.loads(measured.read_text())):
-    found = found['pretrain']
-    return found['flops']['whole'] / found['seconds_per_iteration'], str(measured)
+  path = workdir / 'results' / 'benchmark.json'
+  measured = json.loads(path.read_text()) if path.exists() else {}
+  if 'pretrain' in measured:
+    found = measured['pretrain']
+    return found['flops']['whole'] / found['seconds_per_iteration'], str(path)
   rate = timing.matmul_flops(rollout.DTYPES[config.pretrain.dtype])
-  return (
-    USUAL_SHARE * rate,
-    f'{USUAL_SHARE:.0%} of {rate / 1e12:.3g} TFLOP/s, measured in a product here: a guess',
-  )
+  source = f'{USUAL_SHARE:.0%} of {rate / 1e12:.3g} TFLOP/s, measured in a product here: a guess'
+  return USUAL_SHARE * rate, source
 
 
-def check_memory(config, result):
-  """Raises UserError, saying what would fit, when a device has less memory than the plan takes."""
-  need, memory, ring = sum(result['bytes'].values()), result['memory'], config.replay
+def check_memory(config: ConfigDict, result: dict[str, Any]) -> None:
+  """Raises UserError, saying what would fit, where a device has less memory than the plan takes."""
+  need, memory = sum(result['bytes'].values()), result['memory']
+  ring = config.replay
   if need <= memory:
     return
   stored = result['bytes']['frames'] + result['bytes']['actions']
   block = config.pretrain.num_envs * config.pretrain.rollout_length
   fits = int((memory - need + stored) / stored * ring.capacity) // block * block
-  remedy = (
-    f'set replay.capacity to {fits} or less'
-    if fits > 3 * config.pretrain.num_envs
-    else 'lower pretrain.batch_size or encoder.width'
-  )
+  if fits > 3 * config.pretrain.num_envs:
+    remedy = f'set replay.capacity to {fits} or less'
+  else:
+    remedy = 'lower pretrain.batch_size or encoder.width'
   more = ', replay.actions to int8' if ring.actions != 'int8' else ''
   raise UserError(
     f'replay.capacity={ring.capacity} with pretrain.batch_size={config.pretrain.batch_size} takes '
-    'about '
-    f'{need / 2**30:.1f} GiB on each of {result["num_devices"]} device(s), which have '
-    f'{memory / 2**30:.1f} GiB: '
-    f'{remedy}{more}, or take more devices'
+    f'about {need / 2**30:.1f} GiB on each of {result["num_devices"]} device(s), which have '
+    f'{memory / 2**30:.1f} GiB: {remedy}{more}, or take more devices'
   )
 
 
-def table(r):
-  """The plan in lines of text."""
-  size = lambda n: f'{n / 2**30:.2f} GiB' if n >= 2**30 else f'{n / 2**20:.1f} MiB'
-  listed = lambda numbers, form: ', '.join(f'{name} {form(n)}' for name, n in numbers.items())
+def table(r: dict[str, Any]) -> str:
+  """The plan r in lines of text."""
+
+  def size(n):
+    return f'{n / 2**30:.2f} GiB' if n >= 2**30 else f'{n / 2**20:.1f} MiB'
+
+  def listed(numbers, form):
+    return ', '.join(f'{name} {form(n)}' for name, n in numbers.items())
+
+  gflop = lambda n: f'{n / 1e9:,.2f}'
   per_step = r['flops_per_iteration'] * r['num_devices'] / r['env_steps_per_iteration']
   return '\n'.join(
     [
       f'plan for {r["num_devices"]} device(s), {r["settings"]["pretrain"]["dtype"]}: '
-      f'{r["env_steps"]:,} env steps in '
-      f'{r["iterations"]:,} iterations, pictures of {"x".join(map(str, r["picture"]))}',
+      f'{r["env_steps"]:,} env steps in {r["iterations"]:,} iterations, pictures of '
+      f'{"x".join(map(str, r["picture"]))}',
       f'  parameters        {listed(r["parameters"], "{:,}".format)}',
       f'  memory a device   {size(sum(r["bytes"].values()))} of {size(r["memory"])}: '
       f'{listed(r["bytes"], size)}',
       f'  replay            {r["ring_frames"]:,} frames, '
       f'{min(r["ring_frames"] / r["env_steps"], 1):.1%} of the run',
-      f'  GFLOP an iteration and device: {listed(r["flops"], lambda n: f"{n / 1e9:,.2f}")}; '
-      f'{per_step / 1e9:,.2f} an env step',
+      f'  GFLOP an iteration and device: {listed(r["flops"], gflop)}; {gflop(per_step)} '
+      'an env step',
       f'  time              {r["hours"]:.3g} h at {r["flops_per_second"] / 1e12:.3g} TFLOP/s a '
       f'device ({r["rate_source"]})',
       '  activations are what reverse mode keeps before the compiler fuses or recomputes; '

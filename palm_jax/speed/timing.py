@@ -2,6 +2,8 @@
 
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +11,21 @@ import jax.numpy as jnp
 REPEATS = 5
 
 
-def seconds(call):
-  """Of one call of a function without arguments, until its result is there -> (seconds, result)."""
+def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
+  """Seconds that one call takes until its result is complete, and the result."""
   began = time.monotonic()
   result = jax.block_until_ready(call())
   return time.monotonic() - began, result
 
 
-def median_seconds(call, state, *arguments):
-  """Median time of REPEATS calls that hand on a donated state, after one that is not counted."""
+def median_seconds(call: Callable, state: Any, *arguments: Any) -> float:
+  """Median time of REPEATS calls after one that is not counted.
+
+  Args:
+    call: (state, *arguments) -> (state, anything); the state may be donated.
+    state: of the first call.
+    *arguments: the same in all calls.
+  """
   times = []
   for _ in range(REPEATS + 1):
     took, (state, _) = seconds(lambda state=state: call(state, *arguments))
@@ -25,9 +33,11 @@ def median_seconds(call, state, *arguments):
   return statistics.median(times[1:])
 
 
-def matmul_flops(dtype):
-  """FLOP/s of one device in the product of two large square matrices: what its arithmetic can reach
-  in practice."""
+def matmul_flops(dtype: Any) -> float:
+  """FLOP/s of one device in the product of two large square matrices.
+
+  That is what its arithmetic can reach in practice.
+  """
   size = 1024 if jax.default_backend() == 'cpu' else 8192
   x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
   product = jax.jit(jnp.matmul).lower(x, x).compile()
