@@ -1,17 +1,20 @@
-"""Atari: a world made of one game's frames, and what its encoder is worth in the game (paper
-section 5.3, Atari-100k).
+"""Atari: a world made of one game's frames, and what its encoder is worth in that game.
 
-  python -m palm_jax.main --config=configs/atari.py:Assault                    the paper's sizes: accelerators
-  python -m palm_jax.main --config=configs/atari.py:Assault,laptop             the whole chain on two CPU cores
-  python -m palm_jax.main --config=configs/atari.py:Assault,eps                DrQ(eps), which the paper did not compare with
-  python -m palm_jax.main --config=configs/atari.py:Assault,sgi                SGI's learning rates for the pretrained layers
-  python -m palm_jax.main --config=configs/atari.py:Assault,rmsprop            dqn_zoo's learner plays for the frames
-  python -m palm_jax.main --config=configs/atari.py:Assault,single             single frames are drawn, and stacked as they come
+  python -m palm_jax.main --config=configs/atari.py:Assault
 
-collect (double DQN plays, stacks of frames are kept) -> generator -> pretrain -> finetune (DrQ from
-the pretrained trunk) -> scratch (the same from fresh convolutions, in <workdir>/scratch) -> scores.
-Needs `pip install -e '.[atari]'`: ale-py is GPL-2.0. Alone, without any pretraining: --job=finetune
---config.finetune.trunk=scratch. Only `laptop` was run to its end yet.
+That is at the paper's sizes (section 5.3, Atari-100k), for accelerators. Words behind the game:
+
+  Assault,laptop    the whole chain on two CPU cores
+  Assault,eps       DrQ(eps), which the paper did not compare with
+  Assault,sgi       SGI's learning rates for the pretrained layers
+  Assault,rmsprop   the learner of dqn_zoo plays for the frames
+  Assault,single    the generator draws single frames, which are stacked as they come
+
+The jobs: collect (double DQN plays, stacks of frames are kept), generator, pretrain, finetune (DrQ
+from the pretrained trunk), scratch (the same from fresh convolutions, in <workdir>/scratch) and
+scores.
+Needs `pip install -e '.[atari]'`: ale-py is GPL-2.0. Without any pretraining: --job=finetune
+--config.finetune.trunk=scratch. Only `laptop` was run to its end so far.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +26,8 @@ from palm_jax.base.errors import UserError
 WORDS = 'rmsprop', 'sgi', 'eps', 'single', 'laptop'
 
 
-def get_config(variant='Assault'):
+def get_config(variant: str = 'Assault') -> ConfigDict:
+  """The config of a game, and of words behind it: see above. UserError where one is unknown."""
   game, *words = variant.split(',')
   environment.rom_id(game)
   c = generator.get_config('atari')
@@ -34,13 +38,13 @@ def get_config(variant='Assault'):
   c.collect = collect.default_config()
   c.finetune = finetune.default_config()
   c.scores = scores.default_config()
-  c.generator.pad, c.environment.crop = 6, 6  # 84 to 96 and back: nothing is resized
+  c.generator.pad = 6  # 84 to 96: nothing is resized
+  c.environment.crop = 6  # and back
   c.encoder.name = 'nature'  # the fine-tuner's convolutions; its dense layer stays behind
   c.pretrain.env_steps = 6_000_000  # paper Table 2
   c.replay.capacity = 131_072  # 3.7 GB of stacks, as many bytes as CIFAR's; also of each checkpoint
-  for word in sorted(
-    words, key='laptop'.__eq__
-  ):  # the smaller sizes last, whatever they are sizes of
+  # laptop last: it changes the sizes of what the other words chose.
+  for word in sorted(words, key='laptop'.__eq__):
     if word == 'laptop':
       laptop(c)
     elif word == 'sgi':
@@ -48,7 +52,8 @@ def get_config(variant='Assault'):
     elif word == 'rmsprop':
       c.collect.agent = dqn.dqn_zoo_config()
     elif word == 'single':
-      c.environment.stack, c.plan.image_channels = 4, 1
+      c.environment.stack = 4
+      c.plan.image_channels = 1
     elif word == 'eps':
       c.finetune.agent = drq.epsilon_config()
     else:
@@ -59,9 +64,11 @@ def get_config(variant='Assault'):
   return c
 
 
-def laptop(c):
-  """One CPU core, 45 minutes in all: to see every job work. A tenth of Atari-100k; its pictures are
-  blurred."""
+def laptop(c: ConfigDict) -> None:
+  """Sizes for one CPU core and 45 minutes, to see every job work.
+
+  A tenth of the steps of Atari-100k; the pictures are blurred.
+  """
   c.collect.update(
     dict(frames=80_000, max_bytes=120_000_000, num_envs=4, log_steps=2000, checkpoint_minutes=2.0)
   )

@@ -1,12 +1,18 @@
-"""Sizes to measure with, where nothing is trained: the same for every machine and implementation.
+"""Sizes to measure speed with; they are the same for every machine and implementation.
 
-  python -m palm_jax.main --config=configs/benchmark.py:tiny --job=benchmark     16x16, 32 channels
-  python -m palm_jax.main --config=configs/benchmark.py:small --job=benchmark    32x32, 64 channels: two CPU cores
-  python -m palm_jax.main --config=configs/benchmark.py:cifar --job=benchmark    32x32, 512 channels, ResNet-18: accelerators
+  python -m palm_jax.main --config=configs/benchmark.py:small --job=benchmark
+
+The variants:
+
+  tiny    16x16, 32 channels
+  small   32x32, 64 channels: two CPU cores
+  cifar   32x32, 512 channels, ResNet-18: accelerators
 
 Each env step has one SimSiam pair, as in the paper. An iteration is 4 steps of 16, 32 or 64
 environments and one update.
 """
+
+from ml_collections import ConfigDict
 
 from configs import cifar
 from palm_jax.base.errors import UserError
@@ -18,10 +24,12 @@ SIZES = {
 }
 
 
-def get_config(size='small'):
+def get_config(size: str = 'small') -> ConfigDict:
+  """The config of a size. UserError where it is unknown."""
   if size not in SIZES:
     raise UserError(f'configs/benchmark.py:{size} is unknown: sizes are {", ".join(SIZES)}')
-  s, c = SIZES[size], cifar.get_config()
+  s = SIZES[size]
+  c = cifar.get_config()
   c.name = f'benchmark_{size}'
   c.jobs = ('pretrain',)
   c.plan.image_size = s['image_size']

@@ -1,19 +1,26 @@
 """PALM on CIFAR-10 at the paper's sizes, and smaller ones.
 
-  python -m palm_jax.main --config=configs/cifar.py            50M env steps, ResNet-18, StyleGAN2 with 512 channels: accelerators
-  python -m palm_jax.main --config=configs/cifar.py:cifar100   the same on CIFAR-100
-  python -m palm_jax.main --config=configs/cifar.py:small --config.data.name=train.npz,test.npz     two CPU cores
-  python -m palm_jax.main --config=configs/cifar.py:small --job=pretrain                            the same, without any data
+  python -m palm_jax.main --config=configs/cifar.py
+    50M env steps, ResNet-18, StyleGAN2 with 512 channels: accelerators
+  python -m palm_jax.main --config=configs/cifar.py:cifar100
+    the same on CIFAR-100
+  python -m palm_jax.main --config=configs/cifar.py:small --config.data.name=train.npz,test.npz
+    small sizes: two CPU cores
+  python -m palm_jax.main --config=configs/cifar.py:small --job=pretrain
+    the same, without any data
 
-alpha and beta: the paper contradicts itself, so both readings have a name: `paper_text` (0.5, 0.95:
-sections 4.1 and 6) and `paper_fig5` (0.95, 0.75: the best cell of Figure 5). Append one:
-configs/cifar.py:small,paper_fig5. `small` plays in the bundled generator; --config.generator.path=
-trains one (about 130 images/s on two CPU cores). Measured: 5.5 minutes a pretraining, 15 all of the
-probe; 1.8 GB. Linear accuracy on JPEG copies of CIFAR-10: PALM encoder 40.7%, untrained 34.5%,
-pixels 41.2% (one seed; three in the README's studies). The full size was not run yet. By arithmetic
-50M steps are about 1e18 FLOP, an hour of one H200 at 35 to 40% of its bf16 peak; the replay takes
-5.3 GB over all devices. To compare with: SimSiam with augmentation 90.5 / 66.0% on CIFAR-10 / 100
-(solo-learn).
+The paper contradicts itself on alpha and beta, so both readings have a name: `paper_text` (0.5,
+0.95: sections 4.1 and 6) and `paper_fig5` (0.95, 0.75: the best cell of Figure 5). Append one:
+configs/cifar.py:small,paper_fig5.
+
+`small` plays in the bundled generator; --config.generator.path= trains one (about 130 images/s on
+two CPU cores). Measured: 5.5 minutes for pretraining, 15 for the whole probe, 1.8 GB. Linear
+accuracy on JPEG copies of CIFAR-10: PALM encoder 40.7%, untrained 34.5%, pixels 41.2% (one seed;
+three in the studies).
+
+The full size was not run yet. By arithmetic, 50M steps are about 1e18 FLOP, an hour of one H200 at
+35 to 40% of its bf16 peak; the replay takes 5.3 GB over all devices. To compare with: SimSiam with
+augmentation has 90.5 / 66.0% on CIFAR-10 / 100 (solo-learn).
 """
 
 from ml_collections import ConfigDict
@@ -27,14 +34,13 @@ from palm_jax.speed import plan
 PRESETS = {'paper_text': (0.5, 0.95), 'paper_fig5': (0.95, 0.75)}
 
 
-def get_config(variant=''):
+def get_config(variant: str = '') -> ConfigDict:
+  """The config of a variant: words as above with commas between. UserError where one is unknown."""
   c = ConfigDict()
   c.name = 'cifar'
   c.seed = 0
   c.jobs = ('generator', 'pretrain', 'probe')
-  c.data = ConfigDict(
-    dict(name='cifar10', dir='')
-  )  # see palm_jax/data/load.py for what a name can be
+  c.data = ConfigDict(dict(name='cifar10', dir=''))  # names: see palm_jax/data/load.py
 
   c.generator = train.default_config()  # StyleGAN2-ADA's --cfg=cifar
   c.environment = environment.default_config()
@@ -57,7 +63,8 @@ def get_config(variant=''):
     if word in PRESETS:
       c.environment.alpha, c.environment.beta = PRESETS[word]
     elif word == 'cifar100':
-      c.name, c.data.name = c.name.replace('cifar', 'cifar100'), 'cifar100'
+      c.name = c.name.replace('cifar', 'cifar100')
+      c.data.name = 'cifar100'
     elif word == 'small':
       small(c)
     else:
@@ -69,8 +76,8 @@ def get_config(variant=''):
   return c
 
 
-def small(c):
-  """Two CPU cores: the same code, 32x32 pictures, a narrow generator and a narrow ResNet-18."""
+def small(c: ConfigDict) -> None:
+  """Sizes for two CPU cores: 32x32 pictures, a narrow generator and a narrow ResNet-18."""
   c.name += '_small'
   c.generator.update(
     dict(
@@ -90,14 +97,12 @@ def small(c):
       checkpoint_minutes=5.0,
     )
   )
-  c.environment.update(
-    dict(alpha=0.95, beta=0.5)
-  )  # paper Figure 5: the best alpha, and a beta of the best range
+  # Paper Figure 5: the best alpha, and a beta of the best range.
+  c.environment.update(dict(alpha=0.95, beta=0.5))
   c.replay.capacity = 65_536  # 200 MB of frames
   c.encoder.width = 16
-  c.simsiam.update(
-    dict(proj_hidden=256, proj_dim=256, pred_hidden=64, lr=0.3)
-  )  # ten times the paper's: few updates
+  # The learning rate is ten times the paper's, because the updates are few.
+  c.simsiam.update(dict(proj_hidden=256, proj_dim=256, pred_hidden=64, lr=0.3))
   c.sac.hidden = (256, 256)
   c.pretrain.update(
     dict(

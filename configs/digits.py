@@ -1,5 +1,4 @@
-"""Everything from nothing on scikit-learn's digits (1,797 pictures of 8x8, in the package: no
-download).
+"""The whole chain on scikit-learn's digits: 1,797 pictures of 8x8, which need no download.
 
   python -m palm_jax.main --config=configs/digits.py
 
@@ -10,10 +9,13 @@ paper's) the encoder had 83.3% with alpha 0.5, beta 0.95 and 84.7% with 0.95, 0.
 and 0.95, 0.5 it had 92.8%. Which of the two changes did it was not separated.
 """
 
+from ml_collections import ConfigDict
+
 from configs import cifar
 
 
-def get_config():
+def get_config() -> ConfigDict:
+  """The config; it has no variants."""
   c = cifar.get_config()
   c.name = 'digits'
   c.data.name = 'digits'
@@ -38,16 +40,14 @@ def get_config():
       checkpoint_minutes=2.0,
     )
   )
-  c.environment.update(
-    dict(alpha=0.95, beta=0.5)
-  )  # paper Figure 5: the best alpha, and a beta of the best range
+  # Paper Figure 5: the best alpha, and a beta of the best range.
+  c.environment.update(dict(alpha=0.95, beta=0.5))
   c.replay.capacity = 65_536  # 4 MB of frames
   c.encoder.width = 16
   c.probe.methods = ('lbfgs', 'knn')
   c.quality.update(dict(num_images=10_000, proxy_epochs=15))
-  c.simsiam.update(
-    dict(proj_hidden=256, proj_dim=256, pred_hidden=64, lr=0.3)
-  )  # ten times the paper's: few updates
+  # The learning rate is ten times the paper's, because the updates are few.
+  c.simsiam.update(dict(proj_hidden=256, proj_dim=256, pred_hidden=64, lr=0.3))
   c.sac.hidden = (256, 256)
   c.pretrain.update(
     dict(

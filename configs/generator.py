@@ -1,12 +1,15 @@
-"""A generator alone, with the settings of stylegan2-ada-pytorch (train.py, cfg_specs) and a few of
-ours.
+"""A generator alone, with the settings of stylegan2-ada-pytorch (train.py, cfg_specs).
 
-  python -m palm_jax.main --config=configs/generator.py:cifar                                   CIFAR-10, conditional
-  python -m palm_jax.main --config=configs/generator.py:auto64 --config.data.name=folder        any 64x64 pictures, one device
-  python -m palm_jax.main --config=configs/generator.py:auto256x8 --config.data.name=folder     as the original for 8 devices
-  python -m palm_jax.main --config=configs/generator.py:paper256 --config.data.name=folder      8 devices
-  python -m palm_jax.main --config=configs/generator.py:atari --config.data.name=frames.npz     stacks of 4 grey frames, 96x96
-  python -m palm_jax.main --config=configs/generator.py:digits                                  two CPU cores
+  python -m palm_jax.main --config=configs/generator.py:auto64 --config.data.name=folder
+
+The variants, the last two with settings of our own:
+
+  cifar       CIFAR-10, conditional
+  auto64      any 64x64 pictures in a folder, one device
+  auto256x8   any 256x256 pictures, as the original trains on 8 devices
+  paper256    256x256 pictures on 8 devices
+  atari       stacks of 4 grey frames, 96x96: --config.data.name=frames.npz
+  digits      scikit-learn's digits: two CPU cores
 
 Useful with each: --config.generator.dtype=bfloat16 (accelerators), --config.generator.accumulate=2
 (half the memory), --config.generator.mirror (flipped copies), --config.generator.init_from=<run or
@@ -15,6 +18,9 @@ The full sizes were not run yet.
 """
 
 import re
+from typing import Any
+
+from ml_collections import ConfigDict
 
 from configs import cifar, digits
 from palm_jax.base.errors import UserError
@@ -22,7 +28,8 @@ from palm_jax.base.errors import UserError
 VARIANTS = 'cifar, paper256, auto<resolution>[x<devices>], atari, digits'
 
 
-def get_config(variant='cifar'):
+def get_config(variant: str = 'cifar') -> ConfigDict:
+  """The config of a variant. UserError where it is unknown."""
   c = cifar.get_config()
   c.jobs = ('generator',)
   c.name = f'generator_{variant}'
@@ -46,35 +53,34 @@ def get_config(variant='cifar'):
   return c
 
 
-def by_resolution(resolution, num_devices):
-  """--cfg=auto."""
-  batch_size = max(
-    min(num_devices * min(4096 // resolution, 32), 64), num_devices
-  )  # train.py, for memory
+def by_resolution(resolution: int, num_devices: int) -> dict[str, Any]:
+  """Settings of --cfg=auto; all of them from train.py."""
+  # Bounded by the memory of a device.
+  batch_size = max(min(num_devices * min(4096 // resolution, 32), 64), num_devices)
   return dict(
     general(),
     batch_size=batch_size,
-    mbstd_group=min(batch_size // num_devices, 4),  # train.py
-    channel_base=32768 if resolution >= 512 else 16384,  # train.py: fmaps 1 or 0.5
-    lr=0.002 if resolution >= 1024 else 0.0025,  # train.py
-    r1_gamma=0.0002 * resolution**2 / batch_size,  # train.py, a heuristic
+    mbstd_group=min(batch_size // num_devices, 4),
+    channel_base=32768 if resolution >= 512 else 16384,  # fmaps 1 or 0.5
+    lr=0.002 if resolution >= 1024 else 0.0025,
+    r1_gamma=0.0002 * resolution**2 / batch_size,  # a heuristic
     ema_kimg=batch_size * 10 / 32,
-  )  # train.py
+  )
 
 
-def general():
+def general() -> dict[str, Any]:
   """What all but --cfg=cifar have in common."""
   return dict(
     architecture='resnet',  # training/networks.py
-    pl_weight=2.0,
+    pl_weight=2.0,  # training/loss.py
     style_mixing=0.9,  # training/loss.py
     kimg=25_000.0,  # train.py
-    iterations_per_call=16,
-  )  # ours: the least with R1 in every call
+    iterations_per_call=16,  # ours: the least with R1 in every call
+  )
 
 
-def paper256(c):
-  """--cfg=paper256."""
+def paper256(c: ConfigDict) -> None:
+  """Settings of --cfg=paper256; all of them from train.py."""
   c.data.name = 'folder'
   c.plan.update(dict(image_size=256, num_classes=0))
   c.generator.update(
@@ -85,18 +91,19 @@ def paper256(c):
       lr=0.0025,
       r1_gamma=1.0,
       ema_kimg=20.0,
-      mapping_layers=8,  # train.py
-      channel_base=16384,  # train.py: fmaps 0.5
-      ema_rampup=0.0,
+      mapping_layers=8,
+      channel_base=16384,  # fmaps 0.5
+      ema_rampup=0.0,  # None
     )
-  )  # train.py: None
+  )
 
 
-def atari(c):
-  """Four grey frames of 84x84 as four channels, padded to 96x96: 3x3 and five upsamplings. Sizes
-  are ours."""
+def atari(c: ConfigDict) -> None:
+  """Four grey frames of 84x84 as four channels, padded to 96x96: 3x3 and five upsamplings.
+
+  The sizes are ours.
+  """
   c.data.name = 'frames.npz'
   c.plan.update(dict(image_size=96, image_channels=4, num_classes=0))
-  c.generator.update(
-    dict(by_resolution(96, 1), base_size=3, channel_base=12288)
-  )  # 128 at 96, 256 at 48, then 512: --cfg=auto's widths at 128 and 64
+  # 128 channels at 96, 256 at 48, then 512: as --cfg=auto has at 128 and 64.
+  c.generator.update(dict(by_resolution(96, 1), base_size=3, channel_base=12288))

@@ -1,20 +1,20 @@
-"""Compiles pretraining for a TPU slice that is not there, and prints what it would take on each
-chip.
+r"""Compiles pretraining for a TPU slice without having one, and prints what a chip would do.
 
-  python -m launch.compile_for --topology=v5e:16x16 --config=configs/cifar.py --config.pretrain.dtype=bfloat16 --scale_from=8
+  python -m launch.compile_for --topology=v5e:16x16 --config=configs/cifar.py \
+    --config.pretrain.dtype=bfloat16 --scale_from=8
 
 It is the program that palm_jax.main would run there: the donated scan over whole iterations,
-compiled by libtpu from shapes alone. No array is made and no generator is read (its pictures are
-those of config.plan); no TPU is needed, only `pip install 'palm_jax[tpu]'`. The compiler takes
-minutes, and more stack than usual for large slices (`ulimit -s unlimited`; with 8 MB it ended in a
-segmentation fault on v6e:16x16). Topologies are named as Google Cloud does: v5e:2x4, v5e:16x16,
-v6e:16x16, v5p:4x4x4.
+compiled by libtpu from shapes alone. No array is made and no generator is read: its pictures are
+those of config.plan. No TPU is needed, only `pip install 'palm_jax[tpu]'`. The compiler takes
+minutes, and for large slices more stack than usual: `ulimit -s unlimited` (with 8 MB it ended in a
+segmentation fault on v6e:16x16). Topologies are named as Google Cloud names them: v5e:2x4,
+v5e:16x16, v6e:16x16, v5p:4x4x4.
 
---scale_from=8 takes the sizes of the config as those of 8 chips and multiplies num_envs,
+--scale_from=8 takes the sizes of the config as those of 8 chips. It multiplies num_envs,
 batch_size, warmup_steps, num_shards and capacity, so that every chip keeps its share whatever the
-slice; what to give palm_jax.main for that is printed. Without it the sizes stay, and the chips must
-divide them. Only the reward grows with the slice: each sample seeks its neighbours in the whole
-batch.
+slice, and prints the flags of palm_jax.main for that. Without it the sizes stay, and must be
+divisible by the number of chips. Only the reward grows with the slice: each sample has its
+neighbours in the whole batch.
 """
 
 import importlib.metadata
@@ -24,19 +24,24 @@ import os
 import pathlib
 import re
 import time
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
-from launch.compiled_text import analyse, parse
+from launch.compiled_counts import analyse
+from launch.compiled_text import parse
 from palm_jax import pretrain, worlds
 from palm_jax.base import command
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import write_json
+from palm_jax.generator.protocol import PictureGenerator
 from palm_jax.speed import plan
 
 HOP_SECONDS = 1e-6  # jax-ml.github.io/scaling-book, chapter 3: about a microsecond a hop
@@ -47,8 +52,11 @@ SCALED = (
   'replay.num_shards',
   'replay.capacity',
 )
-REMEDY = 'lower replay.capacity, pretrain.num_envs or pretrain.batch_size, set pretrain.dtype=bfloat16, or take more chips'
-# Else libtpu asks the machine for the TPUs that it has not, and lets only one process in.
+REMEDY = (
+  'lower replay.capacity, pretrain.num_envs or pretrain.batch_size, set '
+  'pretrain.dtype=bfloat16, or take more chips'
+)
+# Without these libtpu looks for the machine's own TPUs, and lets only one process in.
 ENVIRONMENT = dict(
   TPU_SKIP_MDS_QUERY='1',
   TPU_ACCELERATOR_TYPE='v5litepod-8',
@@ -75,8 +83,8 @@ CHIPS = {  # docs.cloud.google.com/tpu/docs/v5e, v5p, v6e
 }
 
 
-def parse_topology(topology):
-  """'v5e:16x16' -> ('v5e', (16, 16)); UserError for a generation that is not in CHIPS."""
+def parse_topology(topology: str) -> tuple[str, tuple[int, ...]]:
+  """'v5e:16x16' -> ('v5e', (16, 16)). UserError for a generation that is not in CHIPS."""
   generation, _, layout = topology.partition(':')
   if generation not in CHIPS or not re.fullmatch(r'\d+(x\d+)+', layout):
     raise UserError(
@@ -86,7 +94,7 @@ def parse_topology(topology):
   return generation, tuple(map(int, layout.split('x')))
 
 
-def make_mesh(topology):
+def make_mesh(topology: str) -> Mesh:
   """The mesh of a TPU slice that need not exist.
 
   Raises:
@@ -104,15 +112,18 @@ def make_mesh(topology):
   except jax.errors.JaxRuntimeError as e:
     raise UserError(
       f'--topology={topology} is refused by libtpu ({str(e).splitlines()[0]}): if it is the '
-      'layout, choose '
-      'one that Google Cloud offers, such as v5e:2x4, v5e:16x16, v6e:16x16, v5p:4x4x4'
+      'layout, choose one that Google Cloud offers, such as v5e:2x4, v5e:16x16, v6e:16x16, '
+      'v5p:4x4x4'
     ) from e
   return Mesh(devices, ('data',), axis_types=(AxisType.Auto,))
 
 
-def scale(config, chips, scale_from):
-  """Multiplies in place the sizes that belong to `scale_from` chips; UserError where one is no
-  whole number for `chips`."""
+def scale(config: ConfigDict, chips: int, scale_from: int) -> None:
+  """Changes the config's sizes, which belong to `scale_from` chips, to those of `chips`.
+
+  Raises:
+    UserError: a size would not be a whole number.
+  """
   sizes = {}
   for name in SCALED:
     section, key = name.split('.')
@@ -120,16 +131,16 @@ def scale(config, chips, scale_from):
     if scaled % scale_from:
       raise UserError(
         f'--scale_from={scale_from} leaves {name}={config[section][key]} no whole number for '
-        f'{chips} chips: '
-        f'set it to a multiple of {scale_from}'
+        f'{chips} chips: set it to a multiple of {scale_from}'
       )
     sizes[name] = scaled // scale_from
   config.update_from_flattened_dict(sizes)
 
 
-def lower(config, generator, mesh):
-  """The call of pretrain.make_program, lowered for the mesh from shapes alone -> (Program,
-  Lowered)."""
+def lower(
+  config: ConfigDict, generator: PictureGenerator, mesh: Mesh
+) -> tuple[pretrain.Program, jax.stages.Lowered]:
+  """The call of pretrain.make_program, lowered for the mesh from shapes alone."""
   program = pretrain.make_program(config, generator, mesh)
   place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
   world = jax.tree.map(
@@ -142,8 +153,8 @@ def lower(config, generator, mesh):
   return program, program.call.lower(state, world)
 
 
-def compile_program(lowered, topology, chip):
-  """Compiled; UserError when it does not fit the chip's memory, as the compiler says."""
+def compile_program(lowered: jax.stages.Lowered, topology: str, chip: Chip) -> jax.stages.Compiled:
+  """The compiled program. UserError where it does not fit the chip's memory."""
   try:
     return lowered.compile()
   except jax.errors.JaxRuntimeError as e:
@@ -156,21 +167,25 @@ def compile_program(lowered, topology, chip):
     ) from e
 
 
-def roofline(chip, layout, total, iterations):
-  """Seconds an iteration at a chip's peaks: {'compute', 'memory', 'network', 'iteration'}.
+def roofline(
+  chip: Chip, layout: Sequence[int], total: Counter, iterations: int
+) -> dict[str, float]:
+  """Seconds of an iteration at a chip's peaks.
+
+  Arithmetic and HBM traffic overlap fully, the network with neither. Every collective sends over
+  all links at once, and takes half the way around the torus on top.
 
   Args:
-    chip: Chip.
+    chip: its peaks.
     layout: chips along each side of the slice.
-    total: Counter of `analyse`.
+    total: of `analyse`.
     iterations: that the program runs.
 
-  Arithmetic and HBM traffic overlap fully, the network with neither: every collective sends over
-  all links at once, and takes half the way around the torus on top.
+  Returns:
+    {'compute', 'memory', 'network', 'iteration': seconds}.
   """
-  count, sent = (
-    sum(n for key, n in total.items() if key[1:] == (what,)) for what in ('count', 'sent')
-  )
+  count = sum(n for key, n in total.items() if key[1:] == ('count',))
+  sent = sum(n for key, n in total.items() if key[1:] == ('sent',))
   seconds = dict(
     compute=total['passes'] / chip.flops,
     memory=total['bytes'] / chip.hbm,
@@ -180,13 +195,11 @@ def roofline(chip, layout, total, iterations):
   return {name: s / iterations for name, s in seconds.items()}
 
 
-def study(config, topology, generator):
-  """Compiles pretraining for a slice and returns what `describe` prints, as a dict of plain
-  numbers.
+def study(config: ConfigDict, topology: str, generator: PictureGenerator) -> dict[str, Any]:
+  """Compiles pretraining for a slice -> what `describe` prints, as plain numbers.
 
   Raises:
-    UserError: sizes or a topology that cannot be, no libtpu, or a program that the compiler cannot
-      fit into the chip.
+    UserError: invalid sizes or topology, no libtpu, or a program that does not fit the chip.
   """
   mesh = make_mesh(topology)
   generation, layout = parse_topology(topology)
@@ -199,11 +212,9 @@ def study(config, topology, generator):
   module = parse(compiled.as_text())
   total, unknown = analyse(module, mesh.size)
   once, _ = analyse(module, mesh.size, once=True)
-  cost, memory, iterations = (
-    compiled.cost_analysis(),
-    compiled.memory_analysis(),
-    config.pretrain.iterations_per_call,
-  )
+  cost = compiled.cost_analysis()
+  memory = compiled.memory_analysis()
+  iterations = config.pretrain.iterations_per_call
   parts = dict(
     arguments=memory.argument_size_in_bytes,
     results_beside_them=memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -242,18 +253,21 @@ def study(config, topology, generator):
   )
 
 
-def gigabytes(n):
+def gigabytes(n: float) -> str:
+  """A number of bytes as text."""
   return f'{n / 2**30:.2f} GiB'
 
 
-def describe(s):
-  """The dict of `study` in words."""
-  memory, seconds, chip = s['memory'], s['seconds'], CHIPS[parse_topology(s['topology'])[0]]
+def describe(s: dict[str, Any]) -> str:
+  """The numbers of `study` in words."""
+  memory = s['memory']
+  seconds = s['seconds']
+  chip = CHIPS[parse_topology(s['topology'])[0]]
   percent = lambda part: f'{100 * part / memory["total"]:.0f}%'
   lines = [
     f'{s["topology"]}: {s["chips"]} chips ({s["device_kind"]}), config {s["config"]}, '
-    f'{s["dtype"]}; '
-    f'lowered in {s["lower_seconds"]:.0f} s, compiled in {s["compile_seconds"]:.0f} s',
+    f'{s["dtype"]}; lowered in {s["lower_seconds"]:.0f} s, compiled in '
+    f'{s["compile_seconds"]:.0f} s',
     'sizes           ' + ' '.join(f'--config.{name}={value}' for name, value in s['sizes'].items()),
     '',
     'On each chip:',
@@ -279,21 +293,21 @@ def describe(s):
     '',
     f'An iteration of {s["env_steps_per_iteration"]} env steps, at the peaks of the chip:',
     f'time            {1e3 * seconds["iteration"]:.2f} ms = max(compute '
-    f'{1e3 * seconds["compute"]:.2f}, '
-    f'HBM {1e3 * seconds["memory"]:.2f}) + network {1e3 * seconds["network"]:.2f}',
+    f'{1e3 * seconds["compute"]:.2f}, HBM {1e3 * seconds["memory"]:.2f}) + network '
+    f'{1e3 * seconds["network"]:.2f}',
     f'{s["env_steps"] / 1e6:.4g}M steps  {s["hours"]:.3g} hours: a floor, not a forecast; the '
-    'compiler itself reckons with '
-    f'{s["cycles"] / 1e6:.1f}M cycles an iteration without the network',
+    f'compiler itself reckons with {s["cycles"] / 1e6:.1f}M cycles an iteration without the '
+    'network',
     f'assumed         {chip.flops / 1e12:.0f} TFLOP/s bf16, HBM {chip.hbm / 1e9:.0f} GB/s, '
-    f'{chip.ici / 1e9:.0f} GB/s sent over '
-    'all links (docs.cloud.google.com/tpu/docs),',
+    f'{chip.ici / 1e9:.0f} GB/s sent over all links (docs.cloud.google.com/tpu/docs),',
     f'                {1e6 * HOP_SECONDS:.0f} us a hop; every chip one mesh position, no host in '
     'between',
   ]
   return '\n'.join(lines)
 
 
-def parse_flags(argv):
+def parse_flags(argv: list[str]) -> list[str]:
+  """Reads the command line; returns what absl leaves of it."""
   flags.DEFINE_string('topology', None, 'TPU slice, such as v5e:16x16.')
   flags.DEFINE_integer(
     'scale_from', None, 'Chips that the sizes of the config are for; they grow with the slice.', 1
@@ -302,7 +316,8 @@ def parse_flags(argv):
   return command.parse_config_flags(argv, 'configs/cifar.py')
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
+  """The command."""
   command.no_arguments(argv)
   f = flags.FLAGS
   if f.topology is None:
@@ -319,14 +334,13 @@ def main(argv):
   check_memory(result)
 
 
-def check_memory(result):
+def check_memory(result: dict[str, Any]) -> None:
   """Raises UserError when the program takes more than the chip has."""
   memory = result['memory']
   if memory['total'] > memory['chip']:
     raise UserError(
       f'the program takes {gigabytes(memory["total"])} of each chip and a chip of '
-      f'{result["topology"]} has '
-      f'{gigabytes(memory["chip"])}: {REMEDY}'
+      f'{result["topology"]} has {gigabytes(memory["chip"])}: {REMEDY}'
     )
 
 

@@ -1,11 +1,10 @@
-"""A pod on one machine: several processes of palm_jax.main, each with its own CPU devices, joined
-into one run.
+"""A pod on one machine: processes of palm_jax.main, each with its own CPU devices, as one run.
 
   python launch/local.py --processes=2 --devices=4 -- --config=configs/digits.py --workdir=runs/pod
 
 What stands behind `--` goes to every process. SIGTERM (all save and leave) and Ctrl-C are passed
-on; when a process fails, the others are ended. The exit code is the worst of those that ended by
-themselves.
+to all. When a process fails, the others are ended. The exit code is the worst of those that ended
+by themselves.
 """
 
 import argparse
@@ -17,11 +16,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable, Sequence
 
 GRACE_SECONDS = 10  # after one has failed, for the others to say why they fail too
 
 
-def parse(argv):
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+  """The command line."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -39,8 +40,14 @@ def _positive(text):
   return int(text)
 
 
-def start(processes, devices, arguments):
-  """Starts them all -> [subprocess.Popen], their output on pipes."""
+def start(processes: int, devices: int, arguments: Sequence[str]) -> list[subprocess.Popen]:
+  """Starts the processes, their output on pipes.
+
+  Args:
+    processes: how many.
+    devices: CPU devices of each.
+    arguments: of palm_jax.main.
+  """
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     address = f'127.0.0.1:{free.getsockname()[1]}'
@@ -51,7 +58,7 @@ def start(processes, devices, arguments):
     PYTHONUNBUFFERED='1',
     JAX_COORDINATOR_BIND_ADDRESS=address,  # JAX would listen on every network
     # XLA:CPU deadlocks when programs in flight have more devices than its pool has threads.
-    NPROC=str(max(2 * devices, os.cpu_count())),
+    NPROC=str(max(2 * devices, os.cpu_count() or 1)),
   )
   command = [
     sys.executable,
@@ -82,16 +89,19 @@ def _die_with_parent():
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def copy_output(index, stream):
+def copy_output(index: int, stream: Iterable[bytes]) -> None:
   """Prints a process's lines, each with its number before it and in one piece."""
   for line in stream:
     sys.stdout.write(f'[{index}] {line.decode(errors="replace").rstrip()}\n')
     sys.stdout.flush()
 
 
-def wait(children):
-  """Waits for all and ends them when one fails -> the worst exit code, as a shell gives it (137:
-  killed)."""
+def wait(children: Sequence[subprocess.Popen]) -> int:
+  """Waits for all, and ends them some seconds after one has failed.
+
+  Returns:
+    The worst exit code, as a shell gives it (137: killed).
+  """
   deadline = None
   while True:
     codes = [child.poll() for child in children]
@@ -106,22 +116,27 @@ def wait(children):
     time.sleep(0.05)
 
 
-def end(children):
+def end(children: Iterable[subprocess.Popen]) -> None:
+  """Kills those that still run."""
   for child in children:
     if child.poll() is None:
       child.kill()
       child.wait()
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> int:
+  """The command -> its exit code."""
   args = parse(argv)
   children = start(args.processes, args.devices, args.arguments)
+
+  def pass_on(number, _):
+    for child in children:
+      if child.poll() is None:
+        child.send_signal(number)
+
   try:
     for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(
-        number,
-        lambda number, _: [child.send_signal(number) for child in children if child.poll() is None],
-      )
+      signal.signal(number, pass_on)
     copiers = [
       threading.Thread(target=copy_output, args=(i, child.stdout))
       for i, child in enumerate(children)

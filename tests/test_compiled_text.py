@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from launch import compiled_text
+from launch import compiled_counts, compiled_text
 from palm_jax.base import devices
 
 F32 = 4
@@ -40,7 +40,7 @@ def program():
 
 
 def test_collectives_are_counted_with_their_loops(program):
-  total, unknown = compiled_text.analyse(compiled_text.parse(program.as_text()), 8)
+  total, unknown = compiled_counts.analyse(compiled_text.parse(program.as_text()), 8)
   assert not unknown
   block = 16 * 32 * F32  # a device's h
   expected = {
@@ -62,13 +62,13 @@ def test_collectives_are_counted_with_their_loops(program):
 def test_products_are_counted_with_their_loops_and_the_longer_branch(program):
   module = compiled_text.parse(program.as_text())
   product = 2 * 16 * 32 * 32
-  assert compiled_text.analyse(module, 8)[0]['flops'] == 5 * (3 + 1) * product
-  assert compiled_text.analyse(module, 8, once=True)[0]['flops'] == 2 * product
+  assert compiled_counts.analyse(module, 8)[0]['flops'] == 5 * (3 + 1) * product
+  assert compiled_counts.analyse(module, 8, once=True)[0]['flops'] == 2 * product
 
 
 def test_counting_bodies_once_is_what_xla_does(program):
   """The correction of XLA's counts rests on this; it adds to the FLOPs those of sums and tanh."""
-  once, _ = compiled_text.analyse(compiled_text.parse(program.as_text()), 8, once=True)
+  once, _ = compiled_counts.analyse(compiled_text.parse(program.as_text()), 8, once=True)
   cost = program.cost_analysis()
   assert 0 <= cost['flops'] - once['flops'] < 0.05 * cost['flops']
   assert once['bytes'] == pytest.approx(cost['bytes accessed'], rel=0.05)
@@ -79,7 +79,7 @@ def test_loop_lengths_without_xlas_note(program):
   text = program.as_text()
   assert 'known_trip_count' in text
   bare = compiled_text.parse(text.replace('known_trip_count', 'forgotten'))
-  assert compiled_text.analyse(bare, 8) == compiled_text.analyse(compiled_text.parse(text), 8)
+  assert compiled_counts.analyse(bare, 8) == compiled_counts.analyse(compiled_text.parse(text), 8)
   lengths = {
     compiled_text.trip_count(bare, name, loop)
     for name, body in bare.computations.items()
@@ -101,15 +101,15 @@ def test_loop_lengths_with_a_start_and_a_step():
     text,
   )
   assert times == 1  # the counter goes to its sum through a copy, as in TPU programs
-  for text in (text, copied):
-    total, unknown = compiled_text.analyse(compiled_text.parse(text), 1)
+  for form in (text, copied):
+    total, unknown = compiled_counts.analyse(compiled_text.parse(form), 1)
     assert total['flops'] == 4 * 2 * 8**3 and not unknown  # 3, 5, 7, 9
 
 
 def test_loops_of_unknown_length_are_named():
   call = jax.jit(lambda x: jax.lax.while_loop(lambda x: x.sum() < 9.0, lambda x: x @ x, x))
   text = call.lower(jax.ShapeDtypeStruct((8, 8), jnp.float32)).compile().as_text()
-  total, unknown = compiled_text.analyse(compiled_text.parse(text), 1)
+  total, unknown = compiled_counts.analyse(compiled_text.parse(text), 1)
   assert total['flops'] == 2 * 8**3
   assert len(unknown) == 1 and unknown[0].startswith('while')
 
@@ -128,7 +128,7 @@ def test_convolutions_count_no_padding(strides, padding, lhs_dilation, rhs_dilat
   )
   shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
   compiled = jax.jit(conv).lower(shape(2, 9, 7, 3), shape(3, 3, 3, 5)).compile()
-  total, _ = compiled_text.analyse(compiled_text.parse(compiled.as_text()), 1)
+  total, _ = compiled_counts.analyse(compiled_text.parse(compiled.as_text()), 1)
   # Ones in place of numbers: the sum of the outputs counts the multiplications that are not with
   # padding.
   hits = conv(jnp.ones((2, 9, 7, 3)), jnp.ones((3, 3, 3, 5))).sum()
@@ -145,7 +145,7 @@ def test_updates_in_place_cost_what_they_write():
 
   shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
   compiled = jax.jit(call, donate_argnums=0).lower(shape(1024, 256), shape(1, 256)).compile()
-  total, _ = compiled_text.analyse(compiled_text.parse(compiled.as_text()), 1)
+  total, _ = compiled_counts.analyse(compiled_text.parse(compiled.as_text()), 1)
   row = 256 * F32
   assert 10 * 2 * row <= total['bytes'] < 10 * 6 * row
 
@@ -171,5 +171,5 @@ def test_groups_of_devices():
     ]
   )
   for groups, sent in (('{{0,1},{2,3}}', 32), ('[4,4]<=[16]', 48), ('{}', 60)):
-    total, _ = compiled_text.analyse(compiled_text.parse(text.replace('GROUPS', groups)), 16)
+    total, _ = compiled_counts.analyse(compiled_text.parse(text.replace('GROUPS', groups)), 16)
     assert total['all-reduce', 'sent'] == sent

@@ -1,14 +1,17 @@
-"""When does it work? Data size, share of labels, granularity and corruption, after Cole et al.,
-arXiv 2105.05837.
+r"""When does it work? Data size, share of labels, granularity, corruption (arXiv 2105.05837).
 
   python -m palm_jax.main --config=configs/studies/contours.py:smoke
-  python -m palm_jax.main --config=configs/studies/contours.py:laptop --config.data.name=train.npz,test.npz
+  python -m palm_jax.main --config=configs/studies/contours.py:laptop \
+    --config.data.name=train.npz,test.npz
   python -m palm_jax.main --config=configs/studies/contours.py:paper,cifar100
 
 laptop: 5 arms x 3 seeds x 8 minutes, and the supervised trainings on shares of labels: about 2.5
-hours. PALM at a part of the samples has as many updates as with all. Corrupted are the test images;
-probes learn on clean ones. 20 superclasses beside 100 classes with cifar100 only.
+hours. PALM with a part of the samples has as many updates as with all. The test images are
+corrupted; probes learn on clean ones. With cifar100 there are 20 superclasses beside the 100
+classes.
 """
+
+from ml_collections import ConfigDict
 
 from configs.studies import scales
 
@@ -18,7 +21,8 @@ SALT_AND_PEPPER = (0.01, 0.05, 0.2)
 PIXELS = {'smoke': (4, 6), 'laptop': (8, 16, 24), 'paper': (8, 16, 24)}
 
 
-def get_config(variant='laptop'):
+def get_config(variant: str = 'laptop') -> ConfigDict:
+  """The config of a scale; see above."""
   b = scales.base('contours', variant)
   c = b.config
   c.probe.update(

@@ -1,8 +1,8 @@
-"""Figure 3: labels in the features, beside SimSiam and SimCLR on real images, and supervised
-training.
+r"""Figure 3: accuracy of PALM beside SimSiam, SimCLR and supervised training on real images.
 
   python -m palm_jax.main --config=configs/studies/figure3.py:smoke
-  python -m palm_jax.main --config=configs/studies/figure3.py:laptop --config.data.name=train.npz,test.npz
+  python -m palm_jax.main --config=configs/studies/figure3.py:laptop \
+    --config.data.name=train.npz,test.npz
   python -m palm_jax.main --config=configs/studies/figure3.py:paper,cifar100
 
 laptop: 4 arms x 3 seeds x 6 minutes, and 3 supervised trainings: about 1.5 hours. The paper has
@@ -10,10 +10,13 @@ three seeds, CIFAR-10 and CIFAR-100. All arms have the same number of updates an
 SimCLR see two augmented views of real images.
 """
 
+from ml_collections import ConfigDict
+
 from configs.studies import scales
 
 
-def get_config(variant='laptop'):
+def get_config(variant: str = 'laptop') -> ConfigDict:
+  """The config of a scale; see above."""
   b = scales.base('figure3', variant)
   c = b.config
   methods = (*c.probe.methods, 'supervised')

@@ -1,12 +1,15 @@
-"""Figure 5: accuracy over alpha (share of the action) and beta (persistence of the latent).
+r"""Figure 5: accuracy over alpha (share of the action) and beta (persistence of the latent).
 
   python -m palm_jax.main --config=configs/studies/figure5.py:smoke
-  python -m palm_jax.main --config=configs/studies/figure5.py:laptop --config.data.name=train.npz,test.npz
+  python -m palm_jax.main --config=configs/studies/figure5.py:laptop \
+    --config.data.name=train.npz,test.npz
   python -m palm_jax.main --config=configs/studies/figure5.py:paper,cifar100
 
 laptop: 16 cells x 3 seeds x 6 minutes: about 5 hours. All cells compile one program. The paper has
 CIFAR-100, three seeds.
 """
+
+from ml_collections import ConfigDict
 
 from configs.studies import scales
 
@@ -17,9 +20,11 @@ GRID = {
 }
 
 
-def get_config(variant='laptop'):
+def get_config(variant: str = 'laptop') -> ConfigDict:
+  """The config of a scale; see above."""
   b = scales.base('figure5', variant)
-  c, (alphas, betas) = b.config, GRID[b.scale]
+  c = b.config
+  alphas, betas = GRID[b.scale]
   c.study.arms = tuple(
     (f'alpha {alpha}', f'environment.alpha={alpha} environment.beta={beta}', beta)
     for alpha in alphas
@@ -35,5 +40,6 @@ def get_config(variant='laptop'):
       'alpha 0.95 @ 0.5 > alpha 0.95 @ 0.95',
       'alpha 0.95 @ 0.75 > alpha 0.95 @ 0.95',
     )
-  c.study.axis, c.study.grid = 'beta', True
+  c.study.axis = 'beta'
+  c.study.grid = True
   return c

@@ -1,11 +1,12 @@
-"""What the studies start from, at three scales; a study's variant is one of them, and any of
-configs/cifar.py behind it.
+"""What the studies start from, at three scales.
 
-  smoke   digits of scikit-learn, seconds a run: to see that a study works; its numbers say nothing
-  laptop  configs/cifar.py:small on two CPU cores, about 6 minutes a run (5 of pretraining, 1 of probe); needs --config.data.name
+  smoke   digits of scikit-learn, seconds a run: shows that a study works; its numbers say nothing
+  laptop  configs/cifar.py:small on two CPU cores, about 6 minutes a run (5 of pretraining, 1 of
+          probe); needs --config.data.name
   paper   configs/cifar.py: accelerators; trains its generator first
 
-For example configs/studies/figure3.py:paper,cifar100. PALM is alpha 0.95 and beta 0.75 in all
+A study's variant is one of them; laptop and paper may be followed by variants of configs/cifar.py,
+for example configs/studies/figure3.py:paper,cifar100. PALM is alpha 0.95 and beta 0.75 in all
 studies, the best cell of the paper's Figure 5; configs/studies/figure3.py:paper,paper_text takes
 the numbers of its text instead. Some arms have budgets that are worked out from the scale's, so
 change the config file, not --config.pretrain.env_steps.
@@ -24,44 +25,55 @@ SCALES = ('smoke', 'laptop', 'paper')
 
 
 class Base(NamedTuple):
+  """What a study starts from."""
+
   config: ConfigDict  # of a run, with an empty section study
   scale: str
   train_images: int  # of the scale's data
   method: str  # of the linear probe
 
-  def row(self, features='PALM encoder', method=None, rest=''):
-    """Path of an accuracy in results/probe.json."""
-    chosen = (
-      f'method={method}'
-      if method == 'supervised'
-      else f'features={features}, method={method or self.method}'
-    )
+  def row(self, features: str = 'PALM encoder', method: str | None = None, rest: str = '') -> str:
+    """Path of an accuracy in results/probe.json.
+
+    Args:
+      features: that were probed; not read of supervised training.
+      method: None is the linear probe.
+      rest: what else chooses the row.
+    """
+    chosen = f'features={features}, method={method or self.method}'
+    if method == 'supervised':
+      chosen = 'method=supervised'
     return f'probe/rows[{chosen}{rest}]/accuracy/clean'
 
 
-def base(name, variant):
-  """The Base of the study `name` at the scale that its variant begins with; UserError where it
-  begins with none."""
+def base(name: str, variant: str) -> Base:
+  """What the study `name` starts from at the scale that its variant begins with.
+
+  Raises:
+    UserError: it begins with none, or a word behind it is unknown.
+  """
   scale, *words = variant.split(',')
   if scale not in SCALES or (scale == 'smoke' and words):
     raise UserError(
       f'configs/studies/{name}.py:{variant} is unknown: scales are {", ".join(SCALES)}, the last '
-      'two followed by '
-      'variants of configs/cifar.py'
+      'two followed by variants of configs/cifar.py'
     )
-  c = (
-    smoke()
-    if scale == 'smoke'
-    else cifar.get_config(','.join(['small'] * (scale == 'laptop') + words))
-  )
+  if scale == 'smoke':
+    c = smoke()
+  elif scale == 'laptop':
+    c = cifar.get_config(','.join(['small', *words]))
+  else:
+    c = cifar.get_config(','.join(words))
   if not set(words) & set(cifar.PRESETS):
     c.environment.alpha, c.environment.beta = cifar.PRESETS['paper_fig5']
   if scale != 'paper':
     c.probe.methods = ('lbfgs', 'knn')
   c.probe.pixels = False  # they are the same in every run
-  c.name, c.jobs = f'{name}_{variant.replace(",", "_")}', ('study',)
+  c.name = f'{name}_{variant.replace(",", "_")}'
+  c.jobs = ('study',)
   c.study = study.default_config()
-  b = Base(c, scale, 1437 if scale == 'smoke' else 50_000, 'sgd' if scale == 'paper' else 'lbfgs')
+  train_images = 1437 if scale == 'smoke' else 50_000
+  b = Base(c, scale, train_images, 'sgd' if scale == 'paper' else 'lbfgs')
   if scale == 'smoke':
     c.study.seeds = (0, 1)
   c.study.measures = (
@@ -76,7 +88,7 @@ def base(name, variant):
   return b
 
 
-def smoke():
+def smoke() -> ConfigDict:
   """Digits, everything small: the generator trains for seconds."""
   c = digits.get_config()
   c.generator.update(
@@ -113,15 +125,14 @@ def smoke():
   return c
 
 
-def with_samples(c, times):
-  """The run with a `times`-th of the samples, each seen `times` as often: the same number of
-  updates.
+def with_samples(c: ConfigDict, times: int) -> tuple[int, str]:
+  """The run with a `times`-th of the samples and as many updates: each is seen `times` as often.
 
   Returns:
     (env steps, settings of a study's arm).
 
   Raises:
-    UserError: the number of updates is no multiple of that.
+    UserError: the number of updates is no multiple of `times`.
   """
   p = c.pretrain
   block = p.num_envs * p.rollout_length
@@ -133,9 +144,8 @@ def with_samples(c, times):
       f'{iterations - warm} iterations with updates are no multiple of {times}: choose other sizes'
     )
   iterations = blocks + warm
-  most = max(
-    1, p.iterations_per_call // times
-  )  # no more updates a call, and a line of progress, than the base run's
+  # No more updates a call, and so a line of progress, than the base run has.
+  most = max(1, p.iterations_per_call // times)
   per_call = max(n for n in range(1, most + 1) if iterations % n == 0)
   return iterations * block, (
     f'pretrain.env_steps={iterations * block} pretrain.iterations_per_call={per_call} '

@@ -1,14 +1,17 @@
-"""Table 3: how many training images are the nearest of something explored, beside random actions
-and independent latents.
+r"""Table 3: coverage of the training images by exploration, random actions, independent latents.
 
   python -m palm_jax.main --config=configs/studies/table3.py:smoke
-  python -m palm_jax.main --config=configs/studies/table3.py:laptop --config.data.name=train.npz,test.npz
-  python -m palm_jax.main --config=configs/studies/table3.py:paper --config.quality.inception_path=FILE
+  python -m palm_jax.main --config=configs/studies/table3.py:laptop \
+    --config.data.name=train.npz,test.npz
+  python -m palm_jax.main --config=configs/studies/table3.py:paper \
+    --config.quality.inception_path=FILE
 
-laptop: 2 arms x 3 seeds x 8 minutes: under an hour, in each run's own features, so that arms differ
-in what they are measured with, too: compare within an arm. paper: Inception features, of a weight
-file that you give.
+Coverage is the share of training images that are the nearest of something explored. laptop: 2 arms
+x 3 seeds x 8 minutes: under an hour. It measures with each run's own features, so compare within an
+arm only. paper: Inception features, of a weight file that you give.
 """
+
+from ml_collections import ConfigDict
 
 from configs import cifar
 from configs.studies import scales
@@ -16,7 +19,8 @@ from configs.studies import scales
 SETS = ('random actions', 'independent', 'other training images', 'test images')
 
 
-def get_config(variant='laptop'):
+def get_config(variant: str = 'laptop') -> ConfigDict:
+  """The config of a scale; see above."""
   b = scales.base('table3', variant)
   c = b.config
   if b.scale == 'paper':
