@@ -9,6 +9,8 @@ import logging as python_logging
 import os
 import pathlib
 import shutil
+from collections.abc import Mapping
+from typing import Any, Self
 
 import jax
 from absl import logging
@@ -18,25 +20,27 @@ from palm_jax.base import digests, processes
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import sync
 from palm_jax.base.processes import any_process
-from palm_jax.base.steps import list_steps, nested_template, newest, one_line
+from palm_jax.base.steps import Restored, list_steps, nested_template, newest, one_line
 
 
 class Checkpoints:
-  """The checkpoints of one run. All processes call each method together; no other process writes to
-  the folder.
+  """The checkpoints of one run. All processes call each method together.
 
   Args:
-    folder: path of the steps; made if absent. What a killed run left half-written in it is removed.
-    keep: how many of the newest steps stay; one more is there while a save is under way or not yet
+    folder: of the steps; made if absent, and no other run's. What a killed run left half-written in
+      it is removed.
+    keep: how many of the newest steps stay; there is one more while a save is under way or not yet
       waited for.
 
   Raises:
     UserError: the folder cannot be made.
   """
 
-  def __init__(self, folder, keep=2):
-    self.folder, self._keep = pathlib.Path(folder).absolute(), keep
-    self._pending, self._damaged = None, []
+  def __init__(self, folder: str | os.PathLike, keep: int = 2):
+    self.folder = pathlib.Path(folder).absolute()
+    self._keep = keep
+    self._pending = None  # (step, response) of the save under way
+    self._damaged = []
     _quieten_orbax()
     error = None
     try:
@@ -53,32 +57,33 @@ class Checkpoints:
         f'{self.folder} cannot hold checkpoints ({reason}): choose another --workdir'
       ) from error
 
-  def __enter__(self):
+  def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     self.close()
 
-  def steps(self):
+  def steps(self) -> list[int]:
     """The complete steps, oldest first."""
     return list_steps(self.folder)
 
-  def latest_step(self):
+  def latest_step(self) -> int | None:
     """The newest complete step, or None."""
     return max(self.steps(), default=None)
 
-  def save(self, step, items, metadata):
-    """Starts to save; returns when all arrays are copied and hashed, so the caller may donate them
-    at once.
+  def save(self, step: int, items: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Starts to save.
+
+    Returns when all arrays are copied and hashed, so the caller may donate them at once.
 
     Args:
-      step: int, beyond every step that is there.
+      step: beyond every step of the folder.
       items: {name: tree of arrays}; each can be restored without the others.
-      metadata: anything that JSON holds.
+      metadata: all of it JSON.
 
     Raises:
       UserError: this save, or the one before, found no room or no permission (earlier steps are
-        untouched); or a newer step is there.
+        untouched); or the folder has a newer step.
     """
     self.wait()
     good = [s for s in self.steps() if s not in self._damaged]
@@ -87,7 +92,7 @@ class Checkpoints:
         f'{self.folder} already holds step {good[-1]}, so step {step} cannot be saved there: '
         'resume from it or choose another --workdir'
       )
-    while self._damaged:  # set aside, so that neither the count nor the next resume meets them
+    while self._damaged:  # set aside, so that they neither count nor are resumed from
       name = str(self._damaged.pop())
       if jax.process_index() == 0:
         shutil.rmtree(self.folder / f'{name}.damaged', ignore_errors=True)
@@ -98,25 +103,24 @@ class Checkpoints:
       'items': {name: digests.describe(tree) for name, tree in items.items()},
     }
     context = ocp.Context()
-    context.async_options.create_directories_asynchronously = (
-      False  # a refused mkdir would delay the exit by 5 minutes
-    )
+    # Else a refused mkdir would delay the exit by 5 minutes.
+    context.async_options.create_directories_asynchronously = False
     try:
       with context:
         response = ocp.save_checkpointables_async(
-          self.folder / str(step),
-          items,
+          str(self.folder / str(step)),
+          dict(items),
           custom_metadata={'record': record, 'sha256': digests.json_digest(record)},
         )
     except (OSError, ValueError) as e:
       self._refuse(step, e)
     self._pending = step, response
 
-  def wait(self):
+  def wait(self) -> None:
     """Waits for the save under way, then removes the steps beyond `keep`.
 
     Raises:
-      UserError: no room or no permission; earlier steps are untouched and nothing of this one
+      UserError: no room or no permission. Earlier steps are untouched, and nothing of this one
         stays.
     """
     if self._pending is None:
@@ -126,12 +130,12 @@ class Checkpoints:
       response.result()
     except (OSError, ValueError) as e:
       self._refuse(step, e)
-    error, folder = None, self.folder / str(step)
+    error = None
+    folder = self.folder / str(step)
     if jax.process_index() == 0:
       try:
-        sync(
-          *folder.rglob('*'), folder, self.folder
-        )  # orbax leaves that to the system, and older steps go now
+        # Orbax leaves that to the system, but older steps are removed now.
+        sync(*folder.rglob('*'), folder, self.folder)
       except OSError as e:
         error = e
     if any_process(error):
@@ -146,27 +150,24 @@ class Checkpoints:
   close = wait
 
   def _refuse(self, step, error):
-    if not (
-      isinstance(error, OSError) or 'os_error_code' in str(error)
-    ):  # tensorstore's disk errors are ValueErrors
+    # Tensorstore's disk errors are ValueErrors.
+    if not isinstance(error, OSError) and 'os_error_code' not in str(error):
       raise error
     for path in self.folder.glob(f'{step}.orbax-checkpoint-tmp*'):
       shutil.rmtree(path, ignore_errors=True)
     raise UserError(
       f'checkpoint step {step} could not be written to {self.folder} ({one_line(error)}): '
-      'free space or mend permissions there, then run again; earlier steps are untouched'
+      'free space or fix permissions there, then run again; earlier steps are untouched'
     ) from error
 
-  def restore(self, templates):
-    """The newest step that is whole; damaged newer ones are named in the log and set aside at the
-    next save.
+  def restore(self, templates: Mapping[str, Any]) -> Restored | None:
+    """The newest step that is whole, None where there is no step.
+
+    Damaged newer ones are named in the log, and set aside at the next save.
 
     Args:
       templates: {name: tree of jax.ShapeDtypeStruct with shardings} of the items wanted, on any
         number of devices.
-
-    Returns:
-      Restored, or None where there is no step.
 
     Raises:
       UserError: every step is damaged, the newest whole one belongs to another config, or one
@@ -174,16 +175,20 @@ class Checkpoints:
     """
     self.wait()
     self._damaged = []
-    return newest(self.folder, self.steps(), lambda _: templates, self._damaged)
+    steps = self.steps()
+    return newest(self.folder, steps, lambda _: templates, self._damaged) if steps else None
 
 
-def load_item(folder, name, step=None, template=None):
-  """Reads one item of a step and leaves the others on the disk; writes nothing, so it may look at a
-  running job.
+def load_item(
+  folder: str | os.PathLike, name: str, step: int | None = None, template: Any = None
+) -> tuple[int, Any]:
+  """Reads one item of a step, and nothing else of it.
+
+  It writes nothing, so the folder may be that of a running job.
 
   Args:
-    folder: path of the steps.
-    name: the item.
+    folder: of the steps.
+    name: of the item.
     step: None for the newest that is whole.
     template: tree of jax.ShapeDtypeStruct with shardings; None gives numpy arrays, for an item of
       nested dicts only.
@@ -192,7 +197,7 @@ def load_item(folder, name, step=None, template=None):
     (step, tree).
 
   Raises:
-    UserError: no such step or item, damage (for step=None: of every step), or another shape than
+    UserError: no such step or item; damage (for step=None: of every step); or another shape than
       the template's.
   """
   _quieten_orbax()
@@ -207,9 +212,9 @@ def load_item(folder, name, step=None, template=None):
 
   steps = list_steps(folder)
   if step not in (None, *steps) or not steps:
+    wanted = '' if step is None else f' step {step}'
     raise UserError(
-      f'{folder} has no checkpoint{"" if step is None else f" step {step}"}, only '
-      f'{steps or "none"}: '
+      f'{folder} has no checkpoint{wanted}, only {steps or "none"}: '
       'run the job that makes it, or name a step that is there'
     )
   restored = newest(folder, steps if step is None else [step], templates, [])
@@ -222,13 +227,14 @@ def _quieten_orbax():
 
 
 def _without_orbax_chatter(record):
-  """Orbax logs every stage of a save, and a disk error or damage once a thread with its stack,
-  before it raises it."""
+  """False for lines of orbax below a warning, and for errors that it raises later anyway.
+
+  It logs every stage of a save; and a disk error or damage, before it raises it, once for each
+  thread with its stack.
+  """
   message = record.getMessage()
-  if (
-    '_SignalingThread' in message
-    or 'exception was never retrieved' in message
-    and 'orbax' in message
-  ):
+  if '_SignalingThread' in message:
+    return False
+  if 'exception was never retrieved' in message and 'orbax' in message:
     return False
   return f'{os.sep}orbax{os.sep}' not in record.pathname or record.levelno >= python_logging.WARNING

@@ -5,7 +5,6 @@
 
 import difflib
 import math
-import numbers
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -110,7 +109,7 @@ def finite(config: ConfigDict) -> None:
   """Every number of a config, in lists too, is finite and fits its type."""
   for name, value in flatten(config.to_dict()).items():
     for item in value if isinstance(value, (tuple, list)) else (value,):
-      if not isinstance(item, numbers.Real) or isinstance(item, bool):
+      if not isinstance(item, (int, float)) or isinstance(item, bool):
         continue
       if isinstance(item, int):
         large = abs(item) > LARGEST_INT

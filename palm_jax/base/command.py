@@ -7,7 +7,7 @@ import logging as python_logging
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags
@@ -30,7 +30,7 @@ def run(main: Callable, parse_flags: Callable) -> None:
 
 
 def exit_on_user_error(main: Callable) -> Callable:
-  """Wraps a main function: a UserError, a full disk or a forbidden path ends in one line, code 2."""
+  """Wraps a main function: a UserError, full disk or forbidden path ends in one line and code 2."""
 
   def wrapped(argv):
     try:
@@ -109,7 +109,8 @@ def parse_config_flags(argv: list[str], default: str) -> list[str]:
     plain.set_gnu_getopt(True)  # reads on beyond the values of flags that it does not know
     define(flag_values=plain, sys_argv=[])
     plain([arg for arg in argv if not arg.startswith('--config.')], known_only=True)
-    _check_keys(argv, plain.config, plain['config'].config_filename, default)
+    flag: Any = plain['config']  # ml_collections' own kind of flag
+    _check_keys(argv, plain.config, flag.config_filename, default)
     define()
     return flags.FLAGS(argv)
   except flags.Error as e:

@@ -3,17 +3,16 @@
 import importlib.metadata
 import importlib.util
 import os
+from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from palm_jax.base.errors import UserError
 
-
-def configure():
+def configure() -> None:
   """Sets compiler flags; call before anything touches a device.
 
   XLA:CPU's YNN fusions make convolution gradients 1.5 to 2.2 times slower (jaxlib 0.10.2), so they
@@ -21,22 +20,25 @@ def configure():
   """
   flag = '--xla_cpu_experimental_ynn_fusion_type'
   flags = os.environ.get('XLA_FLAGS', '')
-  if (
-    jax.__version__.startswith('0.10.') and flag not in flags
-  ):  # an unknown flag would abort the process
+  # In other versions it may be unknown, and an unknown flag aborts the process.
+  if jax.__version__.startswith('0.10.') and flag not in flags:
     os.environ['XLA_FLAGS'] = f'{flags} {flag}='.strip()
 
 
-def platform():
-  """'cpu', 'gpu' or 'tpu': that of the mesh being traced for, which ahead of time is not the
-  process's own."""
+def platform() -> str:
+  """'cpu', 'gpu' or 'tpu': that of the mesh being traced for.
+
+  It is not the process's own where a program is compiled ahead of time.
+  """
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device else jax.default_backend()
 
 
-def vary_alike(*arrays):
-  """The arrays, each varying over all mesh axes that any varies over, as custom gradients inside
-  shard_map need it."""
+def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """The arrays, each varying over all mesh axes that any of them varies over.
+
+  Custom gradients inside shard_map need it.
+  """
   varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
   axes = frozenset().union(*varying)
   return tuple(
@@ -44,20 +46,20 @@ def vary_alike(*arrays):
   )
 
 
-def make_mesh(num_devices=None):
+def make_mesh(num_devices: int | None = None) -> Mesh:
   """A one-dimensional mesh, axis 'data', over all devices (or the first `num_devices`)."""
   devices = jax.devices()[:num_devices]
-  return jax.sharding.Mesh(devices, ('data',), axis_types=(AxisType.Auto,))
+  return Mesh(devices, ('data',), axis_types=(AxisType.Auto,))
 
 
-def shardings(mesh, specs):
+def shardings(mesh: Mesh, specs: Any) -> Any:
   """NamedShardings for a tree of PartitionSpecs."""
   return jax.tree.map(
     lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
   )
 
 
-def replicate(mesh, tree):
+def replicate(mesh: Mesh, tree: Any) -> Any:
   """Puts a tree of arrays, the same in all processes, on every device of the mesh."""
   everywhere = NamedSharding(mesh, P())
 
@@ -65,37 +67,28 @@ def replicate(mesh, tree):
     if not isinstance(x, (np.ndarray, np.generic)):
       return jax.device_put(x, everywhere)
     # device_put would gather a host's array from all processes to compare it.
-    return jax.make_array_from_callback(x.shape, everywhere, lambda index: x[index])
+    array = np.asarray(x)
+    return jax.make_array_from_callback(array.shape, everywhere, lambda index: array[index])
 
   return jax.tree.map(put, tree)
 
 
-def shard(mesh, array, spec):
+def shard(mesh: Mesh, array: np.ndarray, spec: P) -> jax.Array:
   """Puts a host's array, the same in all processes, on the mesh in shares."""
   return jax.make_array_from_callback(
     array.shape, NamedSharding(mesh, spec), lambda index: array[index]
   )
 
 
-def memory_bytes(mesh):
+def memory_bytes(mesh: Mesh) -> int:
   """Memory of one device: what its allocator may take; of CPU devices a share of the machine's."""
-  device = mesh.local_devices[0]
-  found = device.memory_stats() or {}
-  return found.get('bytes_limit') or os.sysconf('SC_PAGE_SIZE') * os.sysconf(
-    'SC_PHYS_PAGES'
-  ) // len(mesh.local_devices)
+  limit = (mesh.local_devices[0].memory_stats() or {}).get('bytes_limit')
+  if limit:
+    return limit
+  return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // len(mesh.local_devices)
 
 
-def check_divisible(name, value, divisor, divisor_name):
-  """Raises UserError unless value is a positive multiple of divisor."""
-  if value < 1 or value % divisor:
-    raise UserError(
-      f'{name}={value} is not a positive multiple of {divisor_name}={divisor}: '
-      f'set {name} to {max(1, round(value / divisor)) * divisor}, for example'
-    )
-
-
-def describe(mesh):
+def describe(mesh: Mesh) -> dict[str, Any]:
   """What a result was computed on, for its file."""
   return dict(
     devices=f'{mesh.size} x {mesh.devices.flat[0].device_kind}',

@@ -3,6 +3,8 @@
 import concurrent.futures
 import hashlib
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,8 +12,8 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 
-def digest(variables, settings):
-  """sha256 of a tree of arrays, its names, and the settings of the network that it belongs to."""
+def digest(variables: Any, settings: Mapping[str, Any]) -> str:
+  """SHA-256 of a tree of arrays, its names, and the settings of the network that it belongs to."""
   sha256 = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
   for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
     leaf = np.asarray(leaf)
@@ -29,7 +31,7 @@ def of_arrays(*arrays: np.ndarray) -> str:
   return sha256.hexdigest()
 
 
-def describe(tree):
+def describe(tree: Any) -> dict[str, dict[str, Any]]:
   """{path: {'shape', 'dtype', 'blocks': [[box, SHA-256], ...]}}."""
   there = leaves(tree)
   arrays = {path: plain(leaf) for path, leaf in there.items()}
@@ -42,16 +44,22 @@ def describe(tree):
     }
     for path, leaf in there.items()
   }
-  for (path, box), sha256 in zip(
-    blocks, _digests([(arrays[path], box) for path, box in blocks]), strict=True
-  ):
+  found = _digests([(arrays[path], box) for path, box in blocks])
+  for (path, box), sha256 in zip(blocks, found, strict=True):
     record[path]['blocks'].append([box, sha256.tobytes().hex()])
   return record
 
 
-def difference(items, saved):
-  """What differs between restored items and their digests, or None."""
-  names, blocks, expected = [], [], []
+def difference(items: Mapping[str, Any], saved: Mapping[str, Any]) -> str | None:
+  """What differs between restored items and their digests, or None.
+
+  Args:
+    items: {name: tree of arrays}.
+    saved: {name: what `describe` said of it}.
+  """
+  names = []
+  blocks = []
+  expected = []
   for name, tree in items.items():
     for path, leaf in leaves(tree).items():
       for box, digest in saved[name][path]['blocks']:
@@ -72,11 +80,12 @@ def difference(items, saved):
   return None
 
 
-def json_digest(obj):
+def json_digest(obj: Any) -> str:
+  """SHA-256 of an object as JSON."""
   return hashlib.sha256(json.dumps(obj, sort_keys=True).encode()).hexdigest()
 
 
-def leaves(tree):
+def leaves(tree: Any) -> dict[str, Any]:
   """{path: leaf}, the path like 'params/conv/kernel'."""
   return {
     jax.tree_util.keystr(path, simple=True, separator='/'): leaf
@@ -84,18 +93,18 @@ def leaves(tree):
   }
 
 
-def signatures(tree):
+def signatures(tree: Any) -> dict[str, str]:
   """{path: 'float32(3, 4)'}."""
   return {path: f'{leaf.dtype}{tuple(leaf.shape)}' for path, leaf in leaves(tree).items()}
 
 
-def plain(leaf):
+def plain(leaf: Any) -> jax.Array | np.ndarray:
   """Typed keys as their integers, Python numbers as arrays."""
   if not isinstance(leaf, jax.Array):
     return np.asarray(leaf)
-  return (
-    jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-  )
+  if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    return jax.random.key_data(leaf)
+  return leaf
 
 
 def _box(index, shape):
@@ -124,21 +133,22 @@ def _block(leaf, box):
 
 
 def _digests(blocks):
-  """[(array, box)] -> (N, 32) uint8 SHA-256, the same in all processes; zeros for blocks that no
-  process has whole."""
+  """[(array, box)] -> (N, 32) uint8 SHA-256, the same in all processes.
+
+  They are zeros for blocks that no process has whole.
+  """
 
   def digest(block):
     data = _block(*block)
     if data is None:
       return np.zeros(32, np.uint8)
     data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-    return np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
+    return np.frombuffer(hashlib.sha256(data.data).digest(), np.uint8)
 
   # hashlib leaves the interpreter's lock: 1 GB takes about half a second of one core.
   with concurrent.futures.ThreadPoolExecutor() as pool:
     digests = np.stack([*pool.map(digest, blocks), np.zeros(32, np.uint8)])[:-1]
   if jax.process_count() > 1:
-    digests = multihost_utils.process_allgather(digests).max(
-      0
-    )  # who has a block has its digest, the others zeros
+    # A process that has a block has its digest, the others have zeros.
+    digests = multihost_utils.process_allgather(digests).max(0)
   return digests

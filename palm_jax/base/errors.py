@@ -2,10 +2,12 @@
 
 
 class UserError(Exception):
-  """Bad input. The message names the value, what was expected and what to do, in one line whatever
-  the value is."""
+  """Invalid input. The message names the value, what was expected and what to do.
 
-  def __str__(self):
+  It is one line, whatever the value is.
+  """
+
+  def __str__(self) -> str:
     return ''.join(
       c if c.isprintable() else c.encode('unicode_escape').decode() for c in super().__str__()
     )

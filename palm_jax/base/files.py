@@ -7,6 +7,8 @@ import json
 import os
 import pathlib
 import time
+from collections.abc import Iterator
+from typing import IO, Any
 
 from absl import logging
 
@@ -14,9 +16,8 @@ UNKNOWN = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # to a file system
 
 
 @contextlib.contextmanager
-def replacing(path, mode='wb'):
-  """An open file whose content stands at `path` when the block has ended well; else nothing has
-  changed there.
+def replacing(path: str | os.PathLike, mode: str = 'wb') -> Iterator[IO]:
+  """An open file that replaces the one at `path` when the block has ended without an error.
 
   Raises:
     OSError: it cannot be written.
@@ -35,9 +36,10 @@ def replacing(path, mode='wb'):
     part.unlink(missing_ok=True)
 
 
-def sync(*paths):
-  """Brings files, and the names in folders, to the disk: a loss of power can keep a name without
-  its content, or lose both.
+def sync(*paths: str | os.PathLike) -> None:
+  """Brings files, and the names in folders, to the disk.
+
+  Without it a loss of power can keep a name without its content, or lose both.
 
   Raises:
     OSError: what was written before did not get there.
@@ -54,18 +56,18 @@ def sync(*paths):
 
 
 @contextlib.contextmanager
-def locked(path, patience=0.0):
-  """Yields whether this process alone holds the file at `path`, which is there only while the block
-  lasts.
+def locked(path: str | os.PathLike, patience: float = 0.0) -> Iterator[bool]:
+  """Yields whether this process alone holds the lock at `path`.
 
-  The hold ends with the process, however that ends. Where the system or the file system has no
-  locks, it is always given.
+  The lock ends with the process, however that ends. Where the file system has no locks, it is
+  always given.
 
   Args:
-    path: of the file.
+    path: of the lock's file, which exists only while the block lasts.
     patience: seconds to wait for another process that holds it.
   """
-  path, deadline = pathlib.Path(path), time.monotonic() + patience
+  path = pathlib.Path(path)
+  deadline = time.monotonic() + patience
   while True:
     with path.open('a') as file:
       mine = _lock(path, file)
@@ -90,8 +92,7 @@ def _lock(path, file):
     return True
 
 
-def write_json(path, obj):
-  """Writes JSON (numpy and JAX numbers and arrays too) so that `path` holds all of it or what was
-  there before."""
+def write_json(path: str | os.PathLike, obj: Any) -> None:
+  """Writes JSON, also of NumPy's and JAX's numbers and arrays: whole, or nothing is changed."""
   with replacing(path, 'w') as f:
     json.dump(obj, f, indent=2, default=lambda x: x.tolist())

@@ -1,11 +1,13 @@
-"""Where a run's numbers go: JSON lines always, TensorBoard beside them, and a line of progress in
-the log."""
+"""Where a run's numbers go: JSON lines, TensorBoard's files, and lines of progress in the log."""
 
 import collections
 import json
 import math
+import os
 import pathlib
 import time
+from collections.abc import Mapping
+from typing import Any, Self
 
 from absl import logging
 
@@ -13,17 +15,16 @@ from palm_jax.base.files import replacing
 
 
 class MetricWriter:
-  """Writes `<folder>/metrics.jsonl` and TensorBoard's event files. One process (the first) should
-  hold it.
+  """Writes `<folder>/metrics.jsonl` and TensorBoard's event files, in the first process only.
 
   Args:
-    folder: path; made if absent.
-    step: the step that the run goes on from. Lines beyond it were written after its checkpoint and
+    folder: made if absent.
+    step: the step that the run resumes from. Lines beyond it were written after its checkpoint and
       are dropped; TensorBoard is told to hide its own.
     tensorboard: also write event files, by tensorboardX.
   """
 
-  def __init__(self, folder, step=0, tensorboard=True):
+  def __init__(self, folder: str | os.PathLike, step: int = 0, tensorboard: bool = True):
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / 'metrics.jsonl'
@@ -31,21 +32,18 @@ class MetricWriter:
     self._lines = path.open('a')
     self._events = None
     if tensorboard:
-      from tensorboardX import (
-        SummaryWriter,
-      )  # here: half a second that a run without it need not spend
+      from tensorboardX import SummaryWriter  # here, because it takes half a second
 
       self._events = SummaryWriter(str(folder), purge_step=step + 1)
 
-  def __enter__(self):
+  def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     self.close()
 
-  def write(self, step, scalars):
-    """One line {'step': step, name: float, ...}, on the disk's way at once. NaN and infinity become
-    null."""
+  def write(self, step: int, scalars: Mapping[str, Any]) -> None:
+    """Writes a line {'step': step, name: float, ...} at once. NaN and infinity become null."""
     scalars = {name: float(value) for name, value in scalars.items()}
     finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
     self._lines.write(json.dumps({'step': int(step), **finite}) + '\n')
@@ -54,15 +52,15 @@ class MetricWriter:
       for name, value in scalars.items():
         self._events.add_scalar(name, value, step)
 
-  def close(self):
+  def close(self) -> None:
     """Flushes and closes both."""
     self._lines.close()
     if self._events:
       self._events.close()
 
 
-def read_jsonl(path):
-  """The lines of a metrics file as dicts; a last line that a kill cut short is left out."""
+def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """The lines of a metrics file. A last line that was cut short by a kill is left out."""
   lines = pathlib.Path(path).read_text().splitlines()
   rows = []
   for i, line in enumerate(lines):
@@ -75,8 +73,7 @@ def read_jsonl(path):
 
 
 def _drop_lines_after(path, step):
-  """Rewrites the file without lines beyond `step` or cut short; all of it or what was there
-  before."""
+  """Rewrites the file without lines beyond `step` or cut short: whole, or nothing is changed."""
   if not path.exists():
     return
   with replacing(path, 'w') as f:
@@ -84,8 +81,9 @@ def _drop_lines_after(path, step):
 
 
 class Progress:
-  """A line in the log every few seconds: `pretrain  12,800/64,000 env steps  20.0%  1,934/s  left
-  0:26  reward 1.23`.
+  """A line in the log every few seconds.
+
+  For example `pretrain  12,800/64,000 env steps  20.0%  1,934/s  left 0:26  reward 1.23`.
 
   Args:
     name: the job.
@@ -94,13 +92,16 @@ class Progress:
     every_seconds: the least time between two lines.
   """
 
-  def __init__(self, name, total, unit, every_seconds=5.0):
-    self._name, self._total, self._unit, self._every = name, total, unit, every_seconds
+  def __init__(self, name: str, total: int, unit: str, every_seconds: float = 5.0):
+    self._name = name
+    self._total = total
+    self._unit = unit
+    self._every = every_seconds
     self._printed = -math.inf
     # The first update only starts the clock: the call before it compiled.
     self._window = collections.deque(maxlen=32)
 
-  def update(self, step, scalars):
+  def update(self, step: int, scalars: Mapping[str, Any]) -> bool:
     """Logs a line if the time has come or the job is complete.
 
     Args:
@@ -115,7 +116,8 @@ class Progress:
     if now - self._printed < self._every and step < self._total:
       return False
     self._printed = now
-    (then, before), pace = self._window[0], ''
+    then, before = self._window[0]
+    pace = ''
     if len(self._window) > 1 and step > before:
       rate = (step - before) / max(now - then, 1e-9)
       pace = f'  {_figure(rate)}/s  left {_clock((self._total - step) / rate)}'

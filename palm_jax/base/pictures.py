@@ -1,5 +1,7 @@
-"""Grids, strips of episodes and films as files, by NumPy and Pillow. A file is whole or as it was
-before."""
+"""Grids, strips of episodes and films as files, by NumPy and Pillow."""
+
+import os
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -11,7 +13,9 @@ CELL = 64  # pixels that a small image is enlarged to, at least
 WIDTH = 1600  # pixels that enlarging keeps a grid within
 
 
-def grid(images, scale=None, labels=None):
+def grid(
+  images: np.ndarray, scale: int | None = None, labels: Sequence[object] | None = None
+) -> np.ndarray:
   """Images in rows and columns, small ones enlarged by whole pixels.
 
   Args:
@@ -49,12 +53,12 @@ def grid(images, scale=None, labels=None):
   )
 
 
-def save_png(path, image):
+def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
   """Writes an image (H, W, 1 or 3) uint8 as PNG. Raises OSError where it cannot be written."""
   _save(path, [_to_pillow(image)], format='PNG')
 
 
-def save_webp(path, frames, fps=8):
+def save_webp(path: str | os.PathLike, frames: Sequence[np.ndarray], fps: float = 8) -> None:
   """Writes (H, W, 1 or 3) uint8 frames of one size as an endless animated WebP, without loss.
 
   Equal neighbours are stored as one frame that stays for as long.
@@ -83,8 +87,10 @@ def _to_pillow(image):
 
 def _save(path, images, **options):
   first, *rest = images
+  if rest:
+    options['append_images'] = rest
   with replacing(path) as f:
-    first.save(f, **options, **({'append_images': rest} if rest else {}))
+    first.save(f, **options)
 
 
 def _label_column(names, row_height, channels):

@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import threading
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,29 +23,32 @@ HEARTBEAT_SECONDS = 30
 SHUTDOWN_SECONDS = 60
 
 
-def any_process(flag):
-  """Whether `flag` is true in any process: for decisions by a signal or a clock, which processes
-  must take alike."""
-  flag = np.asarray(bool(flag))
-  return bool(flag if jax.process_count() == 1 else multihost_utils.process_allgather(flag).any())
+def any_process(flag: Any) -> bool:
+  """Whether `flag` is true in any process.
+
+  It is for decisions by a signal, a clock or an error, which all processes must take alike.
+  """
+  if jax.process_count() == 1:
+    return bool(flag)
+  return bool(multihost_utils.process_allgather(np.asarray(bool(flag))).any())
 
 
-def is_first():
+def is_first() -> bool:
   """Whether this process is the one that prints and writes what all have computed."""
   return jax.process_index() == 0
 
 
-def barrier(name):
+def barrier(name: str) -> None:
+  """Waits for all processes to come here."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
 
-def wait_for_all():
-  """Returns when every device of the run has done all that it was given; to be called by all
-  processes before they end.
+def wait_for_all() -> None:
+  """Returns when every device of the run has done all its work.
 
-  What multihost_utils gathers is there when the first device has it. A process that ended then
-  would leave the others' devices waiting for its own.
+  All processes call it before they end. What multihost_utils gathers is complete when the first
+  device has it; a process that ended then would leave the others' devices waiting for its own.
   """
   if jax.process_count() > 1:
     total = jax.shard_map(
@@ -54,8 +58,11 @@ def wait_for_all():
 
 
 def initialize_distributed(
-  coordinator_address=None, num_processes=None, process_id=None, wait_seconds=300
-):
+  coordinator_address: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  wait_seconds: int = 300,
+) -> None:
   """Joins the processes of a run; call after `configure` and before anything touches a device.
 
   On TPU pods and in SLURM steps of several tasks JAX finds the others by itself. Elsewhere the
@@ -70,25 +77,22 @@ def initialize_distributed(
     wait_seconds: how long the processes wait for each other.
 
   Raises:
-    UserError: some of the three and not all, values that cannot be, or processes that did not come
-      in time.
+    UserError: some of the three and not all, invalid values, or processes that did not come in
+      time.
   """
-  explicit = _explicit(coordinator_address, num_processes, process_id)
-  step, tasks = (
-    os.environ.get('SLURM_STEP_NODELIST'),
-    os.environ.get('SLURM_STEP_NUM_TASKS') or os.environ.get('SLURM_NTASKS'),
-  )
-  if explicit:
-    # Otherwise JAX would take what is missing, the share of a machine's GPUs, from a SLURM step
-    # around it.
-    where, settings = (
-      explicit['coordinator_address'],
-      dict(explicit, cluster_detection_method='deactivate'),
-    )
+  settings: dict[str, Any] = _explicit(coordinator_address, num_processes, process_id)
+  step = os.environ.get('SLURM_STEP_NODELIST')
+  tasks = os.environ.get('SLURM_STEP_NUM_TASKS') or os.environ.get('SLURM_NTASKS')
+  platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]: made at run time
+  if settings:
+    where = settings['coordinator_address']
+    # Else JAX would take what is not given, the share of a machine's GPUs, from a SLURM step.
+    settings['cluster_detection_method'] = 'deactivate'
   elif step and int(tasks or 1) > 1:
-    where, settings = f'the first node of {step}', dict(cluster_detection_method='slurm')
-  elif importlib.util.find_spec('libtpu') and 'tpu' in (jax.config.jax_platforms or 'tpu'):
-    where, settings = 'the first worker of the TPU pod', {}
+    where = f'the first node of {step}'
+    settings = dict(cluster_detection_method='slurm')
+  elif importlib.util.find_spec('libtpu') and 'tpu' in (platforms or 'tpu'):
+    where = 'the first worker of the TPU pod'
   else:
     return
   if settings.get('num_processes') == 1:
@@ -105,8 +109,10 @@ def initialize_distributed(
 
 
 def _end_at_once(*error):
-  """For an error of this process alone: Python's own way out waits for the others, who wait for
-  this one's devices."""
+  """For an error of this process alone.
+
+  Python's own way out waits for the others, who wait for this one's devices.
+  """
   sys.__excepthook__(*error)
   sys.stdout.flush()
   sys.stderr.flush()
@@ -156,9 +162,8 @@ def _explicit(coordinator_address, num_processes, process_id):
 def _check_free(port):
   """Raises UserError where another program listens: jaxlib ends the process without a word then."""
   with socket.socket() as probe:
-    probe.setsockopt(
-      socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-    )  # a run that just ended is no other program
+    # A run that has just ended is no other program.
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
       probe.bind(('', port))
     except OSError as e:
@@ -168,10 +173,12 @@ def _check_free(port):
 
 
 def _connect(where, settings, wait_seconds):
-  """jax.distributed.initialize with a bounded wait that ends in a UserError. False: nothing to join
-  on this machine."""
-  # SIGTERM is palm_jax.base.training.Preemption's; JAX's own handler would swallow it where that is
-  # not at work.
+  """jax.distributed.initialize, which ends in a UserError where it takes too long.
+
+  Returns:
+    Whether there are processes to join.
+  """
+  # SIGTERM is base.training.Preemption's. JAX's handler would swallow it where that is not active.
   jax.config.update('jax_enable_preemption_service', False)
   failure = []
 
@@ -193,8 +200,7 @@ def _connect(where, settings, wait_seconds):
   if thread.is_alive():
     raise UserError(
       f'the processes of the run did not find each other at {where} within {wait_seconds} s: see '
-      'that all '
-      'were started, with the same address, and that it can be reached from every machine'
+      'that all were started, with the same address, and that it can be reached from every machine'
     )
   if failure and not settings and isinstance(failure[0], ValueError):
     return False  # libtpu is installed, but this is no TPU machine

@@ -2,8 +2,10 @@
 
 import errno
 import json
+import os
 import pathlib
 import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,12 +20,11 @@ from palm_jax.base.processes import any_process
 
 
 class Restored(NamedTuple):
-  """What a checkpoint gave: its step, {name: tree of arrays}, and the metadata that was saved with
-  it."""
+  """What a checkpoint gave."""
 
   step: int
-  items: dict[str, Any]
-  metadata: dict[str, Any]
+  items: dict[str, Any]  # {name: tree of arrays}
+  metadata: dict[str, Any]  # that was saved with it
 
 
 # What keeps a file from being read, and says nothing about what is in it.
@@ -42,64 +43,97 @@ class Damaged(Exception):
   """A step cannot be read, or holds other values than were saved."""
 
 
-def list_steps(folder):
+def list_steps(folder: str | os.PathLike) -> list[int]:
   """The complete steps in a folder of checkpoints, oldest first."""
   folder = pathlib.Path(folder)
-  return (
-    sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal()) if folder.is_dir() else []
-  )
+  if not folder.is_dir():
+    return []
+  return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
 
 
-def newest(folder, steps, make_templates, damaged):
-  """The newest of `steps` that is whole, or None where there is none; those damaged are appended to
-  `damaged`."""
+def newest(
+  folder: pathlib.Path,
+  steps: Sequence[int],
+  make_templates: Callable[[dict[str, Any]], Mapping[str, Any]],
+  damaged: list[int],
+) -> Restored:
+  """The newest of the steps that is whole.
+
+  Args:
+    folder: of the steps.
+    steps: one at least, oldest first.
+    make_templates: from a step's record, {name: tree of jax.ShapeDtypeStruct with shardings} of the
+      items wanted.
+    damaged: steps passed over are appended to it.
+
+  Raises:
+    UserError: all are damaged; or one does not fit its templates, or cannot be read for a reason
+      that may pass.
+  """
   for step in reversed(steps):
     try:
-      restored = _load(folder, step, make_templates)
+      return _load(folder, step, make_templates)
     except Damaged as e:
       damaged.append(step)
       logging.warning('checkpoint step %d in %s is damaged and passed over: %s', step, folder, e)
-      continue
-    return restored
-  if steps:
-    raise UserError(
-      f'checkpoint step {", ".join(map(str, steps))} in {folder} is damaged: restore a copy, '
-      'name another step, or remove the folder to start anew'
-    )
-  return None
+  raise UserError(
+    f'checkpoint step {", ".join(map(str, steps))} in {folder} is damaged: restore a copy, '
+    'name another step, or remove the folder to start anew'
+  )
 
 
 def _load(folder, step, make_templates):
   """One step, checked. Raises Damaged, or UserError where it does not fit the templates."""
-  path, items, reason, passing = folder / str(step), None, None, None
-  try:
-    custom = json.loads((path / '_CHECKPOINT_METADATA').read_text())['custom_metadata']
-    record = custom['record']
-    if digests.json_digest(record) != custom['sha256']:
-      reason = 'its metadata do not match their digest'
-  except (OSError, ValueError, KeyError, TypeError) as e:
-    reason, passing = f'its metadata cannot be read: {one_line(e)}', _passing(e)
-  _refuse_passing(path, passing)
-  if any_process(reason):
-    raise Damaged(reason or 'another process cannot read it')
+  path = folder / str(step)
+  record = _read_record(path)
   templates = make_templates(record)
   saved = {
     f'{name}/{leaf}': f'{about["dtype"]}{tuple(about["shape"])}'
     for name in templates
     for leaf, about in record['items'].get(name, {}).items()
   }
-  if misfit := _first_misfit(saved, digests.signatures(templates)):
+  misfit = _first_misfit(saved, digests.signatures(templates))
+  if misfit:
     raise UserError(
       f'{path} is a checkpoint of another config: {misfit}: '
       'choose another --workdir, or go back to its config'
     )
-  context, this = ocp.Context(), jax.process_index()
+  items = _read_items(path, templates)
+  reason = digests.difference(items, record['items'])
+  if any_process(reason):
+    raise Damaged(reason or 'another process found damage')
+  return Restored(step, items, record['metadata'])
+
+
+def _read_record(path):
+  """The metadata that were saved with a step: {'metadata', 'items'}."""
+  record = {}
+  reason = None
+  passing = None
+  try:
+    custom = json.loads((path / '_CHECKPOINT_METADATA').read_text())['custom_metadata']
+    record = custom['record']
+    if digests.json_digest(record) != custom['sha256']:
+      reason = 'its metadata do not match their digest'
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    reason = f'its metadata cannot be read: {one_line(e)}'
+    passing = _passing(e)
+  _refuse_passing(path, passing)
+  if any_process(reason):
+    raise Damaged(reason or 'another process cannot read it')
+  return record
+
+
+def _read_items(path, templates):
+  """{name: tree of arrays} of a step."""
+  items = {}
+  passing = None
+  context = ocp.Context()
   # Each process alone: one that finds damage leaves orbax early, and the others would wait 5
   # minutes for it.
-  context.multiprocessing_options.primary_host, context.multiprocessing_options.active_processes = (
-    this,
-    {this},
-  )
+  this = jax.process_index()
+  context.multiprocessing_options.primary_host = this
+  context.multiprocessing_options.active_processes = {this}
   try:
     with context:
       items = ocp.load_checkpointables(path, templates)
@@ -107,38 +141,43 @@ def _load(folder, step, make_templates):
     reason = _first_misfit(digests.signatures(items), digests.signatures(templates))
   except jax.errors.JaxRuntimeError:  # out of memory says nothing about the files
     raise
-  except (
-    Exception
-  ) as e:  # orbax raises whatever the damaged bytes lead it into, and hides the first cause
-    while e.__cause__ or e.__context__:
-      e = e.__cause__ or e.__context__
-    reason, passing = f'orbax cannot read it ({type(e).__name__}: {one_line(e)})', _passing(e)
+  except Exception as e:  # orbax raises whatever the damaged bytes lead it into
+    cause = _first_cause(e)
+    reason = f'orbax cannot read it ({type(cause).__name__}: {one_line(cause)})'
+    passing = _passing(cause)
   _refuse_passing(path, passing)
   if any_process(reason):
     raise Damaged(reason or 'another process found damage')
-  reason = digests.difference(items, record['items'])
-  if any_process(reason):
-    raise Damaged(reason or 'another process found damage')
-  return Restored(step, items, record['metadata'])
+  return items
+
+
+def _first_cause(error):
+  """The error that led to this one, through others."""
+  cause = error
+  while cause:
+    error = cause
+    cause = error.__cause__ or error.__context__
+  return error
 
 
 def _passing(error):
-  """The error, if it keeps a file from being read and says nothing about what is in it; else
-  None."""
-  code = re.search(
-    r'os_error_code\W+(\d+)', str(error)
-  )  # tensorstore's disk errors are ValueErrors
-  number = error.errno if isinstance(error, OSError) else int(code[1]) if code else None
+  """The error if it says nothing about what is in the file, such as a missing permission."""
+  number = None
+  code = re.search(r'os_error_code\W+(\d+)', str(error))
+  if isinstance(error, OSError):
+    number = error.errno
+  elif code:  # tensorstore's disk errors are ValueErrors
+    number = int(code[1])
   return error if isinstance(error, MemoryError) or number in PASSING else None
 
 
 def _refuse_passing(path, passing):
+  """Raises UserError where any process has such an error."""
   if any_process(passing):
     reason = one_line(passing) if passing else 'another process says why'
     raise UserError(
-      f'{path} cannot be read now ({reason}): mend that, or remove that step to go on from the '
-      'one before, then run '
-      'again; nothing was changed'
+      f'{path} cannot be read now ({reason}): fix that, or remove that step to resume from the one '
+      'before, then run again; nothing was changed'
     ) from passing
 
 
@@ -150,10 +189,10 @@ def _first_misfit(there, expected):
   return None
 
 
-def nested_template(saved):
-  """Nested dicts of replicated ShapeDtypeStructs for a saved item: exact on any number of
-  devices."""
-  everywhere, tree = NamedSharding(jax.sharding.Mesh(jax.devices(), 'data'), P()), {}
+def nested_template(saved: Mapping[str, Any]) -> dict[str, Any]:
+  """Nested dicts of ShapeDtypeStructs for a saved item, the same array on every device."""
+  everywhere = NamedSharding(jax.sharding.Mesh(jax.devices(), 'data'), P())
+  tree = {}
   for path, leaf in saved.items():
     *parents, last = path.split('/')
     node = tree
@@ -165,5 +204,6 @@ def nested_template(saved):
   return tree
 
 
-def one_line(error):
+def one_line(error: BaseException) -> str:
+  """The beginning of an error's message, or its kind where it has none."""
   return ' '.join(str(error).split())[:300] or type(error).__name__

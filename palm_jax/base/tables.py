@@ -1,9 +1,16 @@
 """Results as text."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-def aligned(cells, left=1):
-  """Rows of text, all as long as the first, as lines of columns: the first `left` flush left, the
-  others flush right."""
+
+def aligned(cells: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+  """Rows of text of equal length as lines of columns.
+
+  Args:
+    cells: the rows.
+    left: how many columns are flush left; the others are flush right.
+  """
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   return [
     '  '.join(
@@ -14,6 +21,6 @@ def aligned(cells, left=1):
   ]
 
 
-def protocol_line(protocol):
+def protocol_line(protocol: Mapping[str, Any]) -> str:
   """Every setting that made the numbers above it, in one line."""
   return 'protocol: ' + '; '.join(f'{key}={value}' for key, value in protocol.items())

@@ -108,9 +108,13 @@ class Training:
     keep: int = 2,
     writes_metrics: bool = True,
   ):
-    self._name, self._folder, self._total = name, folder, total
-    self._per_step, self._metrics_per_step = per_step, metrics_per_step
-    self._seconds_to_save, self._writes_metrics = 60 * checkpoint_minutes, writes_metrics
+    self._name = name
+    self._folder = folder
+    self._total = total
+    self._per_step = per_step
+    self._metrics_per_step = metrics_per_step
+    self._seconds_to_save = 60 * checkpoint_minutes
+    self._writes_metrics = writes_metrics
     self._progress = Progress(name, total * per_step, unit)
     self._writer: MetricWriter | None = None
     self._stopping = False
@@ -134,7 +138,7 @@ class Training:
       self.preemption.stop()
 
   def resume(self, templates: Mapping[str, Any]) -> Restored | None:
-    """What the newest whole checkpoint holds, from which the loop goes on; None at the start.
+    """What the newest whole checkpoint holds, from which the loop resumes; None at the start.
 
     Args:
       templates: {name: tree of jax.ShapeDtypeStruct with shardings} of the items wanted.
@@ -182,7 +186,7 @@ class Training:
 
   @property
   def should_save(self) -> bool:
-    """Whether the training is complete, stops, or has gone on for checkpoint_minutes.
+    """Whether the training is complete, stops, or was last saved checkpoint_minutes ago.
 
     To be asked once after each step, by all processes.
     """

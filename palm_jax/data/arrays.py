@@ -35,21 +35,31 @@ class Data(NamedTuple):
   source: str  # what was read and how it was split, for printing in protocols
 
 
-def check(name: str, data: Data) -> Data:
+class Found(NamedTuple):
+  """What a reader found, before `check`."""
+
+  train: Split
+  test: Split | None
+  class_names: Sequence[str] | None
+  source: str  # what was read
+
+
+def check(name: str, found: Found) -> Data:
   """What a reader found, checked, with a test part and names.
+
+  Without a test part a stratified fifth of the images is held out. Without names they are numbers.
 
   Args:
     name: of the set, for messages.
-    data: test and class_names may be None: then a stratified fifth is the test part, and the names
-      are numbers.
+    found: by a reader.
 
   Raises:
     UserError: wrong shape, dtype or label; the message says what to do.
   """
-  train = check_split(f'{name} (train)', data.train, data.class_names)
+  train = check_split(f'{name} (train)', found.train, found.class_names)
   how = ''
-  if data.test is not None:
-    test = check_split(f'{name} (test)', data.test, data.class_names)
+  if found.test is not None:
+    test = check_split(f'{name} (test)', found.test, found.class_names)
     if test.images.shape[1:] != train.images.shape[1:]:
       raise UserError(
         f'{name}: test images are {test.images.shape[1:]}, train images {train.images.shape[1:]} '
@@ -65,10 +75,10 @@ def check(name: str, data: Data) -> Data:
     test = Split(train.images[chosen], train.labels[chosen])
     train = Split(train.images[~chosen], train.labels[~chosen])
     how = ' (a fixed stratified fifth held out as test)'
-  names = data.class_names
+  names = found.class_names
   if names is None:
     names = range(max(train.labels.max(), test.labels.max()) + 1)
-  source = f'{data.source}; {len(train.labels)} train, {len(test.labels)} test{how}'
+  source = f'{found.source}; {len(train.labels)} train, {len(test.labels)} test{how}'
   return Data(train, test, tuple(str(name) for name in names), source)
 
 
@@ -144,16 +154,17 @@ def _check_labels(where, labels, num_images, class_names):
 
 
 def _test_fifth(labels):
-  """(N,) bool: ceil(N/5) images, from each class its fifth rounded up or down; every class keeps
-  train images."""
+  """(N,) bool: ceil(N/5) images, of each class a fifth, rounded up or down.
+
+  Every class keeps train images.
+  """
   count = np.bincount(labels)
   take = count // 5
   rest = count % 5
   order = np.argsort(-rest, kind='stable')
   order = order[count[order] > 1]
   take[order[: math.ceil(len(labels) / 5) - take.sum()]] += 1
-  # numpy keeps the raw bits of a bit generator across versions; it does not promise that of shuffle
-  # or permutation.
+  # NumPy promises to keep a bit generator's raw bits across versions, but not shuffle's results.
   shuffled = np.lexsort((np.random.PCG64(0).random_raw(len(labels)), labels))
   rank = np.arange(len(labels)) - (np.cumsum(count) - count)[labels[shuffled]]
   chosen = np.zeros(len(labels), bool)
@@ -161,8 +172,8 @@ def _test_fifth(labels):
   return chosen
 
 
-def read_npz(path: pathlib.Path) -> Data:
-  """A .npz: `images` and `labels`, or those of `train_` and `test_`; `class_names` if there.
+def read_npz(path: pathlib.Path) -> Found:
+  """A .npz: `images` and `labels`, or those of `train_` and `test_`; perhaps `class_names`.
 
   Raises:
     UserError: damaged, not of plain arrays, or with other keys.
@@ -192,10 +203,10 @@ def read_npz(path: pathlib.Path) -> Data:
       f'{path} holds {", ".join(arrays) or "nothing"}; expected the keys {", ".join(whole)}, '
       f'or {", ".join(train + test)}'
     )
-  return Data(train_split, test_split, class_names, published.describe(path))
+  return Found(train_split, test_split, class_names, published.describe(path))
 
 
-def read_mat(path: pathlib.Path) -> Data:
+def read_mat(path: pathlib.Path) -> Found:
   """A .mat of SVHN's format 2, whose label 10 is the digit 0.
 
   Raises:
@@ -214,10 +225,10 @@ def read_mat(path: pathlib.Path) -> Data:
   labels = content['y'].reshape(-1)
   labels = np.where(labels == 10, 0, labels).astype(labels.dtype)
   images = content['X'].transpose(3, 0, 1, 2)
-  return Data(Split(images, labels), None, [str(i) for i in range(10)], published.describe(path))
+  return Found(Split(images, labels), None, [str(i) for i in range(10)], published.describe(path))
 
 
-def join(paths: Sequence[pathlib.Path], train: Data, test: Data) -> Data:
+def join(paths: Sequence[pathlib.Path], train: Found, test: Found) -> Found:
   """One set of two files: train, and test.
 
   Raises:
@@ -232,4 +243,4 @@ def join(paths: Sequence[pathlib.Path], train: Data, test: Data) -> Data:
       f'{paths[1]}: class_names differ from those of {paths[0]}; expected the same list in both'
     )
   class_names = names[0] if names else None
-  return Data(train.train, test.train, class_names, f'{train.source}, {test.source}')
+  return Found(train.train, test.train, class_names, f'{train.source}, {test.source}')

@@ -15,7 +15,7 @@ import numpy as np
 
 from palm_jax.base.errors import UserError, one_line
 from palm_jax.data import published
-from palm_jax.data.arrays import Data, Split
+from palm_jax.data.arrays import Found, Split
 
 
 class _Layout(NamedTuple):
@@ -60,10 +60,10 @@ _LAYOUTS = {
 
 def matches(path: pathlib.Path) -> bool:
   """Whether the path is an archive, or a folder with CIFAR's files."""
-  return path.name.endswith(('.tar.gz', '.tgz')) or _folder_kind(path) is not None
+  return path.name.endswith(('.tar.gz', '.tgz')) or bool(_folder_kind(path))
 
 
-def read(path: pathlib.Path, label_set: str) -> Data:
+def read(path: pathlib.Path, label_set: str) -> Found:
   """CIFAR from an archive or folder.
 
   Args:
@@ -107,22 +107,20 @@ def read(path: pathlib.Path, label_set: str) -> Data:
       'unpack or fetch the archive again'
     )
   train = Split(*(np.concatenate(part) for part in zip(*train, strict=True)))
-  # The published archives have no other number, so a protocol must not call another set by their
-  # name unmarked.
-  note = ''
+  note = ''  # for protocols: the published archives have no other number of images
   if (len(train.labels), len(test.labels)) != (50_000, 10_000):
     note = ', not the published number of images'
   source = f'{published.describe(path)}: {kind}, {label_set} labels{note}'
-  return Data(train, test, names, source)
+  return Found(train, test, names, source)
 
 
 def _folder_kind(path):
-  """The key of _LAYOUTS that the folder is built like, or None."""
+  """The key of _LAYOUTS that the folder is built like; '' where there is none."""
   if path.is_dir():
     for kind, layout in _LAYOUTS.items():
       if path.name == kind or (path / layout.train[0]).is_file():
         return kind
-  return None
+  return ''
 
 
 def _unpack(path):
@@ -133,7 +131,9 @@ def _unpack(path):
       for member in tar:
         folder, _, name = member.name.removeprefix('./').partition('/')
         if folder in _LAYOUTS and member.isfile():
-          found[folder][name] = tar.extractfile(member).read()
+          content = tar.extractfile(member)
+          assert content is not None  # it is a file
+          found[folder][name] = content.read()
       while unzipped.read(1 << 20):  # gzip compares its checksum only at the end of the stream.
         pass
   except Exception as error:  # gzip, zlib and tarfile each have their own.

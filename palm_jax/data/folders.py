@@ -9,12 +9,12 @@ from PIL import Image
 
 from palm_jax.base.errors import UserError, one_line
 from palm_jax.data import published
-from palm_jax.data.arrays import FORMS, Data, Split
+from palm_jax.data.arrays import FORMS, Found, Split
 
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp')
 
 
-def read(root: pathlib.Path) -> Data:
+def read(root: pathlib.Path) -> Found:
   """The pictures of a folder.
 
   Args:
@@ -26,15 +26,16 @@ def read(root: pathlib.Path) -> Data:
   """
   if (root / 'dataset.json').is_file():
     return _read_listed(root)
-  train = root
-  test = None
+  train_folder = root
+  test_folder = None
   if _subfolders(root / 'train'):
-    train = root / 'train'
-    test = next((root / part for part in ('test', 'val') if (root / part).is_dir()), None)
-  names = [folder.name for folder in _subfolders(train)]
+    train_folder = root / 'train'
+    parts = [root / part for part in ('test', 'val') if (root / part).is_dir()]
+    test_folder = parts[0] if parts else None
+  names = [folder.name for folder in _subfolders(train_folder)]
   if not names:
     raise UserError(
-      f'{train} has no folders; expected one folder of images per class; or data may be {FORMS}'
+      f'{train_folder} has no folders; expected one folder of images per class; or data may be {FORMS}'
     )
   if set(names) <= {'train', 'test', 'val'}:
     raise UserError(
@@ -42,10 +43,11 @@ def read(root: pathlib.Path) -> Data:
       'within those of train and test; pictures without labels go into one folder with another '
       'name'
     )
-  parts = [_list_classes(part, names) for part in (train, test) if part]
-  both = f', train and {test.name}' if test else ''
+  parts = [_list_classes(part, names) for part in (train_folder, test_folder) if part]
+  both = f', train and {test_folder.name}' if test_folder else ''
   source = f'{published.describe(root)}: {len(names)} class folders{both}'
-  return Data(*_read_pictures(parts), names, source)
+  train, test = _read_pictures(parts)
+  return Found(train, test, names, source)
 
 
 def is_picture(path: pathlib.Path) -> bool:
@@ -65,9 +67,9 @@ def read_pixels(file: pathlib.Path, mode: str) -> np.ndarray:
   """
   try:
     with Image.open(file) as image:
-      see_through = (
-        image.has_transparency_data and image.convert('RGBA').getchannel('A').getextrema()[0] < 255
-      )
+      see_through = False
+      if image.has_transparency_data:
+        see_through = np.asarray(image.convert('RGBA'))[..., 3].min() < 255
       pixels = np.asarray(image.convert(mode))
   except Exception as error:  # Pillow raises whatever the damaged bytes lead to.
     raise UserError(
@@ -81,8 +83,10 @@ def read_pixels(file: pathlib.Path, mode: str) -> np.ndarray:
 
 
 def _read_listed(root):
-  """What stylegan2-ada's dataset_tool.py leaves: pictures at any depth, their labels in
-  dataset.json, none where all are one kind."""
+  """What stylegan2-ada's dataset_tool.py makes: pictures at any depth, labels in dataset.json.
+
+  There are no labels where all pictures are of one kind.
+  """
   try:
     listed = json.loads((root / 'dataset.json').read_text())['labels']
     labels = {name: int(label) for name, label in listed} if listed else {}
@@ -104,7 +108,8 @@ def _read_listed(root):
   else:
     numbers = [0] * len(files)
     source = f'{published.describe(root)}: one class, as dataset.json has no labels'
-  return Data(*_read_pictures([(files, numbers)]), None, source)
+  train, test = _read_pictures([(files, numbers)])
+  return Found(train, test, None, source)
 
 
 def _read_pictures(parts):

@@ -6,12 +6,13 @@ Nothing is downloaded unless asked for, and no code that a file may hold is run.
 import difflib
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 
 from palm_jax.base.errors import UserError
 from palm_jax.data import arrays, cifar, folders, published, tfds
-from palm_jax.data.arrays import Data, Split
+from palm_jax.data.arrays import Data, Found, Split
 
 
 def load(
@@ -113,15 +114,16 @@ def _read_paths(paths):
     )
   if len(paths) == 1:
     return read(paths[0])
-  return arrays.join(paths, *(read(path) for path in paths))
+  train, test = paths
+  return arrays.join(paths, read(train), read(test))
 
 
 def _read_digits():
   import sklearn  # Here, because it takes a second that no other source needs.
   import sklearn.datasets
 
-  digits = sklearn.datasets.load_digits()
+  digits: Any = sklearn.datasets.load_digits()
   images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
   names = [str(i) for i in range(10)]
   source = f'digits of scikit-learn {sklearn.__version__}'
-  return Data(Split(images, digits.target), None, names, source)
+  return Found(Split(images, digits.target), None, names, source)

@@ -163,8 +163,10 @@ def fetch(url: str, size: int, sha256: str, target: pathlib.Path) -> None:
 
 
 def describe(path: pathlib.Path) -> str:
-  """For protocols: the name of a file with its digest and whether that is the published one; of a
-  folder, its name."""
+  """The name of a file or folder for protocols.
+
+  A file's has its digest, and whether that is the published one.
+  """
   if path.is_dir():
     return path.resolve().name
   digest = _sha256(path)
@@ -176,8 +178,7 @@ def describe(path: pathlib.Path) -> str:
 
 
 def prepare_command(name: str, data_dir: str | os.PathLike | None) -> str:
-  """The command with which tensorflow-datasets prepares a set in a form that needs no
-  tensorflow."""
+  """The command by which tensorflow-datasets prepares a set that is read without tensorflow."""
   where = f' --data_dir={shlex.quote(str(data_dir))}' if data_dir else ''
   return f'{PREPARE_NEEDS} && tfds build {name} --file_format=array_record{where}'
 

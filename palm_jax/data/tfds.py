@@ -3,15 +3,16 @@
 import difflib
 import os
 import shlex
+from typing import Any
 
 import numpy as np
 
 from palm_jax.base.errors import UserError, one_line
-from palm_jax.data.arrays import Data, Split
+from palm_jax.data.arrays import Found, Split
 from palm_jax.data.published import PREPARE_NEEDS, prepare_command
 
 
-def read(name: str, data_dir: str | os.PathLike | None, label_set: str) -> Data:
+def read(name: str, data_dir: str | os.PathLike | None, label_set: str) -> Found:
   """A prepared set, its `test` or `validation` part as test.
 
   Args:
@@ -38,12 +39,12 @@ def read(name: str, data_dir: str | os.PathLike | None, label_set: str) -> Data:
   for part in ('test', 'validation'):
     test = _read_split(builder, part, key)
     if test is not None:
-      return Data(train, test, names, f'{source}, its {part} part as test')
-  return Data(train, None, names, source)
+      return Found(train, test, names, f'{source}, its {part} part as test')
+  return Found(train, None, names, source)
 
 
-def _open(name, data_dir):
-  """The builder of a set; it reads only what is there, where tfds.load would download."""
+def _open(name, data_dir) -> Any:
+  """The builder of a set; it reads only what is prepared, where tfds.load would download."""
   try:
     import tensorflow_datasets as tfds  # Here, because no other source needs it.
   except ImportError as error:
@@ -53,11 +54,12 @@ def _open(name, data_dir):
   try:
     return tfds.builder(name, data_dir=data_dir, file_format='array_record')
   except tfds.core.DatasetNotFoundError as error:
+    folder = data_dir or tfds.core.constants.DATA_DIR  # pyright: ignore[reportAttributeAccessIssue]: lazy
     near = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), 1)
     hint = f'; did you mean tfds:{near[0]}?' if near else '; run tfds.list_builders() for the names'
     raise UserError(
       f'tfds:{name}: tensorflow-datasets {tfds.__version__} has no set of that name, and '
-      f'{data_dir or tfds.core.constants.DATA_DIR} holds none{hint}'
+      f'{folder} holds none{hint}'
     ) from error
   # A wrong version, configuration or file format; a builder that imports tensorflow.
   except Exception as error:

@@ -58,7 +58,7 @@ def read_arrays(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[st
     ) from e
 
 
-def check_numbers(arrays: dict[str, np.ndarray]):
+def check_numbers(arrays: dict[str, np.ndarray]) -> None:
   """Checks that arrays are of floating-point numbers, finite in float32.
 
   Raises:

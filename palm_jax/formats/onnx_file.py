@@ -18,7 +18,7 @@ def import_onnx() -> ModuleType:
     UserError: onnx is not installed.
   """
   try:
-    import onnx  # optional
+    import onnx  # pyright: ignore[reportMissingImports]: optional
   except ImportError as e:
     raise UserError(
       f'the format onnx needs the package onnx ({e}): python -m pip install onnx'

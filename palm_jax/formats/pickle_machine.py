@@ -42,7 +42,7 @@ class Refusal(Exception):
   """What is wrong with a file, without its path."""
 
 
-def check(condition: Any, message: str):
+def check(condition: Any, message: str) -> None:
   """Raises Refusal with the message unless the condition holds."""
   if not condition:
     raise Refusal(message)
@@ -63,7 +63,7 @@ class Budget:
   def __init__(self, size: int):
     self.left = size
 
-  def charge(self, size: int):
+  def charge(self, size: int) -> None:
     """Raises Refusal where `size` bytes are more than is left."""
     self.left -= size
     check(
@@ -108,11 +108,12 @@ def _persistent(meta):
 
   torch_utils/persistence.py of stylegan2-ada-pytorch.
   """
-  check(
-    type(meta) is dict and type(meta.get('class_name')) is str and type(meta.get('state')) is dict,
-    'a persistent object in it is damaged',
-  )
-  return Module(meta['class_name'], meta['state'])
+  if type(meta) is dict:
+    class_name = meta.get('class_name')
+    state = meta.get('state')
+    if type(class_name) is str and type(state) is dict:
+      return Module(class_name, state)
+  raise Refusal('a persistent object in it is damaged')
 
 
 def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None):
@@ -267,7 +268,7 @@ class Machine:
   def take(self, size):
     check(
       0 <= size <= len(self.view) - self.at,
-      'is cut short or damaged: it goes on beyond its end; fetch it again',
+      'is cut short or damaged: it continues beyond its end; fetch it again',
     )
     self.at += size
     return self.view[self.at - size : self.at]
@@ -320,7 +321,7 @@ class Machine:
   def frame(self):
     check(
       self.unpack('Q') <= len(self.view) - self.at,
-      'is cut short or damaged: a frame goes on beyond its end',
+      'is cut short or damaged: a frame continues beyond its end',
     )
 
   def mark(self):
@@ -358,8 +359,7 @@ class Machine:
     target = self.top(dict)
     check(len(items) % 2 == 0, 'has a key without a value')
     for key, value in zip(items[::2], items[1::2], strict=True):
-      # Only plain keys: the hash of a deep tuple of tuples may never end, and large integers can be
-      # made to collide.
+      # Only plain keys: the hash of a deep tuple may never end, and large integers can collide.
       check(
         type(key) is str or type(key) is int and 0 <= key < 1 << 32,
         f'a key in it is {short(key)}; expected a name or a number',
@@ -449,16 +449,14 @@ class Machine:
 
   def persistent(self):
     pid = self.pop()
-    check(
-      self.find_storage is not None and type(pid) is tuple and len(pid) in (5, 6),
-      'refers to an unknown storage',
-    )
+    if self.find_storage is None or type(pid) is not tuple or len(pid) not in (5, 6):
+      raise Refusal('refers to an unknown storage')
     tag, kind, key, device, numel, *view = pid
+    if type(kind) is not _Global or (kind.module, kind.name) not in _TYPES:
+      raise Refusal('refers to an unknown storage')
     check(
       type(tag) is str
       and tag == 'storage'
-      and type(kind) is _Global
-      and (kind.module, kind.name) in _TYPES
       and type(key) is str
       and type(device) is str
       and _is_size(numel)
@@ -469,7 +467,7 @@ class Machine:
     self.push(self.find_storage(key, STORAGES[kind.name], numel))
 
 
-_INSTRUCTIONS = {
+_OPCODES = {
   b'\x80': Machine.proto,
   b'\x95': Machine.frame,
   b'N': lambda m: m.push(None),
@@ -513,7 +511,7 @@ _INSTRUCTIONS = {
   b'b': Machine.build,
   b'Q': Machine.persistent,
 }
-_INSTRUCTIONS = {code[0]: instruction for code, instruction in _INSTRUCTIONS.items()}
+_INSTRUCTIONS = {code[0]: instruction for code, instruction in _OPCODES.items()}
 
 
 def read_legacy(
@@ -540,8 +538,7 @@ def read_legacy(
     'holds big-endian numbers; expected little-endian',
   )
 
-  # The tensors come before their bytes: the first pass learns the storages' names, the second makes
-  # the tensors.
+  # The tensors come before their bytes: a first pass finds the storages' names, a second makes them.
   storages = {}
   begin = at
 

@@ -1,5 +1,4 @@
-"""The job `report`: what a workdir holds, or several beside each other, as one HTML page that opens
-anywhere.
+"""The job `report`: what one or several workdirs hold, as one HTML page that opens anywhere.
 
 Every number of its tables stands in a file of the workdir, and says on hovering in which and where;
 only the map is computed here. A job without a result has no section.
@@ -25,11 +24,12 @@ FOOT = (
 
 
 def default_config() -> ConfigDict:
+  """The config's section `report`."""
   return ConfigDict(
     dict(
-      compare=(),  # other workdirs, to be put beside this one
+      compare=(),  # other workdirs, shown beside this one
       num_points=2000,  # of the map: test images
-      # a second map by UMAP: 'auto' where the package umap-learn is installed, 'always', 'never'
+      # A second map by UMAP: 'auto' (where the package umap-learn is installed), 'always', 'never'.
       umap='auto',
     )
   )

@@ -1,7 +1,10 @@
 """Curves and maps as SVG. Pure functions of text and numbers."""
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from palm_jax.report.page import esc
 
@@ -28,8 +31,10 @@ def short(x: float) -> str:
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-  """Round numbers within [low, high], `most` at most, at steps of 1, 2, 2.5 or 5 times a power of
-  ten."""
+  """Round numbers within [low, high], `most` at most.
+
+  Their step is 1, 2, 2.5 or 5 times a power of ten.
+  """
   power = 10.0 ** math.floor(math.log10((high - low) / most))
   step = next(
     factor * power
@@ -40,8 +45,10 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-  """Powers of ten within, thinned to about five; with 2 and 5 times them where there are fewer than
-  three."""
+  """Powers of ten within [low, high], thinned to about five.
+
+  Where there are fewer than three, 2 and 5 times them are added.
+  """
   powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
   within = lambda factors: [
     f * 10.0**p for p in powers for f in factors if low * 0.999 <= f * 10.0**p <= high * 1.001
@@ -53,16 +60,17 @@ def log_ticks(low: float, high: float) -> list[float]:
 def thinned(
   xs: Sequence[float], ys: Sequence[float | None], most: int = 300
 ) -> tuple[Sequence[float], Sequence[float | None]]:
-  """About `most` points of a curve: smallest and largest of each of equally many neighbours, so
-  that peaks stay."""
+  """About `most` points of a curve: of each of its pieces the lowest and highest, so peaks stay."""
   if len(xs) <= most:
     return xs, ys
   kept = {0, len(xs) - 1}
   size = math.ceil(len(xs) / (most // 2 - 1))
   for start in range(0, len(xs), size):
-    bucket = [i for i in range(start, min(start + size, len(xs))) if ys[i] is not None]
-    if bucket:
-      kept |= {min(bucket, key=ys.__getitem__), max(bucket, key=ys.__getitem__)}
+    piece = [(y, i) for i, y in enumerate(ys[start : start + size], start) if y is not None]
+    if piece:
+      lowest = min(piece, key=operator.itemgetter(0))
+      highest = max(piece, key=operator.itemgetter(0))
+      kept |= {lowest[1], highest[1]}
   return [xs[i] for i in sorted(kept)], [ys[i] for i in sorted(kept)]
 
 
@@ -71,8 +79,9 @@ def chart(
   series: Iterable[tuple[int, str, Sequence[float], Sequence[float | None]]],
   unit: str,
 ) -> str:
-  """Curves of several runs over each other; '' without a number. Logarithmic where positive over a
-  factor of 50 or more.
+  """Curves of several runs over each other; '' without a number.
+
+  The scale is logarithmic where all numbers are positive and differ by a factor of 50 or more.
 
   Args:
     title: text.
@@ -147,13 +156,14 @@ def legend(names: Iterable[tuple[int, str]]) -> str:
 
 def scatter(
   title: str,
-  points: Sequence[Sequence[float]],
-  labels: Sequence[int],
+  points: np.ndarray | Sequence[Sequence[float]],
+  labels: np.ndarray | Sequence[int],
   names: Sequence[str],
   axes: Sequence[str],
 ) -> str:
-  """A map: a dot a row, coloured by class and named at its class's median where there is room.
-  Beyond ten classes: grey.
+  """A map with a dot for each row, coloured by its class; grey beyond ten classes.
+
+  A class is named at its median where there is room.
 
   Args:
     title: text.

@@ -56,7 +56,7 @@ def _charts(job, runs, names):
   return f'<div class="charts">{content}</div>' if content else ''
 
 
-def _chart(job, runs, name):
+def _chart(job: str, runs, name: str):
   series = []
   for i, run in runs:
     lines = [line for line in run.metrics[job] if name in line]

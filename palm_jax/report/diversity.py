@@ -1,9 +1,7 @@
 """The section on results/diversity.json: the paper's Table 3 beside ours; PRDC and FID."""
 
-from collections.abc import Sequence
-
 from palm_jax.report import page
-from palm_jax.report.page import Cell, Row
+from palm_jax.report.page import Headline, Row
 from palm_jax.report.read import Report, RunFiles
 from palm_jax.report.values import cell, if_several, plain, protocols, source_of
 
@@ -87,7 +85,7 @@ def _ceiling(runs, run):
   return Row([*words, ceiling, '', '', ''], 'paper')
 
 
-def card(run: RunFiles) -> tuple[str, Cell, str, Sequence[tuple[str, Cell]]]:
+def card(run: RunFiles) -> Headline:
   """The coverage of the first set, beside the others and the ceiling."""
   rows = run.results['diversity']['rows']
   numbers = [_measure(run, i, 'unique_nn', percent=True) for i in range(len(rows))]

@@ -1,5 +1,7 @@
-"""The section with a map of the features of test images and their nearest neighbours: all that the
-report computes."""
+"""The section with a map of the features of test images, and their nearest neighbours.
+
+It is all that the report computes.
+"""
 
 import base64
 import io
@@ -59,21 +61,25 @@ def nearest(h: np.ndarray, queries: list[int], k: int = NEIGHBOURS) -> np.ndarra
 
 
 def find_umap() -> type | None:
-  """The class of umap-learn, or None; other packages and folders are called umap, too."""
+  """The class of umap-learn, or None. Other packages and folders are called umap, too."""
   try:
-    from umap import UMAP  # here: seconds that other jobs need not spend
+    # Here, because it is optional and takes seconds.
+    from umap import UMAP  # pyright: ignore[reportMissingImports]
   except ImportError:
     return None
   return UMAP
 
 
 def section(report: Report) -> str:
-  """Maps of test images by each run's encoder, and nearest neighbours of some; '' without data, or
-  where no run has an encoder."""
-  if report.data is None:
+  """Maps of test images by each run's encoder, and nearest neighbours of some.
+
+  '' without data, or where no run has an encoder.
+  """
+  data = report.data
+  if data is None:
     return ''
   config = report.config
-  test = report.data.test
+  test = data.test
   labels = np.asarray(test.labels)
   rng = np.random.default_rng(config.seed)
   rows = np.sort(rng.permutation(len(test.images))[: config.report.num_points])
@@ -86,7 +92,7 @@ def section(report: Report) -> str:
     if not list_steps(run.folder / 'pretrain' / 'checkpoints'):
       continue
     try:
-      frozen = _load_encoder(report, run)
+      frozen = _load_encoder(run, config.seed, test.images.shape[1:])
     except UserError as e:
       report.notes.append(f'{run.name}: no map ({e})')
       logging.warning('report: %s', report.notes[-1])
@@ -98,43 +104,42 @@ def section(report: Report) -> str:
       continue
     whose = f'{run.name}, ' if len(report.runs) > 1 else ''
     about = f'{whose}checkpoint step {frozen.about["checkpoint_step"]}'
-    panels = _panels(report, h, rows, umap, about)
-    neighbours = strips(
-      test.images, labels, report.data.class_names, queries, nearest(h, queries), about
-    )
+    panels = _panels(data, h, rows, umap, config.seed, about)
+    found = nearest(h, queries)
+    neighbours = strips(test.images, labels, data.class_names, queries, found, about)
     out += f'<div class="map"><div>{panels}</div>{neighbours}</div>'
   if not out:
     return ''
   return (
-    f'<p class="soft">Features h of the test images of {page.esc(report.data.source)}; batch '
-    'statistics fixed, newest '
-    f'checkpoint, points drawn with seed {config.seed}. Computed for this page.</p>{out}'
+    f'<p class="soft">Features h of the test images of {page.esc(data.source)}; batch statistics '
+    f'fixed, newest checkpoint, points drawn with seed {config.seed}. Computed for this page.</p>'
+    f'{out}'
   )
 
 
-def _load_encoder(report: Report, run: RunFiles):
+def _load_encoder(run: RunFiles, seed, image_shape):
   """The run's newest encoder, as its own config describes it."""
   described = encoder.default_config()
   described.update(run.config.get('encoder', {}))
-  config = ConfigDict(dict(seed=report.config.seed, encoder=described))
-  return features.load_encoder(config, run.folder, report.data.test.images.shape[1:])
+  config = ConfigDict(dict(seed=seed, encoder=described))
+  return features.load_encoder(config, run.folder, image_shape)
 
 
-def _panels(report, h, rows, umap, about):
+def _panels(data, h, rows, umap, seed, about):
   """Scatter plots of those rows of the features: by PCA, and by UMAP where there is one."""
   points, shares = pca(h[rows])
   axes = [f'component {i}: {share:.1%} of the variance' for i, share in enumerate(shares, 1)]
   maps = [('PCA', points, axes)]
   if umap:
-    embedding = umap(random_state=report.config.seed, n_jobs=1)
+    embedding = umap(random_state=seed, n_jobs=1)
     maps.append(('UMAP', embedding.fit_transform(h[rows]), ['', '']))
-  labels = np.asarray(report.data.test.labels)[rows]
+  labels = np.asarray(data.test.labels)[rows]
   return ''.join(
     charts.scatter(
       f'{name} of {len(rows):,} test images ({about})',
       points,
       labels,
-      report.data.class_names,
+      data.class_names,
       axes,
     )
     for name, points, axes in maps

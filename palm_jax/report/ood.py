@@ -1,9 +1,7 @@
 """The section on results/ood.json: the paper's Table 1, its rows beneath ours."""
 
-from collections.abc import Sequence
-
 from palm_jax.report import page
-from palm_jax.report.page import Cell, Row
+from palm_jax.report.page import Cell, Headline, Row
 from palm_jax.report.read import Report, RunFiles
 from palm_jax.report.values import cell, if_several, protocols, source_of
 
@@ -101,7 +99,7 @@ def _paper_number(run, method, ood):
   return cell(run, 'ood', *keys, 0, spread=(*keys, 1))
 
 
-def card(run: RunFiles) -> tuple[str, Cell, str, Sequence[tuple[str, Cell]]]:
+def card(run: RunFiles) -> Headline:
   """The first AUROC, beside those of the other sets, encoders and the paper."""
   rows = run.results['ood']['rows']
   first = rows[0]

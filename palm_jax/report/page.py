@@ -1,5 +1,6 @@
-"""A page in one file: tables whose numbers say where they come from, cards and pictures. Pure
-functions of text and numbers to HTML.
+"""A page in one file: tables whose numbers say where they come from, cards and pictures.
+
+These are pure functions from text and numbers to HTML.
 
 The page asks nobody for anything: no script, no font, no picture from elsewhere, and its own policy
 forbids them. Every text that is not markup of this module passes `esc`.
@@ -27,6 +28,10 @@ class Cell(NamedTuple):
   spread: str = ''  # that of what stands behind the +-
   exact: str = ''  # all its digits
   share: float | None = None  # in [0, 1]: length of the bar beneath
+
+
+# (title, number, what it is, [(name, number)] to compare with).
+Headline = tuple[str, str | Cell, str, Sequence[tuple[str, str | Cell]]]
 
 
 class Row(NamedTuple):

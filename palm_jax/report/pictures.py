@@ -103,7 +103,7 @@ def _smaller(image, factor):
     image.seek(i)
     frame = image.convert('RGB')
     size = max(1, round(frame.width * factor)), max(1, round(frame.height * factor))
-    frames.append(frame.resize(size, Image.BOX))
+    frames.append(frame.resize(size, Image.Resampling.BOX))
   film = {}
   if len(frames) > 1:
     duration = image.info.get('duration', 125)

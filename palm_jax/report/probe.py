@@ -1,10 +1,9 @@
 """The section on results/probe.json: accuracies of classifiers on the features."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from palm_jax.report import page
-from palm_jax.report.page import Cell, Row
+from palm_jax.report.page import Headline, Row
 from palm_jax.report.read import Report, RunFiles
 from palm_jax.report.values import cell, if_several, protocols, source_of
 
@@ -48,8 +47,7 @@ class Key(NamedTuple):
 
 
 def section(report: Report) -> str:
-  """A row for each kind of features, method and labels; a column for each run and set of test
-  images."""
+  """A row for each kind of features, method and labels; a column for each run and test set."""
   runs = report.runs
   places = {}  # Key -> {name of a run: number of its row}
   for run in runs:
@@ -113,7 +111,7 @@ def _tests(run):
 def _word(key, field):
   value = getattr(key, field)
   if field == 'method':
-    return METHODS.get(value, value)
+    return METHODS[value] if value in METHODS else value
   return f'{value:.4g}' if field == 'fraction' else str(value)
 
 
@@ -141,7 +139,7 @@ def _published(runs):
   )
 
 
-def card(run: RunFiles) -> tuple[str, Cell, str, Sequence[tuple[str, Cell]]] | None:
+def card(run: RunFiles) -> Headline | None:
   """The linear accuracy with all labels, beside other features and methods."""
   rows = [
     (i, row)

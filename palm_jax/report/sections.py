@@ -1,5 +1,7 @@
-"""The sections of the page, in one table. A new evaluation needs no line in it: results without a
-section of their own are shown as plain values."""
+"""The sections of the page, in one table.
+
+A new evaluation needs no line in it: results without a section are shown as plain values.
+"""
 
 import dataclasses
 import functools
@@ -18,6 +20,7 @@ from palm_jax.report import (
   settings,
   study,
 )
+from palm_jax.report.page import Headline
 from palm_jax.report.read import Report, RunFiles
 from palm_jax.report.values import values_table
 
@@ -33,14 +36,14 @@ class Section(NamedTuple):
     build: (Report) -> HTML; '' leaves the section out.
     rows: {key: type} that each row of the results file must have; a run whose file has another
       shape is left to the plain values. None: the section is not that of a results file.
-    card: (RunFiles) -> its headline, see `page.card`: (title, number, what it is, others); or None.
+    card: (RunFiles) -> its headline, or None.
   """
 
   name: str
   title: str
   build: Callable[[Report], str]
   rows: Mapping[str, Any] | None = None
-  card: Callable[[RunFiles], tuple | None] | None = None
+  card: Callable[[RunFiles], Headline | None] | None = None
 
 
 def build(report: Report) -> list[tuple[str, str, str]]:
@@ -73,8 +76,8 @@ def _is_row(row, kinds):
   return isinstance(row, dict) and all(isinstance(row.get(key), kinds[key]) for key in kinds)
 
 
-def cards(run: RunFiles) -> list[tuple]:
-  """[(title, number, what it is, [(name, number)])] of what was measured."""
+def cards(run: RunFiles) -> list[Headline]:
+  """The headlines of what was measured."""
   found = [section.card(run) for section in SECTIONS if section.card and is_shown_by(section, run)]
   return [card for card in found if card]
 

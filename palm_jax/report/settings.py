@@ -9,7 +9,7 @@ from palm_jax.report.page import Cell, Row
 from palm_jax.report.read import Report, RunFiles
 from palm_jax.report.values import exact, leaves, plain, pointer
 
-# Sections of the config that make a run what it is, in the order of the table, with the modules of
+# Sections of the config that make a run what it is, in the order of the table, and the modules with
 # their defaults.
 DEFAULTS = dict(
   environment=environment,
@@ -26,7 +26,7 @@ SETTINGS = ('/name', '/seed', '/data/name', '/generator/path')
 
 
 def facts(report: Report) -> str:
-  """What the runs are: HTML, beneath each other for one, a table for several."""
+  """What the runs are, as HTML: a list for one, a table for several."""
   runs = report.runs
   known = [_facts_of(run) for run in runs]
   if len(runs) == 1:
@@ -70,8 +70,7 @@ def _setting(run, section, key):
 
 
 def section(report: Report) -> str:
-  """Settings in which the runs differ, or for one run from the package's defaults; behind them the
-  others."""
+  """The settings in which the runs differ, or one run from the defaults; behind them the others."""
   runs = report.runs
   known = [{pointer(keys): value for keys, value in leaves(run.config)} for run in runs]
   keys = list(dict.fromkeys(key for settings in known for key in settings))

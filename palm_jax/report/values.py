@@ -11,8 +11,7 @@ ABOUT = ('job', 'protocol', 'settings', 'versions')  # what is no result of a fi
 
 
 def leaves(tree: Any, keys: tuple = ()) -> list[tuple[tuple, Any]]:
-  """[(keys, value)] of a tree of dicts and lists; a list without either is a value, and so is an
-  empty one."""
+  """[(keys, value)] of a tree of dicts and lists; a list without either, or an empty one, is a value."""
   if isinstance(tree, list) and any(isinstance(x, (dict, list)) for x in tree):
     tree = dict(enumerate(tree))
   if not isinstance(tree, dict) or not tree:
@@ -64,22 +63,26 @@ def cell(
   value = _value_at(run.results[name], keys)
   if value is None:
     return '-'
-  sd = _value_at(run.results[name], spread) if spread else None
   text = _percent(value) if percent else plain(value)
-  if is_number(sd):
-    text += f' ± {_percent(sd)}' if percent else f' ± {sd:.2g}'
+  spread_at = ''
+  if spread:
+    sd = _value_at(run.results[name], spread)
+    if is_number(sd):
+      text += f' ± {_percent(sd)}' if percent else f' ± {sd:.2g}'
+      spread_at = pointer(spread)
   return Cell(
     text,
     run.name,
     f'results/{name}.json',
     pointer(keys),
-    pointer(spread) if is_number(sd) else '',
+    spread_at,
     str(value),
     value if bar and percent and is_number(value) else None,
   )
 
 
-def _value_at(tree, keys):
+def _value_at(tree: Any, keys: Sequence[Any]) -> Any:
+  """What the keys lead to, or None."""
   for key in keys:
     try:
       tree = tree[key]
@@ -126,8 +129,10 @@ def protocols(runs: Sequence[RunFiles], name: str) -> str:
 
 
 def values_table(name: str, title: str, runs: Sequence[RunFiles]) -> str:
-  """All values of results/<name>.json but its protocol and settings, a column a run: HTML; '' where
-  no run has the file."""
+  """All values of results/<name>.json but its protocol and settings, as HTML.
+
+  A run has a column; '' where no run has the file.
+  """
   runs = [run for run in runs if name in run.results]
   if not runs:
     return ''
