@@ -207,7 +207,8 @@ def study(config: ConfigDict, topology: str, generator: PictureGenerator) -> dic
   started = time.monotonic()
   program, lowered = lower(config, generator, mesh)
   lowered_at = time.monotonic()
-  compiled = compile_program(lowered, topology, chip)
+  # Any: XLA for TPUs gives the text and all analyses, which JAX's types leave open.
+  compiled: Any = compile_program(lowered, topology, chip)
   compiled_at = time.monotonic()
   module = parse(compiled.as_text())
   total, unknown = analyse(module, mesh.size)

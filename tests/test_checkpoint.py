@@ -381,7 +381,8 @@ SAVE_FOR_EVER = """
 import sys, numpy as np, jax
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.checkpoint import load_encoder
-print(jax.device_count(), load_encoder(sys.argv[2])[1]['params']['conv']['kernel'].tobytes().hex(), flush=True)
+kernel = load_encoder(sys.argv[2])[1]['params']['conv']['kernel']
+print(jax.device_count(), kernel.tobytes().hex(), flush=True)
 checkpoints, step = Checkpoints(sys.argv[1]), 0
 while True:
   step += 1

@@ -244,7 +244,8 @@ def test_processes_that_do_not_come_are_waited_for_only_so_long(process_id):
   code = f"""
 from absl import app
 from palm_jax.base import command, devices, processes
-run = lambda argv: processes.initialize_distributed('127.0.0.1:{free_port()}', 2, {process_id}, wait_seconds=2)
+address = '127.0.0.1:{free_port()}'
+run = lambda argv: processes.initialize_distributed(address, 2, {process_id}, wait_seconds=2)
 app.run(command.exit_on_user_error(run))
 """
   done = subprocess.run(
@@ -311,7 +312,8 @@ from palm_jax.base import devices, processes
 logging.set_verbosity(logging.INFO)
 processes.initialize_distributed()
 with open(sys.argv[1], 'w') as f:
-  json.dump([jax.process_index(), jax.process_count(), jax.device_count(), logging.get_verbosity() == logging.WARNING], f)
+  quiet = logging.get_verbosity() == logging.WARNING
+  json.dump([jax.process_index(), jax.process_count(), jax.device_count(), quiet], f)
 """
   step = dict(
     SLURM_JOB_ID='1',
@@ -415,13 +417,13 @@ from tests.worlds import tiny_config
 def get_config():
   c = tiny_config()
   c.data.name = {data!r}
-  c.generator.update(dict(z_dim=4, w_dim=4, mapping_layers=1, channel_base=32, channel_max=4, conv_clamp=0.,
-                          d_mapping_layers=0, mbstd_group=1, batch_size=8, r1_interval=2, kimg=0.032,
-                          iterations_per_call=2))
+  c.generator.update(dict(z_dim=4, w_dim=4, mapping_layers=1, channel_base=32, channel_max=4,
+                          conv_clamp=0., d_mapping_layers=0, mbstd_group=1, batch_size=8,
+                          r1_interval=2, kimg=0.032, iterations_per_call=2))
   c.simsiam.update(dict(proj_hidden=8, proj_dim=8, pred_hidden=4))
-  c.pretrain.update(dict(dtype='float64', env_steps=6 * 2 * 16, num_envs=8, rollout_length=2, batch_size=16,
-                         updates_per_iteration=1, warmup_steps=48, iterations_per_call=2, checkpoint_minutes=0.,
-                         monitor_fraction=1.))
+  c.pretrain.update(dict(dtype='float64', env_steps=6 * 2 * 16, num_envs=8, rollout_length=2,
+                         batch_size=16, updates_per_iteration=1, warmup_steps=48,
+                         iterations_per_call=2, checkpoint_minutes=0., monitor_fraction=1.))
   return c
 """
 

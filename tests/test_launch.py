@@ -20,11 +20,13 @@ LAUNCH = pathlib.Path(__file__).parents[1] / 'launch'
 # another.
 MAIN = """
 import json, os, signal, sys, time
-number = next((a.partition('=')[2] for a in sys.argv if a.startswith('--process_id=')), os.environ.get('SLURM_PROCID'))
+given = [a.partition('=')[2] for a in sys.argv if a.startswith('--process_id=')]
+number = given[0] if given else os.environ.get('SLURM_PROCID')
 say = lambda line: os.write(1, f'{line}\\n'.encode())  # in one piece
 number, behaviour = int(number), os.environ.get('BEHAVIOUR', 'complete')
+devices = os.environ.get('JAX_NUM_CPU_DEVICES')
 with open(f'called.{number}', 'w') as f:
-  json.dump(dict(argv=sys.argv[1:], pid=os.getpid(), devices=os.environ.get('JAX_NUM_CPU_DEVICES')), f)
+  json.dump(dict(argv=sys.argv[1:], pid=os.getpid(), devices=devices), f)
 signal.signal(signal.SIGTERM, lambda *_: (say('saved'), sys.exit(0)))
 say('one line')
 if behaviour == 'fail' and number == 1:

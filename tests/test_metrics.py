@@ -86,9 +86,9 @@ def test_progress_line(lines, monkeypatch):
   assert progress.update(64_000, {})  # complete: always a line
   assert lines[0] == 'pretrain  6,400/64,000 env steps  10.0%'
   # 6,400 steps in 5 seconds; 51,200 to go
-  assert (
-    lines[1]
-    == 'pretrain  12,800/64,000 env steps  20.0%  1,280/s  left 0:40  ssl -0.912 reward 1.23 rank 12,346'
+  assert lines[1] == (
+    'pretrain  12,800/64,000 env steps  20.0%  1,280/s  left 0:40  '
+    'ssl -0.912 reward 1.23 rank 12,346'
   )
   assert lines[2].endswith('100.0%  9,600/s  left 0:00') and len(lines) == 3
 

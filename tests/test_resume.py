@@ -56,8 +56,9 @@ def get_config():
   c.data.name = {data!r}
   c.generator.update({generator!r})
   c.simsiam.update(dict(proj_hidden=8, proj_dim=8, pred_hidden=4))
-  c.pretrain.update(dict(env_steps=14 * 2 * 16, num_envs=8, rollout_length=2, batch_size=16, updates_per_iteration=1,
-                         warmup_steps=48, iterations_per_call=2, checkpoint_minutes=0.001, monitor_fraction=0.5))
+  c.pretrain.update(dict(env_steps=14 * 2 * 16, num_envs=8, rollout_length=2, batch_size=16,
+                         updates_per_iteration=1, warmup_steps=48, iterations_per_call=2,
+                         checkpoint_minutes=0.001, monitor_fraction=0.5))
   return c
 """
 

@@ -35,7 +35,8 @@ def read(root: pathlib.Path) -> Found:
   names = [folder.name for folder in _subfolders(train_folder)]
   if not names:
     raise UserError(
-      f'{train_folder} has no folders; expected one folder of images per class; or data may be {FORMS}'
+      f'{train_folder} has no folders; expected one folder of images per class; or data may be '
+      f'{FORMS}'
     )
   if set(names) <= {'train', 'test', 'val'}:
     raise UserError(

@@ -538,7 +538,7 @@ def read_legacy(
     'holds big-endian numbers; expected little-endian',
   )
 
-  # The tensors come before their bytes: a first pass finds the storages' names, a second makes them.
+  # The tensors come before their bytes: a first pass finds the storages, a second makes tensors.
   storages = {}
   begin = at
 

@@ -11,7 +11,7 @@ ABOUT = ('job', 'protocol', 'settings', 'versions')  # what is no result of a fi
 
 
 def leaves(tree: Any, keys: tuple = ()) -> list[tuple[tuple, Any]]:
-  """[(keys, value)] of a tree of dicts and lists; a list without either, or an empty one, is a value."""
+  """[(keys, value)] of a tree of dicts and lists; a list without either is a value, as is {}."""
   if isinstance(tree, list) and any(isinstance(x, (dict, list)) for x in tree):
     tree = dict(enumerate(tree))
   if not isinstance(tree, dict) or not tree:

@@ -1,11 +1,10 @@
-"""The job `study`: several arms of one base config, each with the same seeds, and what their
-results say together.
+"""The job `study`: arms of one base config with the same seeds, and what their results say.
 
-A run is an ordinary one, in <study.runs>/<arm>/seed<k>; the study orders the runs, skips what is
+A run is an ordinary one, in <study.runs>/<arm>/seed<k>. The study orders the runs, skips what is
 done, reads results/*.json of each, and compares. All share one compilation cache: runs that differ
 in traced values only (environment.alpha, environment.beta, seed) load the program that the first of
-them compiled. Two arms of `configs/benchmark.py` under vmap are 1.4 times faster at `tiny` and 1.8
-times slower at `small` than one after another (two cores): so they go in order.
+them compiled. They run one after another: two arms of `configs/benchmark.py` under vmap were 1.4
+times faster at `tiny`, but 1.8 times slower at `small` (two cores).
 """
 
 import pathlib
@@ -27,12 +26,13 @@ from palm_jax.study.numbers import RESAMPLES, at
 from palm_jax.study.readings import Reading, look_up, make_readings, steps_of
 
 
-def default_config():
+def default_config() -> ConfigDict:
+  """The config's section `study`."""
   return ConfigDict(
     dict(
       # (name, settings[, x]): `x` is its place on an axis, so one name may have several. Settings
       # are those unlike the base's, as on the command line, 'environment.alpha=0 reward.k=3'
-      # without --config.; '{name}' in a value is the folder of that arm's run, of the same seed and
+      # without --config. '{name}' in a value is the folder of that arm's run with the same seed and
       # x, which then comes first.
       arms=(),
       seeds=(0, 1, 2),  # paper: three
@@ -41,10 +41,10 @@ def default_config():
       # results/probe.json; the mean where the rows are draws of one thing. The first measure is the
       # one of the orderings.
       measures=(),
-      # folder of the runs; '': the workdir. Studies that have an arm in common can share it
+      # Folder of the runs; '': the workdir. Studies that have an arm in common can share it.
       runs='',
-      # (name, arm, measure, path[, x]): what another row of that arm's results shows as an arm of
-      # its own
+      # (name, arm, measure, path[, x]): another row of that arm's results, shown as an arm of its
+      # own.
       references=(),
       reference='',  # arm, or 'arm @ x', that all others are compared with; '': the first
       orderings=(),  # 'arm > arm' or 'arm @ x > arm @ x': claims to be judged
@@ -145,17 +145,21 @@ def run(this: Run) -> dict | None:
     UserError: anything invalid, before the first run; after it, a measure that is not in its
       results.
   """
-  config, workdir = this.config, this.workdir
+  config = this.config
+  workdir = this.workdir
+  runner = this.runner
+  assert runner is not None  # the runner gives itself to the jobs
   place = pathlib.Path(config.study.runs or workdir).expanduser().absolute()
-  runs, readings = make_study(config, place, this.mesh.size, this.runner)
+  runs, readings = make_study(config, place, this.mesh.size, runner)
   base = base_config(config, place)
   base.generator.path = config.generator.path
-  this.runner.claim(workdir, base)
+  runner.claim(workdir, base)
   workdirs.keep_compiled(place)
   if not base.generator.path and not _run_jobs(this, base, place / GENERATOR, ('generator',)):
     return None
 
-  lines, progress = [], Progress('study', len(runs), 'runs')
+  lines = []
+  progress = Progress('study', len(runs), 'runs')
   for i, arm_run in enumerate(runs):
     arm = arm_run.arm
     logging.info(

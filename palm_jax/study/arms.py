@@ -3,6 +3,7 @@
 import ast
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -17,22 +18,30 @@ TAKEN = (GENERATOR, 'features', 'results', 'compilation_cache')
 
 
 class Arm(NamedTuple):
+  """An arm of a study."""
+
   name: str
   settings: tuple[tuple[str, str], ...]  # (dotted key, value as text)
   x: Any  # '' without an axis
 
 
 class ArmRun(NamedTuple):
+  """A run of an arm."""
+
   arm: Arm
   seed: int
   folder: pathlib.Path
   config: ConfigDict
 
 
-def make_arms(config):
-  """[Arm] of config.study; UserError where there is none, one is there twice, or a setting is no
-  key=value."""
-  arms, folders = [], {}
+def make_arms(config: ConfigDict) -> list[Arm]:
+  """The arms of config.study.
+
+  Raises:
+    UserError: there is none, two have one folder, or a setting is no key=value.
+  """
+  arms = []
+  folders = {}
   for entry in config.study.arms:
     name, text, x = entry_of('arms', entry, ('name', 'settings'))
     settings = [part.partition('=') for part in re.split(r'\s+(?=[\w.]+=)', text.strip()) if part]
@@ -61,8 +70,8 @@ def make_arms(config):
   return arms
 
 
-def in_order(arms):
-  """The arms, each after those whose folders it names; UserError where they wait for each other."""
+def in_order(arms: Sequence[Arm]) -> list[Arm]:
+  """The arms, each after those whose folders it names. UserError where they wait for each other."""
   ordered = []
   while len(ordered) < len(arms):
     ready = [
@@ -74,15 +83,24 @@ def in_order(arms):
     if not ready:
       stuck = next(arm for arm in arms if arm not in ordered)
       raise UserError(
-        f'study.arms: {stuck.name!r} waits for {needed_arms(stuck)[0]!r}, which waits for it: take '
-        'one {} away'
+        f'study.arms: {stuck.name!r} waits for {needed_arms(stuck)[0]!r}, which waits for it: '
+        'take one {} away'
       )
     ordered += ready
   return ordered
 
 
-def entry_of(where, entry, names):
-  """An entry of a tuple in config.study with its x, '' where it has none."""
+def entry_of(where: str, entry: Any, names: Sequence[str]) -> tuple:
+  """An entry of a tuple in config.study with its x, '' where it has none.
+
+  Args:
+    where: the tuple's name.
+    entry: of it.
+    names: of the entry's parts, but for x.
+
+  Raises:
+    UserError: other parts.
+  """
   if (
     not isinstance(entry, (tuple, list))
     or len(entry) not in (len(names), len(names) + 1)
@@ -97,15 +115,21 @@ def entry_of(where, entry, names):
 
 def _folder(arm):
   plain = lambda text: re.sub(r'[^\w.=+-]+', '_', str(text))
-  return pathlib.Path(plain(arm.name), *([plain(arm.x)] if arm.x != '' else []))
+  folder = pathlib.Path(plain(arm.name))
+  return folder if arm.x == '' else folder / plain(arm.x)
 
 
-def needed_arms(arm):
+def needed_arms(arm: Arm) -> list[str]:
+  """Names of the arms whose folders the arm's settings name."""
   return [name for _, value in arm.settings for name in re.findall(r'\{([^{}]*)\}', value)]
 
 
-def named_arm(name, arm, arms):
-  """The arm that {name} means in a setting of another one: that of the same x, or without any."""
+def named_arm(name: str, arm: Arm, arms: Sequence[Arm]) -> Arm:
+  """The arm that {name} means in a setting of `arm`: one of the same x, or without any.
+
+  Raises:
+    UserError: there is none.
+  """
   for other in arms:
     if other.name == name and other.x in (arm.x, '') and other != arm:
       return other
@@ -115,13 +139,14 @@ def named_arm(name, arm, arms):
   )
 
 
-def make_runs(config, place, arms):
-  """[ArmRun]: all arms with the first seed, then with the next: a study that is stopped early then
-  has whole comparisons.
+def make_runs(config: ConfigDict, place: pathlib.Path, arms: Sequence[Arm]) -> list[ArmRun]:
+  """The runs: all arms with the first seed, then with the next.
+
+  So a study that was stopped early has whole comparisons.
 
   Raises:
-    UserError: seeds that cannot be, or settings that the base config does not have or that are of
-      another type.
+    UserError: invalid seeds, or settings that the base config does not have or that are of another
+      type.
   """
   seeds = tuple(config.study.seeds)
   if (
@@ -141,17 +166,17 @@ def make_runs(config, place, arms):
   ]
 
 
-def base_config(config, place):
-  """What the arms start from: the config without its study, with the study's jobs, and a generator
-  that all share."""
+def base_config(config: ConfigDict, place: pathlib.Path) -> ConfigDict:
+  """What the arms start from: the config without its study, and with the study's jobs.
+
+  All share one generator, and arms of a seed the untrained encoder.
+  """
   base = config.copy_and_resolve_references()
   with base.unlocked():
     del base['study']
   base.jobs = tuple(config.study.jobs)
   base.generator.path = base.generator.path or str(place / GENERATOR)
-  base.features.folder = base.features.folder or str(
-    place / 'features'
-  )  # arms of a seed share the untrained encoder
+  base.features.folder = base.features.folder or str(place / 'features')
   return base
 
 
@@ -170,7 +195,7 @@ def _run_config(config, place, arm, arms, seed):
       c.update_from_flattened_dict({key: tuple(value) if isinstance(known[key], tuple) else value})
     except (TypeError, ValueError, SyntaxError) as e:
       raise UserError(
-        f'study.arms: {key}={text} of {arm.name!r} cannot be: expected a value like {known[key]!r}'
+        f'study.arms: {key}={text} of {arm.name!r} is invalid: expected a value like {known[key]!r}'
       ) from e
   c.seed = seed
   return c

@@ -34,7 +34,8 @@ def draw(results: Mapping[str, Any], path: pathlib.Path) -> bool:
     Whether it was drawn.
   """
   try:
-    from matplotlib.figure import Figure  # here, because it is optional
+    # Here, because it is optional.
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
   except ImportError:
     logging.warning(
       "%s is not drawn, because matplotlib is not installed: pip install 'palm_jax[figures]' or "

@@ -15,7 +15,7 @@ from palm_jax.base.files import replacing
 from palm_jax.base.tables import aligned, protocol_line
 
 RESAMPLES = 10_000  # of a bootstrap interval
-COLUMNS = ('study', 'arm', 'x', 'seed', 'measure', 'value', 'run')
+COLUMNS: tuple[str, ...] = ('study', 'arm', 'x', 'seed', 'measure', 'value', 'run')
 
 
 def at(x: Any) -> str:
@@ -107,11 +107,11 @@ def interval(
   Returns:
     (low, high) computed in float64; None of fewer than two.
   """
-  values = np.asarray(values, np.float64)
-  if len(values) < 2:
+  numbers = np.asarray(values, np.float64)
+  if len(numbers) < 2:
     return None
-  rows = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
-  low, high = np.percentile(values[rows].mean(1), (2.5, 97.5))
+  rows = np.random.default_rng(seed).integers(0, len(numbers), (resamples, len(numbers)))
+  low, high = np.percentile(numbers[rows].mean(1), (2.5, 97.5))
   return float(low), float(high)
 
 
@@ -189,7 +189,9 @@ def _rows(c, measure, values):
   for (arm, x), numbers in values.items():
     low, high = interval(list(numbers.values())) or (None, None)
     reference = references.get(x, only)
-    compared = reference is not None and reference is not numbers
+    minus_reference = None
+    if reference is not None and reference is not numbers:
+      minus_reference = difference(numbers, reference)
     yield dict(
       measure=measure,
       arm=arm,
@@ -198,7 +200,7 @@ def _rows(c, measure, values):
       mean=float(np.mean(list(numbers.values()))),
       low=low,
       high=high,
-      minus_reference=difference(numbers, reference) if compared else None,
+      minus_reference=minus_reference,
     )
 
 

@@ -2,10 +2,13 @@
 
 import collections
 import json
+import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from palm_jax.base.errors import UserError
 from palm_jax.study.arms import Arm, entry_of
@@ -25,22 +28,21 @@ class Reading(NamedTuple):
   path: str
 
 
-def make_readings(config, arms):
-  """[Reading] of every measure of every arm, and of the references.
+def make_readings(config: ConfigDict, arms: Sequence[Arm]) -> list[Reading]:
+  """What is read: every measure of every arm, and the references.
 
   Raises:
-    UserError: a measure or reference that cannot be read from these arms and jobs, or that is there
-      twice.
+    UserError: a measure or reference that these arms and jobs do not have, or one given twice.
   """
-  c, readings = config.study, []
+  c = config.study
+  readings = []
   for arm in arms:
     for entry in c.measures:
       name, path, x = entry_of('measures', entry, ('name', 'path'))
       if '' not in (x, arm.x):
         raise UserError(
           f'study.measures: {name!r}{at(x)} is on an axis already, and so is '
-          f'{arm.name!r}{at(arm.x)}: '
-          'take one x away'
+          f'{arm.name!r}{at(arm.x)}: take one x away'
         )
       readings.append(Reading(arm.name, x if arm.x == '' else arm.x, name, arm, path))
   if not readings:
@@ -82,9 +84,12 @@ def make_readings(config, arms):
   return readings
 
 
-def steps_of(path):
-  """[(key, {field: text} or None)] of a path like 'probe/rows[method=lbfgs]/accuracy/clean';
-  UserError where it is none."""
+def steps_of(path: str) -> list[tuple[str, dict[str, str] | None]]:
+  """[(key, {field: text} or None)] of a path like 'probe/rows[method=lbfgs]/accuracy/clean'.
+
+  Raises:
+    UserError: it is no such path.
+  """
   matches = list(PATH.finditer(path))
   if ''.join(match[0] for match in matches) != path or len(matches) < 2:
     raise UserError(
@@ -93,21 +98,25 @@ def steps_of(path):
     )
   steps = []
   for match in matches:
-    fields = [part.partition('=') for part in match[2].split(',')] if match[2] is not None else None
-    if fields and not all(equals for _, equals, _ in fields):
+    if match[2] is None:
+      steps.append((match[1], None))
+      continue
+    fields = [part.partition('=') for part in match[2].split(',')]
+    if not all(equals for _, equals, _ in fields):
       raise UserError(
         f'study: [{match[2]}] in {path!r} chooses no row: expected [field=value, ...]'
       )
-    steps.append((match[1], fields and {name.strip(): value.strip() for name, _, value in fields}))
+    steps.append((match[1], {name.strip(): value.strip() for name, _, value in fields}))
   return steps
 
 
-def look_up(folder, path):
-  """The number at a path of a run's results, in float64; the mean of several rows that differ in
-  their `draw`.
+def look_up(folder: pathlib.Path, path: str) -> float:
+  """The number at a path of a run's results.
+
+  Of several rows that differ in their `draw` it is the mean, in float64.
 
   Args:
-    folder: pathlib.Path of the run.
+    folder: of the run.
     path: see `steps_of`.
 
   Raises:
@@ -116,7 +125,7 @@ def look_up(folder, path):
   (job, _), *steps = steps_of(path)
   file = folder / 'results' / f'{job}.json'
   try:
-    values = [json.loads(file.read_text())]
+    values: list[Any] = [json.loads(file.read_text())]
   except (OSError, ValueError) as e:
     raise UserError(f'{file} cannot be read ({e}): remove it to make it again') from e
   for key, where in steps:
