@@ -118,7 +118,7 @@ def test_a_world_of_prompts_is_played_in_with_momentum_and_seen_in_stacks():
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(output.metrics)))
   assert int(state.iteration) == 4 and np.abs(state.env.velocity).max() > 0
 
-  z, label, step = jax.device_get(output.experience)  # (rows, E, ...): what was lived through
+  z, label, step = jax.device_get(output.experience)  # (rows, E, ...): the record
   draw = lambda z, label: to_uint8(world_of.apply(world.variables, z, label))
   pictures = experience.frames(output.experience, draw)
   ring = np.asarray(state.ring.frames).reshape(-1, 16, 40, 40, 3)

@@ -315,7 +315,7 @@ def test_bad_input_is_one_line_before_any_work(capfd, files, tmp_path, job, chan
     'generator__path' in changes
   )  # seconds: one that is loaded changes its arrays' type
   assert contents(tmp_path).keys() <= {pathlib.Path('run'), pathlib.Path('run/config.json')}
-  # The workdir is not bound to the mistake: the mended config gets as far as it can without a
+  # The workdir is not bound to the mistake: the fixed config gets as far as it can without a
   # generator.
   assert 'holds no generator' in refuse(capfd, config_for(files), 'pretrain', workdir)
 

@@ -110,10 +110,10 @@ def test_recorded_pairs_are_consecutive_steps_of_one_episode():
   start = np.asarray(environment.staggered_steps(jnp.arange(num_envs), num_envs, length))
   step = (start + np.arange(rows)[:, None]) % length
   z = np.arange(rows * num_envs, dtype=np.float32).reshape(rows, num_envs, 1).repeat(6, 2)
-  lived = experience.Experience(
+  recorded = experience.Experience(
     z, (np.arange(num_envs) % 3 + 0 * step).astype(np.int32), step.astype(np.int32)
   )
-  first, second, labels = draw(config_of('passive_random'), 1000, lived)
+  first, second, labels = draw(config_of('passive_random'), 1000, recorded)
   place = first[:, 0].astype(int)
   np.testing.assert_array_equal(second[:, 0], place + num_envs)
   assert (step.ravel()[place] < length - 1).all()
@@ -150,12 +150,12 @@ def play(c, workdir, calls, data=None):
 def test_few_samples_of_a_record_are_its_first_rows(explored):
   workdir, c, _ = explored
   for samples, rows in ((1, 3), (16 * 5, 5), (10**6, 48), (0, 48)):
-    lived = pairs.load(
+    recorded = pairs.load(
       config_of('passive_random', record=str(workdir), samples=samples),
       LargeGenerator(),
       devices.make_mesh(),
     )
-    assert lived.step.shape == (rows, 16)
+    assert recorded.step.shape == (rows, 16)
 
 
 def test_the_recorded_order_gives_the_same_encoder_bit_for_bit(explored):

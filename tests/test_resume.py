@@ -236,15 +236,13 @@ def stopped(reference):
 
 @pytest.fixture(scope='module')
 def damaged(stopped):
-  """A copy with one bit flipped in the newest checkpoint, going on while the other test works with
-  its own copy."""
+  """A copy with one bit flipped in its newest checkpoint; it runs while another test has its own."""
   job = stopped.copy('damaged')
   before, newest = list_steps(job.checkpoints)
   path = max((job.checkpoints / str(newest) / 'state').rglob('d/*'), key=lambda p: p.stat().st_size)
   data = bytearray(path.read_bytes())
-  data[len(data) // 20] ^= (
-    1  # array data come first; old nodes of the index, which nothing reads, may follow
-  )
+  # Array data come first; old nodes of the index, which nothing reads, may follow.
+  data[len(data) // 20] ^= 1
   path.write_bytes(data)
   process = job.start()
   yield job, process, before, newest
@@ -259,7 +257,7 @@ def test_kills_and_a_stop_change_nothing(reference, stopped):
   assert not stopped.saving() and not (stopped.workdir / 'results').exists()
   job = stopped.copy('continued')
   kill(job, random.Random(1))
-  assert f'going on from iteration {last}\n' in job.log.read_text()
+  assert f'pretrain: resumed at step {last} (' in job.log.read_text()
   log = job.finish()
   assert not job.saving() and not re.search(r'^[EWF]\d{4} |Warning', log, re.MULTILINE), log
   assert_same_outcome(job, reference)
@@ -269,7 +267,7 @@ def test_a_flipped_bit_costs_a_checkpoint_only(reference, damaged):
   job, process, before, newest = damaged
   log = job.finish(process)
   assert f'checkpoint step {newest} in {job.checkpoints} is damaged and passed over' in log
-  assert f'going on from iteration {before}\n' in log
+  assert f'pretrain: resumed at step {before} (' in log
   assert_same_outcome(job, reference)
 
 

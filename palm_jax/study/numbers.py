@@ -143,11 +143,10 @@ def difference(a: Mapping[int, float], b: Mapping[int, float]) -> dict[str, Any]
 
 
 def verdict(found: Mapping[str, Any]) -> str:
-  """'holds' or 'does not hold' where Student's interval of a `difference` leaves out 0, else
-  'undecided'.
+  """What a `difference` says of a claim: 'holds', 'does not hold' or 'undecided'.
 
-  Not the bootstrap's: that of three seeds is their range, so it would decide whenever three signs
-  agree.
+  It is undecided where Student's interval includes 0. The bootstrap's interval of three seeds is
+  their range, so it would decide whenever three signs agree.
   """
   if found['t_low'] is None or found['t_low'] <= 0 <= found['t_high']:
     return 'undecided'
