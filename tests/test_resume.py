@@ -236,7 +236,7 @@ def stopped(reference):
 
 @pytest.fixture(scope='module')
 def damaged(stopped):
-  """A copy with one bit flipped in its newest checkpoint; it runs while another test has its own."""
+  """A copy with a bit flipped in its newest checkpoint; it runs while another test has its own."""
   job = stopped.copy('damaged')
   before, newest = list_steps(job.checkpoints)
   path = max((job.checkpoints / str(newest) / 'state').rglob('d/*'), key=lambda p: p.stat().st_size)
