@@ -194,7 +194,8 @@ def write_film(
     labels: (rows,).
   """
   name = f'{env_steps:010d}'
-  pictures.save_png(folder / f'{name}.png', pictures.grid(frames[:, ::4], labels=labels))
+  strip = pictures.grid(frames[:, ::4], labels=labels.tolist())
+  pictures.save_png(folder / f'{name}.png', strip)
   shown = frames[: 5 * (len(frames) // 5) or len(frames)]
   # (rows, columns, steps, H, W, C)
   shown = shown.reshape(-1, min(5, len(frames)), *frames.shape[1:])

@@ -46,7 +46,8 @@ def corrupt(name: str, images: np.ndarray, seed: int) -> np.ndarray:
     return np.where(drawn < strength / 2, 0, speckled).astype(np.uint8)
   out = np.empty_like(images)
   for i, image in enumerate(images):
-    small = Image.fromarray(image.squeeze()).resize((strength, strength), Image.Resampling.BILINEAR)
+    side = int(strength)
+    small = Image.fromarray(image.squeeze()).resize((side, side), Image.Resampling.BILINEAR)
     large = small.resize(image.shape[1::-1], Image.Resampling.BILINEAR)
     out[i] = np.asarray(large).reshape(image.shape)
   return out

@@ -37,7 +37,7 @@ def moments(batches: Iterable[np.ndarray]) -> Moments:
     mean, count = mean + shift * (len(x) / total), total
   if count < 2:
     raise UserError(f'{count} samples have no covariance: give at least two')
-  return Moments(mean, scatter / (count - 1), count)
+  return Moments(np.asarray(mean), np.asarray(scatter / (count - 1)), count)
 
 
 def frechet_distance(
@@ -69,7 +69,7 @@ def frechet_distance(
       f'means and covariances have shapes {shapes}, expected finite (F,), (F, F), twice'
     )
   mean_a, cov_a, mean_b, cov_b = parts
-  cross = scipy.linalg.svdvals(_root(cov_b).T @ _root(cov_a)).sum()
+  cross = np.sum(scipy.linalg.svdvals(_root(cov_b).T @ _root(cov_a)))
   distance = np.sum((mean_a - mean_b) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
   return max(float(distance), 0.0)
 

@@ -163,7 +163,7 @@ def _number(c, data, records):
   }
   if records:
     available['recorded episodes'] = len(records[0][0])
-  least = min(available, key=available.get)
+  least = min(available, key=lambda name: available[name])
   n = min(c.num_images, available[least])
   if n <= c.neighbours:
     raise UserError(

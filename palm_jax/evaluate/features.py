@@ -50,7 +50,7 @@ class Encoder(NamedTuple):
   """
 
   name: str
-  apply: Callable | None
+  apply: Any
   sha256: str
   about: dict[str, Any]
 
@@ -159,7 +159,8 @@ def cached(
   h = extract(encoder.apply, images, batch_size, mesh)
   if is_first():
     with replacing(path) as file:
-      np.savez(file, features=h, features_sha256=digests.of_arrays(h), **about)
+      saved: dict[str, Any] = dict(about, features=h, features_sha256=digests.of_arrays(h))
+      np.savez(file, **saved)
   return h
 
 

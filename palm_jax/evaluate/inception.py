@@ -228,11 +228,8 @@ def convert(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
   template = jax.eval_shape(Inception().init, jax.random.key(0), np.zeros((1, 8, 8, 3), np.uint8))[
     'params'
   ]
-  units = {
-    path[:-1]: kernel
-    for path, kernel in traverse_util.flatten_dict(template).items()
-    if path[-1] == 'kernel'
-  }
+  flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(template)
+  units = {path[:-1]: kernel for path, kernel in flat.items() if path[-1] == 'kernel'}
   params = {}
   for path, kernel in units.items():
     name, (height, width, inputs, outputs) = '.'.join(path), kernel.shape
@@ -260,7 +257,7 @@ def load(path: str | pathlib.Path) -> dict[str, Any]:
   """Variables of `Inception` from the file of one of the PyTorch ports. Nothing is downloaded.
 
   Raises:
-    UserError: no such file, one that cannot be read, or other weights than these.
+    UserError: no such file, an unreadable one, or other weights than these.
   """
   check_file(path)
   return convert(torch_files.state_dict(torch_files.read(path)))

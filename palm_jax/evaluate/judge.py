@@ -79,7 +79,9 @@ def by_sgd(
     mesh: one-dimensional mesh, axis 'data'.
   """
   c, started = config.probe.sgd, time.perf_counter()
-  of = (source.encoder, images[task.rows]) if c.augment != 'none' else source.train[task.rows]
+  of: Any = source.train[task.rows]
+  if c.augment != 'none':
+    of = source.encoder, images[task.rows]
   name = f'probe: sgd, {source.name}'
   [head] = sgd.fit_heads(of, task.train_y, task.num_classes, c, [config.seed], mesh, name)
   shares = {test: linear.accuracy(head, h, task.test_y) for test, h in source.tests.items()}

@@ -133,7 +133,7 @@ def run(this: Run) -> dict[str, Any]:
     `seconds`.
 
   Raises:
-    UserError: a set that cannot be read, no encoder, or one of other images; more neighbours than
+    UserError: an unreadable set, no encoder, or one of other images; more neighbours than
       training images.
   """
   started, config, data = time.monotonic(), this.config, this.data

@@ -110,14 +110,15 @@ def make_arms(
     'params': {'encoder': variables['params']},
     'batch_stats': {'encoder': variables.get('batch_stats', {})},
   }
+  unused: Any = None  # of an agent that only acts
   agent = sac.SAC(
     actor=actor,
-    critic=None,
-    target_critic=None,
-    log_alpha=None,
-    actor_opt=None,
-    critic_opt=None,
-    alpha_opt=None,
+    critic=unused,
+    target_critic=unused,
+    log_alpha=unused,
+    actor_opt=unused,
+    critic_opt=unused,
+    alpha_opt=unused,
   )
   fixed = worlds.make_world(play.config, play.generator, mesh), ssl, agent
   sources = dict(
@@ -200,9 +201,8 @@ def by_chosen_step(key: jax.Array, ids: np.ndarray, episode_length: int) -> np.n
 
 def chosen_steps(key: jax.Array, ids: jax.Array | np.ndarray, episode_length: int) -> jax.Array:
   """(E,) int32 steps, each uniform in [0, episode_length), functions of (key, id)."""
-  return jax.vmap(lambda key: jax.random.randint(key, (), 0, episode_length, jnp.int32))(
-    environment.env_keys(key, ids)
-  )
+  keys = environment.env_keys(key, jnp.asarray(ids))
+  return jax.vmap(lambda key: jax.random.randint(key, (), 0, episode_length, jnp.int32))(keys)
 
 
 def recorded(
@@ -225,8 +225,9 @@ def recorded(
     UserError: no record, or no complete episode in it.
   """
   rng = np.random.default_rng(seed)
-  kept = None  # z, label, rank of the episodes drawn so far
-  chosen = held = None  # of the episode that each environment is in: its step, and z there
+  kept: Any = None  # z, label, rank of the episodes drawn so far
+  chosen: Any = None  # of the episode that each environment is in: its step
+  held: Any = None  # and z there
   for part in experience.read(folder):
     found = [kept or (part.z[0, :0], part.label[0, :0], np.empty(0))]
     for z, label, step in zip(*part, strict=True):

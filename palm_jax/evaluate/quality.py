@@ -129,7 +129,7 @@ def run(this: Run) -> dict[str, Any]:
   rows = [
     dict(set=name, **score(a, b, prefix, subset_size, c, config.seed)) for name, a, b in compared
   ]
-  results = dict(
+  results: dict[str, Any] = dict(
     job='quality',
     rows=rows,
     protocol=_protocol(config, G, path, data, extractor, real, few, subset_size),

@@ -40,7 +40,7 @@ def mls(logits: np.ndarray) -> np.ndarray:
 
 def energy(logits: np.ndarray) -> np.ndarray:
   """Negative energy, log sum exp at temperature 1 (Liu et al. 2020, arXiv 2010.03759)."""
-  return scipy.special.logsumexp(_rows(logits, 'logits'), axis=1)
+  return np.asarray(scipy.special.logsumexp(_rows(logits, 'logits'), axis=1))
 
 
 # ---- scores of features: from the training set to a function (N, F) -> (N,)

@@ -12,7 +12,7 @@ from typing import Any
 from palm_jax.base.tables import aligned, protocol_line
 
 COLUMNS = ('SVHN', 'LSUN', 'CIFAR-100', 'Interp.', 'CelebA')
-TABLE_1 = {
+TABLE_1: dict[str, dict[str, tuple[float, ...]]] = {
   method: dict(zip(COLUMNS, numbers, strict=True))
   for method, numbers in {
     'PALM': ((97.9, 0.2), (96.1, 0.3), (91.5, 0.2), (79.9, 0.2), (76.8, 0.4)),
@@ -32,7 +32,8 @@ def column(name: str) -> str | None:
 
 def papers(sets: Iterable[str], class_names: Iterable[str]) -> dict[str, Any] | None:
   """The paper's numbers of these sets; None where it has none, or the data are not CIFAR-10."""
-  columns = {name: column(name) for name in sets if column(name)}
+  found = {name: column(name) for name in sets}
+  columns = {name: known for name, known in found.items() if known}
   if not columns or {name.lower() for name in class_names} != CIFAR10:
     return None
   rows = {

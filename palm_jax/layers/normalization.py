@@ -50,7 +50,8 @@ class BatchNorm(nn.Module):
     mean, var = running_mean.value, running_var.value
     if not self.use_running_average:
       wide = jnp.promote_types(self.dtype or x.dtype, jnp.float32)
-      moments = _sums_of_powers(x, wide) / (x.size // x.shape[-1])
+      sums: Any = _sums_of_powers(x, wide)
+      moments = sums / (x.size // x.shape[-1])
       if self.axis_name is not None and not self.is_initializing():
         moments = lax.pmean(moments, self.axis_name)
       mean, var = moments[0], jnp.maximum(moments[1] - moments[0] ** 2, 0)

@@ -68,7 +68,7 @@ def draw_weights(generator: LoadedGenerator) -> LoadedGenerator:
 
 
 def pretraining(config: ConfigDict, generator: PictureGenerator, mesh: Mesh) -> dict[str, Any]:
-  """Speed of pretraining, against the work that cannot be avoided (`workload.UNAVOIDABLE`).
+  """Speed of pretraining, against the work that no arrangement avoids (`workload.UNAVOIDABLE`).
 
   The whole call is as pretraining makes it, with a full ring and learning in every iteration; the
   parts are compiled alone.
