@@ -310,7 +310,7 @@ def check(config: ConfigDict, num_devices: int) -> None:
   """Raises UserError on settings that cannot work, before anything is compiled."""
   p, r = config.pretrain, config.replay
   positive = 'env_steps', 'updates_per_iteration', 'iterations_per_call', 'rollout_length'
-  checks.ranges('pretrain', p, above_0=(*positive, 'checkpoint_minutes', 'monitor_fraction'))
+  checks.ranges('pretrain', p, above_0=positive, from_0=('checkpoint_minutes', 'monitor_fraction'))
   checks.choice('pretrain.dtype', p.dtype, rollout.DTYPES)
   environment.check(config.environment)
   replay.check(r, num_devices, p.num_envs, p.rollout_length, p.batch_size)
