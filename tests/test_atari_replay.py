@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from palm_jax.atari.collect import remember
+from palm_jax.atari.play import remember
 from palm_jax.atari.replay import Replay, rows_of
 from palm_jax.base.errors import UserError
 from tests.catch import Catch

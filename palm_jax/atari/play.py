@@ -96,7 +96,7 @@ def play(
   sample: Any = None,
   origin: Any = None,
 ) -> Played:
-  """Plays and learns until `agent_steps` are done, and resumes what is there.
+  """Plays and learns until `agent_steps` are done, and resumes what was saved.
 
   A step whose action the emulator ignores, one after each game's end, is counted as well. The
   emulator itself cannot be saved: after a stop, agent, replay and counters continue from the

@@ -48,12 +48,12 @@ def strided_conv(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding)
 
   Padding is as in `conv`, without 'SAME'.
   """
-  pairs: Any = ((0, 0), (0, 0)) if padding == 'VALID' else tuple(map(tuple, padding))
+  pads = ((0, 0), (0, 0)) if padding == 'VALID' else tuple(map(tuple, padding))
   if platform() != 'cpu':
-    return _strided(x, kernel, pairs, stride)
-  if kernel.shape[:2] == (1, 1) and pairs == ((0, 0), (0, 0)):
+    return _strided(x, kernel, pads, stride)
+  if kernel.shape[:2] == (1, 1) and pads == ((0, 0), (0, 0)):
     return _of_pixels(x[:, ::stride, ::stride], kernel)
-  return _strided_on_cpu(*vary_alike(x, kernel), pairs, stride)
+  return _strided_on_cpu(*vary_alike(x, kernel), pads, stride)
 
 
 def _of_pixels(x, kernel):

@@ -35,7 +35,7 @@ def default_config() -> ConfigDict:
       # that each sustains; 0: as --job=benchmark found in this workdir, else USUAL_SHARE of what a
       # matrix product reaches here
       tflops=0.0,
-      image_size=32,  # of the pictures, where no generator is there yet to tell
+      image_size=32,  # of the pictures, where there is no generator yet to ask
       image_channels=3,
       num_classes=10,  # 0: unconditional
     )
