@@ -75,7 +75,7 @@ def test_each_frame_is_that_of_the_chosen_step_of_its_episode(played, frames):
   whole state."""
   _, program, world, state = played
   generator, (start, steps, chosen) = LargeGenerator(), jax.random.split(KEY, 3)
-  render = jax.jit(lambda z: environment.to_uint8(generator.apply(world.variables, z, LABELS)))
+  render = jax.jit(lambda z: to_uint8(generator.apply(world.variables, z, LABELS)))
   policy = jax.jit(functools.partial(rollout.act, program.setup))
   advance = jax.jit(
     lambda env, actions, key: environment.step(env, actions, key, IDS, world.dynamics, 1000, 3)

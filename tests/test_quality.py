@@ -394,7 +394,7 @@ def test_the_proxy_is_trained_once(finished, data, generator_run, mesh):
 
 
 @pytest.mark.slow
-def test_the_proxy_does_not_depend_on_the_number_of_devices(data, mesh):
+def test_the_proxy_does_not_depend_on_the_number_of_devices(data, mesh, tmp_path):
   """In float64; its batch normalisation sees the batch of all devices."""
   config = job_config('')
   config.quality.proxy_epochs = 1
@@ -414,9 +414,13 @@ def test_the_proxy_does_not_depend_on_the_number_of_devices(data, mesh):
         lambda x: x.astype(jnp.float64), network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
       )
       first = jax.device_get(jax.jit(draw)())
-      train = lambda on: jax.device_get(
-        classifier.train(network, devices.replicate(on, first), c, colour.train, 0, on, 'proxy')
-      )
+
+      def train(on):
+        variables, folder = devices.replicate(on, first), tmp_path / str(on.size)
+        return jax.device_get(
+          classifier.train(network, variables, c, colour.train, 0, on, 'proxy', folder)
+        )
+
       one, two = train(devices.make_mesh(1)), train(mesh)
   finally:
     jax.config.update('jax_disable_most_optimizations', False)

@@ -114,7 +114,7 @@ def download(config: ConfigDict) -> None:
   """Fetches the published sets among config.ood.sets that are missing.
 
   Raises:
-    UserError: as palm_jax.data.load.fetch.
+    UserError: as palm_jax.data.published.fetch.
   """
   for source in named_sources(config.ood.sets).values():
     fetch_missing(source, config.data.dir or None)

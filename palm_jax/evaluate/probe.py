@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 from palm_jax.base import checks, devices
 from palm_jax.base.errors import UserError
 from palm_jax.base.tables import aligned, protocol_line
-from palm_jax.data import load as image_data
 from palm_jax.data.arrays import Split
+from palm_jax.data.load import load as load_data
 from palm_jax.evaluate import (
   classifier,
   corruptions,
@@ -161,7 +161,7 @@ def _tasks(config, data, images):
   sets = {'fine': data}
   if config.probe.coarse:
     folder = config.data.dir or None
-    sets['coarse'] = image_data.load(config.data.name, data_dir=folder, label_set='coarse')
+    sets['coarse'] = load_data(config.data.name, data_dir=folder, label_set='coarse')
   tasks = []
   for name, labelled in sets.items():
     train_y, test_y = labelled.train.labels[images.rest], labelled.test.labels
