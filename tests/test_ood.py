@@ -327,7 +327,7 @@ def test_fine_tuning(finished, run, data, mesh):
   'protocol, other', [('frozen', 'untrained encoder'), ('finetune', 'PALM encoder, fine-tuned')]
 )
 def test_supervised_from_scratch(run, data, mesh, protocol, other):
-  config = job_config(protocol=protocol, supervised=1, scores=('msp',), finetune=dict(epochs=30))
+  config = job_config(protocol=protocol, supervised=2, scores=('msp',), finetune=dict(epochs=30))
   results = finish(ood.JOB, config, run, data, mesh)
   assert [row['encoder'] for row in results['rows']][-2:] == [other, 'supervised']
   assert results['rows'][-1]['trials'] == 2
