@@ -7,7 +7,7 @@
 #
 #   SCORES=1 launch/atari.sh /shared/runs/atari                             only the scores, of all that is complete
 #
-# The same command goes on where it was stopped and skips what is complete. Arguments behind the folder go to palm_jax.main.
+# The same command resumes where it was stopped and skips what is complete. Arguments behind the folder go to palm_jax.main.
 set -euo pipefail
 
 root=${1:?is not set: name the folder for the runs}
@@ -30,7 +30,7 @@ for seed in $seeds; do
     else
       python -m palm_jax.main --workdir="$workdir" "${arguments[@]}"
       if [[ ! -e $workdir/results/scores.json ]]; then
-        echo "launch/atari.sh: $workdir was asked to stop, or has no job scores; the same command goes on" >&2
+        echo "launch/atari.sh: $workdir was asked to stop, or has no job scores; the same command resumes it" >&2
         exit 1
       fi
     fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# palm_jax under SLURM, from the repository's root on a login node; submits itself, and goes on after preemption and time limits:
+# palm_jax under SLURM, from the repository's root on a login node; submits itself, and resumes after preemption and time limits:
 #
 #   WORKDIR=/shared/runs/a NODES=2 GPUS=8 launch/slurm.sh --config=configs/cifar.py --config.replay.num_shards=16 --download
 #
@@ -42,5 +42,5 @@ done
 if [[ -z $reason || ($code -ne 0 && $code -ne 143) ]]; then exit "$code"; fi # 143: ended by that SIGTERM between two jobs
 # scancel sends SIGTERM too, and means it.
 if [[ $reason == TERM ]] && scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=CANCELLED'; then exit 0; fi
-echo "stopped by $reason and saved; goes on when SLURM has room"
+echo "stopped by $reason and saved; resumes when SLURM has room"
 scontrol requeue "$SLURM_JOB_ID" || true # refused where SLURM has done so itself

@@ -6,7 +6,7 @@
 #     --nfs=10.0.0.2:/share --workdir=runs/a --spot -- --config=configs/cifar.py --config.replay.num_shards=16 --download
 #
 # --nfs is a share that the workers reach (Filestore, for example), --workdir a folder in it: what is saved there outlasts
-# the slice, so after a preemption the same command goes on. --fetch is where results/ is copied to here (default: fetched).
+# the slice, so after a preemption the same command resumes. --fetch is where results/ is copied to here (default: fetched).
 # --project as gcloud's. --dry_run prints the commands and runs none.
 set -euo pipefail
 
