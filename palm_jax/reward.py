@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from palm_jax.base import checks
 from palm_jax.base.errors import UserError
 
+FEWEST_CHOSEN = 24  # candidates whose distance is computed exactly: twice the default k
 LOG_FLOOR = 1e-6  # log d has no bound on identical frames
 ON = 'next', 'current'  # of the two frames
 TRANSFORMS = {
@@ -97,15 +98,16 @@ def entropy_reward(
   # ||a||^2 + ||b||^2 - 2 ab cancels: features far from the origin lose near-duplicates unless
   # centred, and even then the result is only good for choosing. Twice as many are chosen and the
   # nearest of those kept: in groups of frames closer than that error (24 of them within 0.02 of
-  # each other) choosing k at once is wrong by up to 0.7%.
+  # each other) choosing k at once is wrong by up to 0.7%; so is 2 for k=1 on some processors.
   center = jnp.mean(candidates, axis=0)
   a, b = h - center, candidates - center
   gram = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
   rough = jnp.sum(a * a, axis=1)[:, None] + jnp.sum(b * b, axis=1) - 2 * gram  # (B, M), squared
   itself = self_index[:, None] == jnp.arange(len(candidates))
   rough = jnp.where(itself, -jnp.inf if include_self else jnp.inf, rough)
-  _, chosen = jax.lax.top_k(-rough, min(2 * k, available))  # (B, 2 k)
-  difference = h[:, None] - candidates[chosen]  # (B, 2 k, F)
+  count = min(max(2 * k, FEWEST_CHOSEN), available)
+  _, chosen = jax.lax.top_k(-rough, count)  # (B, count)
+  difference = h[:, None] - candidates[chosen]  # (B, count, F)
   exact = jnp.sqrt(jnp.sum(difference * difference, axis=-1))
   distances = jnp.maximum(-jax.lax.top_k(-exact, k)[0] - clip, 0)  # (B, k), nearest first
   return TRANSFORMS[transform](jnp.mean(distances, axis=1) if average else distances[:, -1])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from palm_jax import environment, experience, pairs, pretrain, worlds
+from palm_jax import environment, experience, material, pairs, pretrain, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from palm_jax.data.arrays import Data, Split
@@ -27,9 +27,14 @@ def seen(z, labels, psi):
   return jnp.concatenate([z, rest], 1)
 
 
+def load(c, generator, mesh, data=None):
+  """What the config's source needs beside the generator."""
+  return material.load(c, pairs.SOURCES[c.pairs.source].needs, generator, mesh, data)
+
+
 def draw(c, n, material=(), keys=KEYS, render=seen, num_classes=3):
   drawing = pairs.Draw(c, material, render, GENERATOR.z_dim, num_classes, jnp.float32)
-  return [np.asarray(x) for x in pairs.SOURCES[c.pairs.source].draw(drawing, keys, n)]
+  return [np.asarray(x) for x in pairs.DRAWS[c.pairs.source](drawing, keys, n)]
 
 
 @pytest.fixture(scope='module')
@@ -64,7 +69,7 @@ def test_gaussian_neighbours(std):
 def test_few_samples_come_again():
   for source in ('jahanian_random', 'jahanian_gaussian'):
     c = config_of(source, samples=7)
-    first, second, _ = draw(c, 100, pairs.load(c, GENERATOR, devices.make_mesh(1)))
+    first, second, _ = draw(c, 100, load(c, GENERATOR, devices.make_mesh(1)))
     assert len(np.unique(first, axis=0)) == len(np.unique(second, axis=0)) == 7
     assert len(np.unique(np.append(first, second, 1), axis=0)) == 7  # a sample is a pair
 
@@ -75,7 +80,7 @@ def test_an_unconditional_generator_has_label_zero():
 
 def test_two_images_of_one_label(data):
   c = config_of('static')
-  material = pairs.load(c, GENERATOR, devices.make_mesh(), data)
+  material = load(c, GENERATOR, devices.make_mesh(), data)
   first, second, labels = draw(c, 2000, material)
   numbers = [x[:, 0, 0, 0] for x in (first, second)]
   assert (numbers[0] != numbers[1]).all()
@@ -91,7 +96,7 @@ def test_two_images_of_one_label(data):
 
 def test_few_images_are_balanced(data):
   c = config_of('static', samples=12)
-  first, second, labels = draw(c, 500, pairs.load(c, GENERATOR, devices.make_mesh(), data))
+  first, second, labels = draw(c, 500, load(c, GENERATOR, devices.make_mesh(), data))
   for label in range(3):
     assert len(np.unique(first[labels == label, 0, 0, 0])) == 4
   assert len(np.unique(second[:, 0, 0, 0])) == 12
@@ -99,7 +104,7 @@ def test_few_images_are_balanced(data):
 
 def test_two_views_are_of_one_image(data):
   c = config_of('two_views')
-  first, second, labels = draw(c, 300, pairs.load(c, GENERATOR, devices.make_mesh(), data))
+  first, second, labels = draw(c, 300, load(c, GENERATOR, devices.make_mesh(), data))
   np.testing.assert_array_equal(first, second)
   np.testing.assert_array_equal(data.train.labels[first[:, 0, 0, 0]], labels)
   assert len(np.unique(first[:, 0, 0, 0])) == 90
@@ -150,7 +155,7 @@ def play(c, workdir, calls, data=None):
 def test_few_samples_of_a_record_are_its_first_rows(explored):
   workdir, c, _ = explored
   for samples, rows in ((1, 3), (16 * 5, 5), (10**6, 48), (0, 48)):
-    recorded = pairs.load(
+    recorded = load(
       config_of('passive_random', record=str(workdir), samples=samples),
       LargeGenerator(),
       devices.make_mesh(),
@@ -201,7 +206,7 @@ def test_the_others_learn_from_what_they_draw(explored, source, objective):
   [
     (
       dict(source='explore'),
-      "pairs.source='explore' is unknown: choose one of explored, random_action",
+      "pairs.source='explore' is unknown .*: choose one of explored, random_action",
     ),
     (
       dict(source='passive_random'),
@@ -247,26 +252,26 @@ def test_records_and_images_that_do_not_fit(explored, data, tmp_path):
   c = config_of('passive_ordered', record=str(workdir))
   c.environment.episode_length = 9
   with pytest.raises(UserError, match='in episodes of 7 steps, expected 6, 16 and 9'):
-    pairs.load(c, LargeGenerator(), mesh)
+    load(c, LargeGenerator(), mesh)
   c.environment.update(dict(episode_length=7, truncation_psi=0.5))
   with pytest.raises(
     UserError, match='another world .environment.truncation_psi=1.0 there, 0.5 here'
   ):
-    pairs.load(c, LargeGenerator(), mesh)
+    load(c, LargeGenerator(), mesh)
   c.pairs.record = str(tmp_path)
   with pytest.raises(
     UserError,
     match='config.json cannot be read .*: give the workdir of a run made with pretrain.record',
   ):
-    pairs.load(c, LargeGenerator(), mesh)
+    load(c, LargeGenerator(), mesh)
   (tmp_path / 'config.json').write_text(c.to_json_best_effort())
   with pytest.raises(UserError, match='holds no experience'):
-    pairs.load(c, LargeGenerator(), mesh)
+    load(c, LargeGenerator(), mesh)
   with pytest.raises(
     UserError, match=r'images are \(8, 8, 1\), but the generator makes \(40, 40, 1\)'
   ):
-    pairs.load(config_of('static'), LargeGenerator(), mesh, data)
+    load(config_of('static'), LargeGenerator(), mesh, data)
   one = data._replace(train=Split(data.train.images[:3], np.array([0, 1, 2])))
   with pytest.raises(UserError, match='class 0 has 1 images, expected 2 or more'):
-    pairs.load(config_of('static'), GENERATOR, mesh, one)
-  assert pairs.load(config_of('two_views'), GENERATOR, mesh, one).count.tolist() == [1, 1, 1]
+    load(config_of('static'), GENERATOR, mesh, one)
+  assert load(config_of('two_views'), GENERATOR, mesh, one).count.tolist() == [1, 1, 1]
