@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from palm_jax.base import checks
 from palm_jax.base.errors import UserError
 
-FEWEST_CHOSEN = 24  # candidates whose distance is computed exactly: twice the default k
+FEWEST_CHOSEN = 6  # candidates whose distance is computed exactly, where k is 1 or 2
 LOG_FLOOR = 1e-6  # log d has no bound on identical frames
 ON = 'next', 'current'  # of the two frames
 TRANSFORMS = {
