@@ -15,7 +15,7 @@ import numpy as np
 
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import replacing
-from palm_jax.base.processes import any_process
+from palm_jax.base.processes import any_process, is_first
 
 NAME = re.compile(r'(\d{10})_(\d{6})\.npz')  # first row, first environment
 
@@ -59,7 +59,7 @@ def write(folder: pathlib.Path, first_row: int, experience: Experience) -> None:
 
 def forget(folder: pathlib.Path, rows: int) -> None:
   """Removes all but the first rows; any number of processes may then write the rest again."""
-  if jax.process_index() == 0:
+  if is_first():
     for path in folder.glob('*.npz'):
       if (match := NAME.fullmatch(path.name)) and int(match[1]) >= rows:
         path.unlink()

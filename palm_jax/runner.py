@@ -97,7 +97,12 @@ def run(
     platform = this.mesh.devices.flat[0].platform
     logging.info('%s: %d %s device(s)', this.workdir, this.mesh.size, platform)
   for each in jobs:
-    if not _complete(each, this):
+    if workdirs.is_complete(this.workdir, each):
+      path = workdirs.result_path(this.workdir, each)
+      logging.info('%s: complete, skipped (delete %s to run it again)', each.name, path)
+      continue
+    this = _with_collected(each, this)
+    if not _run_alone(each, this):
       logging.info('%s: stopped and saved; the same command resumes it', each.name)
       return
 
@@ -111,15 +116,16 @@ def _wanted(config, job):
   return jobs
 
 
-def _complete(job, this):
-  """Brings a job to its end, if it is not there yet -> whether it is there."""
-  path = workdirs.result_path(this.workdir, job)
-  if workdirs.is_complete(this.workdir, job):
-    logging.info('%s: complete, skipped (delete %s to run it again)', job.name, path)
-    return True
-  if this.config.data.name == COLLECTED and job.needs_data(this.config):
-    newest = this.config.environment.stack > 1
-    this = dataclasses.replace(this, data=load_collected(this.workdir, newest))
+def _with_collected(job, this):
+  """The Run with what the job `collect` left, from the first job on that needs data."""
+  if this.data or this.config.data.name != COLLECTED or not job.needs_data(this.config):
+    return this
+  newest = this.config.environment.stack > 1
+  return dataclasses.replace(this, data=load_collected(this.workdir, newest))
+
+
+def _run_alone(job, this):
+  """Brings a job to its end, while no other command works on it -> whether it is there."""
   if not job.claims:
     return execute(job, this) is not None
   with workdirs.only_one(this.workdir, job.name):

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from palm_jax.atari import dqn
 from palm_jax.atari.environment import FRAMES_A_STEP, Environment, Step, require_game
 from palm_jax.atari.replay import Batch, Replay, rows_of
-from palm_jax.base import checks
+from palm_jax.base import checks, devices
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.steps import Restored
 from palm_jax.base.training import Training
@@ -204,9 +204,7 @@ class Player:
     self._init = jax.jit(init, out_shardings=here)
     self._act = jax.jit(act)
     self._update = jax.jit(update, donate_argnums=0)
-    self.template = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), jax.eval_shape(self._init)
-    )
+    self.template = devices.templates(jax.eval_shape(self._init), here)
     self.replay = Replay(folder / 'replay.dat', c.agent.capacity, c.num_envs, shape[:2])
     self.epsilon = 1.0
     self._scores: list[float] = []  # of games that ended since the last point

@@ -80,6 +80,11 @@ def shard(mesh: Mesh, array: np.ndarray, spec: P) -> jax.Array:
   )
 
 
+def templates(tree: Any, sharding: Any) -> Any:
+  """jax.ShapeDtypeStructs of a tree of arrays or their shapes, all of them with one sharding."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
 def memory_bytes(mesh: Mesh) -> int:
   """Memory of one device: what its allocator may take; of CPU devices a share of the machine's."""
   limit = (mesh.local_devices[0].memory_stats() or {}).get('bytes_limit')

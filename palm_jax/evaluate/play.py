@@ -25,10 +25,7 @@ def actor_template(program: pretrain.Program, mesh: Mesh) -> Any:
   """Shapes of a pretraining's policy parameters, to be read onto every device of the mesh."""
   world = worlds.host_world(program.setup.config, program.setup.generator)
   state = jax.eval_shape(program.init, jax.random.key(0), world)
-  everywhere = NamedSharding(mesh, P())
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state.agent.actor
-  )
+  return devices.templates(state.agent.actor, NamedSharding(mesh, P()))
 
 
 def load_actor(folder: pathlib.Path, step: int, template: Any) -> Any:

@@ -104,9 +104,7 @@ def run(this: Run) -> dict:
   train_call = make_train_call(c, G, D, mesh)
   everywhere, key = NamedSharding(mesh, P()), jax.random.key(config.seed)
   init = jax.jit(lambda key: init_state(c, G, D, key), out_shardings=everywhere)
-  template = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(init, key)
-  )
+  template = devices.templates(jax.eval_shape(init, key), everywhere)
   draw_samples = jax.jit(lambda variables: sample_images(G, variables, key, c.truncation_psi))
   set_size = len(images) * (2 if c.mirror else 1)
   class_names = data.class_names[:ROWS] if num_classes else None

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from palm_jax import pairs, pretrain, rollout, simsiam, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
+from palm_jax.base.processes import is_first
 from palm_jax.encoder import make_encoder
 from palm_jax.generator import LoadedGenerator, PictureGenerator, load_generator
 from palm_jax.generator.networks import make_networks
@@ -68,7 +69,7 @@ def run(this: Run) -> dict:
     rate_source=source,
     hours=result['iterations'] * seconds / 3600,
   )
-  if jax.process_index() == 0:
+  if is_first():
     print(table(result), flush=True)
   check_memory(config, result)
   return result
