@@ -1,4 +1,4 @@
-"""Eight CPU devices for every test; must be set before jax is imported."""
+"""Eight CPU devices and one store of compiled programs; set before jax is imported."""
 
 import os
 
@@ -15,12 +15,28 @@ os.environ['XLA_FLAGS'] = ' '.join(
 os.environ['NPROC'] = '16'
 
 import pathlib
+import shutil
+import tempfile
+
+# Programs that several tests compile, in whatever process, are compiled once. Workers and commands
+# that tests start inherit the folder of the process that came first.
+OWN_CACHE = 'JAX_COMPILATION_CACHE_DIR' not in os.environ
+if OWN_CACHE:
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='palm_jax_compiled_')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
 
 import pytest
 
 SHARED = pathlib.Path(
   os.environ.get('PALM_SHARED', pathlib.Path(__file__).parents[1] / '..' / 'shared')
 ).resolve()
+
+
+def pytest_unconfigure(config):
+  """Removes the compiled programs at the end."""
+  del config
+  if OWN_CACHE:
+    shutil.rmtree(os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 
 
 @pytest.fixture(scope='session')

@@ -32,14 +32,6 @@ LABELS = np.arange(16, dtype=np.int32) % 3
 IDS = np.arange(16, dtype=np.int32)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compile_cache(tmp_path_factory):
-  """The job compiles once, although each call makes its functions anew."""
-  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('cache')))
-  yield
-  jax.config.update('jax_compilation_cache_dir', None)
-
-
 # ---- the frames
 
 

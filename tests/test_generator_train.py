@@ -27,14 +27,6 @@ COLOURS = np.array([[230, 40, 40], [40, 230, 40], [40, 40, 230]], np.uint8)
 from tests.jobs import finish
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compile_cache(tmp_path_factory):
-  """Runs of one config compile once, although each is a fresh set of objects."""
-  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('cache')))
-  yield
-  jax.config.update('jax_compilation_cache_dir', None)
-
-
 def tiny(**changes):
   config = train.default_config()
   config.update(

@@ -45,17 +45,6 @@ def files(tmp_path_factory):
   return folder
 
 
-@pytest.fixture(autouse=True)
-def compilation_cache(tmp_path_factory):
-  """`run` sets one in the workdir where none is; the other tests keep theirs."""
-  before = jax.config.jax_compilation_cache_dir
-  jax.config.update(
-    'jax_compilation_cache_dir', before or str(tmp_path_factory.getbasetemp() / 'cache')
-  )
-  yield
-  jax.config.update('jax_compilation_cache_dir', before)
-
-
 def config_for(files, **changes):
   """Everything tiny and right on 8 devices, but for the changes: {'section__key': value}."""
   c = tiny_config()

@@ -24,14 +24,6 @@ CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'hors
 LOGITS, FEATURES = ('msp', 'mls', 'energy'), ('knn', 'mahalanobis', 'ssd')
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compile_cache(tmp_path_factory):
-  """The job compiles once, although each call makes its functions anew."""
-  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('cache')))
-  yield
-  jax.config.update('jax_compilation_cache_dir', None)
-
-
 @pytest.fixture(scope='module')
 def data():
   """Ten classes of 8x8 pictures, each of a colour of its own, with noise."""

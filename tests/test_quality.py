@@ -25,14 +25,6 @@ from tests.jobs import finish
 FIELDS = dict(z_dim=8, w_dim=8, num_classes=3, channels=(4, 4), image_channels=1, mapping_layers=1)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compile_cache(tmp_path_factory):
-  """The job compiles once, although each call makes its functions anew."""
-  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('cache')))
-  yield
-  jax.config.update('jax_compilation_cache_dir', None)
-
-
 def covariance(seed, size, samples=None):
   x = np.random.default_rng(seed).normal(size=(samples or 3 * size, size)) * np.logspace(
     -2, 1, size
