@@ -9,14 +9,24 @@
 set -euo pipefail
 
 : "${WORKDIR:?is not set: name a folder that all nodes share}"
-nodes=${NODES:-1} gpus=${GPUS:-8} cpus=${CPUS:-8}
+nodes=${NODES:-1} gpus=${GPUS:-8} cpus=${CPUS:-8} hours=${HOURS:-24}
+number() { # NAME VALUE LEAST
+  if [[ ! $2 =~ ^[0-9]{1,5}$ ]] || ((10#$2 < $3)); then
+    echo "slurm.sh: $1=$2 is no number of at least $3: set it to one" >&2
+    exit 2
+  fi
+}
+number NODES "$nodes" 1
+number GPUS "$gpus" 0
+number CPUS "$cpus" 1
+number HOURS "$hours" 1
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
   mkdir -p "$WORKDIR"
   # A process a GPU, which is what JAX expects under SLURM. USR1 comes in time to save before the limit, and before a
   # preemption where the cluster has PreemptParameters=send_user_signal.
   options=(--job-name=palm --nodes="$nodes" --ntasks-per-node="$((gpus > 0 ? gpus : 1))" --cpus-per-task="$cpus"
-    --time="${HOURS:-24}:00:00" --signal=B:USR1@300 --requeue --open-mode=append --output="$WORKDIR/slurm-%j.log")
+    --time="$hours:00:00" --signal=B:USR1@300 --requeue --open-mode=append --output="$WORKDIR/slurm-%j.log")
   if ((gpus > 0)); then options+=(--gpus-per-node="$gpus"); fi
   exec sbatch "${options[@]}" "$0" "$@"
 fi

@@ -69,7 +69,7 @@ setup() {
 ~/.local/bin/uv pip install -q --python palm_venv/bin/python -r palm_jax/requirements.txt -e './palm_jax[tpu]'; \
 sudo apt-get install -qq -y nfs-common; sudo mkdir -p $mount; \
 mountpoint -q $mount || sudo mount -t nfs $(quoted "$nfs") $mount; \
-sudo install -d -m 777 $(quoted "$mount/$workdir")"
+sudo install -d -m 755 -o \"\$(id -u)\" -g \"\$(id -g)\" $(quoted "$mount/$workdir")"
 }
 
 create
@@ -79,4 +79,7 @@ wait_until_active
 setup
 everywhere "cd palm_jax && exec ../palm_venv/bin/python -m palm_jax.main $(quoted --workdir="$mount/$workdir" "$@")"
 run mkdir -p "$fetch"
-run gcloud compute tpus tpu-vm scp --recurse "$name:$mount/$workdir/results" "$fetch" --worker=0 "${where[@]}"
+# By a name without blanks: whether scp's remote side reads quotes depends on its version.
+run gcloud compute tpus tpu-vm ssh "$name" --worker=0 "${where[@]}" \
+  --command="mkdir -p palm_fetched && rm -rf palm_fetched/results && cp -r $(quoted "$mount/$workdir/results") palm_fetched/"
+run gcloud compute tpus tpu-vm scp --recurse "$name:palm_fetched/results" "$fetch" --worker=0 "${where[@]}"

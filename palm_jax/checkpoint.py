@@ -25,7 +25,7 @@ def load_encoder(
   workdir = pathlib.Path(workdir)
   try:
     config = json.loads((workdir / 'config.json').read_text())
-  except (OSError, ValueError) as e:
+  except (OSError, ValueError, RecursionError) as e:
     raise UserError(
       f'{workdir / "config.json"} cannot be read ({one_line(e)}): '
       'give the --workdir of a pretraining run'

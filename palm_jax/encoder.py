@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from palm_jax.base import checks
 from palm_jax.base.errors import UserError
 from palm_jax.layers.convolution import flax_conv
 from palm_jax.layers.normalization import BatchNorm
@@ -28,6 +29,14 @@ def default_config() -> ConfigDict:
       features=512,  # Mnih et al. 2015: the Nature CNN's dense layer
     )
   )
+
+
+RANGES = dict(width=checks.Range(1, 8192), features=checks.SIZE)
+
+
+def check(c: ConfigDict) -> None:
+  """Raises UserError on invalid settings of the config's section `encoder`."""
+  checks.ranges('encoder', c, RANGES)
 
 
 def preprocess(images: jax.Array, dtype: Any = None) -> jax.Array:

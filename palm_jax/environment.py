@@ -37,13 +37,21 @@ def default_config() -> ConfigDict:
   )
 
 
+RANGES = dict(
+  alpha=checks.SHARE,
+  beta=checks.SHARE,
+  crop=checks.Range(0, 4096),
+  episode_length=checks.Range(2, 10**6),
+  stack=checks.Range(1, 64),
+  truncation_psi=checks.Range(0, 2),
+)
+
+
 def check(c: ConfigDict) -> None:
   """Raises UserError on invalid settings of the config's section `environment`."""
-  checks.ranges('environment', c, shares=('alpha', 'beta'), from_0=('crop',))
+  checks.ranges('environment', c, RANGES)
   checks.choice('environment.dynamics', c.dynamics, DYNAMICS)
   checks.choice('environment.latent_space', c.latent_space, LATENT_SPACES)
-  checks.at_least('environment.stack', c.stack, 1, 'pictures show nothing')
-  checks.at_least('environment.episode_length', c.episode_length, 2, 'has no consecutive frames')
 
 
 class Dynamics(flax.struct.PyTreeNode):

@@ -16,6 +16,7 @@ import numpy as np
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import replacing
 from palm_jax.base.processes import any_process, is_first
+from palm_jax.base.signals import raise_if_interrupted
 
 NAME = re.compile(r'(\d{10})_(\d{6})\.npz')  # first row, first environment
 
@@ -116,6 +117,7 @@ def _load(path):
       raise ValueError('shapes')
     return loaded
   except Exception as e:  # numpy and zipfile raise a dozen kinds on damage
+    raise_if_interrupted(e)
     raise UserError(f'{path} is damaged ({type(e).__name__}): restore it or record again') from e
 
 

@@ -34,6 +34,7 @@ class Run:
     data: data.arrays.Data where the job needs them, else None.
     download: whether published data may be fetched.
     runner: for a job that runs others.
+    data_digest: of provenance.data_digest, where any job of the command needs data.
   """
 
   config: ConfigDict
@@ -42,6 +43,7 @@ class Run:
   data: Any = None
   download: bool = False
   runner: Runner | None = None
+  data_digest: str | None = None
 
 
 def always(config: ConfigDict) -> bool:
@@ -76,6 +78,8 @@ class Job:
     fetch: with --download, gets what the job needs besides config.data.
     clean: removes what only an incomplete job needs, when its result has been written.
     table: the result as text, for the screen.
+    reads: what it reads of the workdir: 'generator' (or that of config.generator.path), 'pretrain'.
+      Its result is of their newest checkpoints, and no longer fits when there are newer ones.
     result: where the result lies in the workdir; '' is results/<name>.json.
     judges: whether it only judges what other jobs made; its section of the config may then change
       until it has a result.
@@ -91,6 +95,7 @@ class Job:
   fetch: Callable[[ConfigDict], None] | None = None
   clean: Callable[[Run], None] | None = None
   table: Callable[[dict[str, Any]], str] | None = None
+  reads: tuple[str, ...] = ()
   result: str = ''
   judges: bool = False
   claims: bool = True

@@ -3,6 +3,11 @@
 Any key of the config is a flag: --config.KEY=VALUE.
 """
 
+from palm_jax.base import signals
+
+if __name__ == '__main__':
+  signals.watch()  # before imports that take seconds
+
 from absl import flags
 
 from palm_jax import runner

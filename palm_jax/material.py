@@ -120,7 +120,7 @@ def check_same_world(config: ConfigDict, record: pathlib.Path) -> None:
       for key in ('latent_space', 'crop', 'truncation_psi')
       if there.get(key) != config.environment[key]
     ]
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
     raise UserError(
       f'{record / "config.json"} cannot be read ({e}): give the workdir of a run made with '
       'pretrain.record'

@@ -32,6 +32,11 @@ def default_config() -> ConfigDict:
   )
 
 
+RANGES = dict(
+  samples=checks.COUNT_OR_0, std=checks.Range(0, 100), truncation_psi=checks.Range(0, 2)
+)
+
+
 class Pairs(NamedTuple):
   """B positive pairs, and what is known of them.
 
@@ -256,8 +261,7 @@ def check(config: ConfigDict) -> None:
   c = config.pairs
   checks.choice('pairs.source', c.source, SOURCES)
   source, given = SOURCES[c.source], f'with pairs.source={c.source!r}'
-  checks.not_negative('pairs.samples', c.samples)
-  checks.not_negative('pairs.std', c.std)
+  checks.ranges('pairs', c, RANGES)
   if c.samples and c.source not in DRAWS:
     raise UserError(
       f'pairs.samples={c.samples} {given}: sources that play see pretrain.env_steps samples; '

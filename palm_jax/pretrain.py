@@ -31,6 +31,7 @@ from palm_jax import (
 )
 from palm_jax.base import checks, devices
 from palm_jax.base.errors import UserError
+from palm_jax.encoder import check as check_encoder
 from palm_jax.encoder import make_encoder
 from palm_jax.experience import Experience
 from palm_jax.rollout import World
@@ -59,6 +60,19 @@ def default_config() -> ConfigDict:
       monitor_fraction=0.05,  # monitors and pictures every such share of the run
     )
   )
+
+
+RANGES = dict(
+  env_steps=checks.Range(1, 10**10),
+  num_envs=checks.Range(1, 10**6),
+  rollout_length=checks.Range(1, 10**6),
+  batch_size=checks.Range(1, 10**6),
+  updates_per_iteration=checks.Range(1, 10**6),
+  warmup_steps=checks.COUNT,
+  iterations_per_call=checks.Range(1, 10**6),
+  checkpoint_minutes=checks.MINUTES,
+  monitor_fraction=checks.SHARE,
+)
 
 
 class State(flax.struct.PyTreeNode):
@@ -309,8 +323,8 @@ def make_program(config: ConfigDict, generator: Any, mesh: Mesh) -> Program:
 def check(config: ConfigDict, num_devices: int) -> None:
   """Raises UserError on settings that cannot work, before anything is compiled."""
   p, r = config.pretrain, config.replay
-  positive = 'env_steps', 'updates_per_iteration', 'iterations_per_call', 'rollout_length'
-  checks.ranges('pretrain', p, above_0=positive, from_0=('checkpoint_minutes', 'monitor_fraction'))
+  checks.ranges('pretrain', p, RANGES)
+  check_encoder(config.encoder)
   checks.choice('pretrain.dtype', p.dtype, rollout.DTYPES)
   environment.check(config.environment)
   replay.check(r, num_devices, p.num_envs, p.rollout_length, p.batch_size)

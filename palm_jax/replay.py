@@ -37,10 +37,14 @@ def default_config() -> ConfigDict:
   )
 
 
+RANGES = dict(capacity=checks.Range(1, 10**10), num_shards=checks.SIZE)
+
+
 def check(
   c: ConfigDict, num_devices: int, num_envs: int, rollout_length: int, batch_size: int
 ) -> None:
   """Raises UserError on invalid settings of the config's section `replay`, and sizes unlike it."""
+  checks.ranges('replay', c, RANGES)
   checks.divisible('replay.num_shards', c.num_shards, num_devices, 'devices')
   checks.divisible('pretrain.num_envs', num_envs, c.num_shards, 'replay.num_shards')
   checks.divisible('pretrain.batch_size', batch_size, c.num_shards, 'replay.num_shards')

@@ -34,13 +34,16 @@ def default_config() -> ConfigDict:
   )
 
 
+RANGES = dict(k=checks.SIZE, clip=checks.AMOUNT)
+
+
 def check(c: ConfigDict, batch_size: int) -> None:
   """Raises UserError on invalid settings of the config's section `reward`."""
   larger = f'or a larger batch than pretrain.batch_size={batch_size}'
   checks.between('reward.k', c.k, 1, batch_size - 1, hint=larger)
   checks.choice('reward.on', c.on, ON)
   checks.choice('reward.transform', c.transform, TRANSFORMS)
-  checks.not_negative('reward.clip', c.clip)
+  checks.ranges('reward', c, RANGES)
 
 
 def entropy_reward(

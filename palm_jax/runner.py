@@ -8,11 +8,12 @@ import sys
 from absl import logging
 from ml_collections import ConfigDict
 
+from palm_jax import provenance, settings
 from palm_jax import workdir as workdirs
 from palm_jax.base import checks, devices
 from palm_jax.base.errors import UserError
-from palm_jax.base.files import write_json
 from palm_jax.base.processes import is_first
+from palm_jax.base.results import write_result
 from palm_jax.base.training import Stopped
 from palm_jax.data.collected import COLLECTED, load_collected
 from palm_jax.data.load import load as load_data
@@ -54,14 +55,11 @@ def find(name: str) -> Job:
 
 def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
   """Makes a workdir the config's. Raises UserError."""
-  workdirs.claim(workdir, config, names(), find)
+  workdirs.claim(workdir, config, list(map(find, JOBS)))
 
 
 def run(
-  config: ConfigDict,
-  job: str,
-  workdir: str | pathlib.Path | None = None,
-  download: bool = False,
+  config: ConfigDict, job: str, workdir: str | pathlib.Path | None = None, download: bool = False
 ) -> None:
   """Runs the jobs in order, skipping those that are complete in the workdir.
 
@@ -74,31 +72,30 @@ def run(
   Raises:
     UserError: invalid settings, data or workdir, before anything is computed or written.
   """
-  checks.finite(config)
+  settings.check(config)
   jobs = _wanted(config, job)
-  this = Run(config, workdirs.locate(config, workdir), devices.make_mesh(), None, download)
-  this = dataclasses.replace(this, runner=sys.modules[__name__])
+  workdir, mesh = workdirs.locate(config, workdir), devices.make_mesh()
+  digest = provenance.data_digest(config, jobs)
+  this = Run(config, workdir, mesh, None, download, sys.modules[__name__], digest)
   for each in jobs:
-    each.check(config, this.mesh.size)
-  if download:
-    for each in jobs:
-      if each.fetch:
-        each.fetch(config)
-  waiting = [each for each in jobs if not workdirs.is_complete(this.workdir, each)]
+    each.check(config, mesh.size)
+  for each in jobs:
+    if download and each.fetch:
+      each.fetch(config)
+  waiting = provenance.waiting(jobs, this)
   if config.data.name != COLLECTED and any(each.needs_data(config) for each in waiting):
     data = load_data(config.data.name, download=download, data_dir=config.data.dir or None)
-    logging.info('data: %s', data.source)
     this = dataclasses.replace(this, data=data)
+    logging.info('data: %s', data.source)
     for each in waiting:
       each.check_data(this)
   if any(each.claims for each in jobs):
-    claim(this.workdir, config)
-    workdirs.keep_compiled(this.workdir)
-    platform = this.mesh.devices.flat[0].platform
-    logging.info('%s: %d %s device(s)', this.workdir, this.mesh.size, platform)
+    claim(workdir, config)
+    workdirs.keep_compiled(workdir)
+    logging.info('%s: %d %s device(s)', workdir, mesh.size, mesh.devices.flat[0].platform)
   for each in jobs:
-    if workdirs.is_complete(this.workdir, each):
-      path = workdirs.result_path(this.workdir, each)
+    if provenance.is_current(each, this):
+      path = workdirs.result_path(workdir, each)
       logging.info('%s: complete, skipped (delete %s to run it again)', each.name, path)
       continue
     this = _with_collected(each, this)
@@ -120,21 +117,22 @@ def _with_collected(job, this):
   """The Run with what the job `collect` left, from the first job on that needs data."""
   if this.data or this.config.data.name != COLLECTED or not job.needs_data(this.config):
     return this
-  newest = this.config.environment.stack > 1
-  return dataclasses.replace(this, data=load_collected(this.workdir, newest))
+  data = load_collected(this.workdir, newest=this.config.environment.stack > 1)
+  return dataclasses.replace(this, data=data)
 
 
 def _run_alone(job, this):
-  """Brings a job to its end, while no other command works on it -> whether it is there."""
+  """Brings a job to its end, unless who was waited for has -> whether it is there."""
   if not job.claims:
     return execute(job, this) is not None
   with workdirs.only_one(this.workdir, job.name):
-    # The command that was waited for may have completed it.
-    return workdirs.is_complete(this.workdir, job) or execute(job, this) is not None
+    workdirs.compare(this.workdir, this.config, list(map(find, JOBS)))
+    return not provenance.waiting([job], this) or execute(job, this) is not None
 
 
 def execute(job: Job, run: Run) -> dict | None:
   """Runs a job, prints its table and writes its result, which it returns; None where stopped."""
+  origin, claimed = provenance.begin(job, run), workdirs.is_claimed(run.workdir)
   try:
     result = job.run(run)
   except Stopped:
@@ -143,8 +141,10 @@ def execute(job: Job, run: Run) -> dict | None:
     return result
   if job.table:
     print(job.table(result), flush=True)
+  if claimed and not workdirs.is_claimed(run.workdir):
+    raise UserError(f'{run.workdir} was removed while {job.name} ran: its result is lost')
   if job.claims:
-    write_json(workdirs.result_path(run.workdir, job), result)
+    write_result(workdirs.result_path(run.workdir, job), result, origin, run.config.to_dict())
   if job.clean:
     job.clean(run)
   return result

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from palm_jax.base.errors import UserError
+from palm_jax.base import checks
 
 
 def default_config() -> ConfigDict:
@@ -35,13 +35,25 @@ def default_config() -> ConfigDict:
   )
 
 
+RANGES = dict(
+  lr_actor=checks.RATE,
+  lr_critic=checks.RATE,
+  lr_alpha=checks.RATE,
+  hidden=checks.SIZES,
+  trunk=checks.SIZE_OR_0,
+  log_std_min=checks.Range(-100, 100),
+  log_std_max=checks.Range(-100, 100),
+  gamma=checks.SHARE,
+  tau=checks.SHARE,
+  init_alpha=checks.ABOVE_0,
+  target_entropy_scale=checks.Range(-100, 100),
+)
+
+
 def check(c: ConfigDict) -> None:
   """Raises UserError on invalid settings of the config's section `sac`."""
-  if not c.init_alpha > 0:
-    raise UserError(
-      f'sac.init_alpha={c.init_alpha} has no logarithm: set it above 0; a small one is next to no '
-      'entropy bonus'
-    )
+  checks.ranges('sac', c, RANGES)
+  checks.within('sac.log_std_min', c.log_std_min, checks.Range(-100, c.log_std_max))
 
 
 def _dense(features, dtype):

@@ -43,10 +43,23 @@ def default_config() -> ConfigDict:
   )
 
 
+RANGES = dict(
+  proj_layers=checks.Range(1, 64),
+  proj_hidden=checks.SIZE,
+  proj_dim=checks.SIZE,
+  pred_hidden=checks.SIZE,
+  temperature=checks.Range(0, 1000, above=True),
+  lr=checks.RATE,
+  momentum=checks.SHARE,
+  weight_decay=checks.SHARE,
+  warmup_updates=checks.COUNT_OR_0,
+)
+
+
 def check(c: ConfigDict) -> None:
   """Raises UserError on invalid settings of the config's section `simsiam`."""
   checks.choice('simsiam.objective', c.objective, OBJECTIVES)
-  checks.positive('simsiam.temperature', c.temperature)
+  checks.ranges('simsiam', c, RANGES)
 
 
 class Projector(nn.Module):

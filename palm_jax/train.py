@@ -42,12 +42,14 @@ def run(this: Run) -> dict:
 
   Raises:
     UserError: impossible sizes, missing or damaged files.
-    NonFiniteError: a loss or gradient became NaN or infinite; the last good checkpoint stays.
+    NonFiniteError: pictures, a loss or a gradient are NaN or infinite; the last good checkpoint
+      stays.
     Stopped: by a signal; everything is saved.
   """
   config, workdir, mesh = this.config, this.workdir, this.mesh
   folder, p = workdir / 'pretrain', config.pretrain
   generator = worlds.load_world_generator(config, workdir)
+  worlds.check_pictures(config, generator)
   program = pretrain.make_program(config, generator, mesh)
   world = worlds.make_world(config, generator, mesh, this.data)
   monitors = make_monitors(program.setup)
@@ -71,6 +73,7 @@ def run(this: Run) -> dict:
     unit='env steps',
     per_step=env_steps,
     checkpoint_minutes=p.checkpoint_minutes,
+    data_digest=this.data_digest if needs_data(config) else None,
   ) as training:
     restored = training.resume({'state': template})
     if restored:
@@ -176,8 +179,9 @@ def mean_metrics(
     name = min(bad, key=lambda name: (bad[name], name != 'loss'))
     raise NonFiniteError(
       f'pretrain: {name} is {values[name][bad[name]]} at iteration {first_iteration + bad[name]}: '
-      'lower the learning rates (simsiam.lr, sac.lr_*); the last good checkpoint is in '
-      f'{folder / "checkpoints"}'
+      'lower the learning rates (simsiam.lr, sac.lr_*), in another --workdir, which plays in the '
+      f'same generator with --config.generator.path={folder.parent}, unless that is given already; '
+      f'the last good checkpoint is in {folder / "checkpoints"}'
     )
   if not updated.any():
     return {}
@@ -227,4 +231,4 @@ def check_data(this: Run) -> None:
     )
 
 
-JOB = Job('pretrain', run, pretrain.check, needs_data, check_data)
+JOB = Job('pretrain', run, pretrain.check, needs_data, check_data, reads=('generator',))

@@ -1,26 +1,41 @@
 """A workdir: whose it is, which of its jobs are complete, and who works on one now."""
 
 import contextlib
+import hashlib
+import importlib.util
 import json
+import os
 import pathlib
-from collections.abc import Callable, Iterator
+import re
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
 
 import jax
+from absl import logging
 from ml_collections import ConfigDict
 
 from palm_jax.base import checks
-from palm_jax.base.errors import UserError
-from palm_jax.base.files import locked, write_json
+from palm_jax.base.errors import UserError, one_line
+from palm_jax.base.files import abandoned, held, locked, write_json
 from palm_jax.base.processes import any_process, is_first
+from palm_jax.base.signals import raise_if_interrupted
 from palm_jax.job import Job
 
 PATIENCE = 120  # seconds: so long a file server may hold what a lost machine had
 FREE = 'name', 'jobs', 'plan', 'features', 'report'  # sections that may change at any time
 ABSENT = '(absent)'
+CONFIG = 'config.json'
+RESTORE = 'restore it or choose another --workdir (each of results/*.json has it as "config")'
+COMPILED = 'compilation_cache'
+DIGESTS = 'digests.json'  # in there
+ZSTD = b'\x28\xb5\x2f\xfd'  # how its files begin
 
 
 def locate(config: ConfigDict, workdir: str | pathlib.Path | None) -> pathlib.Path:
-  """The absolute path of a workdir; None is runs/<config.name>."""
+  """The absolute path of a workdir; None is runs/<config.name>. UserError for an empty one."""
+  if workdir == '':
+    raise UserError('--workdir= is empty (an unset variable?): name a folder, or leave it out')
   return pathlib.Path(workdir or f'runs/{config.name}').expanduser().absolute()
 
 
@@ -34,50 +49,160 @@ def is_complete(workdir: pathlib.Path, job: Job) -> bool:
   return job.claims and any_process(result_path(workdir, job).exists())
 
 
+def is_claimed(workdir: pathlib.Path) -> bool:
+  """Whether the workdir is a config's."""
+  return (workdir / CONFIG).exists()
+
+
 def claim(
   workdir: pathlib.Path,
   config: ConfigDict,
-  names: tuple[str, ...],
-  find: Callable[[str], Job],
+  jobs: Sequence[Job],
 ) -> None:
   """Writes config.json, or compares: all that the workdir's content depends on must be the same.
 
-  That is nothing where no job has written yet. `name`, `jobs` and the sections of jobs that judge
-  and have no result may change later.
+  That is nothing where no job has written yet, or is at work. `name`, `jobs` and the sections of
+  jobs that judge and have no result may change later. What killed commands left is removed.
 
   Args:
     workdir: absolute path.
     config: the whole config.
-    names: of all jobs, whose folders would lie in the workdir.
-    find: the job of a name.
+    jobs: all there are: their folders would lie in the workdir, and the sections of those that
+      judge may change until they have a result.
 
   Raises:
     UserError: the workdir cannot be made, or belongs to another config; the message names the
       keys that differ.
   """
-  path, now = workdir / 'config.json', json.loads(config.to_json_best_effort())
-  written = any((workdir / name).exists() for name in (*names, 'results'))
-  if any_process(path.exists() and written):
-    try:
-      saved = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-      raise UserError(f'{path} is damaged ({e}): restore it or choose another --workdir') from e
-    if saved == now:
-      return
-    judges = [find(name) for name in names if find(name).judges]
-    _refuse_differences(workdir, checks.flatten(saved), checks.flatten(now), judges)
+  names = [job.name for job in jobs]
+  now = json.loads(config.to_json_best_effort())
+  refused = None
   try:
     if is_first():
       workdir.mkdir(parents=True, exist_ok=True)
-      write_json(path, now)
+      with _locked(workdir / '.claim.lock'):
+        working = [name for name in names if held(_lock_path(workdir, name))]
+        begun = any((workdir / name).exists() for name in (*names, 'results'))
+        begun = begun or bool(working and is_claimed(workdir))
+        if not begun or not _fits(workdir, now, jobs):
+          write_json(workdir / CONFIG, now)
+        if not working:
+          _tidy(workdir, names)
+  except UserError as e:
+    refused = e
   except OSError as e:
-    raise UserError(
-      f'{workdir} cannot be written ({e.strerror}): fix that or choose another --workdir'
-    ) from e
+    refused = UserError(
+      f'{e.filename or workdir} cannot be written ({e.strerror}): fix that or choose another '
+      '--workdir'
+    )
+  if any_process(refused):
+    raise refused or UserError(f'{workdir} cannot be had: another process says why')
+  compare(workdir, config, jobs)
 
 
-def _refuse_differences(workdir, saved, wanted, judges):
+def compare(workdir: pathlib.Path, config: ConfigDict, jobs: Sequence[Job]) -> None:
+  """Raises UserError where another command, or process, has the workdir with another config."""
+  refused = None
+  try:
+    _fits(workdir, json.loads(config.to_json_best_effort()), jobs)
+  except UserError as e:
+    refused = e
+  if any_process(refused):
+    raise refused or UserError(f'{workdir} cannot be had: another process says why')
+
+
+def _fits(workdir, now, jobs):
+  """Whether config.json says the same. Raises UserError where it may not differ so."""
+  path = workdir / CONFIG
+  try:
+    saved = json.loads(path.read_text())
+    if not isinstance(saved, dict):
+      raise ValueError('it holds no object')
+  except FileNotFoundError:
+    raise UserError(f'{path} is missing, but jobs have written there: {RESTORE}') from None
+  except (OSError, ValueError, RecursionError) as e:
+    raise UserError(f'{path} is damaged ({one_line(e)}): {RESTORE}') from e
+  if saved != now:
+    _refuse_differences(workdir, checks.flatten(saved), checks.flatten(now), jobs)
+  return saved == now
+
+
+def _tidy(workdir, names):
+  """Removes what killed commands left; no other command works here."""
+  for name in names:
+    _lock_path(workdir, name).unlink(missing_ok=True)
+  _remove_damaged_programs(workdir / COMPILED)
+  for folder, folders, files in os.walk(workdir):
+    for name in [name for name in folders if re.fullmatch(r'\d+\.damaged', name)]:
+      shutil.rmtree(pathlib.Path(folder, name), ignore_errors=True)
+    # Not into steps of checkpoints, which have hundreds of files.
+    folders[:] = [name for name in folders if name != COMPILED and not name[0].isdigit()]
+    for name in files:
+      part = pathlib.Path(folder, name)
+      if name.startswith('.') and name.endswith('.part') and abandoned(part):
+        part.unlink(missing_ok=True)
+
+
+def _remove_damaged_programs(folder):
+  """Removes compiled programs that are not whole: JAX writes them in place, and never again.
+
+  Their digests are kept, so that a flipped bit is seen, too.
+  """
+  if not folder.is_dir():
+    return
+  known = _known_programs(folder / DIGESTS)
+  found = {}
+  for path in folder.glob('*-cache'):
+    program = path.read_bytes()
+    digest = hashlib.sha256(program).hexdigest()
+    if known.get(path.name, digest) == digest and (path.name in known or _is_whole(program)):
+      found[path.name] = digest
+    else:
+      logging.warning('%s is damaged and removed: it is compiled again', path)
+      path.unlink(missing_ok=True)
+  if found != known:
+    write_json(folder / DIGESTS, found)
+
+
+def _known_programs(path):
+  try:
+    known = json.loads(path.read_text())
+  except (OSError, ValueError, RecursionError):
+    known = {}
+  return known if isinstance(known, dict) else {}
+
+
+def _is_whole(program):
+  """Whether a compiled program can be decompressed, as far as that can be told here."""
+  try:
+    if not program.startswith(ZSTD):
+      zlib.decompress(program)
+    elif importlib.util.find_spec('zstandard'):
+      importlib.import_module('zstandard').ZstdDecompressor().decompress(program)
+  except Exception as e:  # zlib and zstandard have their own
+    raise_if_interrupted(e)
+    return False
+  return True
+
+
+@contextlib.contextmanager
+def _locked(path):
+  """Holds the lock; on a file system that can only be read there is no need."""
+  if path.parent.exists() and not os.access(path.parent, os.W_OK):
+    yield
+    return
+  with locked(path, PATIENCE) as mine:
+    if not mine:
+      raise UserError(
+        f'{path} is held by another command: stop it (where it ended with its machine, remove '
+        f'{path})'
+      )
+    yield
+
+
+def _refuse_differences(workdir, saved, wanted, jobs):
   """Raises UserError where a setting differs that something in the workdir was made with."""
+  judges = [job for job in jobs if job.judges]
   free = [*FREE, *(job.name for job in judges if not result_path(workdir, job).exists())]
   differ = {}
   for key in sorted(saved.keys() | wanted.keys()):
@@ -99,6 +224,10 @@ def _refuse_differences(workdir, saved, wanted, judges):
   )
 
 
+def _lock_path(workdir, job):
+  return workdir / f'.{job}.lock'
+
+
 def _section(key):
   return key.partition('.')[0]
 
@@ -106,7 +235,7 @@ def _section(key):
 def keep_compiled(workdir: pathlib.Path) -> None:
   """Keeps compiled programs in the workdir, unless JAX_COMPILATION_CACHE_DIR names a place."""
   if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
-    jax.config.update('jax_compilation_cache_dir', str(workdir / 'compilation_cache'))
+    jax.config.update('jax_compilation_cache_dir', str(workdir / COMPILED))
 
 
 @contextlib.contextmanager
@@ -116,7 +245,7 @@ def only_one(workdir: pathlib.Path, job: str) -> Iterator[None]:
   Raises:
     UserError: another command has it; each would overwrite the other's files.
   """
-  path = workdir / f'.{job}.lock'
+  path = _lock_path(workdir, job)
   with locked(path, PATIENCE) if is_first() else contextlib.nullcontext(True) as mine:
     if any_process(not mine):
       raise UserError(

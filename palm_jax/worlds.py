@@ -3,6 +3,7 @@
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
@@ -10,10 +11,13 @@ from ml_collections import ConfigDict
 
 from palm_jax import environment, material, pairs
 from palm_jax.base import devices
+from palm_jax.base.errors import NonFiniteError
 from palm_jax.data.arrays import Data
 from palm_jax.generator import load_generator
 from palm_jax.generator.views import cropped, w_latents
 from palm_jax.rollout import DTYPES, World
+
+PROBED = 8  # pictures
 
 
 def load_world_generator(config: ConfigDict, workdir: pathlib.Path) -> Any:
@@ -42,6 +46,25 @@ def as_world(config: ConfigDict, generator: Any) -> Any:
   if config.environment.latent_space == 'w':
     generator = w_latents(generator)
   return cropped(generator, config.environment.crop) if config.environment.crop else generator
+
+
+def check_pictures(config: ConfigDict, generator: Any) -> None:
+  """Raises NonFiniteError where a few random pictures of the world are not finite.
+
+  As bytes they would look like any others.
+  """
+  num_classes = generator.num_classes
+  z = np.random.default_rng(0).standard_normal((PROBED, generator.z_dim), np.float32)
+  labels = np.arange(PROBED, dtype=np.int32) % max(1, num_classes)
+  psi = config.environment.truncation_psi
+  images = jax.jit(lambda v: generator.apply(v, z, labels, truncation_psi=psi))(generator.variables)
+  bad = ~np.isfinite(np.asarray(images, np.float32)).reshape(PROBED, -1).all(1)
+  if bad.any():
+    raise NonFiniteError(
+      f'the generator of {config.generator.path or "this workdir"} draws NaN or infinity in '
+      f'{bad.sum()} of {PROBED} pictures (pretrain.dtype={config.pretrain.dtype}): give another, '
+      'or try float32'
+    )
 
 
 def seen_shape(config: ConfigDict, generator: Any) -> tuple[int, int, int]:

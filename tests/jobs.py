@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from palm_jax import runner
 from palm_jax.base import devices
+from palm_jax.base.results import CONFIG, MADE_FROM, read_result
 from palm_jax.data.arrays import Data
 from palm_jax.job import Job, Run
 
@@ -34,3 +35,8 @@ def finish(
   if options:
     job = dataclasses.replace(job, run=functools.partial(job.run, **options))
   return runner.execute(job, run)
+
+
+def saved_result(path: pathlib.Path) -> dict:
+  """A result as the job gave it, without what it was made from and its config."""
+  return {k: v for k, v in read_result(path).items() if k not in (MADE_FROM, CONFIG)}

@@ -327,7 +327,6 @@ def test_catch_is_learned(tmp_path, mesh):
       dict(finetune=dict(trunk='own'), encoder=dict(name='nature')),
       'config.json cannot be read',
     ),
-    ('collect', dict(seed=-1), 'seed=-1 is negative'),
     ('finetune', dict(finetune=dict(agent=dict(eval_epsilon=2.0))), 'eval_epsilon=2.0'),
   ],
 )

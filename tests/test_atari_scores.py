@@ -14,7 +14,7 @@ from palm_jax.atari import results as results_of
 from palm_jax.atari.environment import GAMES
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
-from tests.jobs import finish
+from tests.jobs import finish, saved_result
 
 
 @pytest.fixture(scope='module')
@@ -257,7 +257,7 @@ def test_the_job_over_three_games(tmp_path, capsys):
         write_run(tmp_path / f'{variant}_{game}_{seed}', game, seed, score, variant)
   (tmp_path / 'another folder').mkdir()
   results = run_job(tmp_path)
-  assert results == json.loads((tmp_path / 'results' / 'scores.json').read_text())
+  assert results == saved_result(tmp_path / 'results' / 'scores.json')
 
   rows, games = by_method(results), ('Boxing', 'Krull', 'Pong')
   for variant in ('pretrained', 'scratch'):

@@ -1,6 +1,5 @@
 """Measures of speed: what is in them, not how large they are."""
 
-import json
 import math
 
 import numpy as np
@@ -12,7 +11,7 @@ from palm_jax.base.errors import UserError
 from palm_jax.data.arrays import Data, Split
 from palm_jax.generator import train
 from palm_jax.speed import benchmark
-from tests.jobs import finish
+from tests.jobs import finish, saved_result
 from tests.worlds import LargeGenerator, nature_config, tiny_config
 
 
@@ -49,7 +48,7 @@ def test_shares_of_the_generators_training(tmp_path, augment, phases):
   )
   config, mesh = ConfigDict(dict(seed=0, jobs=('generator',), generator=c)), devices.make_mesh(2)
   result = finish(benchmark.JOB, config, tmp_path, Data(split, split, ('all',), 'noise'), mesh)
-  assert json.loads((tmp_path / 'results' / 'benchmark.json').read_text()) == result
+  assert saved_result(tmp_path / 'results' / 'benchmark.json') == result
   found = result['generator']
   assert found['phase_seconds'].keys() == found['phase_shares'].keys() == phases
   assert (

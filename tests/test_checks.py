@@ -56,13 +56,41 @@ def test_what_is_accepted():
   checks.divisible('a.b', 16, 8, 'devices')
 
 
-def test_ranges_of_a_section():
-  section = ConfigDict(dict(lr=0.1, decay=0.0, psi=1.0))
-  checks.ranges('a', section, above_0=('lr',), from_0=('decay',), shares=('psi',))
-  with pytest.raises(UserError, match='a.decay=0.0 is not positive'):
-    checks.ranges('a', section, above_0=('decay',))
-  with pytest.raises(UserError, match='a.lr=-1.0 is negative'):
-    checks.ranges('a', ConfigDict(dict(lr=-1.0)), from_0=('lr',))
+RANGES = dict(
+  lr=checks.ABOVE_0,
+  decay=checks.AMOUNT,
+  psi=checks.SHARE,
+  count=checks.SIZE,
+  counts=checks.SIZES,
+  sub=dict(k=checks.SIZE),
+)
+
+
+@pytest.mark.parametrize(
+  'key, value, message',
+  [
+    ('lr', 0.0, 'is not positive: set it above 0'),
+    ('decay', -1.0, 'is negative: set it to 0 or more'),
+    ('psi', 1.5, r'is not in \[0, 1\]'),
+    ('count', 0, 'is not positive: set it to 1 or more'),
+    ('count', 10**12, 'is too large: set it to 65,536 or less'),
+    ('count', 'x', 'is not a number: choose 1 to 65,536'),
+    ('count', (3,), ': expected one number'),
+    ('counts', 3, ': expected numbers, such as'),
+    ('counts', (3, 'x'), "='x' is not a number"),
+    ('counts', (3, 0), '=0 is not positive'),
+    ('names', ('a', 3), 'has the number 3: expected texts in quotes'),
+    ('names', 'x' * 300, 'has a part of 300 letters: expected names of 255 at most'),
+  ],
+)
+def test_ranges_of_a_section(key, value, message):
+  good = dict(lr=0.1, decay=0.0, psi=1.0, count=1, counts=(1, 2), names=('b',))
+  checks.ranges('a', ConfigDict(good), RANGES)
+  with pytest.raises(UserError, match=f'^a.{key}.*{message}'):
+    checks.ranges('a', ConfigDict({key: value}), RANGES)
+  if key == 'count':
+    with pytest.raises(UserError, match=f'^a.sub.k.*{message}'):
+      checks.ranges('a', ConfigDict(dict(sub=dict(k=value))), RANGES)
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf'), 1e300])

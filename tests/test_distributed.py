@@ -235,7 +235,7 @@ def test_a_port_in_use():
     other.bind(('', 0))
     other.listen()
     port = other.getsockname()[1]
-    with pytest.raises(UserError, match=f'port {port} .* choose another'):
+    with pytest.raises(UserError, match=f'127.0.0.1:{port} .* cannot be .* and a free port'):
       processes.initialize_distributed(f'127.0.0.1:{port}', 2, 0)
 
 
@@ -480,3 +480,35 @@ def test_a_signal_to_one_process(base, pod, number):
 
 if __name__ == '__main__':
   worker(pathlib.Path(sys.argv[1]), int(sys.argv[2]))
+
+
+LISTENING = """
+import os, sys
+from palm_jax.base import processes
+processes.initialize_distributed(sys.argv[1], 2, int(sys.argv[2]))
+mine = {os.readlink(f'/proc/self/fd/{fd}') for fd in os.listdir('/proc/self/fd')
+        if os.path.exists(f'/proc/self/fd/{fd}') or os.path.islink(f'/proc/self/fd/{fd}')}
+for name in ('tcp', 'tcp6'):
+  for line in open(f'/proc/self/net/{name}').read().splitlines()[1:]:
+    place, state, inode = line.split()[1], line.split()[3], line.split()[9]
+    if state == '0A' and f'socket:[{inode}]' in mine:
+      print('listens', place.split(':')[0], flush=True)
+processes.wait_for_all()
+"""
+
+
+def test_where_loopback_is_named_nothing_else_listens():
+  address = f'127.0.0.1:{free_port()}'
+  commands = [
+    subprocess.Popen(
+      [sys.executable, '-c', LISTENING, address, str(i)],
+      env=environment(1),
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  texts = [process.communicate(timeout=100)[0] for process in commands]
+  places = {line.split()[1] for text in texts for line in text.splitlines() if 'listens' in line}
+  loopback = {'0100007F', '0000000000000000FFFF00000100007F', '00000000000000000000000001000000'}
+  assert places and places <= loopback, texts

@@ -23,7 +23,7 @@ from palm_jax.experience import Experience
 from palm_jax.generator import load_generator
 from palm_jax.generator.stylegan2 import Generator
 from palm_jax.layers.pixels import to_uint8
-from tests.jobs import finish
+from tests.jobs import finish, saved_result
 from tests.worlds import LargeGenerator, nature_config, tiny_config
 
 LENGTH = 7  # frames of an episode in tests/worlds.py
@@ -271,7 +271,7 @@ def finished(data, saved, mesh):
 
 
 def test_the_job_reports_every_set(finished, saved):
-  assert json.loads((saved[0] / 'results' / 'diversity.json').read_text()) == finished
+  assert saved_result(saved[0] / 'results' / 'diversity.json') == finished
   rows = {row['set']: row for row in finished['rows']}
   assert list(rows) == [
     'explored',

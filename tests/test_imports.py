@@ -35,9 +35,11 @@ LAW = {
   'evaluate': JOB,
   'atari': JOB,
   'speed': JOB,
-  'report': [*JOB, 'evaluate.features'],
+  'report': [*JOB, 'evaluate.features', 'workdir'],
   'study': [*JOB, 'workdir'],
-  'runner': ['base', 'data', 'job', 'workdir'],
+  'settings': ['base'],
+  'provenance': ['base', 'data', 'job', 'workdir'],
+  'runner': ['base', 'data', 'job', 'workdir', 'provenance', 'settings'],
   'main': ['base', 'runner'],
 }
 

@@ -336,6 +336,7 @@ def test_tpu_vm_goes_through_a_slices_life(place):
     'tpus tpu-vm scp',
     'tpus tpu-vm ssh palm',
     'tpus tpu-vm ssh palm',
+    'tpus tpu-vm ssh palm',
     'tpus tpu-vm scp',
     'tpus queued-resources delete palm',
   ]
@@ -351,12 +352,11 @@ def test_tpu_vm_goes_through_a_slices_life(place):
   words = shlex.split(command)
   start = words.index('palm_jax.main')
   assert words[start + 1 :] == ['--workdir=/mnt/palm/runs/my run', *ARGUMENTS]
-  assert (
-    'palm:/mnt/palm/runs/my run/results' in calls[6]
-    and 'got' in calls[6]
-    and (place[0] / 'got').is_dir()
-  )
-  subprocess.run(['bash', '-n', '-c', f'{setup}\n{command}'], check=True)
+  copy = next(arg for arg in calls[6] if arg.startswith('--command=')).removeprefix('--command=')
+  assert shlex.split(copy)[-2:] == ['/mnt/palm/runs/my run/results', 'palm_fetched/']
+  assert 'palm:palm_fetched/results' in calls[7] and 'got' in calls[7]
+  assert (place[0] / 'got').is_dir()
+  subprocess.run(['bash', '-n', '-c', f'{setup}\n{command}\n{copy}'], check=True)
 
 
 def test_tpu_vm_dry_run_prints_the_same_and_runs_nothing(place):

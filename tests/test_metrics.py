@@ -10,6 +10,7 @@ import pytest
 from absl import logging
 
 from palm_jax.base import metrics
+from palm_jax.base.errors import UserError
 from palm_jax.base.metrics import MetricWriter, Progress
 
 
@@ -42,7 +43,9 @@ def test_a_line_is_readable_at_once_and_valid_json(tmp_path):
   def refuse(name):
     raise AssertionError(f'{name} is not JSON')
 
-  assert json.loads(text, parse_constant=refuse) == {
+  row = json.loads(text, parse_constant=refuse)
+  assert len(row.pop('check')) == 8
+  assert row == {
     'step': 3,
     'loss': 0.5,
     'bad': None,
@@ -63,6 +66,48 @@ def test_resume_drops_later_lines_and_appends(tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ['metrics.jsonl']  # nothing half-written stays
   MetricWriter(tmp_path, tensorboard=False).close()  # a fresh start in an old folder
   assert steps_in(tmp_path) == []
+
+
+def test_every_changed_bit_and_every_lost_line_is_seen(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  with MetricWriter(tmp_path, tensorboard=False) as writer:
+    for step in range(1, 6):
+      writer.write(step, {'loss': step / 7, 'other': -step})
+  whole = path.read_bytes()
+  rows = metrics.read_jsonl(path)
+  rng = np.random.default_rng(0)
+  for place in rng.choice(len(whole) - 1, 200, replace=False):
+    damaged = bytearray(whole)
+    damaged[place] ^= 1 << rng.integers(8)
+    path.write_bytes(damaged)
+    left, numbers = metrics.check_jsonl(path)
+    numbers_of = lambda row: [row.get(name) for name in ('step', 'loss', 'other')]
+    assert numbers and len(left) >= 3, damaged
+    assert all(numbers_of(row) in map(numbers_of, rows) for row in left), damaged
+  lines = whole.splitlines(keepends=True)
+  path.write_bytes(b''.join(lines[:2] + lines[3:]))
+  assert metrics.check_jsonl(path)[1] == [3]
+  path.write_bytes(b''.join(lines[:-1]))
+  assert metrics.check_jsonl(path)[1] == [] and metrics.missing(rows[:-2], 5) == (3, 5)
+  assert metrics.missing(rows, 5) is None
+
+
+def test_lines_without_checks_are_read_and_continued(tmp_path):
+  """As older versions wrote them."""
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n')
+  assert [row['loss'] for row in metrics.read_jsonl(path)] == [1.0, 0.5]
+  with MetricWriter(tmp_path, step=2, tensorboard=False) as writer:
+    writer.write(3, {'loss': 0.25})
+  assert metrics.check_jsonl(path)[1] == [] and steps_in(tmp_path) == [1, 2, 3]
+
+
+def test_a_folder_removed_meanwhile_is_said(tmp_path):
+  with MetricWriter(tmp_path / 'run', tensorboard=False) as writer:
+    writer.write(1, {'loss': 1.0})
+    (tmp_path / 'run' / 'metrics.jsonl').unlink()
+    with pytest.raises(UserError, match='was removed while the job ran'):
+      writer.write(2, {'loss': 1.0})
 
 
 def test_tensorboard_has_the_scalars(tmp_path):

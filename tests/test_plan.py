@@ -62,7 +62,7 @@ def test_arithmetic_is_that_of_the_program(planned):
 
 def test_a_replay_beyond_the_memory_is_refused_before_it_is_made():
   config, generator, mesh = tiny_config(), LinearGenerator(), devices.make_mesh(2)
-  config.replay.capacity = 1 << 34
+  config.replay.capacity = 1 << 33
   program, world = (
     pretrain.make_program(config, generator, mesh),
     worlds.host_world(config, generator),
@@ -70,7 +70,7 @@ def test_a_replay_beyond_the_memory_is_refused_before_it_is_made():
   state = jax.eval_shape(program.init, jax.random.key(0), world)
   with pytest.raises(
     UserError,
-    match=r'replay and networks take 7\d\d.\d GiB on each of 2 device.*lower replay.capacity',
+    match=r'replay and networks take 3\d\d.\d GiB on each of 2 device.*lower replay.capacity',
   ):
     train.check_memory(state, world, mesh)
 

@@ -37,10 +37,12 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listener)
 
 
-def test_one_two_and_eight_devices_compute_the_same_in_float64():
+@pytest.mark.parametrize('counts', [(1, 8), pytest.param((1, 2), marks=pytest.mark.slow)])
+def test_any_number_of_devices_computes_the_same_in_float64(counts):
+  """Gradient norms are among the metrics: averaging gradients that are already summed is seen."""
   results = []
   with jax.enable_x64(True):
-    for num_devices in (1, 2, 8):
+    for num_devices in counts:
       program, state, world = start(num_devices, 'float64')
       for i in range(program.setup.num_calls):
         with compilations() as count:
@@ -70,21 +72,6 @@ def test_one_two_and_eight_devices_compute_the_same_in_float64():
 @pytest.fixture(scope='module')
 def eight():
   return start(8)
-
-
-def test_gradient_norms_do_not_grow_with_the_devices(eight):
-  """The mistake of averaging gradients that are already summed makes them D times too large."""
-  norms = []
-  for program, state, world in (start(1), eight):
-    _, (metrics, _) = program.call(jax.tree.map(lambda x: x.copy(), state), world)
-    first = int(np.argmax(metrics['updated']))
-    norms.append(
-      [
-        float(metrics[name][first])
-        for name in ('ssl_grad_norm', 'critic_grad_norm', 'actor_grad_norm')
-      ]
-    )
-  np.testing.assert_allclose(norms[1], norms[0], rtol=2e-3)
 
 
 def test_replay_is_updated_in_place(eight):

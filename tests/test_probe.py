@@ -16,7 +16,7 @@ from palm_jax.encoder import make_encoder
 from palm_jax.evaluate import features, judge, knn, probe
 from palm_jax.evaluate.labels import Task, make_tasks
 from tests import worlds
-from tests.jobs import finish
+from tests.jobs import finish, saved_result
 from tests.test_data import cifar, write_folder
 
 N, M, F, C = 300, 120, 6, 3
@@ -170,9 +170,7 @@ def results(run):
 def test_the_job_judges_all_that_was_asked(run, results):
   c, workdir, data = run
   rows = results['rows']
-  assert json.loads((workdir / 'results' / 'probe.json').read_text()) == json.loads(
-    json.dumps(results)
-  )
+  assert saved_result(workdir / 'results' / 'probe.json') == json.loads(json.dumps(results))
   ours = {'PALM encoder', 'untrained encoder'}
   names = lambda method: {row['features'] for row in rows if row['method'] == method}
   assert names('lbfgs') == names('knn') == ours | {'pixels'} and names('sgd') == ours

@@ -20,7 +20,7 @@ from palm_jax.data.arrays import Data, Split
 from palm_jax.encoder import ResNet18
 from palm_jax.evaluate import classifier, distances, extractors, features, quality
 from palm_jax.generator.stylegan2 import Generator
-from tests.jobs import finish
+from tests.jobs import finish, saved_result
 
 FIELDS = dict(z_dim=8, w_dim=8, num_classes=3, channels=(4, 4), image_channels=1, mapping_layers=1)
 
@@ -328,7 +328,7 @@ def finished(data, generator_run, mesh, tmp_path_factory):
 
 def test_the_job_reports_every_comparison(finished):
   workdir, results = finished
-  assert json.loads((workdir / 'results' / 'quality.json').read_text()) == results
+  assert saved_result(workdir / 'results' / 'quality.json') == results
   rows = results['rows']
   assert [(row['set'], row['n_real'], row['n']) for row in rows] == [
     ('generator', 96, 50),

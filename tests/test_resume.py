@@ -1,7 +1,6 @@
 """A job that is killed, stopped or finds damage, started again by the same command, ends as if
 nothing had happened."""
 
-import json
 import os
 import pathlib
 import random
@@ -23,6 +22,7 @@ from palm_jax.base.files import write_json
 from palm_jax.base.metrics import read_jsonl
 from palm_jax.base.steps import list_steps
 from palm_jax.generator import train
+from tests.jobs import saved_result
 
 pytestmark = pytest.mark.filterwarnings('ignore:Sharding info not provided')
 
@@ -165,9 +165,7 @@ def assert_same_outcome(job, reference):
   )
   assert [row['step'] for row in got] == [row['step'] for row in want]
   assert got == want
-  got, want = (
-    json.loads((j.workdir / 'results' / f'{j.name}.json').read_text()) for j in (job, reference)
-  )
+  got, want = (saved_result(j.workdir / 'results' / f'{j.name}.json') for j in (job, reference))
   assert without_clocks(dict(got, metrics=without_clocks(got['metrics']))) == without_clocks(
     dict(want, metrics=without_clocks(want['metrics']))
   )
@@ -178,7 +176,8 @@ def assert_same_outcome(job, reference):
 
 
 @pytest.fixture(
-  scope='module', params=['pretrain', pytest.param('generator', marks=pytest.mark.slow)]
+  scope='module',
+  params=[pytest.param(name, marks=pytest.mark.slow) for name in ('pretrain', 'generator')],
 )
 def reference(request, tmp_path_factory):
   """A run that nothing disturbed."""

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.stats
+from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from palm_jax import runner, study
@@ -435,10 +436,12 @@ def finished(tmp_path_factory):
   write_json(folder / 'world' / 'generator' / 'network.json', train.network_fields(G))
   with Checkpoints(folder / 'world' / 'generator' / 'checkpoints') as checkpoints:
     checkpoints.save(1, {'generator': variables}, {})
+  # Programs are kept in the workdir, as they are where nobody names another place.
   cache = dict(jax_compilation_cache_dir=None, jax_persistent_cache_min_compile_time_secs=0.0)
   before = {name: getattr(jax.config, name) for name in cache}
   for name, value in cache.items():
     jax.config.update(name, value)
+  compilation_cache.reset_cache()  # else JAX stays with the first folder of the process
   handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
   signal.signal(signal.SIGTERM, lambda *_: pytest.fail('SIGTERM came when nothing ran'))
   signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -464,6 +467,7 @@ def finished(tmp_path_factory):
       signal.signal(number, handler)
     for name, value in before.items():
       jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def test_a_study_has_the_numbers_of_ordinary_runs_however_often_it_was_stopped(finished):

@@ -11,6 +11,15 @@ from palm_jax.base.metrics import read_jsonl
 from palm_jax.base.steps import list_steps
 from palm_jax.base.training import Preemption, Stopped, Training
 
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+  """As in a terminal: whoever starts the tests in the background has Ctrl-C ignored."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
 TEMPLATE = {'state': {'x': jax.ShapeDtypeStruct((2,), np.float32)}}
 
 

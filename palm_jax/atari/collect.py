@@ -16,7 +16,7 @@ from palm_jax.atari import dqn
 from palm_jax.atari.environment import FRAMES_A_STEP, SETTINGS, Environment
 from palm_jax.atari.play import RECENT_GAMES, check_play, play
 from palm_jax.atari.stacks import StackSample
-from palm_jax.base import devices
+from palm_jax.base import checks, devices
 from palm_jax.base.errors import UserError
 from palm_jax.job import Job, Run, never
 
@@ -37,10 +37,21 @@ def default_config() -> ConfigDict:
   )
 
 
+RANGES = dict(
+  frames=checks.Range(1, 10**10),
+  num_envs=checks.Range(1, 10_000),
+  max_bytes=checks.Range(1, 10**13),
+  log_steps=checks.COUNT,
+  checkpoint_minutes=checks.Range(0, 10**6, above=True),
+  agent=dqn.RANGES,
+)
+
+
 def check(config: ConfigDict, num_devices: int) -> None:
   """Raises UserError on settings of the whole config's section `collect` that cannot work."""
   del num_devices  # networks so small are trained on one
-  check_play(config, 'collect', ('frames', 'max_bytes'), config.collect.frames / FRAMES_A_STEP)
+  checks.ranges('collect', config.collect, RANGES)
+  check_play(config, 'collect', config.collect.frames / FRAMES_A_STEP)
 
 
 def run(this: Run, make_environment: Callable[..., Environment] = Environment) -> dict:

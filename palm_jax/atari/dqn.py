@@ -44,6 +44,25 @@ def default_config() -> ConfigDict:
   )
 
 
+RANGES = dict(
+  features=checks.SIZE,
+  n_step=checks.Range(1, 1000),
+  gamma=checks.SHARE,
+  batch_size=checks.Range(1, 10**6),
+  learn_period=checks.Range(1, 10**6),
+  target_period=checks.COUNT,
+  min_history=checks.COUNT,
+  capacity=checks.COUNT,
+  epsilon=checks.SHARE,
+  epsilon_decay=checks.COUNT,
+  lr=checks.Range(0, 1000, above=True),
+  hidden_scale=checks.Range(0, 1000, above=True),
+  trunk_scale=checks.RATE,
+  adam_eps=checks.ABOVE_0,
+  rmsprop_eps=checks.ABOVE_0,
+)
+
+
 def dqn_zoo_config() -> ConfigDict:
   """dqn_zoo's double_q/run_atari.py, "tuned", in agent steps of four frames.
 
@@ -62,24 +81,10 @@ def dqn_zoo_config() -> ConfigDict:
   return config
 
 
-ABOVE_0 = (
-  'features',
-  'n_step',
-  'batch_size',
-  'learn_period',
-  'target_period',
-  'epsilon_decay',
-  'lr',
-  'hidden_scale',
-  'adam_eps',
-  'rmsprop_eps',
-)
-
-
 def check_config(section: str, c: ConfigDict) -> None:
   """Raises UserError on invalid settings of an agent; `section` is its name in messages."""
   checks.choice(f'{section}.optimizer', c.optimizer, OPTIMIZERS)
-  checks.ranges(section, c, above_0=ABOVE_0, from_0=('trunk_scale',), shares=('gamma', 'epsilon'))
+  checks.ranges(section, c, RANGES)
   checks.divisible(f'{section}.target_period', c.target_period, c.learn_period, 'learn_period')
   if c.min_history > c.capacity:
     raise UserError(

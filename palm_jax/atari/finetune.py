@@ -46,12 +46,22 @@ def default_config() -> ConfigDict:
   )
 
 
+RANGES = dict(
+  agent_steps=checks.COUNT,
+  num_envs=checks.Range(1, 10_000),
+  eval_episodes=checks.Range(1, 10_000),
+  log_steps=checks.COUNT,
+  checkpoint_minutes=checks.Range(0, 10**6, above=True),
+  agent=dict(dqn.RANGES, eval_epsilon=checks.SHARE),
+)
+
+
 def check(config: ConfigDict, num_devices: int) -> None:
   """Raises UserError on settings of the whole config's section `finetune` that cannot work."""
   del num_devices  # networks so small are trained on one
   c = config.finetune
-  check_play(config, 'finetune', ('agent_steps', 'eval_episodes'), c.agent_steps)
-  checks.share('finetune.agent.eval_epsilon', c.agent.eval_epsilon, 'a probability')
+  check_play(config, 'finetune', c.agent_steps)
+  checks.ranges('finetune', c, RANGES)
   if c.trunk == 'own' and config.encoder.name != 'nature':
     raise UserError(
       f"finetune.trunk='own' with encoder.name={config.encoder.name!r}: only convolutions of "

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from palm_jax.atari import dqn
 from palm_jax.atari.environment import FRAMES_A_STEP, Environment, Step, require_game
 from palm_jax.atari.replay import Batch, Replay, rows_of
-from palm_jax.base import checks, devices
+from palm_jax.base import devices
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.steps import Restored
 from palm_jax.base.training import Training
@@ -26,15 +26,12 @@ SHOW_ROWS = 32  # between two looks at the clock
 PURPOSES = {'games': 0, 'batches': 1, 'stacks': 2, 'evaluation': 3}
 
 
-def check_play(
-  config: ConfigDict, section: str, positive: tuple[str, ...], agent_steps: float
-) -> None:
+def check_play(config: ConfigDict, section: str, agent_steps: float) -> None:
   """Raises UserError on settings of `play` in a section of the whole config that cannot work.
 
   Args:
     config: the whole config.
     section: 'collect' or 'finetune'.
-    positive: further keys of that section whose numbers are above 0.
     agent_steps: of the whole run.
   """
   c = config[section]
@@ -44,9 +41,6 @@ def check_play(
       f'{section}: {jax.process_count()} processes, expected 1: an emulator feeds one device; '
       'start it alone'
     )
-  keys = 'num_envs', 'log_steps', 'checkpoint_minutes', *positive
-  checks.ranges(section, c, above_0=keys)
-  checks.not_negative('seed', config.seed)
   dqn.check_config(f'{section}.agent', c.agent)
   rows_of(c.agent.capacity, c.num_envs, c.agent.n_step)
   period, num_envs = c.agent.learn_period, c.num_envs

@@ -1,7 +1,6 @@
 """Reading what fine-tunings left: results/finetune.json of workdirs."""
 
 import glob
-import json
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -11,6 +10,7 @@ import numpy as np
 
 from palm_jax.atari.environment import rom_id
 from palm_jax.base.errors import UserError
+from palm_jax.base.results import read_result
 
 
 class FineTuned(NamedTuple):
@@ -71,7 +71,7 @@ def read_runs(folders: Iterable[str | os.PathLike]) -> list[FineTuned]:
   for folder in folders:
     path = pathlib.Path(folder) / 'results' / 'finetune.json'
     try:
-      run = _fine_tuned(json.loads(path.read_text()), str(folder))
+      run = _fine_tuned(read_result(path), str(folder))
       if not np.isfinite(run.score) or not run.episodes:
         raise ValueError(f'score={run.score} of {run.episodes} episodes')
     except KeyError as e:

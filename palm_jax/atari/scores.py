@@ -26,7 +26,7 @@ from palm_jax.atari.aggregates import (
 )
 from palm_jax.atari.environment import GAMES, require_game
 from palm_jax.atari.results import FineTuned, find, read_runs
-from palm_jax.base import devices
+from palm_jax.base import checks, devices
 from palm_jax.base.errors import UserError
 from palm_jax.base.tables import aligned, protocol_line
 from palm_jax.job import Job, Run, never
@@ -46,6 +46,9 @@ def default_config() -> ConfigDict:
   )
 
 
+RANGES = dict(resamples=checks.Range(100, 10**7))
+
+
 def check(config: ConfigDict, num_devices: int) -> None:
   """Raises UserError on settings of the whole config's section `scores` that cannot work."""
   del num_devices  # all is done on the host
@@ -56,10 +59,7 @@ def check(config: ConfigDict, num_devices: int) -> None:
     raise UserError(
       f"scores.runs={c.runs!r}: expected a tuple of workdirs or patterns, such as ('runs/atari/*',)"
     )
-  if c.resamples < 100:
-    raise UserError(
-      f'scores.resamples={c.resamples} is too small for 95% intervals: set it to 100 or more'
-    )
+  checks.ranges('scores', c, RANGES)
 
 
 def run(this: Run) -> dict:

@@ -9,6 +9,7 @@ import logging as python_logging
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -20,6 +21,7 @@ from palm_jax.base import digests, processes
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import sync
 from palm_jax.base.processes import any_process
+from palm_jax.base.signals import raise_if_interrupted
 from palm_jax.base.steps import Restored, list_steps, nested_template, newest, one_line
 
 
@@ -150,11 +152,17 @@ class Checkpoints:
   close = wait
 
   def _refuse(self, step, error):
+    raise_if_interrupted(error)
     # Tensorstore's disk errors are ValueErrors.
     if not isinstance(error, OSError) and 'os_error_code' not in str(error):
       raise error
-    for path in self.folder.glob(f'{step}.orbax-checkpoint-tmp*'):
-      shutil.rmtree(path, ignore_errors=True)
+    for _ in range(50):  # orbax's threads may still be writing
+      there = [*self.folder.glob(f'{step}.orbax-checkpoint-tmp*')]
+      for path in there:
+        shutil.rmtree(path, ignore_errors=True)
+      if not there:
+        break
+      time.sleep(0.1)
     raise UserError(
       f'checkpoint step {step} could not be written to {self.folder} ({one_line(error)}): '
       'free space or fix permissions there, then run again; earlier steps are untouched'
@@ -182,7 +190,15 @@ class Checkpoints:
 def load_item(
   folder: str | os.PathLike, name: str, step: int | None = None, template: Any = None
 ) -> tuple[int, Any]:
-  """Reads one item of a step, and nothing else of it.
+  """(step, item) of `load`; without a template, in numpy arrays."""
+  restored = load(folder, name, step, template)
+  return restored.step, restored.items[name]
+
+
+def load(
+  folder: str | os.PathLike, name: str, step: int | None = None, template: Any = None
+) -> Restored:
+  """Reads one item of a step, and nothing else of it but what was saved with all.
 
   It writes nothing, so the folder may be that of a running job.
 
@@ -194,7 +210,7 @@ def load_item(
       nested dicts only.
 
   Returns:
-    (step, tree).
+    Restored with the one item.
 
   Raises:
     UserError: no such step or item; damage (for step=None: of every step); or another shape than
@@ -218,7 +234,7 @@ def load_item(
       'run the job that makes it, or name a step that is there'
     )
   restored = newest(folder, steps if step is None else [step], templates, [])
-  return restored.step, restored.items[name] if template else jax.device_get(restored.items[name])
+  return restored if template else restored._replace(items=jax.device_get(restored.items))
 
 
 def _quieten_orbax():

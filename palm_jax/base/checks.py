@@ -5,13 +5,14 @@
 
 import difflib
 import math
-from collections.abc import Collection, Iterable
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from palm_jax.base.errors import UserError
 
+LONGEST_NAME = 255  # bytes, of a file
 LARGEST_INT = 2**63 - 1
 LARGEST_FLOAT = 3.4e38  # of float32, in which settings reach the devices
 
@@ -81,28 +82,77 @@ def divisible(name: str, value: int, divisor: int, divisor_name: str) -> None:
     )
 
 
-def ranges(
-  name: str,
-  section: ConfigDict,
-  above_0: Iterable[str] = (),
-  from_0: Iterable[str] = (),
-  shares: Iterable[str] = (),
-) -> None:
-  """The usual ranges of numbers in a section of the config, by their keys.
+class Range(NamedTuple):
+  """Numbers from `low` to `high`; `above` leaves `low` itself out; `many` is a list of them."""
+
+  low: float
+  high: float
+  above: bool = False
+  many: bool = False
+
+
+SHARE = Range(0, 1)
+RATE = Range(0, 1000)  # of learning
+SIZE = Range(1, 65_536)  # of an axis of an array
+SIZES = SIZE._replace(many=True)
+SIZE_OR_0 = Range(0, 65_536)
+COUNT = Range(1, 10**9)  # of what is done one after the other
+COUNT_OR_0 = Range(0, 10**9)
+AMOUNT = Range(0, 10**9)
+ABOVE_0 = Range(0, 10**9, above=True)
+MINUTES = Range(0, 10**6)
+
+
+def within(name: str, value: Any, expected: Range) -> None:
+  """The value is a number in the range."""
+  low, high, above, _ = expected
+  if not isinstance(value, (int, float)) or isinstance(value, bool):
+    raise UserError(f'{name}={value!r} is not a number: choose {low:,} to {high:,}')
+  if expected == SHARE:
+    share(name, value)
+  if (low, above) in ((0, True), (1, False)) and not value > 0:
+    positive(name, value)
+  if not low <= value or (above and value == low):
+    at_least(name, value, low, 'is negative' if low == 0 else 'is too small')
+  if not value <= high:
+    raise UserError(f'{name}={value} is too large: set it to {high:,} or less')
+
+
+def ranges(name: str, section: ConfigDict, expected: Mapping[str, Any]) -> None:
+  """Every number in a section of the config is in its range, and every text can be a name.
 
   Args:
     name: of the section.
     section: of the config.
-    above_0: keys of numbers above 0.
-    from_0: keys of numbers of 0 or more.
-    shares: keys of numbers in [0, 1].
+    expected: {key: Range} of its numbers, and of the numbers in its lists; {key: such a mapping} of
+      sections in it.
   """
-  for key in above_0:
-    positive(f'{name}.{key}', section[key])
-  for key in from_0:
-    not_negative(f'{name}.{key}', section[key])
-  for key in shares:
-    share(f'{name}.{key}', section[key])
+  for key, value in section.items():
+    full = f'{name}.{key}' if name else key
+    if isinstance(value, ConfigDict):
+      ranges(full, value, expected.get(key, {}))
+      continue
+    listed = isinstance(value, (tuple, list))
+    if key in expected and listed != expected[key].many:
+      wanted = 'numbers, such as (1, 2)' if expected[key].many else 'one number'
+      raise UserError(f'{full}={value!r}: expected {wanted}')
+    for item in value if listed else (value,):
+      if isinstance(item, str):
+        _text(full, item)
+      if key in expected:
+        within(full, item, expected[key])
+      elif listed and isinstance(item, (int, float)):
+        raise UserError(f'{full}={value!r} has the number {item}: expected texts in quotes')
+
+
+def _text(name, value):
+  """It may be the name of a file: no part of a path is longer than file systems allow."""
+  longest = max(value.split('/'), key=len)
+  if len(longest.encode(errors='replace')) > LONGEST_NAME and ('/' in value or ' ' not in value):
+    raise UserError(
+      f'{name}={value[:40]!r}... has a part of {len(longest)} letters: expected names of '
+      f'{LONGEST_NAME} at most'
+    )
 
 
 def finite(config: ConfigDict) -> None:

@@ -5,6 +5,8 @@ import errno
 import functools
 import logging as python_logging
 import pathlib
+import resource
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -13,10 +15,10 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from palm_jax.base import checks, devices
+from palm_jax.base import checks, compiling, devices, processes, signals
 from palm_jax.base.errors import UserError
 
-INTERRUPTED = 130  # exit code after Ctrl-C, as a shell has it
+LEAST_MEMORY = 3_000_000_000  # bytes of addresses: with fewer JAX aborts without a word
 # Of the disk or of permissions: the user can do something about them.
 FIXABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -24,8 +26,9 @@ FIXABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, e
 def run(main: Callable, parse_flags: Callable) -> None:
   """Runs a command: parse_flags(argv) -> rest of argv, then main(rest).
 
-  A UserError of either becomes one line and exit code 2.
+  A UserError of either becomes one line and exit code 2, a signal one line and 128 + its number.
   """
+  signals.watch()
   app.run(exit_on_user_error(main), flags_parser=exit_on_user_error(parse_flags))
 
 
@@ -37,13 +40,18 @@ def exit_on_user_error(main: Callable) -> Callable:
       return main(argv)
     except UserError as e:
       fail(e)
-    except KeyboardInterrupt:
-      fail('interrupted: the same command resumes what was saved', INTERRUPTED)
+    except KeyboardInterrupt as e:
+      if getattr(e, 'agreed', False):
+        processes.wait_for_all()
+      signals.say()
+      sys.exit(signals.exit_code(getattr(e, 'number', signal.SIGINT)))
     except OSError as e:
       if e.errno not in FIXABLE:
         raise
       where = e.filename or 'the file being written'
-      fail(f'{e.strerror}: {where}: free space there or choose another --workdir')
+      full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+      remedy = 'free space there' if full else 'fix permissions there'
+      fail(f'{e.strerror}: {where}: {remedy} or choose another --workdir')
     except RuntimeError as e:  # JaxRuntimeError, which names no kind
       # With several processes only dying at once ends the others.
       if 'RESOURCE_EXHAUSTED' not in str(e) or jax.process_count() > 1:
@@ -64,8 +72,15 @@ def fail(message: object, code: int = 2) -> NoReturn:
 
 
 def start() -> None:
-  """Settings of the process; call before anything touches a device."""
+  """Settings of the process; call before anything touches a device. Raises UserError."""
+  limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+  if limit != resource.RLIM_INFINITY and limit < LEAST_MEMORY:
+    raise UserError(
+      f'this process may take {limit / 1e9:.1f} GB of addresses, of which JAX needs '
+      f'{LEAST_MEMORY / 1e9:.0f} GB: raise `ulimit -v`'
+    )
   devices.configure()
+  compiling.announce()
   # It tells of every backend that is not installed.
   python_logging.getLogger('jax').setLevel(python_logging.WARNING)
 

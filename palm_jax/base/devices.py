@@ -11,6 +11,8 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from palm_jax.base.errors import UserError, one_line
+
 
 def configure() -> None:
   """Sets compiler flags; call before anything touches a device.
@@ -47,8 +49,19 @@ def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def make_mesh(num_devices: int | None = None) -> Mesh:
-  """A one-dimensional mesh, axis 'data', over all devices (or the first `num_devices`)."""
-  devices = jax.devices()[:num_devices]
+  """A one-dimensional mesh, axis 'data', over all devices (or the first `num_devices`).
+
+  Raises:
+    UserError: JAX finds no device of the kind that was asked for.
+  """
+  try:
+    devices = jax.devices()[:num_devices]
+  except (RuntimeError, AssertionError) as e:
+    asked = os.environ.get('JAX_PLATFORMS', '')
+    raise UserError(
+      f'JAX finds no device (JAX_PLATFORMS={asked}; {one_line(e)}): install JAX for it, such as '
+      "pip install -e '.[cuda12]', or set JAX_PLATFORMS=cpu"
+    ) from e
   return Mesh(devices, ('data',), axis_types=(AxisType.Auto,))
 
 

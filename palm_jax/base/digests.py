@@ -3,6 +3,7 @@
 import concurrent.futures
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,12 @@ def of_arrays(*arrays: np.ndarray) -> str:
   for array in arrays:
     sha256.update(np.asarray(array).tobytes())
   return sha256.hexdigest()
+
+
+def file_digest(path: str | os.PathLike) -> str:
+  """SHA-256 of a file's bytes. Raises OSError."""
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def describe(tree: Any) -> dict[str, dict[str, Any]]:

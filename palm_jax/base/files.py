@@ -6,11 +6,15 @@ import fcntl
 import json
 import os
 import pathlib
+import socket
 import time
 from collections.abc import Iterator
 from typing import IO, Any
 
 from absl import logging
+
+from palm_jax.base import signals
+from palm_jax.base.errors import UserError
 
 UNKNOWN = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # to a file system
 
@@ -21,10 +25,14 @@ def replacing(path: str | os.PathLike, mode: str = 'wb') -> Iterator[IO]:
 
   Raises:
     OSError: it cannot be written.
+    UserError: there is something else than a file.
   """
   path = pathlib.Path(path)
+  if path.exists() and not path.is_file():
+    raise UserError(f'{path} is no file that can be replaced: name another')
   path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+  part = path.with_name(f'.{path.name}.{_host()}.{os.getpid()}.part')
+  signals.unfinished.add(part)
   try:
     with part.open(mode) as file:
       yield file
@@ -34,6 +42,28 @@ def replacing(path: str | os.PathLike, mode: str = 'wb') -> Iterator[IO]:
     sync(path.parent)
   finally:
     part.unlink(missing_ok=True)
+    signals.unfinished.discard(part)
+
+
+def _host():
+  return socket.gethostname()[:32]
+
+
+def abandoned(part: pathlib.Path) -> bool:
+  """Whether a file that `replacing` began is of a process that has ended.
+
+  Of another machine's it is taken to be after a day.
+  """
+  *_, host, process, _ = ('..' + part.name).rsplit('.', 3)
+  if host != _host() or not process.isdecimal():
+    return time.time() - part.stat().st_mtime > 86_400
+  try:
+    os.kill(int(process), 0)
+  except ProcessLookupError:
+    return True
+  except OSError:  # another user's
+    pass
+  return int(process) == os.getpid() and part not in signals.unfinished
 
 
 def sync(*paths: str | os.PathLike) -> None:
@@ -82,6 +112,15 @@ def locked(path: str | os.PathLike, patience: float = 0.0) -> Iterator[bool]:
     time.sleep(min(1.0, patience))
 
 
+def held(path: str | os.PathLike) -> bool:
+  """Whether some process holds the lock at `path`."""
+  try:
+    with open(path, 'a' if os.path.exists(path) else 'r') as file:
+      return not _lock(pathlib.Path(path), file)
+  except FileNotFoundError:
+    return False
+
+
 def _lock(path, file):
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,6 +129,11 @@ def _lock(path, file):
     return False
   except OSError:
     return True
+
+
+def as_json(obj: Any) -> Any:
+  """An object as it is read again from JSON: numbers and arrays of NumPy and JAX are lists."""
+  return json.loads(json.dumps(obj, default=lambda x: x.tolist()))
 
 
 def write_json(path: str | os.PathLike, obj: Any) -> None:

@@ -5,12 +5,15 @@ import json
 import math
 import os
 import pathlib
+import re
 import time
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from absl import logging
 
+from palm_jax.base.errors import UserError
 from palm_jax.base.files import replacing
 
 
@@ -27,9 +30,9 @@ class MetricWriter:
   def __init__(self, folder: str | os.PathLike, step: int = 0, tensorboard: bool = True):
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / 'metrics.jsonl'
-    _drop_lines_after(path, step)
-    self._lines = path.open('a')
+    self._path = folder / 'metrics.jsonl'
+    self._check = _drop_lines_after(self._path, step)
+    self._lines = self._path.open('a')
     self._events = None
     if tensorboard:
       from tensorboardX import SummaryWriter  # here, because it takes half a second
@@ -46,7 +49,13 @@ class MetricWriter:
     """Writes a line {'step': step, name: float, ...} at once. NaN and infinity become null."""
     scalars = {name: float(value) for name, value in scalars.items()}
     finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-    self._lines.write(json.dumps({'step': int(step), **finite}) + '\n')
+    if not self._path.exists():
+      raise UserError(
+        f'{self._path} was removed while the job ran: it stops here; run it again to resume from '
+        'what was saved'
+      )
+    line, self._check = _sealed(json.dumps({'step': int(step), **finite}), self._check)
+    self._lines.write(line)
     self._lines.flush()
     if self._events:
       for name, value in scalars.items():
@@ -60,24 +69,92 @@ class MetricWriter:
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """The lines of a metrics file. A last line that was cut short by a kill is left out."""
-  lines = pathlib.Path(path).read_text().splitlines()
-  rows = []
-  for i, line in enumerate(lines):
-    try:
-      rows.append(json.loads(line))
-    except ValueError:
-      if i + 1 < len(lines):
-        logging.warning('%s: line %d is damaged and left out', path, i + 1)
+  """The lines of a metrics file; those that are damaged are left out, with a warning.
+
+  A last line that was cut short by a kill is left out without.
+  """
+  rows, damaged = check_jsonl(path)
+  if damaged:
+    logging.warning('%s: %s', path, left_out(damaged))
   return rows
 
 
+def left_out(damaged: list[int]) -> str:
+  """Says which lines are."""
+  return f'line {", ".join(map(str, damaged))} is damaged and left out'
+
+
+def missing(rows: Sequence[Mapping[str, Any]], step: int) -> tuple[int, int] | None:
+  """Two steps between which lines of a metrics file must be missing, or None.
+
+  Args:
+    rows: the lines, in order.
+    step: what the run has reached.
+  """
+  steps = [0, *(row['step'] for row in rows)]
+  usual = max((b - a for a, b in zip(steps, steps[1:], strict=False)), default=step)
+  return (steps[-1], step) if step - steps[-1] > usual else None
+
+
+# Each line has the CRC-32 of itself and all before it: one that was changed or lost is seen.
+SEALED = re.compile(r'(\{.*), "check": "([0-9a-f]{8})"\}')
+
+
+def _sealed(line, check):
+  """A line with its check, and the check; `check` is that of the line before, 0 at first."""
+  check = zlib.crc32(line.encode(), check)
+  return f'{line[:-1]}, "check": "{check:08x}"}}\n', check
+
+
+def check_jsonl(path: str | os.PathLike) -> tuple[list[dict[str, Any]], list[int]]:
+  """The whole lines of a metrics file, and the numbers of those that are not, from 1."""
+  rows = []
+  damaged = []
+  checks = {0}  # of the line before: as computed, and as it says itself
+  sealed_before = False
+  *lines, _ = pathlib.Path(path).read_text(errors='replace').split('\n')
+  for number, line in enumerate(lines, 1):
+    sealed = SEALED.fullmatch(line)
+    content = sealed[1] + '}' if sealed else line
+    computed = {zlib.crc32(content.encode(), check) for check in checks}
+    said = {int(sealed[2], 16)} if sealed else set()
+    whole = bool(computed & said) if sealed else not sealed_before  # older files have no checks
+    sealed_before = sealed_before or bool(sealed)
+    checks = computed & said or computed | said
+    row = _row(content) if whole else None
+    if row is None:
+      damaged.append(number)
+    else:
+      rows.append(row)
+  return rows, damaged
+
+
+def _row(content):
+  try:
+    row = json.loads(content)
+  except (ValueError, RecursionError):
+    return None
+  return row if isinstance(row, dict) and isinstance(row.get('step'), int) else None
+
+
 def _drop_lines_after(path, step):
-  """Rewrites the file without lines beyond `step` or cut short: whole, or nothing is changed."""
+  """Rewrites the file without damaged lines and those beyond `step`: whole, or nothing is changed.
+
+  Returns:
+    The check of its last line.
+  """
+  check = 0
   if not path.exists():
-    return
+    return check
+  rows = [row for row in read_jsonl(path) if row['step'] <= step]
   with replacing(path, 'w') as f:
-    f.writelines(json.dumps(row) + '\n' for row in read_jsonl(path) if row['step'] <= step)
+    for row in rows:
+      line, check = _sealed(json.dumps(row), check)
+      f.write(line)
+  jump = missing(rows, step)
+  if jump:
+    logging.warning('%s: the lines between steps %d and %d are missing', path, *jump)
+  return check
 
 
 class Progress:

@@ -1,5 +1,6 @@
 """The processes of a run: how they find each other, decide together, and end together."""
 
+import functools
 import importlib.util
 import os
 import socket
@@ -30,7 +31,14 @@ def any_process(flag: Any) -> bool:
   """
   if jax.process_count() == 1:
     return bool(flag)
-  return bool(multihost_utils.process_allgather(np.asarray(bool(flag))).any())
+  return bool(largest(bool(flag)))
+
+
+def largest(number: int) -> int:
+  """The largest that any process has; all must ask together."""
+  if jax.process_count() == 1:
+    return int(number)
+  return int(multihost_utils.process_allgather(np.asarray(int(number))).max())
 
 
 def is_first() -> bool:
@@ -88,6 +96,8 @@ def initialize_distributed(
     where = settings['coordinator_address']
     # Else JAX would take what is not given, the share of a machine's GPUs, from a SLURM step.
     settings['cluster_detection_method'] = 'deactivate'
+    settings['coordinator_bind_address'] = where  # JAX's default is every interface
+    _gather_at(where.rpartition(':')[0].strip('[]'))
   elif step and int(tasks or 1) > 1:
     where = f'the first node of {step}'
     settings = dict(cluster_detection_method='slurm')
@@ -155,21 +165,39 @@ def _explicit(coordinator_address, num_processes, process_id):
       'count the processes from 0'
     )
   if named['process_id'] == 0 and named['num_processes'] > 1:
-    _check_free(int(port))
+    _check_free(host.strip('[]'), int(port))
   return named
 
 
-def _check_free(port):
-  """Raises UserError where another program listens: jaxlib ends the process without a word then."""
-  with socket.socket() as probe:
-    # A run that has just ended is no other program.
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-      probe.bind(('', port))
-    except OSError as e:
-      raise UserError(
-        f'port {port} of --coordinator_address cannot be listened on ({e.strerror}): choose another'
-      ) from e
+def _gather_at(host):
+  """Has CPU devices meet at the coordinator's host where that is this machine alone.
+
+  Gloo listens at the address of the machine's name, and JAX has no setting for it.
+  """
+  if host not in ('localhost', '127.0.0.1', '::1'):
+    return
+  try:
+    from jax._src.lib import _jax
+
+    at_host = functools.partial(_jax.make_gloo_tcp_collectives, hostname=host)
+    _jax.make_gloo_tcp_collectives = at_host  # pyright: ignore[reportAttributeAccessIssue]
+  except (ImportError, AttributeError):
+    logging.warning('CPU devices may listen at the address of this machine, not only at %s', host)
+
+
+def _check_free(host, port):
+  """Raises UserError where this machine cannot listen: jaxlib ends the process without a word."""
+  try:
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family) as probe:
+      # A run that has just ended is no other program.
+      probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      probe.bind(address)
+  except OSError as e:
+    raise UserError(
+      f'{host}:{port} of --coordinator_address cannot be listened on ({e.strerror}): name an '
+      'address of the machine of process 0, by which the others reach it, and a free port'
+    ) from e
 
 
 def _connect(where, settings, wait_seconds):

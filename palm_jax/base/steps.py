@@ -17,6 +17,7 @@ from orbax.checkpoint import v1 as ocp
 from palm_jax.base import digests
 from palm_jax.base.errors import UserError
 from palm_jax.base.processes import any_process
+from palm_jax.base.signals import raise_if_interrupted
 
 
 class Restored(NamedTuple):
@@ -115,7 +116,7 @@ def _read_record(path):
     record = custom['record']
     if digests.json_digest(record) != custom['sha256']:
       reason = 'its metadata do not match their digest'
-  except (OSError, ValueError, KeyError, TypeError) as e:
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
     reason = f'its metadata cannot be read: {one_line(e)}'
     passing = _passing(e)
   _refuse_passing(path, passing)
@@ -142,6 +143,7 @@ def _read_items(path, templates):
   except jax.errors.JaxRuntimeError:  # out of memory says nothing about the files
     raise
   except Exception as e:  # orbax raises whatever the damaged bytes lead it into
+    raise_if_interrupted(e)
     cause = _first_cause(e)
     reason = f'orbax cannot read it ({type(cause).__name__}: {one_line(cause)})'
     passing = _passing(cause)

@@ -22,12 +22,12 @@ from typing import Any, NoReturn, Self
 import jax
 from absl import logging
 
+from palm_jax.base import signals
 from palm_jax.base.checkpoints import Checkpoints
+from palm_jax.base.errors import UserError
 from palm_jax.base.metrics import MetricWriter, Progress
-from palm_jax.base.processes import any_process, is_first
+from palm_jax.base.processes import any_process, is_first, largest
 from palm_jax.base.steps import Restored
-
-SIGNALS = signal.SIGTERM, signal.SIGINT
 
 
 class Stopped(Exception):
@@ -35,40 +35,58 @@ class Stopped(Exception):
 
 
 class Preemption:
-  """Within it SIGTERM and Ctrl-C only set a flag, which a loop asks for between its steps.
+  """Within it a signal of base.signals only sets a flag, which a loop asks for between its steps.
 
-  A second Ctrl-C raises KeyboardInterrupt at once.
+  A second Ctrl-C raises Interrupted at once.
+
+  Args:
+    holds: whether there is something to save. Without it, until `hold` is called, signals of a run
+      of one process raise Interrupted; several processes must stop together.
   """
 
+  def __init__(self, holds: bool = True):
+    self._holds = holds
+
   def __enter__(self) -> Self:
-    self._received: int | None = None
+    self._received = 0  # the signal that came here
+    self._agreed = 0  # that of all processes, when they last asked
     self._before = {}
+    self._holds = self._holds or jax.process_count() > 1
     # Python allows handlers in the main thread only; elsewhere signals keep their meaning.
     if threading.current_thread() is threading.main_thread():
-      self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+      self._before = {number: signal.signal(number, self._receive) for number in signals.taken()}
+      signals.holders.append(self._is_held)
     return self
 
   def __exit__(self, *_: object) -> None:
     for number, handler in self._before.items():
       signal.signal(number, handler)
+    if self._is_held in signals.holders:
+      signals.holders.remove(self._is_held)
+
+  def hold(self) -> None:
+    """From now on there is something to save."""
+    self._holds = True
+
+  def _is_held(self):
+    return self._holds
 
   def _receive(self, number, frame):
-    if number == signal.SIGINT == self._received:
-      signal.default_int_handler(number, frame)
-    self._received = number
+    again = number == signal.SIGINT == self._received
+    self._received = number  # first: the exception may be lost in a callback
+    if again or not self._holds:
+      raise signals.Interrupted(number)
 
   @property
   def requested(self) -> bool:
     """Whether any process was told to stop; all must ask together, and get one answer."""
-    return any_process(self._received is not None)
+    self._agreed = largest(self._received)
+    return self._agreed > 0
 
   def stop(self) -> NoReturn:
-    """Ends the work that was told to stop: KeyboardInterrupt after Ctrl-C, else Stopped.
-
-    Of several processes only one may have had the Ctrl-C, and all must end alike: with Stopped.
-    """
-    if self._received == signal.SIGINT and jax.process_count() == 1:
-      raise KeyboardInterrupt
+    """Ends the work that was told to stop: Stopped after SIGTERM, else Interrupted."""
+    if self._agreed in (signal.SIGINT, signal.SIGHUP):
+      raise signals.Interrupted(self._agreed, agreed=True)
     raise Stopped
 
 
@@ -76,7 +94,8 @@ class Training:
   """A training of known length: its checkpoints, metrics, progress lines, and signals.
 
   All processes go through it together. Leaving the block waits for the last save; where a signal
-  came before the end, it raises Stopped (KeyboardInterrupt after Ctrl-C).
+  came, it raises Stopped (Interrupted after Ctrl-C or SIGHUP). Before the first step nothing is to
+  be saved, and a signal ends the work at once.
 
   Args:
     name: of the job, in progress lines.
@@ -87,6 +106,7 @@ class Training:
     metrics_per_step: by how much a step moves the step of the metrics.
     checkpoint_minutes: between two checkpoints.
     keep: newest checkpoints that stay.
+    data_digest: of the data it learns from; a run that began with others is not resumed.
     writes_metrics: whether there are metrics.jsonl and TensorBoard's files.
 
   Attributes:
@@ -106,6 +126,7 @@ class Training:
     metrics_per_step: int = 1,
     checkpoint_minutes: float = 10.0,
     keep: int = 2,
+    data_digest: str | None = None,
     writes_metrics: bool = True,
   ):
     self._name = name
@@ -114,13 +135,14 @@ class Training:
     self._per_step = per_step
     self._metrics_per_step = metrics_per_step
     self._seconds_to_save = 60 * checkpoint_minutes
+    self._data_digest = data_digest
     self._writes_metrics = writes_metrics
     self._progress = Progress(name, total * per_step, unit)
     self._writer: MetricWriter | None = None
     self._stopping = False
     self.step = 0
     self.checkpoints = Checkpoints(folder / 'checkpoints', keep)
-    self.preemption = Preemption()
+    self.preemption = Preemption(holds=False)
     self._began = self._saved_at = time.monotonic()
 
   def __enter__(self) -> Self:
@@ -128,13 +150,15 @@ class Training:
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    stopping = False
     try:
       if self._writer:
         self._writer.close()
       self.checkpoints.close()
+      stopping = kind is None and self.preemption.requested
     finally:
       self.preemption.__exit__()
-    if kind is None and self.step < self._total:
+    if kind is None and (stopping or not self.complete):
       self.preemption.stop()
 
   def resume(self, templates: Mapping[str, Any]) -> Restored | None:
@@ -144,10 +168,11 @@ class Training:
       templates: {name: tree of jax.ShapeDtypeStruct with shardings} of the items wanted.
 
     Raises:
-      UserError: see Checkpoints.restore.
+      UserError: see Checkpoints.restore; or the run began with other data.
     """
     restored = self.checkpoints.restore(templates)
     if restored:
+      self._check_data(restored.metadata.get('data'))
       self.step = restored.step
       self._began -= restored.metadata.get('seconds', 0.0)
       done, total = self.step * self._per_step, self._total * self._per_step
@@ -155,6 +180,18 @@ class Training:
     if self._writes_metrics and is_first():
       self._writer = MetricWriter(self._folder, self.step * self._metrics_per_step)
     return restored
+
+  def _check_data(self, before):
+    if before and self._data_digest and before != self._data_digest:
+      raise UserError(
+        f'{self._folder} began with other data than there are now (digest {before[:12]}, now '
+        f'{self._data_digest[:12]}): give those back, or choose another --workdir'
+      )
+    self._data_digest = self._data_digest or before
+
+  def _about(self):
+    """What stands in each checkpoint."""
+    return {'seconds': self.seconds} | ({'data': self._data_digest} if self._data_digest else {})
 
   @property
   def seconds(self) -> float:
@@ -173,6 +210,7 @@ class Training:
 
   def advance(self, steps: int = 1) -> None:
     """Counts steps that were done."""
+    self.preemption.hold()
     self.step += steps
 
   def write(self, scalars: Mapping[str, float]) -> None:
@@ -195,6 +233,6 @@ class Training:
     return self.complete or self._stopping or any_process(due)
 
   def save(self, items: Mapping[str, Any], **metadata: Any) -> None:
-    """Saves the items, and beside them `seconds` and the metadata. Raises UserError."""
-    self.checkpoints.save(self.step, dict(items), dict(metadata, seconds=self.seconds))
+    """Saves the items, and beside them the metadata, `seconds` and `data`. Raises UserError."""
+    self.checkpoints.save(self.step, dict(items), dict(metadata, **self._about()))
     self._saved_at = time.monotonic()

@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import zipfile
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 import scipy.io
 
 from palm_jax.base.errors import UserError, one_line
+from palm_jax.base.signals import raise_if_interrupted
 from palm_jax.data import published
 
 # What `load` understands, for messages.
@@ -17,6 +19,8 @@ FORMS = (
   'a CIFAR archive or folder as published, or a folder of class folders'
 )
 _MAX_CLASSES = 2**16  # only bounds the names made up for a set without names
+LARGE = 1 << 30  # bytes of an .npz, unpacked
+MAX_EXPANSION = 100  # of a large one
 
 
 class Split(NamedTuple):
@@ -44,7 +48,7 @@ class Found(NamedTuple):
   source: str  # what was read
 
 
-def check(name: str, found: Found) -> Data:
+def check(name: str, found: Found, stacks: bool = False) -> Data:
   """What a reader found, checked, with a test part and names.
 
   Without a test part a stratified fifth of the images is held out. Without names they are numbers.
@@ -52,14 +56,15 @@ def check(name: str, found: Found) -> Data:
   Args:
     name: of the set, for messages.
     found: by a reader.
+    stacks: whether four channels are a stack of grey frames; else they are refused.
 
   Raises:
     UserError: wrong shape, dtype or label; the message says what to do.
   """
-  train = check_split(f'{name} (train)', found.train, found.class_names)
+  train = check_split(f'{name} (train)', found.train, found.class_names, stacks)
   how = ''
   if found.test is not None:
-    test = check_split(f'{name} (test)', found.test, found.class_names)
+    test = check_split(f'{name} (test)', found.test, found.class_names, stacks)
     if test.images.shape[1:] != train.images.shape[1:]:
       raise UserError(
         f'{name}: test images are {test.images.shape[1:]}, train images {train.images.shape[1:]} '
@@ -82,25 +87,28 @@ def check(name: str, found: Found) -> Data:
   return Data(train, test, tuple(str(name) for name in names), source)
 
 
-def check_split(where: str, split: Split, class_names: Sequence[str] | None) -> Split:
+def check_split(
+  where: str, split: Split, class_names: Sequence[str] | None, stacks: bool = False
+) -> Split:
   """The split with contiguous images and int64 labels.
 
   Args:
     where: what it is, for messages.
     split: images and labels as read.
     class_names: None where they are not known.
+    stacks: see `check`.
 
   Raises:
     UserError: wrong shape, dtype or label; the message says what to do.
   """
   images = np.asarray(split.images)
   labels = np.asarray(split.labels)
-  _check_images(where, images)
+  _check_images(where, images, stacks)
   _check_labels(where, labels, len(images), class_names)
   return Split(np.ascontiguousarray(images), labels.astype(np.int64))
 
 
-def _check_images(where, images):
+def _check_images(where, images, stacks):
   if images.dtype != np.uint8:
     hint = 'convert and save again'
     if images.dtype.kind == 'f' and images.size and images.min() >= 0 and images.max() <= 1:
@@ -111,7 +119,12 @@ def _check_images(where, images):
     raise UserError(
       f'{where}: images have shape {images.shape}, expected (N, height, width, channels){hint}'
     )
-  if images.shape[3] not in (1, 3, 4):  # 4: a stack of grey frames
+  if images.shape[3] == 4 and not stacks:
+    raise UserError(
+      f'{where}: images have shape {images.shape}, 4 channels, expected 1 or 3; of RGBA take '
+      "images[..., :3]; stacks of an Atari game's frames are data.name='collect'"
+    )
+  if images.shape[3] not in (1, 3, 4):
     hint = ''
     if images.shape[1] in (1, 3):
       hint = '; it looks like (N, C, H, W): images.transpose(0, 2, 3, 1)'
@@ -134,7 +147,7 @@ def _check_labels(where, labels, num_images, class_names):
   if labels.ndim != 1 or labels.dtype.kind not in 'iu':
     raise UserError(
       f'{where}: labels have shape {labels.shape} and dtype {labels.dtype}, expected (N,) '
-      "integers; one way: labels.reshape(-1).astype('int64')"
+      f'integers; {_label_advice(labels)}'
     )
   if len(labels) != num_images:
     raise UserError(
@@ -151,6 +164,17 @@ def _check_labels(where, labels, num_images, class_names):
       f'{where}: labels hold {labels.max()}, expected 0..{limit - 1}; '
       'number the classes from 0, and name each of them where class_names are given'
     )
+
+
+def _label_advice(labels):
+  """How labels of another form become integers."""
+  if labels.dtype.kind not in 'iufb':
+    return 'number the names: names, labels = np.unique(labels, return_inverse=True)'
+  if labels.dtype.kind == 'f' and not np.isfinite(labels).all():
+    return f'{np.sum(~np.isfinite(labels))} of them are NaN or infinite: drop those images'
+  if labels.ndim == 2 and labels.shape[1] > 1:
+    return 'where each row has one entry for each class: labels.argmax(1)'
+  return "one way: labels.reshape(-1).astype('int64')"
 
 
 def _test_fifth(labels):
@@ -172,6 +196,17 @@ def _test_fifth(labels):
   return chosen
 
 
+def check_expansion(path: pathlib.Path) -> None:
+  """Raises UserError where a small .npz would fill the memory; what zipfile raises on damage."""
+  with zipfile.ZipFile(path) as file:
+    size = sum(member.file_size for member in file.infolist())
+  if size > LARGE and size > MAX_EXPANSION * path.stat().st_size:
+    raise UserError(
+      f'{path} of {path.stat().st_size / 1e6:.1f} MB says that it holds {size / 1e9:.1f} GB: no '
+      'pictures or features are packed so much; make it again'
+    )
+
+
 def read_npz(path: pathlib.Path) -> Found:
   """A .npz: `images` and `labels`, or those of `train_` and `test_`; perhaps `class_names`.
 
@@ -179,9 +214,13 @@ def read_npz(path: pathlib.Path) -> Found:
     UserError: damaged, not of plain arrays, or with other keys.
   """
   try:
+    check_expansion(path)
     with np.load(path, allow_pickle=False) as file:
       arrays = {key: file[key] for key in file.files}
+  except UserError:
+    raise
   except Exception as error:  # A damaged zip or header raises nearly anything.
+    raise_if_interrupted(error)
     raise UserError(
       f'{path}: not a readable .npz of plain arrays ({one_line(error)}); '
       'write it again with numpy.savez_compressed'
@@ -216,6 +255,7 @@ def read_mat(path: pathlib.Path) -> Found:
   try:
     content = scipy.io.loadmat(path, variable_names=('X', 'y'))
   except Exception as error:  # scipy raises whatever the damaged bytes lead to.
+    raise_if_interrupted(error)
     raise UserError(
       f'{path}: not a readable MATLAB 5 file ({one_line(error)}); {form}; fetch it again'
     ) from error

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from palm_jax.base.errors import UserError, one_line
+from palm_jax.base.signals import raise_if_interrupted
 from palm_jax.data import published
 from palm_jax.data.arrays import Found, Split
 
@@ -137,6 +138,7 @@ def _unpack(path):
       while unzipped.read(1 << 20):  # gzip compares its checksum only at the end of the stream.
         pass
   except Exception as error:  # gzip, zlib and tarfile each have their own.
+    raise_if_interrupted(error)
     raise UserError(
       f'{path}: damaged or not a .tar.gz ({one_line(error)}); fetch it again'
     ) from error
@@ -216,6 +218,7 @@ def _unpickle(raw, where):
   try:
     return _Unpickler(io.BytesIO(raw), encoding='bytes').load()
   except Exception as error:  # The pickle module's own documentation: any exception may be raised.
+    raise_if_interrupted(error)
     raise UserError(
       f'{where}: damaged, or not a CIFAR pickle ({one_line(error)}); fetch the archive again'
     ) from error

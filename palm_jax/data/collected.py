@@ -20,7 +20,7 @@ def load_collected(workdir: pathlib.Path, newest: bool = False) -> Data:
   path = workdir / COLLECTED / 'stacks.npz'
   if not path.exists():
     raise UserError(f'{path} is missing: run --job=collect first, or give --config.data.name')
-  stacks = load(path)
+  stacks = load(path, stacks=True)
   if not newest:
     return stacks
   last = lambda split: split._replace(images=np.ascontiguousarray(split.images[..., -1:]))

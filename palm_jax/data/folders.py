@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from palm_jax.base.errors import UserError, one_line
+from palm_jax.base.signals import raise_if_interrupted
 from palm_jax.data import published
 from palm_jax.data.arrays import FORMS, Found, Split
 
@@ -73,6 +74,7 @@ def read_pixels(file: pathlib.Path, mode: str) -> np.ndarray:
         see_through = np.asarray(image.convert('RGBA'))[..., 3].min() < 255
       pixels = np.asarray(image.convert(mode))
   except Exception as error:  # Pillow raises whatever the damaged bytes lead to.
+    raise_if_interrupted(error)
     raise UserError(
       f'{file}: not a readable image ({one_line(error)}); replace or remove it'
     ) from error
@@ -91,7 +93,7 @@ def _read_listed(root):
   try:
     listed = json.loads((root / 'dataset.json').read_text())['labels']
     labels = {name: int(label) for name, label in listed} if listed else {}
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
     raise UserError(
       f'{root / "dataset.json"} cannot be read ({one_line(error)}); expected "labels": [[file, '
       'class], ...] or null; fix it, or remove it if folders are classes'
@@ -172,8 +174,15 @@ def _header(file):
   """(file, (width, height), Pillow's mode)."""
   try:
     with Image.open(file) as image:
-      return file, image.size, image.mode
+      frames, depth = getattr(image, 'n_frames', 1), str([tile[3] for tile in image.tile])
+      size, mode = image.size, image.mode
   except Exception as error:  # Pillow raises whatever the damaged bytes lead to.
+    raise_if_interrupted(error)
     raise UserError(
       f'{file}: not a readable image ({one_line(error)}); replace or remove it'
     ) from error
+  if frames > 1:
+    raise UserError(f'{file} has {frames} frames, expected one; save those wanted one by one')
+  if '16' in depth and not mode.startswith('I'):  # Pillow would cut them
+    raise UserError(f'{file} has 16 bits a channel, expected 8; convert it')
+  return file, size, mode

@@ -21,6 +21,7 @@ def load(
   download: bool = False,
   data_dir: str | os.PathLike | None = None,
   label_set: str = 'fine',
+  stacks: bool = False,
 ) -> Data:
   """Reads a labelled image set.
 
@@ -41,6 +42,7 @@ def load(
     data_dir: where bare names lie (default: $PALM_DATA, else ~/.cache/palm_jax), or
       tensorflow-datasets' own folder.
     label_set: 'fine', or 'coarse' for CIFAR-100's 20 superclasses.
+    stacks: whether four channels are a stack of grey frames.
 
   Returns:
     Data. A source without a test part gives a stratified fifth of its images, the same on every
@@ -59,18 +61,21 @@ def load(
   elif name in published.SETS:
     paths = published.locate(name, data_dir, download)
   else:
-    paths = _find(name)
+    paths = find(name)
+  for path in paths:
+    if not path.is_file() and not path.is_dir():
+      raise UserError(f'{path} is neither a file nor a folder: data may be {arrays.FORMS}')
   if len(paths) == 1 and cifar.matches(paths[0]):
     return arrays.check(name, cifar.read(paths[0], label_set))
   if label_set == 'coarse':
     raise UserError(
       f"label_set 'coarse' with {name}: only CIFAR-100 has coarse labels; leave label_set at 'fine'"
     )
-  return arrays.check(name, _read_paths(paths) if paths else _read_digits())
+  return arrays.check(name, _read_paths(paths) if paths else _read_digits(), stacks)
 
 
-def _find(name):
-  """The one path that the name is, or its two: train and test."""
+def find(name: str) -> tuple[pathlib.Path, ...]:
+  """The one path that the name is, or its two: train and test. Raises UserError."""
   path = pathlib.Path(name).expanduser()
   if name and path.exists():
     return (path,)

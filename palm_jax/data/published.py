@@ -1,6 +1,5 @@
 """Image sets that are known by name: where they are published, their digests, and the download."""
 
-import hashlib
 import http.client
 import logging
 import os
@@ -11,6 +10,7 @@ import tempfile
 import urllib.request
 from typing import NamedTuple
 
+from palm_jax.base.digests import file_digest
 from palm_jax.base.errors import UserError, one_line
 
 _KRIZ = 'https://www.cs.toronto.edu/~kriz/'
@@ -152,7 +152,7 @@ def fetch(url: str, size: int, sha256: str, target: pathlib.Path) -> None:
           f'{url} gave {received} bytes, expected {size}: cut off or not that file; try again, or '
           f'{by_hand}'
         )
-      digest = _sha256(part)
+      digest = file_digest(part)
       if digest != sha256:
         raise UserError(
           f'{url} has sha256 {digest}, expected {sha256}: damaged or changed; {by_hand}'
@@ -169,7 +169,7 @@ def describe(path: pathlib.Path) -> str:
   """
   if path.is_dir():
     return path.resolve().name
-  digest = _sha256(path)
+  digest = file_digest(path)
   note = ''
   if path.name in PUBLISHED:
     _, _, expected = PUBLISHED[path.name]
@@ -181,8 +181,3 @@ def prepare_command(name: str, data_dir: str | os.PathLike | None) -> str:
   """The command by which tensorflow-datasets prepares a set that is read without tensorflow."""
   where = f' --data_dir={shlex.quote(str(data_dir))}' if data_dir else ''
   return f'{PREPARE_NEEDS} && tfds build {name} --file_format=array_record{where}'
-
-
-def _sha256(path):
-  with path.open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()

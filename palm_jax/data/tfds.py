@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from palm_jax.base.errors import UserError, one_line
+from palm_jax.base.signals import raise_if_interrupted
 from palm_jax.data.arrays import Found, Split
 from palm_jax.data.published import PREPARE_NEEDS, prepare_command
 
@@ -63,6 +64,7 @@ def _open(name, data_dir) -> Any:
     ) from error
   # A wrong version, configuration or file format; a builder that imports tensorflow.
   except Exception as error:
+    raise_if_interrupted(error)
     command = prepare_command(name, data_dir)
     if 'File format' in str(error):  # Prepared as tfrecord, which only tensorflow reads.
       folder = tfds.builder(name, data_dir=data_dir).data_dir
@@ -85,6 +87,7 @@ def _read_split(builder, part, key):
     pairs = [(example['image'], example[key]) for example in examples]
   # array_record and the image decoder raise whatever the damaged bytes lead to.
   except Exception as error:
+    raise_if_interrupted(error)
     raise UserError(
       f'{where}: damaged ({one_line(error)}); remove {builder.data_dir} and prepare it again'
     ) from error

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from palm_jax.augment import make_augment
-from palm_jax.base import devices, digests
+from palm_jax.base import checks, devices, digests
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.training import Training
 from palm_jax.data.arrays import Split
@@ -45,6 +45,9 @@ def default_config() -> ConfigDict:
       checkpoint_minutes=5.0,
     )
   )
+
+
+RANGES = dict(sgd.RANGES, warmup=checks.SHARE, checkpoint_minutes=checks.MINUTES)
 
 
 class Classifier(nn.Module):

@@ -63,6 +63,14 @@ def default_config() -> ConfigDict:
   )
 
 
+RANGES = dict(
+  num_images=checks.Range(2, 10**7),
+  draws=checks.Range(2, 1000),
+  neighbours=checks.SIZE,
+  batch_size=checks.Range(1, 10**6),
+)
+
+
 def check(config: ConfigDict, num_devices: int) -> None:
   """Raises UserError on settings of the section `diversity` that the job would refuse."""
   pairs.require_policy(config, 'diversity')
@@ -70,10 +78,8 @@ def check(config: ConfigDict, num_devices: int) -> None:
   c = config.diversity
   checks.choice('diversity.features', c.features, PREFIX)
   checks.choice('diversity.explored', c.explored, EXPLORED)
-  checks.at_least('diversity.neighbours', c.neighbours, 1)
+  checks.ranges('diversity', c, RANGES)
   checks.at_least('diversity.num_images', c.num_images, c.neighbours + 1)
-  checks.at_least('diversity.draws', c.draws, 2)
-  checks.at_least('diversity.batch_size', c.batch_size, 1)
   if c.explored == 'record' and not config.pretrain.record:
     raise UserError(
       "diversity.explored='record' needs the record of the run: pretrain with "
@@ -105,6 +111,7 @@ def run(this: Run) -> dict[str, Any]:
   started, config, data = time.monotonic(), this.config, this.data
   c = config.diversity
   generator = worlds.load_world_generator(config, this.workdir)
+  worlds.check_pictures(config, generator)
   preconditions.check_generator(generator, config.generator.path or this.workdir, data)
   program = pretrain.make_program(config, generator, this.mesh)
   encoder = features.load_encoder(config, this.workdir, data.train.images.shape[1:])
@@ -344,4 +351,4 @@ def _quality_config(config):
   return copied
 
 
-JOB = Job('diversity', run, check, table=table, judges=True)
+JOB = Job('diversity', run, check, table=table, reads=('generator', 'pretrain'), judges=True)

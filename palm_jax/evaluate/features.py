@@ -15,11 +15,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from palm_jax import checkpoint
-from palm_jax.base import devices, digests
-from palm_jax.base.errors import NonFiniteError, UserError
+from palm_jax.base import checks, devices, digests
+from palm_jax.base.errors import NonFiniteError, UserError, one_line
 from palm_jax.base.files import replacing
 from palm_jax.base.metrics import Progress
 from palm_jax.base.processes import any_process, is_first
+from palm_jax.base.signals import raise_if_interrupted
+from palm_jax.data.arrays import check_expansion
 from palm_jax.encoder import make_encoder
 
 
@@ -36,6 +38,9 @@ def default_config() -> ConfigDict:
       folder='',
     )
   )
+
+
+RANGES = dict(batch_size=checks.Range(1, 10**6))
 
 
 class Encoder(NamedTuple):
@@ -208,11 +213,15 @@ def load_foreign(config: ConfigDict, counts: dict[str, int]) -> dict[str, np.nda
   if not path:
     return {}
   try:
+    check_expansion(pathlib.Path(path))
     with np.load(path, allow_pickle=False) as file:
       arrays = dict(file)
-  except (OSError, ValueError, zipfile.BadZipFile) as error:
+  except UserError:
+    raise
+  except Exception as error:  # a damaged zip or header raises nearly anything
+    raise_if_interrupted(error)
     raise UserError(
-      f'features.path={path} cannot be read ({" ".join(str(error).split())}): give an .npz file '
+      f'features.path={path} cannot be read ({one_line(error)}): give an .npz file '
       'with train_features and test_features'
     ) from error
   parts = {}
@@ -221,6 +230,11 @@ def load_foreign(config: ConfigDict, counts: dict[str, int]) -> dict[str, np.nda
     if name not in arrays:
       raise UserError(
         f'features.path={path} holds {", ".join(sorted(arrays))}: expected also {name}'
+      )
+    if arrays[name].dtype.kind not in 'fiu' or not arrays[name].size:
+      raise UserError(
+        f'features.path={path}: {name} is {arrays[name].dtype} of shape {arrays[name].shape}, '
+        f'expected real numbers ({count}, F)'
       )
     parts[part] = arrays[name].astype(np.float32)
     if parts[part].ndim != 2 or parts[part].shape != (count, parts['train'].shape[1]):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from palm_jax.base.errors import UserError, one_line
 from palm_jax.base.metrics import Progress
+from palm_jax.base.signals import raise_if_interrupted
 from palm_jax.data import arrays, folders, published
 from palm_jax.data.arrays import Split
 from palm_jax.data.load import load as load_data
@@ -170,6 +171,7 @@ def _read_npz(path):
       key = next((key for key in ('images', 'test_images') if key in file), None)
       images = file[key] if key else None
   except Exception as error:  # a damaged zip or header raises nearly anything
+    raise_if_interrupted(error)
     raise UserError(
       f'{path}: not a readable .npz of plain arrays ({one_line(error)}); '
       'write it again with numpy.savez_compressed'

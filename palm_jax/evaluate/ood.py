@@ -69,6 +69,15 @@ def default_config() -> ConfigDict:
   )
 
 
+RANGES = dict(
+  seeds=checks.Range(1, 1000),
+  knn_k=checks.Range(1, 10**6),
+  supervised=checks.Range(0, 1000),
+  head=sgd.RANGES,
+  finetune=classifier.RANGES,
+)
+
+
 def check(config: ConfigDict, num_devices: int) -> None:
   """Raises UserError on settings of the section `ood` that the job would refuse."""
   preconditions.check_single_pictures(config, 'ood')
@@ -77,9 +86,7 @@ def check(config: ConfigDict, num_devices: int) -> None:
   checks.choices('ood.scores', c.scores, SCORES)
   if not c.sets:
     raise UserError('ood.sets is empty: name one or more')
-  checks.at_least('ood.seeds', c.seeds, 1)
-  checks.at_least('ood.knn_k', c.knn_k, 1)
-  checks.at_least('ood.supervised', c.supervised, 0)
+  checks.ranges('ood', c, RANGES)
   for source in named_sources(c.sets).values():
     check_source(source)
   if c.protocol == 'frozen':
@@ -345,5 +352,6 @@ JOB = Job(
   check_data=functools.partial(preconditions.check_classes, job='ood'),
   fetch=download,
   table=table_1.table,
+  reads=('pretrain',),
   judges=True,
 )

@@ -16,6 +16,7 @@ from orbax.checkpoint import v1 as ocp
 from palm_jax import environment, experience, pretrain, replay, rollout, sac, worlds
 from palm_jax.base import devices, digests
 from palm_jax.base.errors import UserError
+from palm_jax.base.signals import raise_if_interrupted
 
 # (key, ids (E,) int32 or latents (E, z_dim), labels (E,) int32) -> (E, H, W, C) uint8 on the host
 Arm = Callable[[jax.Array, np.ndarray, np.ndarray], np.ndarray]
@@ -61,6 +62,7 @@ def load_actor(folder: pathlib.Path, step: int, template: Any) -> Any:
   except jax.errors.JaxRuntimeError:  # out of memory says nothing about the files
     raise
   except Exception as e:  # orbax raises whatever the damaged bytes lead it into
+    raise_if_interrupted(e)
     raise UserError(
       f'the policy in {path} is damaged ({type(e).__name__}): restore a copy, or remove that step'
     ) from e

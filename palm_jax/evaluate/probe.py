@@ -67,6 +67,15 @@ def default_config() -> ConfigDict:
   )
 
 
+RANGES = dict(
+  label_fractions=checks.SHARE._replace(many=True),
+  label_draws=checks.Range(1, 1000),
+  sgd=sgd.RANGES,
+  finetune=classifier.RANGES,
+  supervised=classifier.RANGES,
+)
+
+
 def check(config: ConfigDict, num_devices: int) -> None:
   """Raises UserError on settings of the section `probe` that the job would refuse."""
   preconditions.check_single_pictures(config, 'probe')
@@ -77,7 +86,7 @@ def check(config: ConfigDict, num_devices: int) -> None:
     raise UserError(
       f'probe.label_fractions={tuple(c.label_fractions)}: expected one or more shares in (0, 1]'
     )
-  checks.at_least('probe.label_draws', c.label_draws, 1)
+  checks.ranges('probe', c, RANGES)
   for name in c.corruptions:
     corruptions.check(name)
   for method in BY_SGD:
@@ -295,5 +304,6 @@ JOB = Job(
   check,
   check_data=functools.partial(preconditions.check_classes, job='probe'),
   table=table,
+  reads=('pretrain',),
   judges=True,
 )

@@ -65,6 +65,22 @@ def default_config() -> ConfigDict:
   )
 
 
+RANGES = dict(
+  num_images=checks.Range(2, 10**7),
+  num_real=checks.Range(0, 10**7),
+  truncation_psi=checks.Range(0, 2),
+  batch_size=checks.Range(1, 10**6),
+  kid_subsets=checks.Range(1, 10**6),
+  kid_subset_size=checks.Range(2, 10**6),
+  neighbours=checks.SIZE,
+  proxy_width=checks.Range(1, 8192),
+  proxy_epochs=checks.Range(1, 10**6),
+  proxy_batch_size=checks.Range(1, 10**6),
+  proxy_lr=checks.RATE,
+  proxy_weight_decay=checks.SHARE,
+)
+
+
 def check(config: ConfigDict, num_devices: int) -> None:
   """Raises UserError on settings of the section `quality` that the job would refuse."""
   c = config.quality
@@ -77,14 +93,7 @@ def check(config: ConfigDict, num_devices: int) -> None:
       "to 'inception', or leave the path empty"
     )
   checks.choice('quality.noise', c.noise, ('random', 'const', 'none'))
-  checks.at_least('quality.num_images', c.num_images, 2)
-  checks.at_least('quality.kid_subset_size', c.kid_subset_size, 2)
-  checks.ranges(
-    'quality',
-    c,
-    above_0=('batch_size', 'kid_subsets', 'neighbours', 'proxy_width', 'proxy_epochs'),
-    from_0=('num_real', 'proxy_lr', 'proxy_weight_decay'),
-  )
+  checks.ranges('quality', c, RANGES)
   checks.divisible('quality.proxy_batch_size', c.proxy_batch_size, num_devices, 'devices')
 
 
@@ -319,4 +328,4 @@ def _cell(value):
   return f'{value:,}' if isinstance(value, int) else f'{value:.4g}'
 
 
-JOB = Job('quality', run, check, table=table, judges=True)
+JOB = Job('quality', run, check, table=table, reads=('generator',), judges=True)

@@ -24,6 +24,14 @@ from palm_jax.evaluate.linear import LinearModel, plain_model
 
 SCHEDULES = ('cosine', 'step')
 
+RANGES = dict(
+  lr=checks.RATE,
+  momentum=checks.SHARE,
+  weight_decay=checks.SHARE,
+  batch_size=checks.Range(1, 10**6),
+  epochs=checks.Range(1, 10**6),
+)
+
 
 def check(c: ConfigDict, name: str, num_devices: int = 1) -> None:
   """Raises UserError on settings that `fit_heads` or `classifier.fit` would refuse.
@@ -35,7 +43,7 @@ def check(c: ConfigDict, name: str, num_devices: int = 1) -> None:
   """
   make_augment(c.augment)
   checks.choice(f'{name}.schedule', c.schedule, SCHEDULES)
-  checks.ranges(name, c, above_0=('epochs',), from_0=('lr', 'momentum', 'weight_decay'))
+  checks.ranges(name, c, RANGES)
   checks.divisible(f'{name}.batch_size', c.batch_size, num_devices, 'devices')
   if not 0 <= c.get('warmup', 0.0) < 1:
     raise UserError(

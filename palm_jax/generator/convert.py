@@ -41,7 +41,7 @@ def convert(
   target = pathlib.Path(target)
   in_file = target.suffix == '.safetensors'
   used_folder = target.is_dir() and (in_file or any(target.iterdir()))
-  if used_folder or (target.is_file() and not in_file):
+  if used_folder or (target.exists() and not target.is_dir() and not in_file):
     raise UserError(
       f'{target} holds something already: name an empty or new folder, or a new .safetensors file'
     )
@@ -52,9 +52,10 @@ def convert(
     return
   part = target.with_name(f'.{target.name}.{os.getpid()}.part')
   try:
-    write_json(part / 'network.json', network_fields(generator.network))
+    fields = network_fields(generator.network)
+    write_json(part / 'network.json', fields)
     with Checkpoints(part / 'checkpoints') as checkpoints:
-      origin = dict(source=source.name, network=network)
+      origin = dict(source=source.name, network=network, fields=fields)
       checkpoints.save(0, {'generator': generator.variables}, origin)
     os.rename(part, target)
   finally:

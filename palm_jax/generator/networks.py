@@ -15,35 +15,37 @@ from palm_jax.generator.stylegan2 import Generator, channels_for
 
 ARCHITECTURES = 'orig', 'resnet'
 DTYPES = dict(float32=None, bfloat16=jnp.bfloat16)  # None: that of the parameters
-ABOVE_0 = (
-  'z_dim',
-  'w_dim',
-  'mapping_layers',
-  'base_size',
-  'channel_base',
-  'channel_max',
-  'mbstd_group',
-  'accumulate',
-  'r1_interval',
-  'pl_interval',
-  'ada_interval',
-  'ada_kimg',
-  'kimg',
-  'lr',
-  'ema_kimg',
-  'iterations_per_call',
-  'snapshot_kimg',
-  'checkpoint_minutes',
-)
-FROM_0 = (
-  'conv_clamp',
-  'd_mapping_layers',
-  'd_channel_base',
-  'd_channel_max',
-  'r1_gamma',
-  'pl_weight',
-  'ema_rampup',
-  'pad',
+RANGES = dict(
+  z_dim=checks.SIZE,
+  w_dim=checks.SIZE,
+  mapping_layers=checks.Range(1, 64),
+  base_size=checks.Range(1, 1024),
+  channel_base=checks.Range(1, 2**26),
+  channel_max=checks.SIZE,
+  conv_clamp=checks.AMOUNT,
+  d_mapping_layers=checks.Range(0, 64),
+  d_channel_base=checks.Range(0, 2**26),
+  d_channel_max=checks.SIZE_OR_0,
+  mbstd_group=checks.SIZE,
+  batch_size=checks.Range(1, 10**6),
+  accumulate=checks.Range(1, 10**6),
+  kimg=checks.Range(0, 10**7, above=True),
+  lr=checks.Range(0, 1000, above=True),
+  r1_gamma=checks.AMOUNT,
+  r1_interval=checks.Range(1, 10**6),
+  pl_weight=checks.AMOUNT,
+  pl_interval=checks.Range(1, 10**6),
+  style_mixing=checks.SHARE,
+  pad=checks.Range(0, 1024),
+  ada_target=checks.SHARE,
+  ada_kimg=checks.Range(0, 10**7, above=True),
+  ada_interval=checks.Range(1, 10**6),
+  ema_kimg=checks.Range(0, 10**7, above=True),
+  ema_rampup=checks.AMOUNT,
+  truncation_psi=checks.SHARE,
+  iterations_per_call=checks.Range(1, 10**6),
+  snapshot_kimg=checks.Range(0, 10**7, above=True),
+  checkpoint_minutes=checks.Range(0, 10**6, above=True),
 )
 
 
@@ -111,10 +113,12 @@ def check_choices(config: ConfigDict) -> None:
 def check_config(config: ConfigDict, num_devices: int) -> None:
   """Raises UserError on settings of the config's section `generator` that cannot work."""
   check_choices(config)
-  checks.ranges('generator', config, above_0=ABOVE_0, from_0=FROM_0)
-  checks.share('generator.style_mixing', config.style_mixing, 'a probability')
-  checks.share('generator.truncation_psi', config.truncation_psi, 'a share of the way from w_avg')
-  checks.share('generator.ada_target', config.ada_target, 'a mean of signs')
+  checks.ranges('generator', config, RANGES)
+  if config.mbstd_group > config.batch_size:
+    raise UserError(
+      f'generator.mbstd_group={config.mbstd_group} is more than generator.batch_size='
+      f'{config.batch_size}: set it to that or less'
+    )
   checks.divisible('generator.batch_size', config.batch_size, num_devices, 'devices')
   local = config.batch_size // num_devices
   if local % config.accumulate:

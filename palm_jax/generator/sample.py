@@ -16,7 +16,7 @@ from absl import flags
 
 from palm_jax import environment
 from palm_jax.base import command, pictures
-from palm_jax.base.errors import UserError
+from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.generator import load_generator
 from palm_jax.layers.pixels import to_uint8
 
@@ -46,6 +46,7 @@ def sample(
 
   Raises:
     UserError: invalid values, before anything is compiled; or what `load_generator` refuses.
+    NonFiniteError: pictures of NaN or infinity.
   """
   out = pathlib.Path(out)
   if out.suffix not in ('.png', '.webp'):
@@ -65,8 +66,18 @@ def sample(
   _check_classes(classes, generator.num_classes)
 
   @jax.jit
+  def draw_checked(variables, z, labels):
+    images = generator.apply(variables, z, labels, truncation)
+    return to_uint8(images), jnp.isfinite(images).all()
+
   def draw(variables, z, labels):
-    return to_uint8(generator.apply(variables, z, labels, truncation))
+    images, finite = draw_checked(variables, z, labels)
+    if not finite:
+      raise NonFiniteError(
+        f'{network} draws NaN or infinity at truncation={truncation}: give another network, or a '
+        'truncation nearer to 1'
+      )
+    return images
 
   variables = jax.device_put(generator.variables)
   rows = np.asarray(classes or [0], np.int32)  # unconditional: one row, whose label is not read

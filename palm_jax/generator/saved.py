@@ -11,9 +11,9 @@ import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
-from palm_jax.base.checkpoints import load_item
+from palm_jax.base.checkpoints import load
 from palm_jax.base.errors import UserError
-from palm_jax.base.files import replacing
+from palm_jax.base.files import as_json, replacing
 from palm_jax.formats.arrays import check_numbers
 from palm_jax.formats.torch_files import SnapshotError
 from palm_jax.generator.loaded import LoadedGenerator
@@ -83,28 +83,20 @@ def from_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray], fields: str) 
   """
   try:
     network = _network(json.loads(fields))
-    z = jax.ShapeDtypeStruct((1, network.z_dim), np.float32)
-    label = jax.ShapeDtypeStruct((1,), np.int32)
-    template = jax.eval_shape(network.init, jax.random.key(0), z, label)
+    expected = _shapes(network)
   except (KeyError, TypeError, ValueError, RecursionError, UserError) as e:
     raise SnapshotError(
       f'{path}: its description of the network is damaged ({type(e).__name__}); fetch it again'
     ) from e
-  flat: dict[str, Any] = traverse_util.flatten_dict(template, sep='/')
-  expected = {name: x.shape for name, x in flat.items()}
-  shapes = {name: x.shape for name, x in arrays.items()}
-  for name in sorted(expected.keys() | shapes.keys()):
-    if shapes.get(name) != expected.get(name):
-      raise SnapshotError(
-        f'{path}: {name} is {shapes.get(name, "absent")}, expected {expected.get(name, "absent")}; '
-        'fetch it again'
-      )
+  misfit = _first_misfit({name: x.shape for name, x in arrays.items()}, expected)
+  if misfit:
+    raise SnapshotError(f'{path}: {misfit}; fetch it again')
   try:
     check_numbers(arrays)
   except SnapshotError as e:
     raise SnapshotError(f'{path}: {e}') from e
   # One at a time, so that no more than one array is in memory in both types.
-  variables = {name: np.asarray(arrays.pop(name), np.float32) for name in shapes}
+  variables = {name: np.asarray(arrays.pop(name), np.float32) for name in expected}
   return LoadedGenerator(network, traverse_util.unflatten_dict(variables, sep='/'))
 
 
@@ -117,12 +109,43 @@ def from_folder(path: pathlib.Path) -> LoadedGenerator:
   folder = path if (path / 'network.json').is_file() else path / 'generator'
   try:
     network = _network(json.loads((folder / 'network.json').read_text()))
-  except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
+    expected = _shapes(network)
+  except (OSError, ValueError, TypeError, KeyError, RecursionError, AttributeError) as e:
     raise UserError(
       f'{path} holds no generator ({type(e).__name__} on generator/network.json): give the '
       'workdir of a palm_jax run whose generator job has started'
     ) from e
-  return LoadedGenerator(network, load_item(folder / 'checkpoints', 'generator')[1])
+  loaded = load(folder / 'checkpoints', 'generator')
+  variables = loaded.items['generator']
+  flat: dict[str, Any] = traverse_util.flatten_dict(variables, sep='/')
+  trained = loaded.metadata.get('fields', as_json(network_fields(network)))
+  misfit = _first_misfit({name: x.shape for name, x in flat.items()}, expected)
+  if misfit or trained != as_json(network_fields(network)):
+    raise UserError(
+      f'{folder / "network.json"} is not of the network in checkpoint {loaded.step} beside it '
+      f'({misfit or f"which was trained as {json.dumps(trained)}"}): restore that file'
+    )
+  try:
+    check_numbers(flat)
+  except SnapshotError as e:
+    raise UserError(f'{folder / "checkpoints"}, step {loaded.step}: {e}') from e
+  return LoadedGenerator(network, variables)
+
+
+def _shapes(network):
+  """{name: shape} of a Generator's variables."""
+  z = jax.ShapeDtypeStruct((1, network.z_dim), np.float32)
+  label = jax.ShapeDtypeStruct((1,), np.int32)
+  template: Any = jax.eval_shape(network.init, jax.random.key(0), z, label)
+  flat: dict[str, Any] = traverse_util.flatten_dict(template, sep='/')
+  return {name: x.shape for name, x in flat.items()}
+
+
+def _first_misfit(there, expected):
+  for name in sorted(expected.keys() | there.keys()):
+    if there.get(name) != expected.get(name):
+      return f'{name} is {there.get(name, "absent")}, expected {expected.get(name, "absent")}'
+  return ''
 
 
 def _network(fields: dict[str, Any]) -> Generator:

@@ -117,6 +117,7 @@ def run(this: Run) -> dict:
     unit='images',
     per_step=batch,
     checkpoint_minutes=c.checkpoint_minutes,
+    data_digest=this.data_digest,
   ) as training:
     restored = training.resume({'state': template})
     if restored:
@@ -147,7 +148,8 @@ def run(this: Run) -> dict:
         write_grid(folder / 'samples' / f'{seen // 1000:06d}.png', samples, class_names)
       if training.should_save:
         items = {'state': state, 'generator': state.G_ema}
-        training.save(items, images=seen, metrics=metrics, compared=compared)
+        about = dict(images=seen, metrics=metrics, compared=compared, fields=network_fields(G))
+        training.save(items, **about)
   return dict(
     job='generator',
     images=training.step * batch,

@@ -9,6 +9,7 @@ import pathlib
 from absl import logging
 from ml_collections import ConfigDict
 
+from palm_jax.base import checks
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import replacing
 from palm_jax.base.processes import is_first
@@ -35,6 +36,9 @@ def default_config() -> ConfigDict:
   )
 
 
+RANGES = dict(num_points=checks.Range(3, 10**7))
+
+
 def check(config: ConfigDict, num_devices: int) -> None:
   """Raises UserError on invalid settings of the whole config's section `report`."""
   del num_devices
@@ -45,8 +49,7 @@ def check(config: ConfigDict, num_devices: int) -> None:
     raise UserError(
       "report.umap='always', but umap is not installed: pip install umap-learn, or set it to 'auto'"
     )
-  if c.num_points < 3:
-    raise UserError(f'report.num_points={c.num_points} is too small: set it to 3 or more')
+  checks.ranges('report', c, RANGES)
   for folder in c.compare:
     if not (pathlib.Path(folder) / 'config.json').is_file():
       raise UserError(

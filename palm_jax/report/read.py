@@ -11,10 +11,15 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from palm_jax.base import metrics
+from palm_jax.base import checks, metrics
 from palm_jax.base.errors import UserError
+from palm_jax.base.results import CONFIG, MADE_FROM, read_result
+from palm_jax.base.steps import list_steps
 from palm_jax.data.arrays import Data
+from palm_jax.workdir import FREE
 
+JUDGES = 'probe', 'ood', 'diversity', 'quality', 'scores'  # sections of jobs that judge
+ORIGIN = MADE_FROM, CONFIG  # in results, for programs
 STEPS = {'pretrain': 'env_steps', 'generator': 'images'}  # jobs with metrics, and their x
 
 
@@ -73,23 +78,64 @@ def read_run(name: str, folder: pathlib.Path) -> RunFiles:
   """
   try:
     config = _parse_json(folder / 'config.json')
-  except (OSError, ValueError) as e:
+  except (OSError, ValueError, RecursionError) as e:
     raise UserError(
       f'{folder / "config.json"} cannot be read ({e}): name the workdir of a run'
     ) from e
   run = RunFiles(name, folder, config, {}, {}, [])
   for path in sorted((folder / 'results').glob('*.json')):
-    content = _read(run, path, _parse_json)
+    content = _read(run, path, read_result)
     if content is not None:
-      run.results[path.stem] = content
+      run.results[path.stem] = {key: value for key, value in content.items() if key not in ORIGIN}
+      _note_origin(run, path.stem, content.get(MADE_FROM, {}))
+      _note_config(run, path.stem, content.get(CONFIG))
   for job, x in STEPS.items():
     path = folder / job / 'metrics.jsonl'
     if path.exists():
-      lines = _read(run, path, metrics.read_jsonl) or []
-      run.metrics[job] = [
-        line for line in lines if isinstance(line, dict) and is_finite(line.get(x))
-      ]
+      lines, damaged = _read(run, path, metrics.check_jsonl) or ([], [])
+      _note_metrics(run, job, lines, damaged)
+      run.metrics[job] = [line for line in lines if is_finite(line.get(x))]
   return run
+
+
+def _note_origin(run, job, made_from):
+  """Where a result is not of what is there now, or of a pretraining that is not complete."""
+  for name in ('generator', 'pretrain'):
+    of = made_from.get(name, {}).get('step')
+    there = list_steps(run.folder / name / 'checkpoints')
+    if of is None or not there:
+      continue
+    if of != there[-1] and not (name == 'generator' and run.config['generator'].get('path')):
+      _note(run, f'{job} is of step {of} of {name}, whose newest is {there[-1]}: run it again')
+    elif name == 'pretrain' and not (run.folder / 'results' / 'pretrain.json').exists():
+      _note(run, f'{job} is of step {of} of a pretraining that is not complete')
+
+
+def _note_config(run, job, then):
+  """Where config.json is not what the job had, in sections that must not change."""
+  if then is None:
+    return
+  before, now = checks.flatten(then), checks.flatten(run.config)
+  fixed = lambda key: key.partition('.')[0] not in (*FREE, *JUDGES) or key.startswith(f'{job}.')
+  differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+  differ = [key for key in differ if fixed(key)]
+  if differ:
+    _note(run, f'config.json is not what {job} had: {", ".join(differ)}; one of them was changed')
+
+
+def _note_metrics(run, job, lines, damaged):
+  """What metrics lack."""
+  if damaged:
+    _note(run, f'{job}/metrics.jsonl: {metrics.left_out(damaged)}')
+  reached = max(list_steps(run.folder / job / 'checkpoints'), default=0)
+  jump = metrics.missing(lines, reached)
+  if jump:
+    _note(run, f'{job}/metrics.jsonl ends at step {jump[0]}, the run at step {jump[1]}')
+
+
+def _note(run, text):
+  run.notes.append(f'{run.name}: {text}')
+  logging.warning('report: %s', run.notes[-1])
 
 
 def _parse_json(path):
@@ -104,11 +150,8 @@ def _read(run, path, parse):
   try:
     return parse(path)
   except (OSError, ValueError) as e:
-    run.notes.append(
-      f'{run.name}: {path.relative_to(run.folder)} cannot be read and is left out '
-      f'({" ".join(str(e).split())})'
-    )
-    logging.warning('report: %s', run.notes[-1])
+    reason = ' '.join(str(e).split())
+    _note(run, f'{path.relative_to(run.folder)} cannot be read and is left out ({reason})')
     return None
 
 

@@ -3,7 +3,6 @@
 Nothing of the pretraining is compiled for it.
 """
 
-import json
 import math
 import pathlib
 from typing import Any
@@ -11,13 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from palm_jax import pairs, pretrain, rollout, simsiam, worlds
-from palm_jax.base import devices
-from palm_jax.base.errors import UserError
+from palm_jax.base import checks, devices
+from palm_jax.base.errors import UserError, one_line
 from palm_jax.base.processes import is_first
+from palm_jax.base.results import read_result
 from palm_jax.encoder import make_encoder
 from palm_jax.generator import LoadedGenerator, PictureGenerator, load_generator
 from palm_jax.generator.networks import make_networks
@@ -43,6 +44,16 @@ def default_config() -> ConfigDict:
   )
 
 
+RANGES = dict(
+  devices=checks.Range(0, 10**6),
+  memory_gb=checks.Range(0, 10**6),
+  tflops=checks.Range(0, 10**9),
+  image_size=checks.SIZE,
+  image_channels=checks.Range(1, 1024),
+  num_classes=checks.SIZE_OR_0,
+)
+
+
 def run(this: Run) -> dict:
   """The job: prints the plan and returns it; nothing is written.
 
@@ -54,9 +65,7 @@ def run(this: Run) -> dict:
   """
   config, workdir, mesh = this.config, this.workdir, this.mesh
   c = config.plan
-  for name, value in c.items():
-    if value < 0:
-      raise UserError(f'plan.{name}={value} is negative: set it to 0 or more')
+  checks.ranges('plan', c, RANGES)
   num_devices = c.devices or mesh.size
   memory = c.memory_gb * 1e9 or devices.memory_bytes(mesh)
   generator = worlds.as_world(config, make_generator(config, workdir))
@@ -183,10 +192,13 @@ def sustained_rate(config: ConfigDict, workdir: pathlib.Path) -> tuple[float, st
   if config.plan.tflops:
     return config.plan.tflops * 1e12, 'plan.tflops'
   path = workdir / 'results' / 'benchmark.json'
-  measured = json.loads(path.read_text()) if path.exists() else {}
-  if 'pretrain' in measured:
-    found = measured['pretrain']
+  try:
+    found = read_result(path)['pretrain']
     return found['flops']['whole'] / found['seconds_per_iteration'], str(path)
+  except FileNotFoundError:
+    pass
+  except (OSError, ValueError, KeyError) as e:
+    logging.warning('%s cannot be read (%s)', path, one_line(e))
   rate = timing.matmul_flops(rollout.DTYPES[config.pretrain.dtype])
   source = f'{USUAL_SHARE:.0%} of {rate / 1e12:.3g} TFLOP/s, measured in a product here: a guess'
   return USUAL_SHARE * rate, source

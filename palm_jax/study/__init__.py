@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 from palm_jax import workdir as workdirs
 from palm_jax.base import checks, devices
 from palm_jax.base.errors import UserError
-from palm_jax.base.files import write_json
 from palm_jax.base.metrics import Progress
 from palm_jax.base.processes import is_first
+from palm_jax.base.results import write_result
 from palm_jax.job import Job, Run, Runner, never
 from palm_jax.study import figure, numbers
 from palm_jax.study.arms import GENERATOR, ArmRun, base_config, make_arms, make_runs, named_arm
@@ -52,6 +52,9 @@ def default_config() -> ConfigDict:
       grid=False,  # the figure is a map, arms down and x across
     )
   )
+
+
+RANGES = dict(seeds=checks.Range(0, 2**32 - 1, many=True))
 
 
 def check(config: ConfigDict, num_devices: int) -> None:
@@ -178,7 +181,7 @@ def run(this: Run) -> dict | None:
     return {}
   results = _results(config, runs, lines) | devices.describe(this.mesh)
   print(numbers.table(results), flush=True)
-  write_json(workdir / 'results' / 'study.json', results)
+  write_result(workdir / 'results' / 'study.json', results, {}, config.to_dict())
   figure.draw(results, workdir / 'figure.png')
   return results
 

@@ -1,7 +1,6 @@
 """What a study reads of its runs: one number of each, at a path of a results file."""
 
 import collections
-import json
 import pathlib
 import re
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from palm_jax.base.errors import UserError
+from palm_jax.base.results import read_result
 from palm_jax.study.arms import Arm, entry_of
 from palm_jax.study.numbers import at, same
 
@@ -125,7 +125,7 @@ def look_up(folder: pathlib.Path, path: str) -> float:
   (job, _), *steps = steps_of(path)
   file = folder / 'results' / f'{job}.json'
   try:
-    values: list[Any] = [json.loads(file.read_text())]
+    values: list[Any] = [read_result(file)]
   except (OSError, ValueError) as e:
     raise UserError(f'{file} cannot be read ({e}): remove it to make it again') from e
   for key, where in steps:

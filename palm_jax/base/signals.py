@@ -1,0 +1,132 @@
+"""Signals that end a command: Ctrl-C (SIGINT), SIGTERM, and SIGHUP of a closed terminal.
+
+From `watch` on they raise Interrupted, so that nothing half-written stays. Where Python does not
+run for long (a compilation), or the exception is lost in a callback, a thread ends the process. A
+training that has something to save takes them itself: see base.training.Preemption.
+"""
+
+import os
+import pathlib
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+GRACE = 5.0  # seconds for the way out by an exception
+MESSAGE = 'interrupted: the same command resumes what was saved'
+
+# Files that are being written, to be removed where the process ends at once.
+unfinished: set[pathlib.Path] = set()
+# Whether someone saves and stops on a signal: the newest of those that asked.
+holders: list[Callable[[], bool]] = []
+_watching = False
+_said = False
+
+
+class Interrupted(KeyboardInterrupt):
+  """A signal ends the work.
+
+  Attributes:
+    number: of the signal.
+    agreed: whether all processes of the run end by it together.
+  """
+
+  def __init__(self, number: int = signal.SIGINT, agreed: bool = False):
+    super().__init__()
+    self.number = number
+    self.agreed = agreed
+
+
+def exit_code(number: int) -> int:
+  """As a shell has it: 130 after Ctrl-C."""
+  return 128 + number
+
+
+def taken() -> list[int]:
+  """The signals that mean something here: nohup has SIGHUP ignored, and a shell's & Ctrl-C."""
+  return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def watch() -> None:
+  """Makes the process end as said above, in one line, with exit_code. Once, in the main thread."""
+  global _watching
+  if _watching:
+    return
+  _watching = True
+  numbers = taken()
+  for number in numbers:
+    signal.signal(number, _interrupt)
+  reader, writer = os.pipe()
+  os.set_blocking(writer, False)
+  signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+  threading.Thread(target=_end_when_late, args=(reader, numbers), daemon=True).start()
+  before, unraisable = sys.excepthook, sys.unraisablehook
+
+  def end(kind, error, trace):
+    if issubclass(kind, KeyboardInterrupt):  # while modules are imported, or at the very end
+      end_at_once(getattr(error, 'number', signal.SIGINT))
+    before(kind, error, trace)
+
+  def ignore(lost):
+    # In a callback of the garbage collector, for example: the thread ends what goes on.
+    if not issubclass(lost.exc_type, KeyboardInterrupt):
+      unraisable(lost)
+
+  sys.excepthook, sys.unraisablehook = end, ignore
+
+
+def _interrupt(number, frame):
+  raise Interrupted(number)
+
+
+def _end_when_late(reader, numbers):
+  """A thread that ends the process at a second Ctrl-C, or GRACE after a signal that none holds."""
+  received = []
+  deadline = None
+  while True:
+    left = None if deadline is None else max(0.0, deadline - time.monotonic())
+    if select.select([reader], [], [], left)[0]:
+      for number in os.read(reader, 64):
+        if number in numbers:
+          if number == signal.SIGINT and number in received:
+            end_at_once(number)
+          received.append(number)
+          deadline = time.monotonic() + GRACE
+    elif not any(holds() for holds in holders):
+      end_at_once(received[-1])
+    else:
+      deadline = None
+
+
+def say() -> None:
+  """Prints how to resume, once."""
+  global _said
+  if not _said:
+    _said = True
+    os.write(2, f'palm_jax: {MESSAGE}\n'.encode())
+
+
+def end_at_once(number: int) -> NoReturn:
+  """Ends the process from any thread, as a kill would, but for the line and half-written files."""
+  say()
+  for path in list(unfinished):
+    path.unlink(missing_ok=True)
+  os._exit(exit_code(number))
+
+
+def raise_if_interrupted(error: BaseException) -> None:
+  """Raises the interruption that led to an error through others.
+
+  For whoever takes any error of a library for a damaged file.
+  """
+  seen = set()
+  cause: BaseException | None = error
+  while cause is not None and id(cause) not in seen:
+    seen.add(id(cause))
+    if isinstance(cause, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+      raise cause
+    cause = cause.__cause__ or cause.__context__

@@ -1,0 +1,28 @@
+"""What tests/chaos.py tries, in a minute; and the whole of it, slow."""
+
+import random
+
+import pytest
+
+from tests import chaos
+
+
+@pytest.fixture(scope='module')
+def chain(tmp_path_factory):
+  return chaos.Chain(tmp_path_factory.mktemp('chain'), ('generator',))
+
+
+@pytest.mark.parametrize('kind', ['KILL', 'INT', 'HUP'])
+def test_a_signal_in_a_training_loses_nothing(chain, kind):
+  workdir = chain.base / f'trial_{kind}'
+  after = random.Random(kind).uniform(0.4, 0.9) * chain.seconds['generator']
+  chain.interrupt('generator', workdir, kind, after)
+  chain.finish('generator', workdir)
+  chaos.compare(workdir, chain.base / 'after_generator')
+
+
+@pytest.mark.slow  # an hour or two
+def test_two_hundred_trials(tmp_path):
+  chain = chaos.Chain(tmp_path)
+  for number in range(200):
+    chain.trial(number, seed=1)

@@ -1,0 +1,127 @@
+"""A signal ends a command in one line, whatever the main thread is doing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from palm_jax.base import signals
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+  """As in a terminal: whoever starts the tests in the background has Ctrl-C ignored."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+# What the main thread does when the signal comes.
+SLEEPING = 'time.sleep(60)'
+# One call that Python cannot interrupt, as a compilation is.
+COMPILING = "hashlib.pbkdf2_hmac('sha256', b'x' * 1000, b'y', 10**9)"
+# Most signals come while a callback runs, where exceptions are lost.
+LOST = """
+class Lost:
+  def __del__(self):
+    time.sleep(0.2)
+while True:
+  Lost()
+"""
+SAVING = """
+from palm_jax.base.training import Preemption
+with Preemption() as preemption:
+  print('held', flush=True)
+  while not preemption.requested:
+    time.sleep(0.1)
+  time.sleep(1)
+  print('saved', flush=True)
+  {more}
+  preemption.stop()
+"""
+
+
+def start(body, tmp_path):
+  script = tmp_path / 'script.py'
+  script.write_text(f"""
+import hashlib, pathlib, sys, time
+from palm_jax.base import command, files, signals
+def main(argv):
+  signals.unfinished.add(pathlib.Path(sys.argv[1]))
+  open(sys.argv[1], 'w').close()
+  print('ready', flush=True)
+{chr(10).join('  ' + line for line in body.splitlines())}
+command.run(main, command.parse_flags)
+""")
+  process = subprocess.Popen(
+    [sys.executable, str(script), str(tmp_path / 'half.part')],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env=dict(os.environ, PYTHONPATH=os.getcwd(), PYTHONUNBUFFERED='1'),
+  )
+  assert process.stdout.readline() == 'ready\n', process.stderr.read()
+  return process
+
+
+@pytest.mark.parametrize('number', signals.SIGNALS)
+@pytest.mark.parametrize('body', [SLEEPING, COMPILING, LOST])
+def test_it_ends_in_one_line(body, number, tmp_path):
+  if number != signal.SIGINT and body != SLEEPING:
+    pytest.skip('one signal is enough')
+  process = start(body, tmp_path)
+  time.sleep(0.5)
+  began = time.monotonic()
+  process.send_signal(number)
+  _, errors = process.communicate(timeout=30)
+  assert time.monotonic() - began < 8
+  assert errors == f'palm_jax: {signals.MESSAGE}\n' and process.returncode == 128 + number
+  assert body == SLEEPING or not (tmp_path / 'half.part').exists()
+
+
+@pytest.mark.parametrize(
+  'number, code, line',
+  [
+    (signal.SIGINT, 130, f'palm_jax: {signals.MESSAGE}\n'),
+    (signal.SIGHUP, 129, f'palm_jax: {signals.MESSAGE}\n'),
+  ],
+)
+def test_who_saves_is_waited_for(tmp_path, number, code, line):
+  process = start(SAVING.format(more=''), tmp_path)
+  assert process.stdout.readline() == 'held\n'
+  process.send_signal(number)
+  out, errors = process.communicate(timeout=30)
+  assert out == 'saved\n' and errors == line and process.returncode == code
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+  process = start(SAVING.format(more=COMPILING), tmp_path)
+  assert process.stdout.readline() == 'held\n'
+  process.send_signal(signal.SIGINT)
+  assert process.stdout.readline() == 'saved\n'
+  process.send_signal(signal.SIGINT)
+  began = time.monotonic()
+  _, errors = process.communicate(timeout=30)
+  assert time.monotonic() - began < 3
+  assert errors == f'palm_jax: {signals.MESSAGE}\n' and process.returncode == 130
+
+
+@pytest.mark.parametrize('kind', [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_an_interruption_in_a_chain_of_causes_is_raised(kind):
+  def fail():
+    try:
+      try:
+        raise kind
+      except BaseException as e:
+        raise ValueError('as orbax wraps it') from e
+    except ValueError as e:
+      raise RuntimeError('and again') from e
+
+  with pytest.raises(RuntimeError) as caught:
+    fail()
+  with pytest.raises(kind):
+    signals.raise_if_interrupted(caught.value)
+  signals.raise_if_interrupted(ValueError('of its own'))

@@ -1,0 +1,164 @@
+"""A workdir is one config's and one command's, and what killed commands left is removed."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+import zlib
+
+import pytest
+
+from palm_jax import runner
+from palm_jax import workdir as workdirs
+from palm_jax.base.errors import UserError
+from palm_jax.base.files import replacing
+from tests.worlds import tiny_config
+
+
+def config_of(**settings):
+  c = tiny_config()
+  c.name = 'x'
+  c.update_from_flattened_dict(settings)
+  return c
+
+
+def claim(workdir, **settings):
+  runner.claim(workdir, config_of(**settings))
+
+
+def saved(workdir):
+  return json.loads((workdir / 'config.json').read_text())
+
+
+def test_until_a_job_begins_the_config_may_change(tmp_path):
+  claim(tmp_path, seed=0)
+  claim(tmp_path, seed=1)
+  assert saved(tmp_path)['seed'] == 1
+  (tmp_path / 'pretrain').mkdir()
+  with pytest.raises(UserError, match='another config .seed: 1 there, 2 now'):
+    claim(tmp_path, seed=2)
+
+
+def test_a_job_at_work_holds_the_config(tmp_path):
+  claim(tmp_path, seed=0)
+  with (tmp_path / '.generator.lock').open('w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match='another config .seed: 0 there, 1 now'):
+      claim(tmp_path, seed=1)
+  claim(tmp_path, seed=1)
+  with pytest.raises(UserError, match='another config .seed: 1 there, 0 now'):
+    workdirs.compare(tmp_path, config_of(seed=0), [])
+
+
+def test_a_lost_config_is_not_replaced_by_any(tmp_path):
+  claim(tmp_path)
+  (tmp_path / 'results').mkdir()
+  (tmp_path / 'config.json').unlink()
+  with pytest.raises(UserError, match='config.json is missing, but jobs have .*: restore'):
+    claim(tmp_path)
+
+
+@pytest.mark.parametrize('content', ['', '[1]', '{"a": ', '[' * 100_000, 'null'])
+def test_a_damaged_config_is_said(tmp_path, content):
+  claim(tmp_path)
+  (tmp_path / 'pretrain').mkdir()
+  (tmp_path / 'config.json').write_text(content)
+  with pytest.raises(UserError, match='config.json is damaged .*: restore it or choose another'):
+    claim(tmp_path)
+
+
+def test_what_killed_commands_left_is_removed(tmp_path):
+  claim(tmp_path)
+  dead = subprocess.Popen([sys.executable, '-c', ''])
+  dead.wait()
+  with replacing(tmp_path / 'results' / 'a.json', 'w') as file:
+    mine = next((tmp_path / 'results').glob('.*.part'))  # another command's, at work
+    host = mine.name.split('.')[-3]
+    left = [
+      tmp_path / 'results' / f'.b.json.{host}.{dead.pid}.part',
+      tmp_path / '.pretrain.lock',
+      tmp_path / 'pretrain' / 'checkpoints' / '3.damaged' / 'x',
+      tmp_path / 'features' / '.c.npz.elsewhere.1.part',
+    ]
+    kept = [
+      tmp_path / 'pretrain' / 'checkpoints' / '4' / 'x',
+      tmp_path / 'features' / '.d.npz.elsewhere.1.part',  # of another machine, and young
+      mine,
+    ]
+    for path in (*left, *kept[:-1]):
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.touch()
+    day_before = time.time() - 2 * 86_400
+    os.utime(left[-1], (day_before, day_before))
+    claim(tmp_path)
+    assert not any(path.exists() for path in left) and all(path.exists() for path in kept)
+    file.write('{}')
+
+
+def test_compiled_programs_that_are_not_whole_are_removed(tmp_path):
+  folder = tmp_path / workdirs.COMPILED
+  folder.mkdir()
+  whole = zlib.compress(b'program' * 1000)
+  for name, content in (('a', whole), ('b', whole[:-5]), ('c', b''), ('d', whole)):
+    (folder / f'jit_{name}-cache').write_bytes(content)
+  claim(tmp_path)
+  names = lambda: sorted(path.name[4] for path in folder.glob('jit_*'))
+  assert names() == ['a', 'd']
+  (folder / 'jit_d-cache').write_bytes(zlib.compress(b'another'))  # JAX never writes one again
+  claim(tmp_path)
+  assert names() == ['a']
+
+
+def test_a_lock_that_is_a_folder(tmp_path):
+  (tmp_path / '.claim.lock').mkdir()
+  with pytest.raises(UserError, match=r'\.claim\.lock cannot be written'):
+    claim(tmp_path)
+
+
+def test_an_empty_workdir_is_an_unset_variable():
+  with pytest.raises(UserError, match='--workdir= is empty'):
+    workdirs.locate(config_of(), '')
+
+
+def test_of_three_commands_started_together_one_runs(tmp_path):
+  """The others are told which config has the workdir."""
+  script = """
+import sys, time
+from palm_jax import runner
+from palm_jax.base import command
+from tests.test_workdir import config_of
+import types
+from palm_jax.job import Job
+def run(this):
+  time.sleep(0.5)
+  return dict(seed=this.config.seed)
+module = types.ModuleType('toy')
+module.JOB = Job('toy', run, lambda config, n: None, lambda config: False)
+sys.modules['toy'] = module
+runner.JOBS['toy'] = 'toy'
+workdir, seed, until = sys.argv[1:]
+time.sleep(max(0, float(until) - time.time()))
+command.exit_on_user_error(lambda _: runner.run(config_of(seed=int(seed)), 'toy', workdir))([])
+"""
+  for number in range(3):
+    workdir = tmp_path / str(number)
+    until = str(time.time() + 8)
+    processes = [
+      subprocess.Popen(
+        [sys.executable, '-c', script, str(workdir), str(seed), until],
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+      for seed in range(3)
+    ]
+    errors = [process.communicate(timeout=100)[1] for process in processes]
+    codes = [process.returncode for process in processes]
+    assert sorted(codes) == [0, 2, 2], errors
+    winner = codes.index(0)
+    assert saved(workdir)['seed'] == winner
+    assert json.loads((workdir / 'results' / 'toy.json').read_text())['seed'] == winner
+    for seed, text in enumerate(errors):
+      if seed != winner:
+        assert f'seed: {winner} there, {seed} now' in text.splitlines()[-1]
