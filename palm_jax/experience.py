@@ -5,6 +5,7 @@ size. One file a call of pretraining and process; a run that is resumed after a 
 files after its last checkpoint again, with the same content.
 """
 
+import json
 import pathlib
 import re
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from palm_jax.base.errors import UserError
 from palm_jax.base.files import replacing
 from palm_jax.base.processes import any_process, is_first
 from palm_jax.base.signals import raise_if_interrupted
+from palm_jax.base.steps import list_steps
 
 NAME = re.compile(r'(\d{10})_(\d{6})\.npz')  # first row, first environment
 
@@ -107,6 +109,21 @@ def read(folder: str | pathlib.Path) -> Iterator[Experience]:
     environments = width
     yield Experience(*(np.concatenate(arrays, 1) for arrays in zip(*parts, strict=True)))
     expected += parts[0].step.shape[0]
+  played = _rows_played(folder)
+  if expected < played:
+    raise UserError(
+      f'{folder}: rows {expected} to {played - 1} are missing; restore their files or record again'
+    )
+
+
+def _rows_played(folder):
+  """Rows of the run beside which the record lies, up to its newest checkpoint; 0 if unknown."""
+  try:
+    config = json.loads((folder.parents[1] / 'config.json').read_text())
+    length = config['pretrain']['rollout_length']
+    return max(list_steps(folder.parent / 'checkpoints'), default=0) * length
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    return 0
 
 
 def _load(path):

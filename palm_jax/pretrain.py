@@ -326,6 +326,10 @@ def check(config: ConfigDict, num_devices: int) -> None:
   checks.ranges('pretrain', p, RANGES)
   check_encoder(config.encoder)
   checks.choice('pretrain.dtype', p.dtype, rollout.DTYPES)
+  if p.dtype == 'float64' and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+    raise UserError(
+      "pretrain.dtype='float64' is float32 here: set JAX_ENABLE_X64=1, or choose float32"
+    )
   environment.check(config.environment)
   replay.check(r, num_devices, p.num_envs, p.rollout_length, p.batch_size)
   reward.check(config.reward, p.batch_size)

@@ -214,7 +214,7 @@ def _refuse_differences(workdir, saved, wanted, jobs):
   sections = sorted({_section(key) for key in differ})
   advice = 'choose another --workdir'
   same_generator = not {'seed', 'data', 'generator'} & set(sections)
-  if same_generator and any_process((workdir / 'generator').exists()):
+  if same_generator and (workdir / 'generator').exists():
     advice += f' (--config.generator.path={workdir} plays in the generator of this one)'
   advice += ', or go back to its config'
   if set(sections) <= {job.name for job in judges}:

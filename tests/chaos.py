@@ -76,8 +76,9 @@ class Chain:
   """A tiny chain in `base`: its workdir before and after each job, and how long each takes."""
 
   def __init__(self, base: pathlib.Path, jobs=JOBS):
-    # As in a terminal: whoever starts this in the background has Ctrl-C ignored.
+    # As in a terminal: whoever starts this in the background has signals ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     self.base = base
     self.jobs = jobs
     self.seconds = {}
@@ -239,8 +240,8 @@ def _without_clocks(value):
   return {name: _without_clocks(item) for name, item in value.items() if name not in CLOCKS}
 
 
-def main() -> int:
-  """Prints a line a trial and returns how many were wrong."""
+def parse(arguments=None):
+  """The options of the command."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
@@ -248,7 +249,12 @@ def main() -> int:
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--side_by_side', type=int, default=2)
   parser.add_argument('--jobs', nargs='+', default=JOBS)
-  options = parser.parse_args()
+  return parser.parse_args(arguments)
+
+
+def main() -> int:
+  """Prints a line a trial and returns how many were wrong."""
+  options = parse()
   base = pathlib.Path(tempfile.mkdtemp(prefix='palm_jax_chaos_'))
   chain = Chain(base, tuple(options.jobs))
   print('seconds undisturbed:', {job: round(s, 1) for job, s in chain.seconds.items()}, flush=True)

@@ -76,6 +76,7 @@ RANGES = dict(
     ('count', 10**12, 'is too large: set it to 65,536 or less'),
     ('count', 'x', 'is not a number: choose 1 to 65,536'),
     ('count', (3,), ': expected one number'),
+    ('counts', (), ' is empty'),
     ('counts', 3, ': expected numbers, such as'),
     ('counts', (3, 'x'), "='x' is not a number"),
     ('counts', (3, 0), '=0 is not positive'),

@@ -131,3 +131,17 @@ def test_what_is_missing_is_named(damage, words, recorded, tmp_path):
   damage(tmp_path)
   with pytest.raises(UserError, match=words):
     list(experience.read(tmp_path))
+
+
+def test_a_lost_last_file_is_missed_where_a_checkpoint_is_beyond_it(recorded, tmp_path):
+  folder = tmp_path / 'pretrain' / 'experience'
+  folder.mkdir(parents=True)
+  for path in recorded[0].iterdir():
+    (folder / path.name).write_bytes(path.read_bytes())
+  rows = sum(len(part.step) for part in experience.read(folder))
+  (tmp_path / 'config.json').write_text('{"pretrain": {"rollout_length": 2}}')
+  (tmp_path / 'pretrain' / 'checkpoints' / str(rows // 2)).mkdir(parents=True)
+  assert sum(len(part.step) for part in experience.read(folder)) == rows
+  max(folder.iterdir()).unlink()
+  with pytest.raises(UserError, match=f'to {rows - 1} are missing'):
+    list(experience.read(folder))

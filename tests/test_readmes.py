@@ -30,6 +30,7 @@ from launch import local
 from palm_jax import runner
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.encoder import make_encoder
+from tests import chaos
 from tests.test_encoder import random_variables
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -181,6 +182,8 @@ def check_command(command, monkeypatch):
     module, arguments = arguments[1], arguments[2:]
     if module == 'pytest':
       assert arguments in ([], ['-m', 'slow'])
+    elif module == 'tests.chaos':
+      chaos.parse(arguments)
     else:
       check_flags(module, arguments, monkeypatch)
   elif name == 'python':

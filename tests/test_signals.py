@@ -12,11 +12,13 @@ from palm_jax.base import signals
 
 
 @pytest.fixture(autouse=True)
-def ctrl_c():
-  """As in a terminal: whoever starts the tests in the background has Ctrl-C ignored."""
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def terminal():
+  """As in a terminal: whoever starts the tests in the background has signals ignored."""
+  handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+  before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
   yield
-  signal.signal(signal.SIGINT, before)
+  for number, handler in before.items():
+    signal.signal(number, handler)
 
 
 # What the main thread does when the signal comes.

@@ -136,6 +136,8 @@ def ranges(name: str, section: ConfigDict, expected: Mapping[str, Any]) -> None:
     if key in expected and listed != expected[key].many:
       wanted = 'numbers, such as (1, 2)' if expected[key].many else 'one number'
       raise UserError(f'{full}={value!r}: expected {wanted}')
+    if key in expected and listed and not value:
+      raise UserError(f'{full} is empty: give one number or more')
     for item in value if listed else (value,):
       if isinstance(item, str):
         _text(full, item)

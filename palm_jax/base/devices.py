@@ -106,6 +106,17 @@ def memory_bytes(mesh: Mesh) -> int:
   return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // len(mesh.local_devices)
 
 
+def check_fits(tree: Any, mesh: Mesh, what: str, remedy: str) -> None:
+  """Raises UserError where a device cannot hold a tree of arrays or their shapes."""
+  need = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  memory = memory_bytes(mesh)
+  if need > memory:
+    raise UserError(
+      f'{what} takes {need / 2**30:.1f} GiB on each of {mesh.size} device(s), which have '
+      f'{memory / 2**30:.1f} GiB: {remedy}'
+    )
+
+
 def describe(mesh: Mesh) -> dict[str, Any]:
   """What a result was computed on, for its file."""
   return dict(

@@ -11,7 +11,13 @@ from palm_jax.job import Run
 
 
 def check_single_pictures(config: ConfigDict, job: str) -> None:
-  """Raises UserError where the encoder sees several pictures at once: a job shows it one."""
+  """Raises UserError where the encoder sees several pictures at once: a job shows it one.
+
+  Also where there is no place for its features.
+  """
+  folder = pathlib.Path(config.features.folder or '.')
+  if folder.exists() and not folder.is_dir():
+    raise UserError(f'features.folder={folder} is no folder: name one, or leave it empty')
   stack = config.environment.stack
   if stack > 1:
     raise UserError(
