@@ -31,7 +31,7 @@ def default_config() -> ConfigDict:
   )
 
 
-RANGES = dict(width=checks.Range(1, 8192), features=checks.SIZE)
+RANGES = dict(width=checks.Range(1, 1024), features=checks.SIZE)
 
 
 def check(c: ConfigDict) -> None:

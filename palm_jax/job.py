@@ -59,7 +59,7 @@ def never(config: ConfigDict) -> bool:
 
 
 def accept(run: Run) -> None:
-  """For jobs that take any data."""
+  """For jobs that take any data, or have nothing to clean."""
   del run
 
 
@@ -93,7 +93,7 @@ class Job:
   needs_data: Callable[[ConfigDict], bool] = always
   check_data: Callable[[Run], None] = accept
   fetch: Callable[[ConfigDict], None] | None = None
-  clean: Callable[[Run], None] | None = None
+  clean: Callable[[Run], None] = accept
   table: Callable[[dict[str, Any]], str] | None = None
   reads: tuple[str, ...] = ()
   result: str = ''

@@ -76,7 +76,8 @@ def run(
   jobs = _wanted(config, job)
   workdir, mesh = workdirs.locate(config, workdir), devices.make_mesh()
   digest = provenance.data_digest(config, jobs)
-  this = Run(config, workdir, mesh, None, download, sys.modules[__name__], digest)
+  this = Run(config, workdir, mesh, None, download)
+  this = dataclasses.replace(this, runner=sys.modules[__name__], data_digest=digest)
   for each in jobs:
     each.check(config, mesh.size)
   for each in jobs:
@@ -145,6 +146,5 @@ def execute(job: Job, run: Run) -> dict | None:
     raise UserError(f'{run.workdir} was removed while {job.name} ran: its result is lost')
   if job.claims:
     write_result(workdirs.result_path(run.workdir, job), result, origin, run.config.to_dict())
-  if job.clean:
-    job.clean(run)
+  job.clean(run)
   return result

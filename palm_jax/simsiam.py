@@ -43,17 +43,10 @@ def default_config() -> ConfigDict:
   )
 
 
-RANGES = dict(
-  proj_layers=checks.Range(1, 64),
-  proj_hidden=checks.SIZE,
-  proj_dim=checks.SIZE,
-  pred_hidden=checks.SIZE,
-  temperature=checks.Range(0, 1000, above=True),
-  lr=checks.RATE,
-  momentum=checks.SHARE,
-  weight_decay=checks.SHARE,
-  warmup_updates=checks.COUNT_OR_0,
-)
+RANGES = dict(proj_layers=checks.Range(1, 64), proj_hidden=checks.SIZE, proj_dim=checks.SIZE)
+RANGES |= dict(pred_hidden=checks.SIZE, temperature=checks.Range(0, 1000, above=True))
+RANGES |= dict(lr=checks.RATE, momentum=checks.SHARE, weight_decay=checks.SHARE)
+RANGES |= dict(warmup_updates=checks.COUNT_OR_0)
 
 
 def check(c: ConfigDict) -> None:

@@ -143,11 +143,13 @@ def check_memory(state: pretrain.State, world: World, mesh: Mesh) -> None:
   split, whole = [state.ring, state.env, state.frames], [state.ssl, state.agent]
   (split if isinstance(world.material, Experience) else whole).append(world.material)
   whole.append(world._replace(material=()))
-  need, memory = cost.nbytes(split) / mesh.size + cost.nbytes(whole), devices.memory_bytes(mesh)
+  shared, memory = cost.nbytes(split) / mesh.size, devices.memory_bytes(mesh)
+  need = shared + cost.nbytes(whole)
   if need > memory:
+    remedy = 'replay.capacity' if shared > need / 2 else 'encoder.width, simsiam.* or sac.hidden'
     raise UserError(
       f'replay and networks take {need / 2**30:.1f} GiB on each of {mesh.size} device(s), which '
-      f'have {memory / 2**30:.1f} GiB: lower replay.capacity; --job=plan says what fits'
+      f'have {memory / 2**30:.1f} GiB: lower {remedy}; --job=plan says what fits'
     )
 
 

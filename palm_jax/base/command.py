@@ -41,10 +41,13 @@ def exit_on_user_error(main: Callable) -> Callable:
     except UserError as e:
       fail(e)
     except KeyboardInterrupt as e:
+      number = getattr(e, 'number', signal.SIGINT)
+      if signals.watching() and not jax.distributed.is_initialized():
+        signals.end_at_once(number)  # what Python's own way out would wait for is of no use
       if getattr(e, 'agreed', False):
         processes.wait_for_all()
       signals.say()
-      sys.exit(signals.exit_code(getattr(e, 'number', signal.SIGINT)))
+      sys.exit(signals.exit_code(number))
     except OSError as e:
       if e.errno not in FIXABLE:
         raise
@@ -149,11 +152,16 @@ def _check_keys(argv, config, path, default):
     if key not in known:
       near = checks.nearest(key, known)
       raise UserError(f'--config.{key} is unknown: expected a key of {path}{near}')
-    if isinstance(known[key], tuple) and ',' in value and not _is_literal(value):
+    if not isinstance(known[key], tuple) or ',' not in value or _is_literal(value):
+      continue
+    if value.startswith(('(', '[')):
       raise UserError(
-        f'--config.{key}={value} is no list: write --config.{key}="{tuple(value.split(","))}", '
-        f'or "{(value,)}" for one'
+        f"--config.{key}={value} cannot be read: write numbers or quoted texts, such as ('a', 'b')"
       )
+    raise UserError(
+      f'--config.{key}={value} is no list: write --config.{key}="{tuple(value.split(","))}", '
+      f'or "{(value,)}" for one'
+    )
 
 
 def _is_literal(text):

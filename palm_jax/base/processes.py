@@ -177,7 +177,7 @@ def _gather_at(host):
   if host not in ('localhost', '127.0.0.1', '::1'):
     return
   try:
-    from jax._src.lib import _jax
+    from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
 
     at_host = functools.partial(_jax.make_gloo_tcp_collectives, hostname=host)
     _jax.make_gloo_tcp_collectives = at_host  # pyright: ignore[reportAttributeAccessIssue]

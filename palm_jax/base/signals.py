@@ -5,6 +5,7 @@ run for long (a compilation), or the exception is lost in a callback, a thread e
 training that has something to save takes them itself: see base.training.Preemption.
 """
 
+import contextlib
 import os
 import pathlib
 import select
@@ -25,6 +26,7 @@ unfinished: set[pathlib.Path] = set()
 holders: list[Callable[[], bool]] = []
 _watching = False
 _said = False
+_ending = False  # by a signal, so that errors of what is taken apart mean nothing
 
 
 class Interrupted(KeyboardInterrupt):
@@ -59,7 +61,7 @@ def watch() -> None:
   _watching = True
   numbers = taken()
   for number in numbers:
-    signal.signal(number, _interrupt)
+    signal.signal(number, lambda number, frame: interrupt(number))
   reader, writer = os.pipe()
   os.set_blocking(writer, False)
   signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -73,14 +75,22 @@ def watch() -> None:
 
   def ignore(lost):
     # In a callback of the garbage collector, for example: the thread ends what goes on.
-    if not issubclass(lost.exc_type, KeyboardInterrupt):
+    if not _ending and not issubclass(lost.exc_type, KeyboardInterrupt):
       unraisable(lost)
 
   sys.excepthook, sys.unraisablehook = end, ignore
 
 
-def _interrupt(number, frame):
-  raise Interrupted(number)
+def watching() -> bool:
+  """Whether this process is a command, which `watch` was called for."""
+  return _watching
+
+
+def interrupt(number: int, agreed: bool = False) -> NoReturn:
+  """Raises Interrupted."""
+  global _ending
+  _ending = True
+  raise Interrupted(number, agreed)
 
 
 def _end_when_late(reader, numbers):
@@ -113,6 +123,10 @@ def say() -> None:
 def end_at_once(number: int) -> NoReturn:
   """Ends the process from any thread, as a kill would, but for the line and half-written files."""
   say()
+  if threading.current_thread() is threading.main_thread():  # else it may hold their locks
+    for stream in (sys.stdout, sys.stderr):
+      with contextlib.suppress(Exception):
+        stream.flush()
   for path in list(unfinished):
     path.unlink(missing_ok=True)
   os._exit(exit_code(number))

@@ -75,7 +75,7 @@ class Preemption:
     again = number == signal.SIGINT == self._received
     self._received = number  # first: the exception may be lost in a callback
     if again or not self._holds:
-      raise signals.Interrupted(number)
+      signals.interrupt(number)
 
   @property
   def requested(self) -> bool:
@@ -86,7 +86,7 @@ class Preemption:
   def stop(self) -> NoReturn:
     """Ends the work that was told to stop: Stopped after SIGTERM, else Interrupted."""
     if self._agreed in (signal.SIGINT, signal.SIGHUP):
-      raise signals.Interrupted(self._agreed, agreed=True)
+      signals.interrupt(self._agreed, agreed=True)
     raise Stopped
 
 

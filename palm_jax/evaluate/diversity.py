@@ -63,12 +63,8 @@ def default_config() -> ConfigDict:
   )
 
 
-RANGES = dict(
-  num_images=checks.Range(2, 10**7),
-  draws=checks.Range(2, 1000),
-  neighbours=checks.SIZE,
-  batch_size=checks.Range(1, 10**6),
-)
+RANGES = dict(num_images=checks.Range(2, 10**7), draws=checks.Range(2, 1000))
+RANGES |= dict(neighbours=checks.SIZE, batch_size=checks.Range(1, 10**6))
 
 
 def check(config: ConfigDict, num_devices: int) -> None:

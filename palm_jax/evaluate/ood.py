@@ -28,7 +28,7 @@ from palm_jax.evaluate.features import Encoder
 from palm_jax.evaluate.image_sets import check_source, image_set
 from palm_jax.evaluate.linear import LinearModel
 from palm_jax.evaluate.scores import METRICS, SCORES, of_features
-from palm_jax.job import Job, Run
+from palm_jax.job import Job, Run, always
 
 Fitted = dict[str, list[tuple[Encoder, list[LinearModel]]]]  # name: [(encoder, its heads)]
 
@@ -69,13 +69,8 @@ def default_config() -> ConfigDict:
   )
 
 
-RANGES = dict(
-  seeds=checks.Range(1, 1000),
-  knn_k=checks.Range(1, 10**6),
-  supervised=checks.Range(0, 1000),
-  head=sgd.RANGES,
-  finetune=classifier.RANGES,
-)
+RANGES: dict[str, Any] = dict(seeds=checks.Range(1, 1000), knn_k=checks.COUNT)
+RANGES |= dict(supervised=checks.Range(0, 1000), head=sgd.RANGES, finetune=classifier.RANGES)
 
 
 def check(config: ConfigDict, num_devices: int) -> None:
@@ -345,12 +340,14 @@ def _protocol(config, data, sources, sets, fitted):
   )
 
 
+check_data = functools.partial(preconditions.check_classes, job='ood')
 JOB = Job(
   'ood',
   run,
   check,
-  check_data=functools.partial(preconditions.check_classes, job='ood'),
-  fetch=download,
+  always,
+  check_data,
+  download,
   table=table_1.table,
   reads=('pretrain',),
   judges=True,

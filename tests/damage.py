@@ -1,0 +1,152 @@
+"""Flips bits in files of a workdir, or cuts them: whoever reads them must notice, or read the same.
+
+python -m tests.damage WORKDIR --trials=400 --seed=0
+"""
+
+import argparse
+import collections
+import json
+import pathlib
+import random
+import shutil
+import sys
+import tempfile
+
+import jax
+import numpy as np
+
+from palm_jax import experience, workdir
+from palm_jax.base import checks, metrics
+from palm_jax.base.checkpoints import load_item
+from palm_jax.base.errors import UserError
+from palm_jax.base.results import read_result
+from palm_jax.base.steps import list_steps
+from palm_jax.generator import load_generator
+from palm_jax.report import read
+
+
+def same(a, b):
+  """Whether two trees hold the same."""
+  leaves = [jax.tree.leaves(tree) for tree in (a, b)]
+  return len(leaves[0]) == len(leaves[1]) and all(
+    np.array_equal(x, y) for x, y in zip(*leaves, strict=True)
+  )
+
+
+def of_checkpoint(job, item):
+  return lambda root: load_item(root / job / 'checkpoints', item)[1]
+
+
+def of_metrics(root, job):
+  rows, damaged = metrics.check_jsonl(root / job / 'metrics.jsonl')
+  reached = max(list_steps(root / job / 'checkpoints'))
+  if damaged or metrics.missing(rows, reached):
+    raise ValueError(damaged)
+  return rows
+
+
+def of_config(root):
+  """As report and runner read it."""
+  run = read.read_run('run', root)
+  if any('config.json' in note for note in run.notes):
+    raise ValueError(run.notes)
+  flat = checks.flatten(run.config)
+  return {key: x for key, x in flat.items() if key.partition('.')[0] not in workdir.FREE}
+
+
+def of_programs(root):
+  workdir._remove_damaged_programs(root / workdir.COMPILED)
+  return sorted(path.name for path in (root / workdir.COMPILED).glob('*-cache'))
+
+
+def readers(root):
+  """[(file, how its content is read)] of all that others read in a workdir."""
+  found = [(root / 'config.json', of_config)]
+  found += [
+    (path, lambda root, name=path.name: read_result(root / 'results' / name))
+    for path in (root / 'results').glob('*.json')
+  ]
+  found.append((root / 'generator' / 'network.json', lambda root: load_generator(root).variables))
+  for job in ('generator', 'pretrain'):
+    found.append((root / job / 'metrics.jsonl', lambda root, job=job: of_metrics(root, job)))
+  items = (('generator', 'generator'), ('pretrain', 'encoder'))
+  for job, item in items:
+    step = max(list_steps(root / job / 'checkpoints'))
+    folder = root / job / 'checkpoints' / str(step)
+    files = [*(folder / item).rglob('*'), folder / '_CHECKPOINT_METADATA']
+    found += [(path, of_checkpoint(job, item)) for path in files if path.is_file()]
+  found += [
+    (path, lambda root: [*experience.read(root / 'pretrain' / 'experience')])
+    for path in (root / 'pretrain' / 'experience').glob('*.npz')
+  ]
+  found += [(path, of_programs) for path in (root / workdir.COMPILED).glob('*-cache')]
+  return found
+
+
+def damage(path, rng):
+  """Flips a bit, cuts the file, or removes it -> what was done."""
+  content = bytearray(path.read_bytes())
+  kind = rng.choice(('bit', 'bit', 'cut', 'removed'))
+  if kind == 'removed' or not content:
+    path.unlink()
+    return 'removed'
+  if kind == 'cut':
+    path.write_bytes(content[: rng.randrange(len(content))])
+    return kind
+  place = rng.randrange(len(content))
+  content[place] ^= 1 << rng.randrange(8)
+  path.write_bytes(content)
+  return f'bit of byte {place}'
+
+
+def trial(root, there, rng):
+  """Damages one file, and repairs it -> (its name, what was done, what came of it)."""
+  path, reader = rng.choice(there)
+  name = path.relative_to(root)
+  wanted = reader(root)
+  whole = path.read_bytes()
+  known = root / workdir.COMPILED / workdir.DIGESTS
+  digests = known.read_bytes() if known.exists() else b''
+  done = damage(path, rng)
+  try:
+    outcome = 'the same' if same(reader(root), wanted) else 'SILENT'
+    if reader is of_programs and not path.exists():
+      outcome = 'noticed'
+  except (UserError, OSError, ValueError):
+    outcome = 'noticed'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_bytes(whole)
+  if digests:
+    known.write_bytes(digests)
+  return str(name), done, outcome
+
+
+def main():
+  """Prints what was silent, and counts -> how much was."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('workdir')
+  parser.add_argument('--trials', type=int, default=400)
+  parser.add_argument('--seed', type=int, default=0)
+  options = parser.parse_args()
+  rng = random.Random(options.seed)
+  counts = collections.Counter()
+  with tempfile.TemporaryDirectory() as folder:
+    root = pathlib.Path(folder) / 'run'
+    shutil.copytree(options.workdir, root)
+    by_kind = collections.defaultdict(list)
+    for path, reader in readers(root):
+      by_kind[path.parent.name if 'checkpoints' not in path.parts else 'checkpoints'].append(
+        (path, reader)
+      )
+    for _ in range(options.trials):
+      kind = rng.choice(sorted(by_kind))
+      name, done, outcome = trial(root, by_kind[kind], rng)
+      counts[kind, outcome] += 1
+      if outcome == 'SILENT':
+        print(f'SILENT: {done} of {name}', flush=True)
+  print(json.dumps({' '.join(key): n for key, n in sorted(counts.items())}, indent=1))
+  return sum(n for (_, outcome), n in counts.items() if outcome == 'SILENT')
+
+
+if __name__ == '__main__':
+  sys.exit(bool(main()))
