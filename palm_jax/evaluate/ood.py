@@ -341,14 +341,5 @@ def _protocol(config, data, sources, sets, fitted):
 
 
 check_data = functools.partial(preconditions.check_classes, job='ood')
-JOB = Job(
-  'ood',
-  run,
-  check,
-  always,
-  check_data,
-  download,
-  table=table_1.table,
-  reads=('pretrain',),
-  judges=True,
-)
+shown, reads = table_1.table, ('pretrain',)
+JOB = Job('ood', run, check, always, check_data, download, table=shown, reads=reads, judges=True)
