@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from palm_jax import experience, workdir
-from palm_jax.base import checks, metrics
+from palm_jax.base import checks
 from palm_jax.base.checkpoints import load_item
 from palm_jax.base.errors import UserError
 from palm_jax.base.results import read_result
@@ -34,15 +34,21 @@ def same(a, b):
 
 
 def of_checkpoint(job, item):
-  return lambda root: load_item(root / job / 'checkpoints', item)[1]
+  """Of the newest step alone: else a damaged one is passed over with a warning."""
+
+  def load(root):
+    folder = root / job / 'checkpoints'
+    return load_item(folder, item, max(list_steps(folder)))[1]
+
+  return load
 
 
 def of_metrics(root, job):
-  rows, damaged = metrics.check_jsonl(root / job / 'metrics.jsonl')
-  reached = max(list_steps(root / job / 'checkpoints'))
-  if damaged or metrics.missing(rows, reached):
-    raise ValueError(damaged)
-  return rows
+  """As the report reads it."""
+  run = read.read_run('run', root)
+  if any(f'{job}/metrics.jsonl' in note for note in run.notes):
+    raise ValueError(run.notes)
+  return run.metrics.get(job)
 
 
 def of_config(root):
@@ -121,24 +127,18 @@ def trial(root, there, rng):
   return str(name), done, outcome
 
 
-def main():
-  """Prints what was silent, and counts -> how much was."""
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('workdir')
-  parser.add_argument('--trials', type=int, default=400)
-  parser.add_argument('--seed', type=int, default=0)
-  options = parser.parse_args()
-  rng = random.Random(options.seed)
+def count_silent(of, trials, seed):
+  """Damages files of a copy of a workdir, prints what was silent -> how much was."""
+  rng = random.Random(seed)
   counts = collections.Counter()
   with tempfile.TemporaryDirectory() as folder:
     root = pathlib.Path(folder) / 'run'
-    shutil.copytree(options.workdir, root)
+    shutil.copytree(of, root)
     by_kind = collections.defaultdict(list)
     for path, reader in readers(root):
-      by_kind[path.parent.name if 'checkpoints' not in path.parts else 'checkpoints'].append(
-        (path, reader)
-      )
-    for _ in range(options.trials):
+      kind = 'checkpoints' if 'checkpoints' in path.parts else path.parent.name
+      by_kind[kind].append((path, reader))
+    for _ in range(trials):
       kind = rng.choice(sorted(by_kind))
       name, done, outcome = trial(root, by_kind[kind], rng)
       counts[kind, outcome] += 1
@@ -146,6 +146,16 @@ def main():
         print(f'SILENT: {done} of {name}', flush=True)
   print(json.dumps({' '.join(key): n for key, n in sorted(counts.items())}, indent=1))
   return sum(n for (_, outcome), n in counts.items() if outcome == 'SILENT')
+
+
+def main():
+  """The command."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('workdir')
+  parser.add_argument('--trials', type=int, default=400)
+  parser.add_argument('--seed', type=int, default=0)
+  options = parser.parse_args()
+  return count_silent(options.workdir, options.trials, options.seed)
 
 
 if __name__ == '__main__':

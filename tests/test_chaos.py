@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tests import chaos
+from tests import chaos, damage
 
 
 @pytest.fixture(scope='module')
@@ -26,3 +26,9 @@ def test_two_hundred_trials(tmp_path):
   chain = chaos.Chain(tmp_path)
   for number in range(200):
     chain.trial(number, seed=1)
+
+
+@pytest.mark.slow  # minutes
+def test_no_damage_is_silent(tmp_path):
+  chain = chaos.Chain(tmp_path, ('generator', 'pretrain', 'quality'))
+  assert not damage.count_silent(chain.base / 'after_quality', 400, 0)

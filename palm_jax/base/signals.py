@@ -5,6 +5,7 @@ run for long (a compilation), or the exception is lost in a callback, a thread e
 training that has something to save takes them itself: see base.training.Preemption.
 """
 
+import atexit
 import contextlib
 import os
 import pathlib
@@ -79,6 +80,13 @@ def watch() -> None:
       unraisable(lost)
 
   sys.excepthook, sys.unraisablehook = end, ignore
+  atexit.register(_end_of_work, numbers)
+
+
+def _end_of_work(numbers):
+  """All is done and said as Python takes itself apart; a signal would only spoil the exit code."""
+  for number in numbers:
+    signal.signal(number, signal.SIG_IGN)
 
 
 def watching() -> bool:

@@ -95,6 +95,8 @@ def read_run(name: str, folder: pathlib.Path) -> RunFiles:
       lines, damaged = _read(run, path, metrics.check_jsonl) or ([], [])
       _note_metrics(run, job, lines, damaged)
       run.metrics[job] = [line for line in lines if is_finite(line.get(x))]
+    elif list_steps(folder / job / 'checkpoints'):
+      _note(run, f'{job}/metrics.jsonl is missing')
   return run
 
 
@@ -128,9 +130,9 @@ def _note_metrics(run, job, lines, damaged):
   if damaged:
     _note(run, f'{job}/metrics.jsonl: {metrics.left_out(damaged)}')
   reached = max(list_steps(run.folder / job / 'checkpoints'), default=0)
-  jump = metrics.missing(lines, reached)
-  if jump:
-    _note(run, f'{job}/metrics.jsonl ends at step {jump[0]}, the run at step {jump[1]}')
+  last = lines[-1]['step'] if lines else 0  # each call writes its line before it is saved
+  if last < reached:
+    _note(run, f'{job}/metrics.jsonl ends at step {last}, the run at step {reached}')
 
 
 def _note(run, text):
