@@ -95,7 +95,7 @@ def read_run(name: str, folder: pathlib.Path) -> RunFiles:
       lines, damaged = _read(run, path, metrics.check_jsonl) or ([], [])
       _note_metrics(run, job, lines, damaged)
       run.metrics[job] = [line for line in lines if is_finite(line.get(x))]
-    elif list_steps(folder / job / 'checkpoints'):
+    elif job in run.results and list_steps(folder / job / 'checkpoints'):
       _note(run, f'{job}/metrics.jsonl is missing')
   return run
 
