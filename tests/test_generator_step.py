@@ -231,7 +231,7 @@ def everything(count):
   return *run(first_state(), 5), run
 
 
-@pytest.mark.parametrize('count', [pytest.param(2, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize('count', [pytest.param(n, marks=pytest.mark.slow) for n in (2, 8)])
 def test_any_number_of_devices_computes_the_same(count):
   for wanted, got in zip(
     jax.tree.leaves(everything(1)[:2]), jax.tree.leaves(everything(count)[:2]), strict=True
