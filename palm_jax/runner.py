@@ -75,14 +75,14 @@ def run(
   settings.check(config)
   jobs = _wanted(config, job)
   workdir, mesh = workdirs.locate(config, workdir), devices.make_mesh()
-  digest = provenance.data_digest(config, jobs)
-  this = Run(config, workdir, mesh, None, download)
-  this = dataclasses.replace(this, runner=sys.modules[__name__], data_digest=digest)
   for each in jobs:
     each.check(config, mesh.size)
   for each in jobs:
     if download and each.fetch:
       each.fetch(config)
+  digest = provenance.data_digest(config, jobs)
+  this = Run(config, workdir, mesh, None, download)
+  this = dataclasses.replace(this, runner=sys.modules[__name__], data_digest=digest)
   waiting = provenance.waiting(jobs, this)
   if config.data.name != COLLECTED and any(each.needs_data(config) for each in waiting):
     data = load_data(config.data.name, download=download, data_dir=config.data.dir or None)

@@ -143,14 +143,11 @@ def check_memory(state: pretrain.State, world: World, mesh: Mesh) -> None:
   split, whole = [state.ring, state.env, state.frames], [state.ssl, state.agent]
   (split if isinstance(world.material, Experience) else whole).append(world.material)
   whole.append(world._replace(material=()))
-  shared, memory = cost.nbytes(split) / mesh.size, devices.memory_bytes(mesh)
+  shared = cost.nbytes(split) / mesh.size
   need = shared + cost.nbytes(whole)
-  if need > memory:
-    remedy = 'replay.capacity' if shared > need / 2 else 'encoder.width, simsiam.* or sac.hidden'
-    raise UserError(
-      f'replay and networks take {need / 2**30:.1f} GiB on each of {mesh.size} device(s), which '
-      f'have {memory / 2**30:.1f} GiB: lower {remedy}; --job=plan says what fits'
-    )
+  largest = 'replay.capacity' if shared > need / 2 else 'encoder.width, simsiam.* or sac.hidden'
+  remedy = f'lower {largest}; --job=plan says what fits'
+  devices.check_fits(need, mesh, 'replay and networks take', remedy)
 
 
 def check_record(config: ConfigDict, world: World, iterations: int) -> None:

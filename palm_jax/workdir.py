@@ -95,8 +95,7 @@ def claim(
       f'{e.filename or workdir} cannot be written ({e.strerror}): fix that or choose another '
       '--workdir'
     )
-  if any_process(refused):
-    raise refused or UserError(f'{workdir} cannot be had: another process says why')
+  _raise_together(workdir, refused)
   compare(workdir, config, jobs)
 
 
@@ -107,6 +106,11 @@ def compare(workdir: pathlib.Path, config: ConfigDict, jobs: Sequence[Job]) -> N
     _fits(workdir, json.loads(config.to_json_best_effort()), jobs)
   except UserError as e:
     refused = e
+  _raise_together(workdir, refused)
+
+
+def _raise_together(workdir, refused):
+  """Raises where any process has an error."""
   if any_process(refused):
     raise refused or UserError(f'{workdir} cannot be had: another process says why')
 

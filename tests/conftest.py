@@ -18,6 +18,7 @@ os.environ['NPROC'] = '16'
 
 import pathlib
 import shutil
+import signal
 import tempfile
 
 # Programs that several tests compile, in whatever process, are compiled once. Workers and commands
@@ -47,3 +48,13 @@ def shared():
   if not SHARED.is_dir():
     pytest.skip(f'no reference data at {SHARED} (set PALM_SHARED)')
   return SHARED
+
+
+@pytest.fixture
+def terminal():
+  """As in a terminal: whoever starts the tests in the background has signals ignored."""
+  handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+  before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+  yield
+  for number, handler in before.items():
+    signal.signal(number, handler)

@@ -10,15 +10,7 @@ import pytest
 
 from palm_jax.base import signals
 
-
-@pytest.fixture(autouse=True)
-def terminal():
-  """As in a terminal: whoever starts the tests in the background has signals ignored."""
-  handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
-  before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-  yield
-  for number, handler in before.items():
-    signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures('terminal')
 
 
 # What the main thread does when the signal comes.

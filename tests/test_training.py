@@ -11,15 +11,7 @@ from palm_jax.base.metrics import read_jsonl
 from palm_jax.base.steps import list_steps
 from palm_jax.base.training import Preemption, Stopped, Training
 
-
-@pytest.fixture(autouse=True)
-def terminal():
-  """As in a terminal: whoever starts the tests in the background has signals ignored."""
-  handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
-  before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-  yield
-  for number, handler in before.items():
-    signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures('terminal')
 
 
 TEMPLATE = {'state': {'x': jax.ShapeDtypeStruct((2,), np.float32)}}

@@ -112,8 +112,9 @@ def within(name: str, value: Any, expected: Range) -> None:
     share(name, value)
   if (low, above) in ((0, True), (1, False)) and not value > 0:
     positive(name, value)
-  if not low <= value or (above and value == low):
-    at_least(name, value, low, 'is negative' if low == 0 else 'is too small')
+  if low == 0:
+    not_negative(name, value)
+  at_least(name, value, low)
   if not value <= high:
     raise UserError(f'{name}={value} is too large: set it to {high:,} or less')
 

@@ -38,10 +38,9 @@ def compiled_by(frame) -> tuple[int, str] | None:
   if not frame:
     return None
   name = frame.f_locals.get('module_name', 'a program')
-  identity = id(frame)
   caller = frame
   while caller and not caller.f_globals.get('__name__', '').startswith('palm_jax.'):
     caller = caller.f_back
   if caller:
     name += f' of {caller.f_globals["__name__"].removeprefix("palm_jax.")}.{caller.f_code.co_name}'
-  return identity, name
+  return id(frame), name

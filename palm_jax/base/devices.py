@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import math
 import os
 from typing import Any
 
@@ -106,13 +107,26 @@ def memory_bytes(mesh: Mesh) -> int:
   return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // len(mesh.local_devices)
 
 
-def check_fits(tree: Any, mesh: Mesh, what: str, remedy: str) -> None:
-  """Raises UserError where a device cannot hold a tree of arrays or their shapes."""
-  need = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def nbytes(tree: Any) -> int:
+  """Bytes of a tree of arrays or their shapes, over all devices.
+
+  Typed keys count as their words.
+  """
+
+  def size(x):
+    if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+      x = jax.eval_shape(jax.random.key_data, x)
+    return math.prod(x.shape) * x.dtype.itemsize
+
+  return sum(map(size, jax.tree.leaves(tree)))
+
+
+def check_fits(need: float, mesh: Mesh, what: str, remedy: str) -> None:
+  """Raises UserError where a device has fewer than `need` bytes; `what` takes them."""
   memory = memory_bytes(mesh)
   if need > memory:
     raise UserError(
-      f'{what} takes {need / 2**30:.1f} GiB on each of {mesh.size} device(s), which have '
+      f'{what} {need / 2**30:.1f} GiB on each of {mesh.size} device(s), which have '
       f'{memory / 2**30:.1f} GiB: {remedy}'
     )
 

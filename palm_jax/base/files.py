@@ -115,7 +115,7 @@ def locked(path: str | os.PathLike, patience: float = 0.0) -> Iterator[bool]:
 def held(path: str | os.PathLike) -> bool:
   """Whether some process holds the lock at `path`."""
   try:
-    with open(path, 'a' if os.path.exists(path) else 'r') as file:
+    with open(path, 'r+') as file:  # does not make it
       return not _lock(pathlib.Path(path), file)
   except FileNotFoundError:
     return False

@@ -29,8 +29,6 @@ def any_process(flag: Any) -> bool:
 
   It is for decisions by a signal, a clock or an error, which all processes must take alike.
   """
-  if jax.process_count() == 1:
-    return bool(flag)
   return bool(largest(bool(flag)))
 
 

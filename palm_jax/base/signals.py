@@ -23,7 +23,7 @@ MESSAGE = 'interrupted: the same command resumes what was saved'
 
 # Files that are being written, to be removed where the process ends at once.
 unfinished: set[pathlib.Path] = set()
-# Whether someone saves and stops on a signal: the newest of those that asked.
+# Each says whether it saves and stops on a signal.
 holders: list[Callable[[], bool]] = []
 _watching = False
 _said = False

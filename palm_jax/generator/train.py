@@ -106,7 +106,7 @@ def run(this: Run) -> dict:
   init = jax.jit(lambda key: init_state(c, G, D, key), out_shardings=everywhere)
   template = devices.templates(jax.eval_shape(init, key), everywhere)
   remedy = 'lower generator.w_dim, generator.z_dim, generator.channel_base or generator.channel_max'
-  devices.check_fits(template, mesh, "the generator's training", remedy)
+  devices.check_fits(devices.nbytes(template), mesh, "the generator's training takes", remedy)
   draw_samples = jax.jit(lambda variables: sample_images(G, variables, key, c.truncation_psi))
   set_size = len(images) * (2 if c.mirror else 1)
   class_names = data.class_names[:ROWS] if num_classes else None

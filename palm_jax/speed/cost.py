@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from palm_jax.base.devices import nbytes
 
 
 def flops(traced: Any) -> int:
@@ -69,20 +70,6 @@ def _convolution_flops(
     at = first + np.arange(kernel[kernel_space[i]]) * spread
     total *= int(((at >= 0) & (at <= (x[x_space[i]] - 1) * hole) & (at % hole == 0)).sum())
   return total
-
-
-def nbytes(tree: Any) -> int:
-  """Bytes of a tree of arrays or their shapes, over all devices.
-
-  Typed keys count as their words.
-  """
-
-  def size(x):
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-      x = jax.eval_shape(jax.random.key_data, x)
-    return math.prod(x.shape) * x.dtype.itemsize
-
-  return sum(map(size, jax.tree.leaves(tree)))
 
 
 def residual_bytes(f: Callable, *arguments: Any) -> int:
