@@ -1,8 +1,10 @@
 """Says in the log what is being compiled, when that takes long: XLA itself says nothing."""
 
+import gc
 import sys
 import threading
 import time
+import types
 
 from absl import logging
 
@@ -20,12 +22,28 @@ def _watch(thread):
   program, since, due = None, 0.0, FIRST
   while True:
     time.sleep(1)
-    now = compiled_by(sys._current_frames().get(thread))
+    now = compiled_by(frame_of(thread))
     if now != program:
       program, since, due = now, time.monotonic(), FIRST
     elif program and time.monotonic() - since >= due:
       logging.info('still compiling %s, for %.0f s now', program[1], time.monotonic() - since)
       due *= 2
+
+
+def frame_of(thread: int) -> types.FrameType | None:
+  """The frame that a thread is in now, by its identity; None where it has ended.
+
+  Without garbage collection: Python takes the frames under a lock that every thread needs when it
+  ends. Collecting runs Python code there, which gives the interpreter away, and nobody gets on
+  (python/cpython#106883; seen with tensorstore's threads while a checkpoint was written).
+  """
+  collecting = gc.isenabled()
+  gc.disable()
+  try:
+    return sys._current_frames().get(thread)
+  finally:
+    if collecting:
+      gc.enable()
 
 
 def compiled_by(frame) -> tuple[int, str] | None:
