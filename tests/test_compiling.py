@@ -1,37 +1,53 @@
-"""Looking at what another thread does must not stop it."""
+"""What takes XLA long is said, with its name, while it is being compiled and no longer."""
 
-import subprocess
-import sys
+import time
 
-SCRIPT = """
-import _thread, gc, os, sys, threading, time
-from palm_jax.base.compiling import frame_of
+import jax
+import jax.numpy as jnp
+import pytest
 
-sys.setswitchinterval(1e-6)
-gc.callbacks.append(lambda *_: [i for i in range(300)])  # Python code, as JAX has there
-gc.set_threshold(1)
-thread, end = threading.get_ident(), time.monotonic() + 3
+from palm_jax.base import compiling, devices
 
 
-def look():
-  while time.monotonic() < end:
-    assert frame_of(thread)
+@pytest.fixture
+def said(monkeypatch):
+  lines = []
+  monkeypatch.setattr(compiling, 'FIRST', 0.0)
+  monkeypatch.setattr(compiling, 'POLL', 0.01)
+  monkeypatch.setattr(compiling.logging, 'info', lambda text, *values: lines.append(text % values))
+  return lines
 
 
-def deep(n):
-  return [deep(n - 1)] if n else []
+def test_a_compilation_is_announced_while_it_lasts(said):
+  compiling.announce()
+
+  def slow_program(x):
+    for i in range(300):
+      x = jnp.sin(x) @ jnp.full((2, 2), float(i))
+    return x
+
+  try:
+    jax.jit(slow_program)(jnp.ones((2, 2)))
+    assert said and all(line.startswith('still compiling') for line in said)
+    assert any('slow_program' in line and line.endswith('s now') for line in said)
+    count = len(said)
+    time.sleep(0.2)
+    assert len(said) == count and not compiling._running
+  finally:
+    jax.monitoring.unregister_scalar_listener(compiling._begin)
+    jax.monitoring.unregister_event_duration_listener(compiling._end)
 
 
-threading.Thread(target=look, daemon=True).start()
-while time.monotonic() < end:
-  deep(6)
-  _thread.start_new_thread(deep, (2,))  # threads that end
-print('done', gc.isenabled(), flush=True)
-os._exit(0)
-"""
-
-
-def test_threads_can_end_while_frames_are_looked_at():
-  """With collections of garbage in between this stands still within a second."""
-  done = subprocess.run([sys.executable, '-c', SCRIPT], capture_output=True, text=True, timeout=60)
-  assert done.stdout == 'done True\n', done.stderr
+def test_our_function_that_compiles_is_named():
+  compiling._begin(compiling.EVENT, 0.0, fun_name='jit_f')
+  names = [c.name for c in compiling._running.values()]
+  compiling._end(compiling.EVENT, 0.0)
+  assert names == ['jit_f'] and not compiling._running
+  module = dict(vars(devices))
+  exec('def call(f):\n  return f()', module)  # as a function of palm_jax.base.devices
+  module['call'](lambda: compiling._begin(compiling.EVENT, 0.0, fun_name='jit_f'))
+  names = [c.name for c in compiling._running.values()]
+  compiling._end(compiling.EVENT, 0.0)
+  assert names == ['jit_f of base.devices.call']
+  compiling._begin('/jax/another/event', 0.0)
+  assert not compiling._running

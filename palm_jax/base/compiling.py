@@ -1,64 +1,69 @@
 """Says in the log what is being compiled, when that takes long: XLA itself says nothing."""
 
-import gc
 import sys
 import threading
 import time
-import types
+from typing import NamedTuple
 
+import jax
 from absl import logging
 
 FIRST = 15.0  # seconds until the first line; each waits twice as long as the one before
-INSIDE = 'backend_compile_and_load'  # of jax/_src/compiler.py, while XLA works
+POLL = 1.0  # seconds between looks
+EVENT = '/jax/core/compile/backend_compile_duration'  # of jax.monitoring, at its begin and its end
+
+
+class Compilation(NamedTuple):
+  """A program and the time at which XLA was given it."""
+
+  name: str
+  since: float
+
+
+_running: dict[int, Compilation] = {}  # of each thread
 
 
 def announce() -> None:
-  """Starts a thread that watches what the calling thread compiles."""
-  thread = threading.get_ident()
-  threading.Thread(target=_watch, args=(thread,), daemon=True).start()
+  """Starts a thread that says what takes long.
+
+  JAX says by itself when it begins and ends. To look from there at the frames of the thread that
+  compiles would not be safe: taking them can stop the process for ever (python/cpython#106883).
+  """
+  jax.monitoring.register_scalar_listener(_begin)
+  jax.monitoring.register_event_duration_secs_listener(_end)
+  threading.Thread(target=_watch, daemon=True).start()
 
 
-def _watch(thread):
-  program, since, due = None, 0.0, FIRST
+def _begin(event, value, fun_name='a program', **_):
+  del value
+  if event == EVENT:
+    _running[threading.get_ident()] = Compilation(fun_name + _caller(), time.monotonic())
+
+
+def _end(event, duration, **_):
+  del duration
+  if event == EVENT:
+    _running.pop(threading.get_ident(), None)
+
+
+def _caller():
+  """' of ' the innermost of our functions that led here, or ''."""
+  frame = sys._getframe()
+  while frame := frame.f_back:
+    module = frame.f_globals.get('__name__', '')
+    if module.startswith('palm_jax.') and module != __name__:
+      return f' of {module.removeprefix("palm_jax.")}.{frame.f_code.co_name}'
+  return ''
+
+
+def _watch():
+  due = {}  # seconds after which the next line about a compilation is said
   while True:
-    time.sleep(1)
-    now = compiled_by(frame_of(thread))
-    if now != program:
-      program, since, due = now, time.monotonic(), FIRST
-    elif program and time.monotonic() - since >= due:
-      logging.info('still compiling %s, for %.0f s now', program[1], time.monotonic() - since)
-      due *= 2
-
-
-def frame_of(thread: int) -> types.FrameType | None:
-  """The frame that a thread is in now, by its identity; None where it has ended.
-
-  Without garbage collection: Python takes the frames under a lock that every thread needs when it
-  ends. Collecting runs Python code there, which gives the interpreter away, and nobody gets on
-  (python/cpython#106883; seen with tensorstore's threads while a checkpoint was written).
-  """
-  collecting = gc.isenabled()
-  gc.disable()
-  try:
-    return sys._current_frames().get(thread)
-  finally:
-    if collecting:
-      gc.enable()
-
-
-def compiled_by(frame) -> tuple[int, str] | None:
-  """(id, name) of the program that a frame, or one that led to it, waits for, or None.
-
-  The name is as JAX has it, and of ours the function that called it.
-  """
-  while frame and frame.f_code.co_name != INSIDE:
-    frame = frame.f_back
-  if not frame:
-    return None
-  name = frame.f_locals.get('module_name', 'a program')
-  caller = frame
-  while caller and not caller.f_globals.get('__name__', '').startswith('palm_jax.'):
-    caller = caller.f_back
-  if caller:
-    name += f' of {caller.f_globals["__name__"].removeprefix("palm_jax.")}.{caller.f_code.co_name}'
-  return id(frame), name
+    time.sleep(POLL)
+    running = list(_running.values())
+    due = {compilation: due.get(compilation, FIRST) for compilation in running}
+    for compilation in running:
+      elapsed = time.monotonic() - compilation.since
+      if elapsed >= due[compilation]:
+        logging.info('still compiling %s, for %.0f s now', compilation.name, elapsed)
+        due[compilation] *= 2
