@@ -449,6 +449,22 @@ def command(*args, limit='unlimited'):
 
 
 @pytest.mark.parametrize(
+  'message, words',
+  [
+    ("flag --n=x: invalid literal for int() with base 10: 'x'", '--n=x: expected a whole number'),
+    ("flag --n=: could not convert string to float: ''", '--n=: expected a number'),
+    (
+      "flag --n=2: ('Non-boolean argument to boolean flag', '2')",
+      '--n=2: expected True or False',
+    ),
+    ('Unknown command line flag', 'Unknown command line flag'),
+  ],
+)
+def test_a_value_of_another_type_in_plain_words(message, words):
+  assert commands._in_words(message) == words
+
+
+@pytest.mark.parametrize(
   'args, words',
   [
     (
@@ -457,7 +473,7 @@ def command(*args, limit='unlimited'):
     ),
     (
       ['--config=configs/digits.py', '--config.pretrain.batch_size=many'],
-      ['--config.pretrain.batch_size=many', 'invalid literal'],
+      ['--config.pretrain.batch_size=many: expected a whole number'],
     ),
     (
       ['--config.jobs=pretrain,probe'],

@@ -21,6 +21,12 @@ from palm_jax.base.errors import UserError
 LEAST_MEMORY = 3_000_000_000  # bytes of addresses: with fewer JAX aborts without a word
 # Of the disk or of permissions: the user can do something about them.
 FIXABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+# How Python says that a flag has a value of another type, and what it wants instead.
+OTHER_TYPES = {
+  ': invalid literal for int()': 'a whole number',
+  ': could not convert string to float': 'a number',
+  ": ('Non-boolean argument": 'True or False',
+}
 
 
 def run(main: Callable, parse_flags: Callable) -> None:
@@ -99,7 +105,16 @@ def parse_flags(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.Error as e:
-    raise UserError(' '.join(str(e).split())) from e
+    raise UserError(_in_words(' '.join(str(e).split()))) from e
+
+
+def _in_words(message):
+  """The message of a flag's error, where it is Python's own in plain words."""
+  for words, wanted in OTHER_TYPES.items():
+    given, found, _ = message.partition(words)
+    if found:
+      return f'{given.removeprefix("flag ")}: expected {wanted}'
+  return message
 
 
 def parse_config_flags(argv: list[str], default: str) -> list[str]:
@@ -134,7 +149,7 @@ def parse_config_flags(argv: list[str], default: str) -> list[str]:
   except flags.Error as e:
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
     message = lines[0] if len(lines) == 1 else f'{lines[0]} {lines[-1]}'  # between: a traceback
-    raise UserError(message) from e
+    raise UserError(_in_words(message)) from e
 
 
 def _check_keys(argv, config, path, default):
