@@ -61,7 +61,9 @@ def exit_on_user_error(main: Callable) -> Callable:
       full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
       remedy = 'free space there' if full else 'fix permissions there'
       fail(f'{e.strerror}: {where}: {remedy} or choose another --workdir')
-    except RuntimeError as e:  # JaxRuntimeError, which names no kind
+    except (RuntimeError, ValueError) as e:  # of jaxlib, which names no kind
+      if 'Gloo' in str(e) and jax.process_count() > 1:
+        fail('another process of the run has ended or cannot be reached: its last line says why')
       # With several processes only dying at once ends the others.
       if 'RESOURCE_EXHAUSTED' not in str(e) or jax.process_count() > 1:
         raise
@@ -77,7 +79,7 @@ def exit_on_user_error(main: Callable) -> Callable:
 def fail(message: object, code: int = 2) -> NoReturn:
   """Ends the process with one line and an exit code."""
   print(f'palm_jax: {message}', file=sys.stderr)
-  sys.exit(code)
+  processes.leave(code)
 
 
 def start() -> None:
