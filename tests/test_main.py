@@ -2,6 +2,7 @@
 behind."""
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -506,6 +507,29 @@ def test_the_command_line_ends_with_code_2_and_one_line(tmp_path, args, words):
   assert code == 2 and len(lines) == 1 and lines[0].startswith('palm_jax: '), lines
   assert all(word in lines[0] for word in words), lines
   assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  'number, remedy',
+  [
+    (errno.ENOSPC, 'free space there'),
+    (errno.EACCES, 'fix permissions there'),
+    (errno.EROFS, 'have it mounted for writing'),
+    (errno.EMFILE, 'raise `ulimit -n`'),
+    (errno.ESTALE, 'see that its disk or file server works'),
+    (errno.EXDEV, 'see that its disk or file server works'),
+    (errno.EIO, 'see that its disk or file server works'),
+  ],
+)
+def test_what_a_disk_refuses_is_one_line(capsys, number, remedy):
+  def main(argv):
+    raise OSError(number, os.strerror(number), '/a/file')
+
+  with pytest.raises(SystemExit) as caught:
+    commands.exit_on_user_error(main)([])
+  line = capsys.readouterr().err
+  assert caught.value.code == 2 and line.count('\n') == 1
+  assert line.startswith(f'palm_jax: {os.strerror(number)}: /a/file: {remedy}')
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half(tmp_path):

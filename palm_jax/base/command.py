@@ -19,8 +19,23 @@ from palm_jax.base import checks, compiling, devices, processes, signals
 from palm_jax.base.errors import UserError
 
 LEAST_MEMORY = 3_000_000_000  # bytes of addresses: with fewer JAX aborts without a word
-# Of the disk or of permissions: the user can do something about them.
-FIXABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+# Of the disk, its server or permissions: the user can do something about them.
+REMEDIES = {
+  'free space there': (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+  'fix permissions there': (errno.EACCES, errno.EPERM),
+  'have it mounted for writing': (errno.EROFS,),
+  'raise `ulimit -n`': (errno.EMFILE, errno.ENFILE),
+  'see that its disk or file server works, then run again': (
+    errno.EIO,
+    errno.ESTALE,
+    errno.EXDEV,
+    errno.EBUSY,
+    errno.ENOTEMPTY,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+  ),
+}
 # How Python says that a flag has a value of another type, and what it wants instead.
 OTHER_TYPES = {
   ': invalid literal for int()': 'a whole number',
@@ -39,7 +54,7 @@ def run(main: Callable, parse_flags: Callable) -> None:
 
 
 def exit_on_user_error(main: Callable) -> Callable:
-  """Wraps a main function: a UserError, full disk or forbidden path ends in one line and code 2."""
+  """Wraps a main function: a UserError, or what the disk refuses, ends in one line and code 2."""
 
   def wrapped(argv):
     try:
@@ -55,12 +70,11 @@ def exit_on_user_error(main: Callable) -> Callable:
       signals.say()
       sys.exit(signals.exit_code(number))
     except OSError as e:
-      if e.errno not in FIXABLE:
+      remedy = next((each for each, numbers in REMEDIES.items() if e.errno in numbers), None)
+      if remedy is None:
         raise
       where = e.filename or 'the file being written'
-      full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-      remedy = 'free space there' if full else 'fix permissions there'
-      fail(f'{e.strerror}: {where}: {remedy} or choose another --workdir')
+      fail(f'{e.strerror}: {where}: {remedy}, or choose another --workdir')
     except (RuntimeError, ValueError) as e:  # of jaxlib, which names no kind
       if 'Gloo' in str(e) and jax.process_count() > 1:
         fail('another process of the run has ended or cannot be reached: its last line says why')
