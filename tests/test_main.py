@@ -532,6 +532,21 @@ def test_what_a_disk_refuses_is_one_line(capsys, number, remedy):
   assert line.startswith(f'palm_jax: {os.strerror(number)}: /a/file: {remedy}')
 
 
+def test_an_output_that_nobody_reads_any_more_is_one_line():
+  reader, writer = os.pipe()
+  os.close(reader)
+  done = subprocess.run(
+    [sys.executable, '-m', 'palm_jax.main', '--help'],
+    stdout=writer,
+    stderr=subprocess.PIPE,
+    cwd=ROOT,
+    text=True,
+    timeout=120,
+  )
+  os.close(writer)
+  assert done.returncode == 141 and done.stderr == 'palm_jax: whoever read the output has ended\n'
+
+
 def test_a_full_disk_is_one_line_and_leaves_no_half(tmp_path):
   code, lines = command('--config.jobs=("pretrain",)', f'--workdir={tmp_path / "run"}', limit=1)
   assert code == 2 and len(lines) == 1, lines

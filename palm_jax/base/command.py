@@ -4,6 +4,7 @@ import ast
 import errno
 import functools
 import logging as python_logging
+import os
 import pathlib
 import resource
 import signal
@@ -69,6 +70,9 @@ def exit_on_user_error(main: Callable) -> Callable:
         processes.wait_for_all()
       signals.say()
       sys.exit(signals.exit_code(number))
+    except BrokenPipeError:  # as by `| head`
+      os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what Python still has to write goes nowhere
+      fail('whoever read the output has ended', signals.exit_code(signal.SIGPIPE))
     except OSError as e:
       remedy = next((each for each, numbers in REMEDIES.items() if e.errno in numbers), None)
       if remedy is None:
