@@ -497,6 +497,22 @@ def test_cifar_archives_write_nothing_and_fill_no_memory(tmp_path):
   refused('it numbers a value 2147483647', write_folder(tmp_path / 'bomb', files | bomb))
 
 
+@pytest.mark.parametrize(
+  'labels, advice',
+  [
+    (np.eye(3)[np.arange(6) % 3], r'labels.argmax\(1\)'),
+    (np.array(['cat', 'dog'] * 3), 'number the names'),
+    (np.array([0, 1, np.nan] * 2), '2 of them are NaN or infinite: drop those images'),
+    (np.array([0, 0.5] * 3), 'no whole numbers'),
+    (np.array([0.0, 1.0] * 3), r"astype\('int64'\)"),
+    (np.array([[0], [1]] * 3), r"labels.reshape\(-1\).astype\('int64'\)"),
+  ],
+)
+def test_labels_of_another_form_have_each_their_own_advice(tmp_path, labels, advice):
+  np.savez(tmp_path / 'x.npz', images=pictures(6, 8), labels=labels)
+  refused(f'expected .N,. integers; .*{advice}', tmp_path / 'x.npz')
+
+
 # ---- SVHN
 
 

@@ -499,6 +499,10 @@ def test_a_value_of_another_type_in_plain_words(message, words):
       ['--config=configs/digits.py:tiny'],
       ['--config=configs/digits.py:tiny', 'get_config() takes 0'],
     ),
+    (
+      ['--config.probe.label_fractions=(nan,)'],
+      ['--config.probe.label_fractions=(nan,) cannot be read: write numbers', 'such as (1.0,)'],
+    ),
     (['--job=pretrian'], ["job 'pretrian' is unknown", 'did you mean pretrain?']),
   ],
 )

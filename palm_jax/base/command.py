@@ -190,8 +190,9 @@ def _check_keys(argv, config, path, default):
     if not isinstance(known[key], tuple) or ',' not in value or _is_literal(value):
       continue
     if value.startswith(('(', '[')):
+      example = known[key] or ('a', 'b')
       raise UserError(
-        f"--config.{key}={value} cannot be read: write numbers or quoted texts, such as ('a', 'b')"
+        f'--config.{key}={value} cannot be read: write numbers or quoted texts, such as {example}'
       )
     raise UserError(
       f'--config.{key}={value} is no list: write --config.{key}="{tuple(value.split(","))}", '
