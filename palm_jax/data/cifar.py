@@ -233,7 +233,7 @@ def _unpickle(raw, where):
   try:
     for operation, argument, _ in pickletools.genops(raw):
       # Python takes memory for as many values as the number says.
-      if operation.name in ('PUT', 'LONG_BINPUT') and argument > len(raw):
+      if operation.name in ('PUT', 'LONG_BINPUT') and int(argument or 0) > len(raw):
         raise pickle.UnpicklingError(f'it numbers a value {argument}')
     return _Unpickler(io.BytesIO(raw), encoding='bytes').load()
   except Exception as error:  # The pickle module's own documentation: any exception may be raised.
