@@ -8,10 +8,12 @@ from palm_jax.base import signals
 if __name__ == '__main__':
   signals.watch()  # before imports that take seconds
 
+import json
+
 from absl import flags
 
 from palm_jax import runner
-from palm_jax.base import command, processes
+from palm_jax.base import checks, command, processes
 
 DEFAULT_CONFIG = 'configs/digits.py'
 
@@ -41,6 +43,7 @@ def main(argv: list[str]) -> None:
   command.start()
   f = flags.FLAGS
   processes.initialize_distributed(f.coordinator_address, f.num_processes, f.process_id)
+  processes.agree({'--job': f.job, **checks.flatten(json.loads(f.config.to_json_best_effort()))})
   runner.run(f.config, f.job, f.workdir, f.download)
   processes.wait_for_all()
 

@@ -140,11 +140,13 @@ def execute(job: Job, run: Run) -> dict | None:
     return None
   if result is None or not is_first():
     return result
-  if job.table:
-    print(job.table(result), flush=True)
-  if claimed and not workdirs.is_claimed(run.workdir):
-    raise UserError(f'{run.workdir} was removed while {job.name} ran: its result is lost')
-  if job.claims:
-    write_result(workdirs.result_path(run.workdir, job), result, origin, run.config.to_dict())
+  try:  # the file first: nobody may read the output any more
+    if claimed and not workdirs.is_claimed(run.workdir):
+      raise UserError(f'{run.workdir} was removed while {job.name} ran: its result is lost')
+    if job.claims:
+      write_result(workdirs.result_path(run.workdir, job), result, origin, run.config.to_dict())
+  finally:
+    if job.table:
+      print(job.table(result), flush=True)
   job.clean(run)
   return result

@@ -60,10 +60,12 @@ def check_pictures(config: ConfigDict, generator: Any) -> None:
   images = jax.jit(lambda v: generator.apply(v, z, labels, truncation_psi=psi))(generator.variables)
   bad = ~np.isfinite(np.asarray(images, np.float32)).reshape(PROBED, -1).all(1)
   if bad.any():
+    dtype = config.pretrain.dtype
+    remedy = '' if dtype == 'float32' else ', or set pretrain.dtype=float32'
     raise NonFiniteError(
       f'the generator of {config.generator.path or "this workdir"} draws NaN or infinity in '
-      f'{bad.sum()} of {PROBED} pictures (pretrain.dtype={config.pretrain.dtype}): give another, '
-      'or try float32'
+      f'{bad.sum()} of {PROBED} pictures (pretrain.dtype={dtype}): give another with '
+      f'--config.generator.path{remedy}'
     )
 
 

@@ -352,6 +352,54 @@ def test_a_full_disk_is_one_line_and_leaves_the_steps_before(copy, capfd):
   assert checkpoints.steps() == [20, 30]
 
 
+@pytest.mark.parametrize('number', [errno.ESTALE, errno.EXDEV, errno.EBUSY])
+def test_a_file_server_that_refuses_to_rename(copy, monkeypatch, number):
+  """Steps that were saved stay; one that cannot be removed keeps nobody from going on."""
+  rename = os.rename
+  refused = ''
+
+  def renamed(source, target):
+    if refused in str(target):
+      raise OSError(number, os.strerror(number))
+    rename(source, target)
+
+  checkpoints = Checkpoints(copy)
+  with monkeypatch.context() as patched:
+    patched.setattr(os, 'rename', renamed)
+    with pytest.raises(UserError, match=f'step 30 could not .*{os.strerror(number)}') as caught:
+      checkpoints.save(30, make_items(30), {})
+      checkpoints.wait()
+    assert '\n' not in str(caught.value)
+    assert sorted(p.name for p in copy.iterdir()) == ['10', '20']
+    refused = '.deleted'
+    checkpoints.save(30, make_items(30), {})
+    checkpoints.wait()
+    assert checkpoints.steps() == [10, 20, 30]
+    refused = '.damaged'
+    checkpoints._damaged = [30]
+    with pytest.raises(UserError, match='step 31 could not be written'):
+      checkpoints.save(31, make_items(31), {})
+    assert checkpoints.steps() == [10, 20, 30]
+  checkpoints._damaged = []
+  checkpoints.save(40, make_items(40), {})
+  checkpoints.close()
+  assert sorted(p.name for p in copy.iterdir()) == ['30', '40']
+  (copy / '20.deleted').mkdir()
+  with monkeypatch.context() as patched:
+    patched.setattr(os, 'rmdir', lambda *_, **__: renamed('', ''))
+    assert Checkpoints(copy).steps() == [30, 40]  # what a server still holds is no reason to stop
+  Checkpoints(copy)
+  assert not (copy / '20.deleted').exists()
+
+
+def test_the_newest_step_is_that_of_the_largest_number(copy):
+  """Clocks of several machines differ, and go back."""
+  os.utime(copy / '10', (2e9, 2e9))
+  os.utime(copy / '20', (1, 1))
+  assert Checkpoints(copy).restore(template()).step == 20
+  assert load_encoder(copy.parents[1])[2] == 20
+
+
 def test_a_place_that_is_no_folder_is_one_line(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(UserError, match='cannot hold checkpoints'):

@@ -230,6 +230,44 @@ def test_settings_that_cannot_be(settings, message):
   assert '\n' not in str(error.value)
 
 
+def test_other_settings_are_refused_in_all_processes(monkeypatch):
+  def told(*settings):
+    texts = [json.dumps(each).encode() for each in settings]
+    rows = np.array([list(text.ljust(max(map(len, texts)))) for text in texts], np.uint8)
+    monkeypatch.setattr(jax, 'process_count', lambda: len(settings))
+    monkeypatch.setattr(processes, 'largest', lambda number: rows.shape[1])
+    monkeypatch.setattr(multihost_utils, 'process_allgather', lambda mine: rows)
+    for each in settings:
+      processes.agree(each)
+
+  told({'seed': 0, 'lr': float('nan')}, {'seed': 0, 'lr': float('nan')})
+  message = 'process 2 was started with jobs=None, process 0 with .*: start all with the same'
+  with pytest.raises(UserError, match=message):
+    told(*[{'seed': 0, 'jobs': ['probe']}] * 2, {'seed': 0})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('changes', [['--config.seed=1'], ['--job=pretrain']])
+def test_commands_that_differ_end_together(tmp_path, changes):
+  address = f'--coordinator_address=127.0.0.1:{free_port()}'
+  command = [sys.executable, '-m', 'palm_jax.main', '--config=configs/digits.py', address]
+  command += ['--num_processes=2', f'--workdir={tmp_path / "run"}']
+  options = dict(cwd=ROOT, env=environment(1), stderr=subprocess.PIPE, text=True)
+  children = [
+    subprocess.Popen([*command, f'--process_id={i}', *more], **options)
+    for i, more in enumerate(([], changes))
+  ]
+  try:
+    errors = [child.communicate(timeout=120)[1] for child in children]
+  finally:
+    for child in children:
+      child.kill()
+  assert [child.returncode for child in children] == [2, 2], errors
+  for text in errors:
+    assert text.splitlines()[-1].startswith('palm_jax: process 1 was started with '), text
+  assert not (tmp_path / 'run').exists()
+
+
 def test_a_port_in_use():
   with socket.socket() as other:
     other.bind(('', 0))

@@ -2,6 +2,7 @@
 behind."""
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -449,6 +450,22 @@ def command(*args, limit='unlimited'):
 
 
 @pytest.mark.parametrize(
+  'message, words',
+  [
+    ("flag --n=x: invalid literal for int() with base 10: 'x'", '--n=x: expected a whole number'),
+    ("flag --n=: could not convert string to float: ''", '--n=: expected a number'),
+    (
+      "flag --n=2: ('Non-boolean argument to boolean flag', '2')",
+      '--n=2: expected True or False',
+    ),
+    ('Unknown command line flag', 'Unknown command line flag'),
+  ],
+)
+def test_a_value_of_another_type_in_plain_words(message, words):
+  assert commands._in_words(message) == words
+
+
+@pytest.mark.parametrize(
   'args, words',
   [
     (
@@ -457,7 +474,7 @@ def command(*args, limit='unlimited'):
     ),
     (
       ['--config=configs/digits.py', '--config.pretrain.batch_size=many'],
-      ['--config.pretrain.batch_size=many', 'invalid literal'],
+      ['--config.pretrain.batch_size=many: expected a whole number'],
     ),
     (
       ['--config.jobs=pretrain,probe'],
@@ -482,6 +499,10 @@ def command(*args, limit='unlimited'):
       ['--config=configs/digits.py:tiny'],
       ['--config=configs/digits.py:tiny', 'get_config() takes 0'],
     ),
+    (
+      ['--config.probe.label_fractions=(nan,)'],
+      ['--config.probe.label_fractions=(nan,) cannot be read: write numbers', 'such as (1.0,)'],
+    ),
     (['--job=pretrian'], ["job 'pretrian' is unknown", 'did you mean pretrain?']),
   ],
 )
@@ -490,6 +511,44 @@ def test_the_command_line_ends_with_code_2_and_one_line(tmp_path, args, words):
   assert code == 2 and len(lines) == 1 and lines[0].startswith('palm_jax: '), lines
   assert all(word in lines[0] for word in words), lines
   assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  'number, remedy',
+  [
+    (errno.ENOSPC, 'free space there'),
+    (errno.EACCES, 'fix permissions there'),
+    (errno.EROFS, 'have it mounted for writing'),
+    (errno.EMFILE, 'raise `ulimit -n`'),
+    (errno.ESTALE, 'see that its disk or file server works'),
+    (errno.EXDEV, 'see that its disk or file server works'),
+    (errno.EIO, 'see that its disk or file server works'),
+  ],
+)
+def test_what_a_disk_refuses_is_one_line(capsys, number, remedy):
+  def main(argv):
+    raise OSError(number, os.strerror(number), '/a/file')
+
+  with pytest.raises(SystemExit) as caught:
+    commands.exit_on_user_error(main)([])
+  line = capsys.readouterr().err
+  assert caught.value.code == 2 and line.count('\n') == 1
+  assert line.startswith(f'palm_jax: {os.strerror(number)}: /a/file: {remedy}')
+
+
+def test_an_output_that_nobody_reads_any_more_is_one_line():
+  reader, writer = os.pipe()
+  os.close(reader)
+  done = subprocess.run(
+    [sys.executable, '-m', 'palm_jax.main', '--help'],
+    stdout=writer,
+    stderr=subprocess.PIPE,
+    cwd=ROOT,
+    text=True,
+    timeout=120,
+  )
+  os.close(writer)
+  assert done.returncode == 141 and done.stderr == 'palm_jax: whoever read the output has ended\n'
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half(tmp_path):

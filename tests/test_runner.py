@@ -1,6 +1,8 @@
 """A job is a value: one new file and one line in runner.JOBS make an evaluation."""
 
+import errno
 import json
+import os
 import sys
 import types
 
@@ -96,6 +98,39 @@ def test_a_stopped_job_has_no_result_and_ends_the_chain(toy, tmp_path):
   assert len(seen) == 1
   assert not (tmp_path / 'run' / 'results').exists()
   assert not (tmp_path / 'run' / 'report.html').exists()
+
+
+@pytest.mark.parametrize('number', [errno.ESTALE, errno.EXDEV, errno.EBUSY])
+def test_a_result_that_cannot_be_written_is_seen_and_leaves_no_half(
+  toy, tmp_path, monkeypatch, capsys, number
+):
+  replace = os.replace
+
+  def replaced(source, target):
+    if 'results' in str(target):
+      raise OSError(number, os.strerror(number), str(source), None, str(target))
+    replace(source, target)
+
+  with monkeypatch.context() as patched:
+    patched.setattr(os, 'replace', replaced)
+    with pytest.raises(OSError):
+      runner.run(config_of(), 'toy', tmp_path)
+  assert 'are bright' in capsys.readouterr().out
+  assert not any((tmp_path / 'results').iterdir())
+  runner.run(config_of(), 'toy', tmp_path)
+  assert (tmp_path / 'results' / 'toy.json').exists()
+
+
+def test_a_result_is_written_though_nobody_reads_the_output(toy, tmp_path, monkeypatch):
+  class Closed:
+    def write(self, text):
+      raise BrokenPipeError
+
+  with monkeypatch.context() as patched:
+    patched.setattr(sys, 'stdout', Closed())
+    with pytest.raises(BrokenPipeError):
+      runner.run(config_of(), 'toy', tmp_path)
+  assert (tmp_path / 'results' / 'toy.json').exists()
 
 
 def test_every_job_of_the_table_is_found():

@@ -119,3 +119,19 @@ def test_an_interruption_in_a_chain_of_causes_is_raised(kind):
   with pytest.raises(kind):
     signals.raise_if_interrupted(caught.value)
   signals.raise_if_interrupted(ValueError('of its own'))
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('module', ['main', 'export'])
+def test_a_signal_while_a_command_imports_is_one_line(module, number):
+  script = f"""
+import os, runpy, sys
+class Interrupting:
+  def find_spec(self, name, *_):
+    if name == 'absl':
+      os.kill(os.getpid(), {int(number)})
+sys.meta_path.insert(0, Interrupting())
+runpy.run_module('palm_jax.{module}', run_name='__main__', alter_sys=True)
+"""
+  done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=60)
+  assert done.stderr == f'palm_jax: {signals.MESSAGE}\n' and done.returncode == 128 + number

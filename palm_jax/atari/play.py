@@ -307,7 +307,7 @@ def average(pending: list[Any], job: str, agent_steps: int) -> dict[str, float]:
   for name, value in means.items():
     if not math.isfinite(value):
       raise NonFiniteError(
-        f'{job}: {name} is {value} before agent step {agent_steps}: lower {job}.agent.lr; the last '
-        'good checkpoint stays'
+        f'{job}: {name} is {value} before agent step {agent_steps}: lower {job}.agent.lr, in '
+        'another --workdir; the last good checkpoint of this one stays'
       )
   return means

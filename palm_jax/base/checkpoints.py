@@ -17,7 +17,7 @@ import jax
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
-from palm_jax.base import digests, processes
+from palm_jax.base import digests
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import sync
 from palm_jax.base.processes import any_process
@@ -48,9 +48,10 @@ class Checkpoints:
     try:
       if jax.process_index() == 0:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for pattern in ('*.orbax-checkpoint-tmp*', '*.deleted'):
-          for path in self.folder.glob(pattern):
-            shutil.rmtree(path)
+        for path in self.folder.glob('*.orbax-checkpoint-tmp*'):
+          shutil.rmtree(path)
+        for path in self.folder.glob('*.deleted'):
+          _remove(path)
     except OSError as e:
       error = e
     if any_process(error):
@@ -94,12 +95,7 @@ class Checkpoints:
         f'{self.folder} already holds step {good[-1]}, so step {step} cannot be saved there: '
         'resume from it or choose another --workdir'
       )
-    while self._damaged:  # set aside, so that they neither count nor are resumed from
-      name = str(self._damaged.pop())
-      if jax.process_index() == 0:
-        shutil.rmtree(self.folder / f'{name}.damaged', ignore_errors=True)
-        os.rename(self.folder / name, self.folder / f'{name}.damaged')
-    processes.barrier('damaged')
+    self._set_aside_damaged(step)
     record = {
       'metadata': metadata,
       'items': {name: digests.describe(tree) for name, tree in items.items()},
@@ -146,10 +142,28 @@ class Checkpoints:
       for old in self.steps()[: -self._keep]:
         # Renamed first: a run killed in the middle of removing leaves no half of a step behind.
         gone = self.folder / f'{old}.deleted'
-        os.rename(self.folder / str(old), gone)
-        shutil.rmtree(gone)
+        try:
+          os.rename(self.folder / str(old), gone)
+        except OSError as e:  # the run goes on with a step more
+          logging.warning('%s could not be removed (%s)', self.folder / str(old), e.strerror)
+        else:
+          _remove(gone)
 
   close = wait
+
+  def _set_aside_damaged(self, step):
+    """So that they neither count nor are resumed from; before `step` is saved."""
+    error = None
+    try:
+      for name in map(str, self._damaged):
+        if jax.process_index() == 0:
+          shutil.rmtree(self.folder / f'{name}.damaged', ignore_errors=True)
+          os.rename(self.folder / name, self.folder / f'{name}.damaged')
+    except OSError as e:
+      error = e
+    if any_process(error):
+      self._refuse(step, error or OSError('the first process says why'))
+    self._damaged = []
 
   def _refuse(self, step, error):
     raise_if_interrupted(error)
@@ -235,6 +249,14 @@ def load(
     )
   restored = newest(folder, steps if step is None else [step], templates, [])
   return restored if template else restored._replace(items=jax.device_get(restored.items))
+
+
+def _remove(folder):
+  """Removes what no longer counts; what a file server still holds of it stays for a while."""
+  try:
+    shutil.rmtree(folder)
+  except OSError as e:
+    logging.warning('%s could not be removed whole (%s)', folder, e.strerror)
 
 
 def _quieten_orbax():

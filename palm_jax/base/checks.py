@@ -171,7 +171,7 @@ def finite(config: ConfigDict) -> None:
       else:
         large = abs(item) > LARGEST_FLOAT
       if large:
-        raise UserError(f'{name}={item} is too large for its type: set it to a smaller number')
+        raise UserError(f'{name}={item} is too large for its type: set it nearer to 0')
 
 
 def flatten(tree: Any, prefix: str = '') -> dict[str, Any]:

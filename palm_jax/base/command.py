@@ -4,6 +4,7 @@ import ast
 import errno
 import functools
 import logging as python_logging
+import os
 import pathlib
 import resource
 import signal
@@ -19,8 +20,29 @@ from palm_jax.base import checks, compiling, devices, processes, signals
 from palm_jax.base.errors import UserError
 
 LEAST_MEMORY = 3_000_000_000  # bytes of addresses: with fewer JAX aborts without a word
-# Of the disk or of permissions: the user can do something about them.
-FIXABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+# Of the disk, its server or permissions: the user can do something about them.
+REMEDIES = {
+  'free space there': (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+  'fix permissions there': (errno.EACCES, errno.EPERM),
+  'have it mounted for writing': (errno.EROFS,),
+  'raise `ulimit -n`': (errno.EMFILE, errno.ENFILE),
+  'see that its disk or file server works, then run again': (
+    errno.EIO,
+    errno.ESTALE,
+    errno.EXDEV,
+    errno.EBUSY,
+    errno.ENOTEMPTY,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+  ),
+}
+# How Python says that a flag has a value of another type, and what it wants instead.
+OTHER_TYPES = {
+  ': invalid literal for int()': 'a whole number',
+  ': could not convert string to float': 'a number',
+  ": ('Non-boolean argument": 'True or False',
+}
 
 
 def run(main: Callable, parse_flags: Callable) -> None:
@@ -33,7 +55,7 @@ def run(main: Callable, parse_flags: Callable) -> None:
 
 
 def exit_on_user_error(main: Callable) -> Callable:
-  """Wraps a main function: a UserError, full disk or forbidden path ends in one line and code 2."""
+  """Wraps a main function: a UserError, or what the disk refuses, ends in one line and code 2."""
 
   def wrapped(argv):
     try:
@@ -48,14 +70,18 @@ def exit_on_user_error(main: Callable) -> Callable:
         processes.wait_for_all()
       signals.say()
       sys.exit(signals.exit_code(number))
+    except BrokenPipeError:  # as by `| head`
+      os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what Python still has to write goes nowhere
+      fail('whoever read the output has ended', signals.exit_code(signal.SIGPIPE))
     except OSError as e:
-      if e.errno not in FIXABLE:
+      remedy = next((each for each, numbers in REMEDIES.items() if e.errno in numbers), None)
+      if remedy is None:
         raise
       where = e.filename or 'the file being written'
-      full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-      remedy = 'free space there' if full else 'fix permissions there'
-      fail(f'{e.strerror}: {where}: {remedy} or choose another --workdir')
-    except RuntimeError as e:  # JaxRuntimeError, which names no kind
+      fail(f'{e.strerror}: {where}: {remedy}, or choose another --workdir')
+    except (RuntimeError, ValueError) as e:  # of jaxlib, which names no kind
+      if 'Gloo' in str(e) and jax.process_count() > 1:
+        fail('another process of the run has ended or cannot be reached: its last line says why')
       # With several processes only dying at once ends the others.
       if 'RESOURCE_EXHAUSTED' not in str(e) or jax.process_count() > 1:
         raise
@@ -71,7 +97,7 @@ def exit_on_user_error(main: Callable) -> Callable:
 def fail(message: object, code: int = 2) -> NoReturn:
   """Ends the process with one line and an exit code."""
   print(f'palm_jax: {message}', file=sys.stderr)
-  sys.exit(code)
+  processes.leave(code)
 
 
 def start() -> None:
@@ -99,7 +125,16 @@ def parse_flags(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.Error as e:
-    raise UserError(' '.join(str(e).split())) from e
+    raise UserError(_in_words(' '.join(str(e).split()))) from e
+
+
+def _in_words(message):
+  """The message of a flag's error, where it is Python's own in plain words."""
+  for words, wanted in OTHER_TYPES.items():
+    given, found, _ = message.partition(words)
+    if found:
+      return f'{given.removeprefix("flag ")}: expected {wanted}'
+  return message
 
 
 def parse_config_flags(argv: list[str], default: str) -> list[str]:
@@ -134,7 +169,7 @@ def parse_config_flags(argv: list[str], default: str) -> list[str]:
   except flags.Error as e:
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
     message = lines[0] if len(lines) == 1 else f'{lines[0]} {lines[-1]}'  # between: a traceback
-    raise UserError(message) from e
+    raise UserError(_in_words(message)) from e
 
 
 def _check_keys(argv, config, path, default):
@@ -155,8 +190,9 @@ def _check_keys(argv, config, path, default):
     if not isinstance(known[key], tuple) or ',' not in value or _is_literal(value):
       continue
     if value.startswith(('(', '[')):
+      example = known[key] or ('a', 'b')
       raise UserError(
-        f"--config.{key}={value} cannot be read: write numbers or quoted texts, such as ('a', 'b')"
+        f'--config.{key}={value} cannot be read: write numbers or quoted texts, such as {example}'
       )
     raise UserError(
       f'--config.{key}={value} is no list: write --config.{key}="{tuple(value.split(","))}", '

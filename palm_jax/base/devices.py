@@ -59,9 +59,11 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
     devices = jax.devices()[:num_devices]
   except (RuntimeError, AssertionError) as e:
     asked = os.environ.get('JAX_PLATFORMS', '')
+    reason = f'; {one_line(e)}' if str(e) else ''
+    extra = 'tpu' if 'tpu' in asked else 'cuda12'
     raise UserError(
-      f'JAX finds no device (JAX_PLATFORMS={asked}; {one_line(e)}): install JAX for it, such as '
-      "pip install -e '.[cuda12]', or set JAX_PLATFORMS=cpu"
+      f'JAX finds no device (JAX_PLATFORMS={asked}{reason}): on a machine that has one, install '
+      f"JAX for it, such as pip install -e '.[{extra}]'; else set JAX_PLATFORMS=cpu"
     ) from e
   return Mesh(devices, ('data',), axis_types=(AxisType.Auto,))
 

@@ -2,11 +2,13 @@
 
 import functools
 import importlib.util
+import json
 import os
 import socket
 import sys
 import threading
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -22,6 +24,7 @@ from palm_jax.base.errors import UserError
 HEARTBEAT_SECONDS = 30
 # How long an ending process waits for the others: the end of a job is at most a few pictures apart.
 SHUTDOWN_SECONDS = 60
+FAIL_SECONDS = 10  # the same after an error, which is that of all at once, or of this one alone
 
 
 def any_process(flag: Any) -> bool:
@@ -48,6 +51,47 @@ def barrier(name: str) -> None:
   """Waits for all processes to come here."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
+
+
+def agree(settings: Mapping[str, Any]) -> None:
+  """Raises UserError, in all processes, where one has other settings than the first.
+
+  Each would wait for the others in another place.
+
+  Args:
+    settings: {name: value} of the command, all of it JSON.
+  """
+  if jax.process_count() == 1:
+    return
+  text = np.frombuffer(json.dumps(settings).encode(), np.uint8)
+  padded = np.full(largest(len(text)), ord(' '), np.uint8)
+  padded[: len(text)] = text
+  first, *others = (json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded))
+  for number, other in enumerate(others, 1):
+    # As text: one NaN is another's equal here.
+    differ = [name for name in {**first, **other} if repr(first.get(name)) != repr(other.get(name))]
+    if differ:
+      name = differ[0]
+      raise UserError(
+        f'process {number} was started with {name}={other.get(name)!r}, process 0 with '
+        f'{first.get(name)!r}: start all with the same --job and --config'
+      )
+
+
+def leave(code: int) -> NoReturn:
+  """Ends this process after an error, and with it the run.
+
+  Python's own way out would wait for the others, who may wait for this one's devices.
+  """
+  if jax.distributed.is_initialized():
+    together = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    together.start()
+    together.join(FAIL_SECONDS)
+    if together.is_alive():
+      sys.stdout.flush()
+      sys.stderr.flush()
+      os._exit(code)
+  sys.exit(code)
 
 
 def wait_for_all() -> None:

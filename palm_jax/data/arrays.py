@@ -172,6 +172,8 @@ def _label_advice(labels):
     return 'number the names: names, labels = np.unique(labels, return_inverse=True)'
   if labels.dtype.kind == 'f' and not np.isfinite(labels).all():
     return f'{np.sum(~np.isfinite(labels))} of them are NaN or infinite: drop those images'
+  if labels.dtype.kind == 'f' and (labels % 1).any():
+    return 'they are no whole numbers: give the number of a class to each image'
   if labels.ndim == 2 and labels.shape[1] > 1:
     return 'where each row has one entry for each class: labels.argmax(1)'
   return "one way: labels.reshape(-1).astype('int64')"

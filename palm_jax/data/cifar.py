@@ -8,6 +8,7 @@ import gzip
 import io
 import pathlib
 import pickle
+import pickletools
 import tarfile
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ class _Layout(NamedTuple):
   label_sets: tuple[str, ...]  # in the order of those bytes
 
 
+_LARGEST = 1 << 30  # bytes of a file; the published ones have 154 MB at most
 _LAYOUTS = {
   'cifar-10-batches-bin': _Layout(
     train=tuple(f'data_batch_{i}.bin' for i in range(1, 6)),
@@ -130,6 +132,11 @@ def _unpack(path):
   try:
     with gzip.open(path) as unzipped, tarfile.open(fileobj=unzipped, mode='r|') as tar:
       for member in tar:
+        if member.size > _LARGEST:
+          raise UserError(
+            f'{path}: {member.name} has {member.size:,} bytes, which no file of CIFAR has; fetch '
+            'the archive again'
+          )
         folder, _, name = member.name.removeprefix('./').partition('/')
         if folder in _LAYOUTS and member.isfile():
           content = tar.extractfile(member)
@@ -137,6 +144,8 @@ def _unpack(path):
           found[folder][name] = content.read()
       while unzipped.read(1 << 20):  # gzip compares its checksum only at the end of the stream.
         pass
+  except UserError:
+    raise
   except Exception as error:  # gzip, zlib and tarfile each have their own.
     raise_if_interrupted(error)
     raise UserError(
@@ -168,7 +177,13 @@ def _batch(layout, label_set, raw, where):
     planes, labels = _binary_batch(layout, label_set, raw, where)
   else:
     planes, labels = _python_batch(raw, where, _key(layout, label_set, 'labels'))
-  return Split(planes.reshape(len(planes), 3, 32, 32).transpose(0, 2, 3, 1), labels)
+  images = planes.reshape(len(planes), 3, 32, 32).transpose(0, 2, 3, 1)
+  if labels.shape != (len(images),):
+    raise UserError(
+      f'{where}: {labels.size} labels for {len(images)} images, of shape {labels.shape}; expected '
+      'one label for each image; fetch the archive again'
+    )
+  return Split(images, labels)
 
 
 def _binary_batch(layout, label_set, raw, where):
@@ -185,7 +200,7 @@ def _binary_batch(layout, label_set, raw, where):
 def _python_batch(raw, where, key):
   batch = _unpickle(raw, where)
   _, shape, dtype, fortran, pixels = batch[b'data'].state
-  if dtype.args[0] != b'u1':
+  if dtype.args[0] not in (b'u1', 'u1'):
     raise UserError(
       f'{where} has pixels of type {dtype.args[0]!r}, expected u1; fetch the archive again'
     )
@@ -216,6 +231,10 @@ class _Unpickler(pickle.Unpickler):
 
 def _unpickle(raw, where):
   try:
+    for operation, argument, _ in pickletools.genops(raw):
+      # Python takes memory for as many values as the number says.
+      if operation.name in ('PUT', 'LONG_BINPUT') and int(argument or 0) > len(raw):
+        raise pickle.UnpicklingError(f'it numbers a value {argument}')
     return _Unpickler(io.BytesIO(raw), encoding='bytes').load()
   except Exception as error:  # The pickle module's own documentation: any exception may be raised.
     raise_if_interrupted(error)

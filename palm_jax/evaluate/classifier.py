@@ -212,7 +212,8 @@ def train(
       loss = float(losses.mean())
       if not math.isfinite(loss):
         raise NonFiniteError(
-          f'{name}: the loss became {loss} in epoch {epoch + 1}: lower lr={c.lr}'
+          f'{name}: the loss became {loss} in epoch {epoch + 1}: lower lr={c.lr} (--config.'
+          'probe.finetune.lr, probe.supervised.lr or ood.finetune.lr); the same --workdir will do'
         )
       training.advance()
       training.show(dict(loss=loss))

@@ -265,7 +265,8 @@ def make_draw(
       if not finite.all():
         raise NonFiniteError(
           f'quality: {(~finite).sum()} of {what} {start} to {start + batch - 1} hold NaN or '
-          'infinity: the generator is broken; take an earlier checkpoint'
+          'infinity: the generator is broken; give another with --config.generator.path, or remove '
+          'its newest step below generator/checkpoints'
         )
       chunks.append(chunk)
       progress.update(min(start + batch, c.num_images), {})

@@ -133,7 +133,10 @@ def fit_heads(
     losses = np.asarray(losses.mean(0))
     if not np.isfinite(losses).all():
       value = losses[~np.isfinite(losses)][0]
-      raise NonFiniteError(f'{name}: the loss became {value} in epoch {i + 1}: lower lr={c.lr}')
+      raise NonFiniteError(
+        f'{name}: the loss became {value} in epoch {i + 1}: lower lr={c.lr} (--config.probe.sgd.lr '
+        'or ood.head.lr); the same --workdir will do'
+      )
     progress.update(i + 1, dict(loss=losses.mean()))
   weights, biases = jax.device_get(carry[0])
   return [plain_model(*head) for head in zip(weights, biases, strict=True)]

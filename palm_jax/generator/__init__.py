@@ -76,7 +76,7 @@ def _load_bundled(name, network):
   if name not in names:
     raise UserError(
       f'{name!r} is neither a path nor a bundled generator; bundled are '
-      f'{", ".join(names) or "none"}{checks.nearest(name, names)}'
+      f'{", ".join(names) or "none"}{checks.nearest(name, names)}: give one of them, or a path'
     )
   with importlib.resources.as_file(folder / f'{name}.safetensors') as file:
     return load_generator(file, network)

@@ -194,8 +194,8 @@ def check_finite(metrics: dict[str, float], before: int, step: int) -> None:
     if not math.isfinite(metrics.get(name, 0.0)):
       raise NonFiniteError(
         f'generator: {name} became {metrics[name]} between iterations {before} and {step}: '
-        'lower generator.lr or raise generator.r1_gamma, in another workdir; its '
-        'generator.init_from can be this one, as it last saved'
+        'lower generator.lr or raise generator.r1_gamma, in another --workdir, which begins with '
+        'what this one last saved by --config.generator.init_from=<this workdir>'
       )
 
 
