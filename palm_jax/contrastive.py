@@ -11,6 +11,7 @@ def supcon(
   labels: jax.Array | None,
   temperature: float = 0.1,
   axis_name: str | None = None,
+  related: jax.Array | None = None,
 ) -> jax.Array:
   """Positives are all other views of the same label: mean over them outside the logarithm (arXiv
   2004.11362, equation 2).
@@ -24,6 +25,7 @@ def supcon(
       2002.05709, equation 1).
     temperature: SupContrast has 0.1 for CIFAR, SimCLR 0.5 (appendix B.9).
     axis_name: mesh axis over which the batch is split; None where it is whole.
+    related: (B,) integers; samples that share one are no negatives of each other. None: all are.
   Returns:
     a scalar, the mean over these 2 B rows, in at least float32.
   """
@@ -37,10 +39,12 @@ def supcon(
   logits = jnp.concatenate(views) @ everything.T / temperature  # (2 B, 2 G)
   here = jnp.concatenate([own, own + count])
   themselves = here[:, None] == jnp.arange(2 * count)
-  log_shares = jax.nn.log_softmax(jnp.where(themselves, -jnp.inf, logits), axis=-1)
-  positive = (
-    jnp.tile(own if labels is None else labels, 2)[:, None] == jnp.tile(kinds, 2)
-  ) & ~themselves
+  alike = lambda mine, all: jnp.tile(mine, 2)[:, None] == jnp.tile(all, 2)
+  positive = alike(own if labels is None else labels, kinds) & ~themselves
+  left_out = themselves
+  if related is not None:
+    left_out |= alike(related, gather(related)) & ~positive
+  log_shares = jax.nn.log_softmax(jnp.where(left_out, -jnp.inf, logits), axis=-1)
   return -jnp.mean(
     jnp.sum(jnp.where(positive, log_shares, 0), axis=-1) / jnp.sum(positive, axis=-1)
   )

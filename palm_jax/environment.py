@@ -13,8 +13,11 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from palm_jax.base import checks
+from palm_jax.base.errors import UserError
 
 DYNAMICS = 'ema', 'momentum', 'ou'
+STARTS = 'latent', 'stationary'
+ACTION_VARIANCE = 1 / 3  # of uniformly random actions
 LATENT_SPACES = 'z', 'w'
 
 
@@ -33,6 +36,12 @@ def default_config() -> ConfigDict:
       dynamics='ema',  # the paper's T_ema; others in DYNAMICS are ours
       # the paper's; 'w': whitened coordinates of StyleGAN2's W (generator/views.py)
       latent_space='z',
+      # first layer of StyleGAN2 that takes the style of a new latent in each frame
+      # (generator/views.py StyleMixed), so that consecutive frames differ in colour; 0: none
+      style_mixing=0,
+      # of an episode: 'latent', z_0 = eps, which at beta 0.95 outlives 47 of 64 frames;
+      # 'stationary': as far from 0 as random actions keep it, so that the policy can change it
+      start='latent',
     )
   )
 
@@ -43,6 +52,7 @@ RANGES = dict(
   crop=checks.Range(0, 4096),
   episode_length=checks.Range(2, 10**6),
   stack=checks.Range(1, 64),
+  style_mixing=checks.Range(0, 64),
   truncation_psi=checks.Range(0, 2),
 )
 
@@ -52,6 +62,17 @@ def check(c: ConfigDict) -> None:
   checks.ranges('environment', c, RANGES)
   checks.choice('environment.dynamics', c.dynamics, DYNAMICS)
   checks.choice('environment.latent_space', c.latent_space, LATENT_SPACES)
+  checks.choice('environment.start', c.start, STARTS)
+  if c.start == 'stationary' and c.dynamics == 'momentum':
+    raise UserError(
+      "environment.start='stationary' with environment.dynamics='momentum': it is known for 'ema' "
+      "and 'ou'; choose one of them, or start='latent'"
+    )
+  if c.style_mixing and c.latent_space != 'z':
+    raise UserError(
+      f'environment.style_mixing={c.style_mixing} with environment.latent_space='
+      f"{c.latent_space!r}: styles are mixed of latents in 'z'; leave one of the two"
+    )
 
 
 class Dynamics(flax.struct.PyTreeNode):
@@ -61,11 +82,13 @@ class Dynamics(flax.struct.PyTreeNode):
     alpha: () share of the action in the composed latent, in [0, 1] (T_com).
     beta: () persistence of the latent, in [0, 1] (T_ema).
     kind: one of DYNAMICS, not traced.
+    start: one of STARTS, not traced.
   """
 
   alpha: Any
   beta: Any
   kind: str = flax.struct.field(pytree_node=False, default='ema')
+  start: str = flax.struct.field(pytree_node=False, default='latent')
 
 
 class EnvState(flax.struct.PyTreeNode):
@@ -119,14 +142,44 @@ def first_latent_and_label(
   return jax.vmap(draw)(keys)
 
 
+def composed_variance(alpha: Any, action_var: Any = ACTION_VARIANCE) -> Any:
+  """Variance of a coordinate of z', for actions of that variance and a latent of variance 1."""
+  return alpha**2 * action_var + (1 - alpha) ** 2
+
+
+def memory_factor(beta: Any) -> Any:
+  """kappa = (1 - beta) / (1 + beta): what T_ema leaves of the variance of independent z'."""
+  return (1 - beta) / (1 + beta)
+
+
+def mean_direction(dynamics: Dynamics, action_mean: Any, action_var: Any) -> Any:
+  """R in [0, 1], length of the mean unit latent of a policy whose actions have one mean.
+
+  0: latents go anywhere; 1: all one way, a cone. With `action_mean` the root mean square over
+  dimensions, R^2 = alpha^2 m^2 / (alpha^2 m^2 + kappa v), for 'ema' and 'ou' alike, in episodes
+  that are long against 1 / (1 - beta).
+  """
+  toward = (dynamics.alpha * action_mean) ** 2
+  about = memory_factor(dynamics.beta) * composed_variance(dynamics.alpha, action_var)
+  return jnp.sqrt(toward / jnp.maximum(toward + about, 1e-12))
+
+
+def first_scale(dynamics: Dynamics) -> Any:
+  """() standard deviation of an episode's first latent."""
+  if dynamics.start == 'latent':
+    return 1.0
+  variance = composed_variance(dynamics.alpha)
+  return jnp.sqrt(variance if dynamics.kind == 'ou' else memory_factor(dynamics.beta) * variance)
+
+
 def reset(
   key: jax.Array,
   env_ids: jax.Array,
   first_step: jax.Array,
   z_dim: int,
   num_classes: int,
+  dynamics: Dynamics,
   dtype: Any = jnp.float32,
-  kind: str = 'ema',
 ) -> EnvState:
   """Begins an episode in every environment.
 
@@ -136,14 +189,15 @@ def reset(
     first_step: (E,) int32 step to begin at, in [0, episode length): different ones keep episode
       ends apart.
     z_dim, num_classes: of the generator.
+    dynamics: Dynamics.
     dtype: of the latent.
-    kind: of the dynamics.
 
   Returns:
     EnvState.
   """
   z, label = first_latent_and_label(env_keys(key, env_ids), z_dim, num_classes, dtype)
-  velocity = jnp.zeros_like(z) if kind == 'momentum' else ()
+  z = (first_scale(dynamics) * z).astype(dtype)
+  velocity = jnp.zeros_like(z) if dynamics.kind == 'momentum' else ()
   return EnvState(z=z, label=label, step=first_step.astype(jnp.int32), velocity=velocity)
 
 
@@ -211,6 +265,7 @@ def step(
   z_new = compose(action.astype(dtype), eps, dynamics.alpha)
   z, velocity = persist(state.z, z_new, dynamics.beta, dynamics.kind, state.velocity)
   new_z, new_label = first_latent_and_label(new_keys, state.z.shape[1], num_classes, dtype)
+  new_z = first_scale(dynamics) * new_z
   ended = state.step + 1 >= episode_length  # (E,)
   return EnvState(
     z=jnp.where(ended[:, None], new_z, z).astype(dtype),

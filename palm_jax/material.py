@@ -117,7 +117,7 @@ def check_same_world(config: ConfigDict, record: pathlib.Path) -> None:
     there = json.loads((record / 'config.json').read_text())['environment']
     differ = [
       f'environment.{key}={there.get(key)!r} there, {config.environment[key]!r} here'
-      for key in ('latent_space', 'crop', 'truncation_psi')
+      for key in ('latent_space', 'crop', 'style_mixing', 'truncation_psi')
       if there.get(key) != config.environment[key]
     ]
   except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:

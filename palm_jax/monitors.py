@@ -13,6 +13,9 @@ from palm_jax.rollout import World
 from palm_jax.setup import Setup
 
 BATCH = 128  # pictures that the rank's encoder sees at once
+LEAST_SPREAD = 0.1  # of z_std_ratio, 1 when healthy
+LEAST_RANK = 3.0  # of h: so few directions tell no ten classes apart
+WIDEST_CONE = 0.5  # length of the mean unit latent, 0 when latents go everywhere
 
 
 class Monitors(NamedTuple):
@@ -43,6 +46,25 @@ def make_monitors(
   see = jax.jit(functools.partial(representations, setup, num_images))
   film = jax.jit(functools.partial(play_episodes, setup, rows, num_steps))
   return Monitors(ranks=functools.partial(ranks, see), film=film)
+
+
+def troubles(scalars: dict[str, float]) -> dict[str, str]:
+  """{what is wrong with a run: one line about it} by its metrics so far."""
+  found = {}
+  spread, rank = scalars.get('z_std_ratio', 1.0), scalars.get('h_effective_rank', LEAST_RANK)
+  if spread < LEAST_SPREAD or rank < LEAST_RANK:
+    found['collapse'] = (
+      f'the representation has collapsed: z_std_ratio {spread:.3f} (healthy 1), h_effective_rank '
+      f'{rank:.1f}; lower simsiam.lr, or choose another simsiam.objective or simsiam.augment'
+    )
+  cone = scalars.get('cone', 0.0)
+  if cone > WIDEST_CONE:
+    found['cone'] = (
+      f'the policy is a cone: the mean of its unit latents has length {cone:.2f} (random actions: '
+      '0), so it shows little of the world; try sac.neutral_start, sac.skill_dim, '
+      "reward.space='unit', or a larger sac.init_alpha"
+    )
+  return found
 
 
 def ranks(see: Callable, ssl: Any, world: World, key: jax.Array) -> dict[str, float]:
@@ -99,7 +121,8 @@ def play_episodes(
   def one_step(carry, t):
     env, frames = carry
     key_policy, key_env = jax.random.split(jax.random.fold_in(key, t + 1))
-    actions = rollout.act(setup, ssl, agent, frames, environment.env_keys(key_policy, ids))
+    keys = environment.env_keys(key_policy, ids)
+    actions = rollout.act(setup, ssl, agent, frames, keys, ids)
     # An episode of a film is never cut: one more step than it has.
     env = environment.step(env, actions, key_env, ids, world.dynamics, steps + 1, num_classes)
     return (env, rollout.look(setup, world, env, frames)), frames
@@ -114,8 +137,8 @@ def begin(
 ) -> tuple[environment.EnvState, jax.Array]:
   """New episodes in `count` environments, and their ids."""
   ids, generator = jnp.arange(count), setup.generator
-  first, kind = jnp.zeros_like(ids), world.dynamics.kind
-  env = environment.reset(key, ids, first, generator.z_dim, generator.num_classes, kind=kind)
+  z_dim, num_classes = generator.z_dim, generator.num_classes
+  env = environment.reset(key, ids, jnp.zeros_like(ids), z_dim, num_classes, world.dynamics)
   return env, ids
 
 

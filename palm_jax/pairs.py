@@ -28,12 +28,20 @@ def default_config() -> ConfigDict:
       record='',  # workdir of a run with pretrain.record, for passive_*
       std=0.25,  # of jahanian_gaussian in z: ali-design/GenRep, its StyleGAN2 script
       truncation_psi=0.9,  # of jahanian_gaussian: the same
+      # from the replay: so many pairs of an episode are drawn together, which gives 'supcon'
+      # several positives (StableRep, arXiv 2306.00984, has them of one prompt)
+      group=1,
+      window=0,  # steps of an episode within which they lie; 0: all
     )
   )
 
 
 RANGES = dict(
-  samples=checks.COUNT_OR_0, std=checks.Range(0, 100), truncation_psi=checks.Range(0, 2)
+  samples=checks.COUNT_OR_0,
+  std=checks.Range(0, 100),
+  truncation_psi=checks.Range(0, 2),
+  group=checks.Range(1, 10**6),
+  window=checks.COUNT_OR_0,
 )
 
 
@@ -45,12 +53,14 @@ class Pairs(NamedTuple):
     next_frames: (B, H, W, C) uint8, their partners.
     actions: (B, z_dim) packed as in the replay, where someone acted between the two; else None.
     labels: (B,) int32, where the source sees classes; else None.
+    episodes: (B,) int32 that frames of one episode share, where the source plays; else None.
   """
 
   frames: jax.Array
   next_frames: jax.Array
   actions: jax.Array | None = None
   labels: jax.Array | None = None
+  episodes: jax.Array | None = None
 
 
 class Source(NamedTuple):
@@ -207,10 +217,13 @@ def collect_nothing(
 def from_ring(play: Play, ring: Any, world: World, keys: jax.Array, n: int) -> Pairs:
   """Consecutive frames of the replay, with the action between them."""
   del world
-  first_steps = play.first_steps(play.local_env_ids())
-  length = play.config.environment.episode_length
-  frames, actions, next_frames = replay.sample(ring, keys, n, first_steps, length, play.image_shape)
-  return Pairs(frames, next_frames, actions=actions)
+  ids, c = play.local_env_ids(), play.config.pairs
+  first_steps, length = play.first_steps(ids), play.config.environment.episode_length
+  frames, actions, next_frames, env, row = replay.sample(
+    ring, keys, n, first_steps, length, play.image_shape, c.group, c.window
+  )
+  episodes = rollout.episode_numbers(play, ids[env], row)
+  return Pairs(frames, next_frames, actions=actions, episodes=episodes)
 
 
 def drawn(
@@ -284,11 +297,25 @@ def check(config: ConfigDict) -> None:
       "pairs.source='two_views' with simsiam.augment='none' gives the same picture twice: "
       "set simsiam.augment='simsiam'"
     )
-  if config.simsiam.objective == 'supcon' and c.source not in DRAWS:
+  _check_episodes(config, given)
+
+
+def _check_episodes(config, given):
+  """Raises UserError where frames are told apart by episodes, and the source has none."""
+  c, s, p = config.pairs, config.simsiam, config.pretrain
+  if not SOURCES[c.source].keeps:
+    for name, value in (('pairs.group', c.group > 1), ('simsiam.mask_episode', s.mask_episode)):
+      if value:
+        raise UserError(f'{name} {given}: its pairs are of no episode; leave it as it is')
+  if c.window and c.group == 1:
+    raise UserError(f'pairs.window={c.window} with pairs.group=1: a window holds 2 pairs or more')
+  if s.mask_episode and s.objective != 'simclr':
     raise UserError(
-      f"simsiam.objective='supcon' needs labels, which pairs.source={c.source!r} never sees: "
-      f'choose one of {", ".join(DRAWS)}'
+      f"simsiam.mask_episode with simsiam.objective={s.objective!r}: it is for 'simclr', whose "
+      'negatives it takes away; set one of the two'
     )
+  share = p.batch_size // config.replay.num_shards
+  checks.divisible('pretrain.batch_size // replay.num_shards', share, c.group, 'pairs.group')
 
 
 def require_policy(config: ConfigDict, job: str) -> None:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from palm_jax import agent as agents
 from palm_jax import (
   augment,
   environment,
@@ -88,7 +89,7 @@ class State(flax.struct.PyTreeNode):
     frames: (E, H, W, C) uint8, what the agent sees now.
     ring: replay.Replay.
     ssl: {'params', 'batch_stats', 'opt_state'} of encoder, projector and predictor.
-    agent: sac.SAC.
+    agent: agent.Agent.
   """
 
   iteration: jax.Array
@@ -97,7 +98,7 @@ class State(flax.struct.PyTreeNode):
   frames: jax.Array
   ring: replay.Replay
   ssl: dict[str, Any]
-  agent: sac.SAC
+  agent: agents.Agent
 
   @staticmethod
   def specs(ring: bool = True) -> 'State':
@@ -156,9 +157,10 @@ def update(
   """
   ssl, agent = carry
   key_sample, key_views, key_sac = jax.random.split(key, 3)
-  batch = setup.source.sample(setup, ring, world, shard_keys(setup, key_sample), per_shard(setup))
+  keys = setup.shard_keys(key_sample)
+  batch = setup.source.sample(setup, ring, world, keys, setup.per_shard)
   ssl, seen, metrics = learn_representation(setup, ssl, batch, key_views)
-  agent, agent_metrics = learn_policy(setup, agent, batch, seen, key_sac)
+  agent, agent_metrics = learn_policy(setup, world, ssl, agent, batch, seen, key_sac)
   return (ssl, agent), dict(metrics, **agent_metrics)
 
 
@@ -166,9 +168,9 @@ def learn_representation(
   setup: Setup, ssl: dict[str, Any], batch: pairs.Pairs, key: jax.Array
 ) -> tuple[dict[str, Any], simsiam.Aux, dict]:
   """A step of SimSiam, or another objective, on pairs of frames (paper section 4.2)."""
-  c, count = setup.config.simsiam, per_shard(setup)
+  c, count = setup.config.simsiam, setup.per_shard
   split = lambda k: jax.random.split(k, (count, 2))
-  keys = jax.vmap(split)(shard_keys(setup, key)).reshape(-1, 2)  # (B, 2)
+  keys = jax.vmap(split)(setup.shard_keys(key)).reshape(-1, 2)  # (B, 2)
 
   def loss_fn(params):
     params = jax.lax.pcast(params, 'data', to='varying')  # one all-reduce a parameter
@@ -182,7 +184,8 @@ def learn_representation(
       axis_name='data',
       objective=c.objective,
       temperature=c.temperature,
-      labels=batch.labels,
+      labels=batch.episodes if batch.labels is None else batch.labels,
+      related=batch.episodes if c.mask_episode else None,
     )
 
   (_, seen), grads = jax.value_and_grad(loss_fn, has_aux=True)(ssl['params'])
@@ -193,41 +196,42 @@ def learn_representation(
 
 
 def learn_policy(
-  setup: Setup, agent: sac.SAC | tuple, batch: pairs.Pairs, seen: simsiam.Aux, key: jax.Array
+  setup: Setup,
+  world: World,
+  ssl: dict[str, Any],
+  agent: agents.Agent | tuple,
+  batch: pairs.Pairs,
+  seen: simsiam.Aux,
+  key: jax.Array,
 ) -> tuple[Any, dict]:
   """A step of SAC for the kNN entropy of the features (paper section 4.2).
 
   Without a policy there is nothing to learn. An episode is only cut off, so every value is
   bootstrapped.
   """
-  if not isinstance(agent, sac.SAC) or batch.actions is None:
+  if not isinstance(agent, agents.Agent) or batch.actions is None or batch.episodes is None:
     return agent, {}
-  config, z_dim, count = setup.config, setup.generator.z_dim, per_shard(setup)
-  h, next_h = seen.h.astype(setup.real), seen.h_next.astype(setup.real)
-  novel = next_h if config.reward.on == 'next' else h
-  r = reward.global_entropy_reward(novel, 'data', **reward.options(config.reward))
-  draw = lambda k: jax.random.normal(k, (2, count, z_dim), setup.real)
-  noise = jax.vmap(draw)(shard_keys(setup, key)).swapaxes(0, 1).reshape(2, -1, z_dim)  # (2, B, A)
-  transitions = sac.Batch(
-    h=h,
+  c, z_dim, count = setup.config.sac, setup.generator.z_dim, setup.per_shard
+  h, next_h = seen.h, seen.h_next
+  if c.features == 'eval':
+    h, next_h = (rollout.encode(setup, ssl['params'], ssl['batch_stats'], x) for x in batch[:2])
+  real = lambda x: x.astype(setup.real)
+  transitions = agents.Transitions(
+    h=real(h),
+    next_h=real(next_h),
+    z=real(seen.z),
+    next_z=real(seen.z_next),
     action=replay.unpack(batch.actions, setup.real),
-    reward=r,
-    next_h=next_h,
-    discount=jnp.full_like(r, config.sac.gamma),
+    episodes=batch.episodes,
   )
-  return sac.update(agent, transitions, noise, config.sac, axis_name='data')
-
-
-def per_shard(setup: Setup) -> int:
-  """Pairs of a batch that each sampling group draws."""
-  return setup.config.pretrain.batch_size // setup.config.replay.num_shards
-
-
-def shard_keys(setup: Setup, key: jax.Array) -> jax.Array:
-  """(V,) keys of this device's sampling groups, functions of their global ids."""
-  count = setup.config.replay.num_shards // setup.num_devices
-  shards = jax.lax.axis_index('data') * count + jnp.arange(count)
-  return jax.vmap(lambda i: jax.random.fold_in(key, i))(shards)
+  updates = c.updates_per_batch
+  draw = lambda k: jax.random.normal(k, (2 * updates, count, z_dim), setup.real)
+  noise = jax.vmap(draw)(setup.shard_keys(key)).swapaxes(0, 1).reshape(updates, 2, -1, z_dim)
+  agent, metrics = agents.update(agent, transitions, noise, setup.config, axis_name='data')
+  cone = environment.mean_direction(
+    world.dynamics, metrics.pop('constant_action'), metrics.pop('action_var')
+  )
+  return agent, dict(metrics, cone=cone)
 
 
 def iterations(setup: Setup, state: State, world: World) -> tuple[State, Output]:
@@ -253,8 +257,8 @@ def init(setup: Setup, key: jax.Array, world: World) -> State:
   parts: dict[str, Any] = dict(env=(), frames=(), ring=(), agent=())
   if source.plays:
     ids = jnp.arange(num_envs)
-    kind, first = world.dynamics.kind, setup.first_steps(ids)
-    env = environment.reset(key_env, ids, first, generator.z_dim, generator.num_classes, real, kind)
+    first, num_classes = setup.first_steps(ids), generator.num_classes
+    env = environment.reset(key_env, ids, first, generator.z_dim, num_classes, world.dynamics, real)
     parts |= dict(env=env, frames=rollout.look(setup, world, env))
   if source.keeps:
     rows, dtype = config.replay.capacity // num_envs, setup.action_dtype
@@ -262,7 +266,8 @@ def init(setup: Setup, key: jax.Array, world: World) -> State:
   if source.learns_policy:
     encode = functools.partial(rollout.encode, setup, params, batch_stats)
     h = jax.eval_shape(encode, pictures)
-    parts['agent'] = cast(sac.init(key_agent, h.shape[1], generator.z_dim, config.sac))
+    projected = config.simsiam.proj_dim
+    parts['agent'] = cast(agents.init(key_agent, h.shape[1], projected, generator.z_dim, config))
   return State(
     iteration=jnp.zeros((), jnp.int32),
     key=key,

@@ -7,6 +7,7 @@ row number and is not stored. A frame is one flat row: TPUs lay out the last two
 tiles, and (W, C) of a picture fills a quarter of them.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -32,7 +33,8 @@ def default_config() -> ConfigDict:
       capacity=1_048_576,
       # of their storage; int8: a quarter of it, and the actions taken are rounded so too
       actions='float32',
-      num_shards=8,  # sampling groups: any number of devices that divides it gives the same run
+      # sampling groups: any number of devices that divides it draws the same batches
+      num_shards=8,
     )
   )
 
@@ -128,7 +130,9 @@ def sample(
   first_step: jax.Array,
   episode_length: int,
   image_shape: tuple[int, ...],
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+  group: int = 1,
+  window: int = 0,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
   """Draws transitions (s, a, s') uniformly; none crosses the end of an episode.
 
   The environments held here are cut into V equal groups, each sampled with its own key: with V
@@ -143,18 +147,44 @@ def sample(
     first_step: (E,) int32 step in the episode of each environment's row 0.
     episode_length: frames an episode, >= 2.
     image_shape: (H, W, C).
+    group: so many transitions of one episode are drawn together, one after the other; divides
+      batch_size.
+    window: steps within which those of a group lie; 0: the whole episode.
 
   Returns:
     frames (V * batch_size, H, W, C) uint8, packed actions (V * batch_size, z_dim), next_frames as
-    frames.
+    frames, environments and rows (V * batch_size,), the latter counted from the first ever added.
   """
   num_rows, num_envs = replay.frames.shape[:2]
   env, row = draw_rows(
-    replay.total, num_rows, keys, batch_size, first_step, episode_length, num_envs
+    replay.total, num_rows, keys, batch_size // group, first_step, episode_length, num_envs
   )
+  if group > 1:
+    spread = functools.partial(_spread, replay.total, num_rows, episode_length, group, window)
+    splits = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 0), batch_size // group))
+    row = jax.vmap(spread)(splits(keys).reshape(-1), first_step[env], row).reshape(-1)
+    env = jnp.repeat(env, group)
   here, there = row % num_rows, (row + 1) % num_rows
   pictures = lambda row: replay.frames[row, env].reshape(-1, *image_shape)
-  return pictures(here), replay.actions[here, env], pictures(there)
+  return pictures(here), replay.actions[here, env], pictures(there), env, row
+
+
+def _spread(total, num_rows, episode_length, group, window, key, first_step, row):
+  """(group,) rows of the episode of a row, evenly spread over a window around it.
+
+  All differ where the episode, as far as it is held, has so many with a successor.
+  """
+  key_start, key_rows = jax.random.split(key)
+  begin = row - (row + first_step) % episode_length
+  lowest = jnp.maximum(begin, jnp.maximum(total - num_rows, 0))
+  highest = jnp.minimum(begin + episode_length, total) - 2
+  length = jnp.minimum(window or episode_length, highest - lowest + 1)
+  start = row - jax.random.randint(key_start, (), 0, length)
+  start = jnp.clip(start, lowest, highest - length + 1)
+  bounds = jnp.arange(group + 1) * length // group  # of a part of the window for each
+  share = jax.random.uniform(key_rows, (group,))
+  offset = bounds[:-1] + (share * jnp.diff(bounds)).astype(row.dtype)
+  return start + offset
 
 
 def draw_rows(

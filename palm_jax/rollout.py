@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from palm_jax import environment, replay, sac
+from palm_jax import agent as agents
+from palm_jax import environment, replay
 from palm_jax.experience import Experience
 from palm_jax.layers.pixels import to_uint8
 
@@ -86,7 +87,12 @@ def encode(play: Play, params: Any, batch_stats: Any, frames: jax.Array) -> jax.
 
 
 def act(
-  play: Play, ssl: dict[str, Any], agent: sac.SAC | tuple, frames: jax.Array, keys: jax.Array
+  play: Play,
+  ssl: dict[str, Any],
+  agent: agents.Agent | tuple,
+  frames: jax.Array,
+  keys: jax.Array,
+  episodes: jax.Array,
 ) -> jax.Array:
   """What the agent does on seeing frames (E, H, W, C) uint8 -> (E, z_dim) in [-1, 1].
 
@@ -94,13 +100,22 @@ def act(
     ssl: pretraining's State.ssl, by whose encoder the policy sees.
     agent: State.agent; without one, (), actions are random.
     keys: (E,), one an environment.
+    episodes: (E,) int32 numbers of the episodes, see `episode_numbers`.
   """
   z_dim = play.generator.z_dim
-  if not isinstance(agent, sac.SAC):
+  if not isinstance(agent, agents.Agent):
     return environment.random_actions(keys, z_dim, play.real)
   h = encode(play, ssl['params'], ssl['batch_stats'], frames)
   noise = jax.vmap(lambda key: jax.random.normal(key, (z_dim,), play.real))(keys)
-  return sac.act(agent, h.astype(play.real), noise, play.config.sac)
+  return agents.act(agent, h.astype(play.real), noise, episodes, play.config.sac)
+
+
+def episode_numbers(play: Play, env_ids: jax.Array, row: jax.Array) -> jax.Array:
+  """A number for each episode of a run: (N,) int32 of environments, by global id, at rows ever
+  added to the ring; the same for all frames of one."""
+  length = play.config.environment.episode_length
+  number = (row + play.first_steps(env_ids)) // length
+  return number * play.config.pretrain.num_envs + env_ids
 
 
 def collect(
@@ -116,17 +131,16 @@ def collect(
   Returns:
     State, and with pretrain.record the Experience (T, E, ...), else ().
   """
-  ids, p = play.local_env_ids(), play.config.pretrain
+  ids, p, first = play.local_env_ids(), play.config.pretrain, state.ring.total
   at_random = lambda keys: environment.random_actions(keys, play.generator.z_dim, play.real)
 
   def step(carry, t):
     env, frames = carry
     record = Experience(z=env.z, label=env.label, step=env.step) if p.record else ()
     key_policy, key_env = jax.random.split(jax.random.fold_in(key, t))
-    keys = environment.env_keys(key_policy, ids)
-    actions = jax.lax.cond(
-      warm, lambda: at_random(keys), lambda: act(play, state.ssl, state.agent, frames, keys)
-    )
+    keys, episodes = environment.env_keys(key_policy, ids), episode_numbers(play, ids, first + t)
+    by_policy = lambda: act(play, state.ssl, state.agent, frames, keys, episodes)
+    actions = jax.lax.cond(warm, lambda: at_random(keys), by_policy)
     packed = replay.pack(actions, play.action_dtype)
     taken = replay.unpack(packed, play.real)  # what is done is what the replay will hold
     env = environment.step(

@@ -2,17 +2,18 @@
 networks and defaults."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from palm_jax.actor_critic import NEUTRAL_STD, Actor, Critic
 from palm_jax.base import checks
+from palm_jax.base.errors import UserError
 
 
 def default_config() -> ConfigDict:
@@ -31,6 +32,15 @@ def default_config() -> ConfigDict:
       # ProtoRL config.yaml; at 1 the entropy bonus of 512 actions buries the reward
       init_alpha=0.1,
       target_entropy_scale=1.0,  # ProtoRL: -|A|; 0.5 in jaxrl and brax
+      # Ours, beyond ProtoRL (agent.py); see `able` in configs/cifar.py
+      neutral_start=False,  # the first actions have no preferred direction, and are nearly uniform
+      standardise=False,  # the agent sees features by their running mean and deviation
+      # it learns from: 'train', SimSiam's own pass; 'eval': one more, by which it also acts
+      features='train',
+      updates_per_batch=1,
+      skill_dim=0,  # of a random direction an episode, which it is told and rewarded for following
+      policies=1,  # above 1: an episode is played by one of so many, earlier ones or the present
+      policy_every=1000,  # updates between those that are kept
     )
   )
 
@@ -47,99 +57,24 @@ RANGES = dict(
   tau=checks.SHARE,
   init_alpha=checks.ABOVE_0,
   target_entropy_scale=checks.Range(-100, 100),
+  updates_per_batch=checks.Range(1, 1000),
+  skill_dim=checks.SIZE_OR_0,
+  policies=checks.Range(1, 100),
+  policy_every=checks.Range(1, 10**9),
 )
+FEATURES = 'train', 'eval'
+NODES = 16  # of the quadrature: tanh of a Gaussian to 1e-3 or better
 
 
 def check(c: ConfigDict) -> None:
   """Raises UserError on invalid settings of the config's section `sac`."""
   checks.ranges('sac', c, RANGES)
   checks.within('sac.log_std_min', c.log_std_min, checks.Range(-100, c.log_std_max))
-
-
-def _dense(features, dtype):
-  return nn.Dense(
-    features, kernel_init=nn.initializers.orthogonal(), dtype=dtype
-  )  # ProtoRL utils.weight_init: gain 1
-
-
-class Trunk(nn.Module):
-  """Linear, LayerNorm, tanh (URLB agent/ddpg.py; ProtoRL has no tanh); nothing when `features` is
-  0."""
-
-  features: int
-  dtype: Any = None
-
-  @nn.compact
-  def __call__(self, h):
-    if not self.features:
-      return h
-    x = _dense(self.features, self.dtype)(h)
-    return jnp.tanh(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)(x))  # torch's epsilon
-
-
-class MLP(nn.Module):
-  """ReLU layers of sizes `hidden`, then a linear one; the output is at least float32."""
-
-  hidden: Sequence[int]
-  features: int
-  dtype: Any = None
-
-  @nn.compact
-  def __call__(self, x):
-    for size in self.hidden:
-      x = nn.relu(_dense(size, self.dtype)(x))
-    x = _dense(self.features, self.dtype)(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-class Actor(nn.Module):
-  """(B, F) features -> mean, log_std of the Gaussian before tanh, (B, A) each (ProtoRL proto.py
-  Actor).
-
-  Attributes:
-    action_dim: A.
-    hidden: sizes of the hidden layers.
-    trunk: size of the trunk's output, 0 for none.
-    log_std_min: lower bound of log_std, which is a rescaled tanh, never clipped.
-    log_std_max: upper bound.
-    dtype: compute type; None follows parameters and input.
-  """
-
-  action_dim: int
-  hidden: Sequence[int] = (1024, 1024)
-  trunk: int = 50
-  log_std_min: float = -10.0
-  log_std_max: float = 2.0
-  dtype: Any = None
-
-  @nn.compact
-  def __call__(self, h):
-    x = Trunk(self.trunk, self.dtype)(h)
-    mean, raw = jnp.split(MLP(self.hidden, 2 * self.action_dim, self.dtype)(x), 2, axis=-1)
-    return mean, self.log_std_min + 0.5 * (self.log_std_max - self.log_std_min) * (
-      jnp.tanh(raw) + 1
-    )
-
-
-class Critic(nn.Module):
-  """(B, F) features, (B, A) actions -> (2, B) values; the two share a trunk (ProtoRL proto.py
-  Critic).
-
-  Attributes:
-    hidden: sizes of the hidden layers of each.
-    trunk: size of the trunk's output, 0 for none.
-    dtype: compute type; None follows parameters and input.
-  """
-
-  hidden: Sequence[int] = (1024, 1024)
-  trunk: int = 50
-  dtype: Any = None
-
-  @nn.compact
-  def __call__(self, h, action):
-    x = jnp.concatenate([Trunk(self.trunk, self.dtype)(h), action], axis=-1)
-    return jnp.stack(
-      [MLP(self.hidden, 1, self.dtype, name=name)(x)[..., 0] for name in ('q1', 'q2')]
+  checks.choice('sac.features', c.features, FEATURES)
+  if c.neutral_start and not c.log_std_min < math.log(NEUTRAL_STD) < c.log_std_max:
+    raise UserError(
+      f'sac.neutral_start with log_std in [{c.log_std_min}, {c.log_std_max}]: it begins at '
+      f'{math.log(NEUTRAL_STD):.2f}; widen sac.log_std_min and sac.log_std_max'
     )
 
 
@@ -203,7 +138,14 @@ class Batch(NamedTuple):
 
 
 def _actor(config, action_dim) -> Any:
-  return Actor(action_dim, config.hidden, config.trunk, config.log_std_min, config.log_std_max)
+  return Actor(
+    action_dim,
+    config.hidden,
+    config.trunk,
+    config.log_std_min,
+    config.log_std_max,
+    neutral=config.neutral_start,
+  )
 
 
 def _critic(config) -> Any:
@@ -238,6 +180,20 @@ def act(state: SAC, h: jax.Array, noise: jax.Array, config: ConfigDict) -> jax.A
   """
   mean, log_std = _actor(config, noise.shape[-1]).apply(state.actor, h)
   return sample(mean, log_std, noise)[0]
+
+
+def action_moments(
+  state: SAC, h: jax.Array, action_dim: int, config: ConfigDict
+) -> tuple[jax.Array, jax.Array]:
+  """E[a] and E[a^2], (B, A) each, of the policy at features (B, F), by Gauss-Hermite quadrature."""
+  mean, log_std = _actor(config, action_dim).apply(state.actor, h)
+  nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
+  weights = weights / weights.sum()
+  first = second = jnp.zeros_like(mean)
+  for node, weight in zip(nodes, weights, strict=True):
+    action = jnp.tanh(mean + jnp.exp(log_std) * node)
+    first, second = first + weight * action, second + weight * action**2
+  return first, second
 
 
 def _adam(lr, grads, opt_state, params) -> Any:
@@ -311,7 +267,7 @@ def update(
     critic_grad_norm=optax.tree.norm(critic_grads),
     actor_grad_norm=optax.tree.norm(actor_grads),
   )
-  new_state = SAC(
+  new_state = state.replace(
     actor=actor_params,
     critic=critic_params,
     target_critic=optax.incremental_update(critic_params, state.target_critic, config.tau),

@@ -35,10 +35,22 @@ class Setup(rollout.Play):
   warmup_iterations: int
   num_calls: int
 
+  @property
+  def per_shard(self) -> int:
+    """Pairs of a batch that each sampling group draws."""
+    return self.config.pretrain.batch_size // self.config.replay.num_shards
+
+  def shard_keys(self, key: jax.Array) -> jax.Array:
+    """(V,) keys of this device's sampling groups, functions of their global ids."""
+    count = self.config.replay.num_shards // self.num_devices
+    shards = jax.lax.axis_index('data') * count + jnp.arange(count)
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(shards)
+
 
 def make_setup(config: ConfigDict, generator: Any, num_devices: int) -> Setup:
   """Setup of a config that pretrain.check accepts; UserError where the generator does not fit."""
-  if config.simsiam.objective == 'supcon' and not generator.num_classes:
+  drawn = config.pairs.source in pairs.DRAWS
+  if config.simsiam.objective == 'supcon' and drawn and not generator.num_classes:
     raise UserError(
       "simsiam.objective='supcon' with a generator without classes makes one class of everything: "
       'choose another'

@@ -29,10 +29,12 @@ def default_config() -> ConfigDict:
       pred_hidden=512,  # SimSiam 4
       output_bn_affine=False,  # facebookresearch/simsiam simsiam/builder.py
       symmetric=True,  # SimSiam equation 2; PALM 4.2 writes one direction only
-      # or 'simclr', 'supcon' (contrastive.py), on the projections and without the predictor
+      # or 'simclr', 'supcon' (contrastive.py), on the projections and without the predictor. Of
+      # 'supcon' positives are all frames of an episode where someone plays, of a label elsewhere
       objective='simsiam',
       # of the contrastive objectives: SimCLR appendix B.9 on CIFAR; SupCon has 0.1
       temperature=0.5,
+      mask_episode=False,  # simclr: other frames of a frame's episode are no negatives of it
       augment='none',  # PALM 4.2: consecutive frames are the views; 'simsiam' for "PALM + data aug"
       lr=0.03,  # for 256 samples, scaled with the batch; PatrickHua/SimSiam
       momentum=0.9,  # SimSiam appendix D
@@ -140,6 +142,7 @@ class Aux(NamedTuple):
   h: jax.Array  # (B, F) representation of s
   h_next: jax.Array  # (B, F) representation of s_next
   z: jax.Array  # (B, proj_dim) projection of s
+  z_next: jax.Array  # (B, proj_dim) projection of s_next
   batch_stats: dict
   metrics: dict  # scalars over the global batch
 
@@ -225,6 +228,7 @@ def forward(
   objective: str = 'simsiam',
   temperature: float = 0.5,
   labels: jax.Array | None = None,
+  related: jax.Array | None = None,
 ) -> tuple[jax.Array, Aux]:
   """SimSiam, or another objective on the same networks, over a batch of pairs.
 
@@ -243,6 +247,7 @@ def forward(
     objective: 'simsiam', 'simclr' or 'supcon'; the last two leave the predictor out.
     temperature: of the last two.
     labels: (B,) integers, for 'supcon'.
+    related: (B,) integers; samples that share one are no negatives in the last two.
   Returns:
     (loss, Aux). Metrics: `loss`; `z_std`, the standard deviation of the l2-normalised z of s over
     the batch, mean over dimensions; `z_std_ratio`, the same times sqrt(proj_dim), healthy 1,
@@ -271,9 +276,9 @@ def forward(
     value = mean(loss(p, z, p_next, z_next, symmetric))
   else:
     kinds = labels if objective == 'supcon' else None
-    value = mean(supcon(z, z_next, kinds, temperature, axis_name))
+    value = mean(supcon(z, z_next, kinds, temperature, axis_name, related))
 
-  h, h_next, z, detached_loss = jax.lax.stop_gradient((h, h_next, z, value))
+  h, h_next, z, z_next, detached_loss = jax.lax.stop_gradient((h, h_next, z, z_next, value))
   unit = normalize(z)
   variance = mean(jnp.mean((unit - mean(jnp.mean(unit, axis=0))) ** 2, axis=0))  # (D,)
   z_std = jnp.mean(jnp.sqrt(variance))
@@ -283,7 +288,7 @@ def forward(
     'z_std_ratio': z_std * math.sqrt(z.shape[-1]),
     'h_cosine': mean(_cosine(h, h_next)),
   }
-  return value, Aux(h, h_next, z, stats, metrics)
+  return value, Aux(h, h_next, z, z_next, stats, metrics)
 
 
 def learning_rate(config: ConfigDict, total_updates: int, batch_size: int) -> optax.Schedule:

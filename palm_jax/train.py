@@ -9,7 +9,7 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from palm_jax import experience, pairs, pretrain, worlds
+from palm_jax import experience, monitors, pairs, pretrain, worlds
 from palm_jax.base import devices, pictures
 from palm_jax.base.digests import digest
 from palm_jax.base.errors import NonFiniteError, UserError
@@ -17,7 +17,6 @@ from palm_jax.base.processes import is_first
 from palm_jax.base.training import Training
 from palm_jax.experience import Experience
 from palm_jax.job import Job, Run
-from palm_jax.monitors import make_monitors
 from palm_jax.rollout import World
 from palm_jax.speed import cost
 
@@ -29,6 +28,7 @@ PROGRESS_METRICS = (
   'alpha',
   'alpha_logp',
   'entropy_per_dim',
+  'cone',
 )
 
 
@@ -52,7 +52,7 @@ def run(this: Run) -> dict:
   worlds.check_pictures(config, generator)
   program = pretrain.make_program(config, generator, mesh)
   world = worlds.make_world(config, generator, mesh, this.data)
-  monitors = make_monitors(program.setup)
+  watch = monitors.make_monitors(program.setup)
   key = first_key(config)
   template = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -78,9 +78,11 @@ def run(this: Run) -> dict:
     restored = training.resume({'state': template})
     if restored:
       check_world(this, restored.metadata.get('world', world_sha256), world_sha256)
+      note_devices(restored.metadata.get('devices', mesh.size), mesh.size)
       state, scalars = restored.items['state'], restored.metadata['metrics']
     else:
       state, scalars = program.init(key, world), {}
+    warned = set()
     if p.record:
       experience.forget(folder / 'experience', training.step * p.rollout_length)
     while not training.over:
@@ -91,15 +93,19 @@ def run(this: Run) -> dict:
         experience.write(folder / 'experience', row, output.experience)
       training.advance(per_call)
       if training.step % monitor_every == 0 or training.complete:
-        scalars = scalars | monitors.ranks(state.ssl, world, key)
-        film = jax.device_get(monitors.film(state.ssl, state.agent, world, key))
+        scalars = scalars | watch.ranks(state.ssl, world, key)
+        film = jax.device_get(watch.film(state.ssl, state.agent, world, key))
         if is_first():
           write_film(folder / 'rollouts', training.step * env_steps, *film)
+      for name, line in monitors.troubles(scalars).items():
+        if name not in warned:
+          logging.warning('pretrain: %s', line)
+        warned.add(name)
       training.write(dict(scalars, env_steps=training.step * env_steps))
       training.show({name: scalars[name] for name in PROGRESS_METRICS if name in scalars})
       if training.should_save:
         items = {'state': state, 'encoder': encoder_of(state)}
-        training.save(items, metrics=scalars, world=world_sha256)
+        training.save(items, metrics=scalars, world=world_sha256, devices=mesh.size)
   return dict(
     metrics=scalars,
     env_steps=total * env_steps,
@@ -135,6 +141,17 @@ def check_world(this: Run, before: str, now: str) -> None:
       f'{this.workdir / "pretrain"} began in the world of another generator than '
       f'{this.config.generator.path or this.workdir} holds now: give that one back, or choose '
       'another --workdir'
+    )
+
+
+def note_devices(before: int, now: int) -> None:
+  """Says what a run on another number of devices is."""
+  if before != now:
+    logging.info(
+      'pretrain: %d device(s) go on where %d were: the same run in exact arithmetic; in float32 '
+      'another order of rounding, so it drifts apart from the undisturbed one',
+      now,
+      before,
     )
 
 

@@ -14,7 +14,7 @@ from palm_jax.base import devices
 from palm_jax.base.errors import NonFiniteError
 from palm_jax.data.arrays import Data
 from palm_jax.generator import load_generator
-from palm_jax.generator.views import cropped, w_latents
+from palm_jax.generator.views import cropped, style_mixed, w_latents
 from palm_jax.rollout import DTYPES, World
 
 PROBED = 8  # pictures
@@ -45,6 +45,8 @@ def as_world(config: ConfigDict, generator: Any) -> Any:
   """
   if config.environment.latent_space == 'w':
     generator = w_latents(generator)
+  if config.environment.style_mixing:
+    generator = style_mixed(generator, config.environment.style_mixing)
   return cropped(generator, config.environment.crop) if config.environment.crop else generator
 
 
@@ -88,5 +90,6 @@ def host_world(config: ConfigDict, generator: Any) -> World:
     alpha=np.float32(config.environment.alpha),
     beta=np.float32(config.environment.beta),
     kind=config.environment.dynamics,
+    start=config.environment.start,
   )
   return World(variables=generator.variables, dynamics=dynamics)

@@ -35,7 +35,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 JOBS = 'generator', 'pretrain', 'probe', 'ood', 'diversity', 'quality', 'report'
 KINDS = 'KILL', 'TERM', 'INT', 'INT twice', 'HUP'
 PATIENCE = 10  # seconds that a signal may take
-EARLY = 0.5  # seconds in which Python itself is starting, and a signal is its own affair
+EARLY = 1.5  # seconds in which Python itself may be starting, and a signal is its own affair
 CLOCKS = 'seconds', 'images_per_second', 'sha256', 'made_from', 'config'
 
 CONFIG = """
@@ -120,6 +120,8 @@ class Chain:
     process = self.start(job, workdir, log)
     try:
       code = process.wait(600)
+    except subprocess.TimeoutExpired:
+      raise Wrong(f'{job} did not end in 600 s:\n{log.read_text()[-3000:]}') from None
     finally:
       process.kill()
     text = log.read_text()

@@ -39,11 +39,33 @@ def test_they_equal_their_equations(temperature):
     )
 
 
+def test_related_samples_are_no_negatives():
+  related = LABELS
+  z = np.concatenate([Z1, Z2])
+  z = z / np.linalg.norm(z, axis=1, keepdims=True)
+  total = 0.0
+  for i in range(2 * B):
+    partner = (i + B) % (2 * B)
+    others = [a for a in range(2 * B) if a == partner or related[a % B] != related[i % B]]
+    logits = z[others] @ z[i] / 0.5
+    total -= z[i] @ z[partner] / 0.5 - np.log(np.exp(logits).sum())
+  with jax.enable_x64(True):
+    value = contrastive.supcon(Z1, Z2, None, 0.5, related=related)
+    np.testing.assert_allclose(value, total / (2 * B), rtol=1e-12)
+    # Where nobody is related it is NT-Xent.
+    np.testing.assert_allclose(
+      contrastive.supcon(Z1, Z2, None, 0.5, related=np.arange(B)),
+      contrastive.supcon(Z1, Z2, None, 0.5),
+      rtol=1e-12,
+    )
+
+
 @pytest.mark.parametrize('labels', [None, LABELS])
 def test_value_and_gradient_do_not_depend_on_the_number_of_devices(labels):
   def of(count):
     def loss(z1, z2, y):
-      local = contrastive.supcon(z1, z2, None if labels is None else y, 0.5, 'data')
+      kinds = {'related': y} if labels is None else {'labels': y}
+      local = contrastive.supcon(z1, z2, **dict(labels=None) | kinds, axis_name='data')
       return jax.lax.pmean(local, 'data')
 
     mesh = devices.make_mesh(count)
@@ -52,7 +74,8 @@ def test_value_and_gradient_do_not_depend_on_the_number_of_devices(labels):
 
   with jax.enable_x64(True):
     (one, grads_one), (eight, grads_eight) = of(1), of(8)
-    whole, grads = jax.value_and_grad(lambda z: contrastive.supcon(*z, labels, 0.5))((Z1, Z2))
+    kinds = {'labels': None, 'related': LABELS} if labels is None else {'labels': labels}
+    whole, grads = jax.value_and_grad(lambda z: contrastive.supcon(*z, **kinds))((Z1, Z2))
   np.testing.assert_allclose([one, eight], whole, rtol=1e-12)
   for a, b, c in zip(grads_one, grads_eight, grads, strict=True):
     np.testing.assert_allclose(a, c, atol=1e-12)

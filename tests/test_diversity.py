@@ -17,7 +17,7 @@ from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.steps import list_steps
 from palm_jax.data.arrays import Data, Split
-from palm_jax.evaluate import diversity, play, quality
+from palm_jax.evaluate import diversity, diversity_sets, play, quality
 from palm_jax.evaluate.extractors import Extractor
 from palm_jax.experience import Experience
 from palm_jax.generator import load_generator
@@ -45,7 +45,7 @@ def make_arms(num_devices, state=None):
     mesh, jax.device_get((state.ssl['params']['encoder'], state.agent.actor))
   )
   return (
-    play.make_arms(program.setup, mesh, {'params': encoder}, actor),
+    play.make_arms(program.setup, mesh, {'params': encoder}, {'actor': actor}),
     program,
     world,
     state,
@@ -78,14 +78,16 @@ def test_each_frame_is_that_of_the_chosen_step_of_its_episode(played, frames):
   chosen = np.asarray(play.chosen_steps(chosen, IDS, LENGTH))
   assert {0, LENGTH - 1} < set(chosen)
   for name in ('policy', 'uniform'):
-    env = environment.reset(start, IDS, 0 * IDS, generator.z_dim, 3).replace(label=LABELS)
+    env = environment.reset(start, IDS, 0 * IDS, generator.z_dim, 3, world.dynamics).replace(
+      label=LABELS
+    )
     seen = [np.asarray(render(env.z))]
     for t in range(LENGTH - 1):
       key_policy, key_env = jax.random.split(jax.random.fold_in(steps, t))
       keys = environment.env_keys(key_policy, IDS)
       env = advance(
         env,
-        policy(state.ssl, state.agent, seen[-1], keys) if name == 'policy' else uniform(keys),
+        policy(state.ssl, state.agent, seen[-1], keys, IDS) if name == 'policy' else uniform(keys),
         key_env,
       )
       seen.append(np.asarray(render(env.z)))
@@ -133,20 +135,19 @@ def test_generated_sets_have_the_same_classes():
   assert sorted(ids) == list(range(7))
   chosen = np.asarray(play.chosen_steps(jax.random.split(KEY, 3)[2], ids, LENGTH))
   assert (np.diff(chosen) >= 0).all()
-  for given, first, labels in ((None, 'policy', ids % 3), (record, 'record', record[1])):
-    sets = diversity.generated(arms, KEY, 7, 3, LENGTH, given)
-    assert [sets[name](rows)[0] for name in ('explored', 'random actions', 'independent')] == [
-      first,
-      'uniform',
-      'independent',
-    ]
+  names = {'explored': 'policy', 'random actions': 'uniform', 'independent': 'independent'}
+  for given in (None, record):
+    sets = diversity_sets.generated(arms, KEY, 7, 3, LENGTH, given)
+    kept = sets.pop('whole record', None)
+    assert {name: pictures(rows)[0] for name, pictures in sets.items()} == names
     for pictures in sets.values():
-      np.testing.assert_array_equal(pictures(rows)[2], labels[rows])
-    np.testing.assert_array_equal(sets['random actions'](rows)[1], ids[rows])
-    np.testing.assert_array_equal(
-      sets['explored'](rows)[1], record[0][rows] if given else ids[rows]
-    )
-  assert not diversity.generated(arms, KEY, 7, 0, LENGTH)['explored'](rows)[2].any()
+      np.testing.assert_array_equal(pictures(rows)[1], ids[rows])
+      np.testing.assert_array_equal(pictures(rows)[2], ids[rows] % 3)
+  arm, z, labels = kept(rows)
+  assert arm == 'record'
+  np.testing.assert_array_equal(z, record[0][rows])
+  np.testing.assert_array_equal(labels, record[1][rows])
+  assert not diversity_sets.generated(arms, KEY, 7, 0, LENGTH)['explored'](rows)[2].any()
 
 
 # ---- recorded episodes
@@ -275,6 +276,7 @@ def test_the_job_reports_every_set(finished, saved):
   rows = {row['set']: row for row in finished['rows']}
   assert list(rows) == [
     'explored',
+    'whole record',
     'random actions',
     'independent',
     'other training images',
@@ -293,66 +295,57 @@ def test_the_job_reports_every_set(finished, saved):
   for row in rows.values():
     assert list(row) == [
       'set',
+      'features',
       'n',
       *(f'encoder-{m}{ending}' for m in metrics for ending in ('', '_sd')),
     ]
-    assert row['n'] == 24 and np.isfinite(list(row.values())[1:]).all()
+    assert row['n'] == 24 and np.isfinite(list(row.values())[2:]).all()
     assert 0 < row['encoder-unique_nn'] < 1
-  generated, real = [[rows[name] for name in names] for names in (list(rows)[:3], list(rows)[3:])]
+  generated, real = [[rows[name] for name in names] for names in (list(rows)[:4], list(rows)[4:])]
   assert min(row['encoder-FID'] for row in generated) > max(row['encoder-FID'] for row in real)
-  assert len({row['encoder-FID'] for row in generated}) == 3
+  assert len({row['encoder-FID'] for row in generated}) == 4
   assert finished['ceiling'] == pytest.approx(1 - (23 / 24) ** 24)
   protocol = finished['protocol']
   assert [
     protocol[name] for name in ('checkpoint_step', 'n', 'num_images', 'draws', 'num_features')
-  ] == [40, 24, 24, 3, 16]
+  ] == [40, 24, 24, 3, dict(encoder=16)]
   assert finished['devices'].startswith('2 x ')
 
 
 def test_the_table_never_shows_other_features_as_the_papers(finished):
   text = diversity.table(finished)
   lines = text.splitlines()
-  assert len({len(line) for line in lines[:6]}) == 1
-  assert lines[0].split()[:5] == ['set', 'n', 'encoder-unique_nn', '%', 'encoder-precision']
-  assert (
-    lines[1].endswith('58.87')
-    and lines[3].endswith('50.16')
-    and lines[2].endswith(' ')
-    and lines[4].startswith('other')
-  )
+  assert len({len(line) for line in lines[:7]}) == 1
+  assert lines[0].split()[:5] == ['set', 'features', 'n', 'unique_nn', '%']
+  assert [line.split('  ')[0] for line in lines[1:7]] == [row['set'] for row in finished['rows']]
+  assert all('encoder' in line and line.endswith(' ') for line in lines[1:7])  # no paper's number
   row = finished['rows'][3]
-  assert (
-    f'{100 * row["encoder-unique_nn"]:.2f} +- {100 * row["encoder-unique_nn_sd"]:.2f}' in lines[4]
-  )
-  assert (
-    '63.99%' in lines[6] and 'not comparable with these encoder features of 24 images' in lines[7]
-  )
+  share = f'{100 * row["encoder-unique_nn"]:.2f} +- {100 * row["encoder-unique_nn_sd"]:.2f}'
+  assert share in lines[4]
+  assert '63.99%' in lines[7] and 'not comparable with these encoder features of 24' in lines[8]
   assert lines[-1].startswith('protocol: ') and 'episode_length=7' in lines[-1]
-  assert 'FID' not in text.replace('encoder-FID', '')
-  # In the paper's features and numbers nothing has a prefix, and nothing forbids to compare.
+  # In the paper's features its numbers stand beside, and in its number nothing forbids to compare.
   rows = [
     {name.removeprefix('encoder-'): value for name, value in row.items()}
+    | dict(features='inception')
     for row in finished['rows']
   ]
-  papers = diversity.table(
-    finished | dict(rows=rows, protocol=finished['protocol'] | dict(features='inception', n=10_000))
-  )
-  assert 'encoder-' not in papers and 'not comparable' not in papers
-  fewer = diversity.table(
-    finished | dict(rows=rows, protocol=finished['protocol'] | dict(features='inception', n=9_999))
-  )
+  inception = finished['protocol'] | dict(features=['inception'])
+  papers = diversity.table(finished | dict(rows=rows, protocol=inception | dict(n=10_000)))
+  assert 'not comparable' not in papers
+  ends = [line.split()[-1] for line in papers.splitlines()[1:5]]
+  assert ends[0] == '58.87' and ends[3] == '50.16'
+  fewer = diversity.table(finished | dict(rows=rows, protocol=inception | dict(n=9_999)))
   assert 'not comparable with these inception features of 9,999 images' in fewer
 
 
-def test_the_record_is_judged_in_its_place_and_too_few_are_told(
-  data, saved, mesh, finished, tmp_path, caplog
-):
+def test_several_features_judge_and_too_few_are_told(data, saved, mesh, finished, tmp_path, caplog):
   workdir = tmp_path / 'run'
   shutil.copytree(saved[0], workdir)
   with caplog.at_level(logging.WARNING):
     results = finish(
       diversity.JOB,
-      job_config(explored='record', features='pixels', num_images=30),
+      job_config(features=('pixels', 'encoder'), num_images=30),
       workdir,
       data,
       mesh,
@@ -361,19 +354,19 @@ def test_the_record_is_judged_in_its_place_and_too_few_are_told(
     '24 images of each set instead of diversity.num_images=30, because there are 24 recorded '
     'episodes' in caplog.text
   )
-  assert [row['n'] for row in results['rows']] == [24] * 5
-  assert results['protocol']['explored'].startswith('of all complete recorded episodes')
-  assert results['protocol']['labels'] == 'of the recorded episodes, in all generated sets'
-  assert 'pixel-unique_nn' in results['rows'][0] and results['protocol']['num_features'] == 64
+  assert [row['n'] for row in results['rows']] == [24] * 12
+  assert [row['features'] for row in results['rows']] == ['pixels'] * 6 + ['encoder'] * 6
+  assert 'pixel-unique_nn' in results['rows'][0] and 'encoder-unique_nn' in results['rows'][6]
+  assert results['protocol']['num_features'] == dict(pixels=64, encoder=16)
   few = data._replace(test=Split(data.test.images[:9], data.test.labels[:9]))
   caplog.clear()
   with caplog.at_level(logging.WARNING):
-    results = finish(diversity.JOB, job_config(features='pixels'), workdir, few, mesh)
+    results = finish(diversity.JOB, job_config(features=('pixels',)), workdir, few, mesh)
   assert (
     '9 images of each set instead of diversity.num_images=24, because there are 9 test images'
     in caplog.text
   )
-  assert [row['n'] for row in results['rows']] == [9] * 5
+  assert [row['n'] for row in results['rows']] == [9] * 6
 
 
 # ---- the policy out of a checkpoint
@@ -381,10 +374,12 @@ def test_the_record_is_judged_in_its_place_and_too_few_are_told(
 
 def test_the_policy_is_read_without_the_rest(saved, mesh, tmp_path):
   workdir, program, generator, state = saved
-  template = play.actor_template(program, mesh)
+  template = play.policy_template(program, mesh)
   folder = tmp_path / 'checkpoints'
   shutil.copytree(workdir / 'pretrain' / 'checkpoints', folder)
-  actor = play.load_actor(folder, 40, template)
+  policy = play.load_policy(folder, 40, template)
+  assert policy.keys() == {'actor'}
+  actor = policy['actor']
   assert jax.tree.structure(actor) == jax.tree.structure(state.agent.actor)
   for a, b in zip(jax.tree.leaves(actor), jax.tree.leaves(state.agent.actor), strict=True):
     assert a.dtype == b.dtype and a.sharding.is_fully_replicated
@@ -392,12 +387,12 @@ def test_the_policy_is_read_without_the_rest(saved, mesh, tmp_path):
 
   config = job_config()
   config.sac.hidden = (8, 16)
-  other = play.actor_template(pretrain.make_program(config, generator, mesh), mesh)
+  other = play.policy_template(pretrain.make_program(config, generator, mesh), mesh)
   with pytest.raises(
     UserError,
     match=r'agent/actor/.* is float32\[16\], expected float32\[8\]: give the config of that run',
   ):
-    play.load_actor(folder, 40, other)
+    play.load_policy(folder, 40, other)
 
   metadata = folder / '40' / '_CHECKPOINT_METADATA'
   content = json.loads(metadata.read_text())
@@ -406,10 +401,10 @@ def test_the_policy_is_read_without_the_rest(saved, mesh, tmp_path):
   record[name]['blocks'][0][1] = '0' * 64  # as if the values had changed
   metadata.write_text(json.dumps(content))
   with pytest.raises(UserError, match=f'policy.*is damaged .{name} holds other values'):
-    play.load_actor(folder, 40, template)
+    play.load_policy(folder, 40, template)
   shutil.rmtree(folder / '40' / 'state' / 'ocdbt.process_0')
   with pytest.raises(UserError, match='policy.*is damaged'):
-    play.load_actor(folder, 40, template)
+    play.load_policy(folder, 40, template)
   assert list_steps(folder) == [40]
 
 
@@ -466,11 +461,10 @@ def test_features_that_are_not_finite(data, mesh):
   'changes, message',
   [
     (
-      dict(features='fid'),
-      "diversity.features='fid' is unknown: choose one of inception, proxy, pixels, encoder",
+      dict(features=('fid',)),
+      "'fid' is unknown.*: choose some of inception, proxy, pixels, encoder",
     ),
-    (dict(explored='all'), "diversity.explored='all' is unknown: choose one of policy, record"),
-    (dict(features='inception'), 'is no file'),
+    (dict(features=('inception',)), 'is no file'),
     (dict(draws=1), 'diversity.draws=1 is too small: set it to 2 or more'),
     (dict(num_images=5), 'diversity.num_images=5 is too small: set it to 6 or more'),
     (dict(neighbours=0), 'diversity.neighbours=0'),
@@ -488,15 +482,7 @@ def test_settings_that_cannot_work(changes, message):
 
 @pytest.mark.parametrize('features', ['encoder', 'pixels', 'proxy'])
 def test_defaults_work_whatever_the_other_job_is_set_to(features):
-  config = job_config(features=features)
+  config = job_config(features=(features,))
   config.quality.update(dict(features='inception', inception_path='absent.pth'))
   diversity.check(config, 8)
   assert config.quality.features == 'inception'
-
-
-def test_a_record_is_asked_for_before_the_pretraining():
-  config = job_config(explored='record')
-  diversity.check(config, 2)
-  config.pretrain.record = False
-  with pytest.raises(UserError, match='pretrain with --config.pretrain.record'):
-    diversity.check(config, 2)

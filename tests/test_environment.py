@@ -8,6 +8,7 @@ from palm_jax import environment as env_lib
 from palm_jax.layers.pixels import to_uint8
 
 LENGTH, ENVS, DIM, CLASSES = 5, 4096, 8, 3
+PAPER = env_lib.Dynamics(np.float32(0.5), np.float32(0.95))
 
 
 def make_step(alpha, beta):
@@ -28,7 +29,7 @@ def step(state, action, key, ids, dynamics):
 @pytest.fixture(scope='module')
 def start():
   ids = jnp.arange(ENVS)
-  return env_lib.reset(jax.random.key(0), ids, jnp.zeros(ENVS, jnp.int32), DIM, CLASSES)
+  return env_lib.reset(jax.random.key(0), ids, jnp.zeros(ENVS, jnp.int32), DIM, CLASSES, PAPER)
 
 
 def test_first_latent_is_standard_normal_and_labels_uniform(start):
@@ -84,7 +85,7 @@ def test_episode_is_cut_and_label_changes_only_there(start):
 
 def test_an_environment_does_not_depend_on_its_neighbours(start):
   ids = jnp.array([5, 77])
-  part = env_lib.reset(jax.random.key(0), ids, jnp.zeros(2, jnp.int32), DIM, CLASSES)
+  part = env_lib.reset(jax.random.key(0), ids, jnp.zeros(2, jnp.int32), DIM, CLASSES, PAPER)
   np.testing.assert_array_equal(part.z, start.z[ids])
   dynamics = env_lib.Dynamics(jnp.float32(0.5), jnp.float32(0.95))
   a = step(part, jnp.zeros((2, DIM)), jax.random.key(2), ids, dynamics)
@@ -102,7 +103,7 @@ def test_alpha_and_beta_do_not_recompile(start):
 
 
 def test_unconditional_generator_has_one_label():
-  state = env_lib.reset(jax.random.key(0), jnp.arange(16), jnp.zeros(16, jnp.int32), DIM, 0)
+  state = env_lib.reset(jax.random.key(0), jnp.arange(16), jnp.zeros(16, jnp.int32), DIM, 0, PAPER)
   assert not np.any(state.label)
 
 
@@ -118,14 +119,57 @@ def test_quantisation_is_the_original_tools():
   assert to_uint8(jnp.array([-1.0, 0.0, 1.0])).tolist() == [0, 128, 255]
 
 
+@pytest.mark.parametrize('kind', ['ema', 'ou'])
+def test_a_stationary_start_is_as_wide_as_random_actions_keep_it(kind):
+  """The first latents of episodes, at reset and after a cut, against those of a long walk."""
+  dynamics = env_lib.Dynamics(jnp.float32(0.7), jnp.float32(0.9), kind, 'stationary')
+  ids = jnp.arange(ENVS)
+  state = env_lib.reset(jax.random.key(0), ids, 0 * ids, DIM, CLASSES, dynamics)
+  first = float(jnp.std(state.z))
+
+  @jax.jit
+  def walk(state):
+    def one(state, t):
+      keys = env_lib.env_keys(jax.random.fold_in(jax.random.key(1), t), ids)
+      action = env_lib.random_actions(keys, DIM, jnp.float32)
+      key = jax.random.fold_in(jax.random.key(2), t)
+      return env_lib.step(state, action, key, ids, dynamics, 70, CLASSES), jnp.std(state.z)
+
+    return jax.lax.scan(one, state, jnp.arange(75))[1]
+
+  np.testing.assert_allclose(walk(state), first, rtol=0.03)
+  assert first != 1
+
+
+@pytest.mark.parametrize('beta, kind', [(0.5, 'ema'), (0.9, 'ema'), (0.9, 'ou')])
+def test_the_mean_direction_of_a_constant_policy(beta, kind):
+  dynamics = env_lib.Dynamics(jnp.float32(0.8), jnp.float32(beta), kind, 'stationary')
+  ids, dim, mean, std = jnp.arange(ENVS), 64, 0.2, 0.3
+  state = env_lib.reset(jax.random.key(0), ids, 0 * ids, dim, 0, dynamics)
+
+  @jax.jit
+  def walk(state):
+    def one(state, t):
+      key = jax.random.fold_in(jax.random.key(2), t)
+      action = mean + std * jax.random.normal(jax.random.fold_in(key, 1), state.z.shape)
+      return env_lib.step(state, action, key, ids, dynamics, 1000, 0), ()
+
+    return jax.lax.scan(one, state, jnp.arange(80))[0].z
+
+  z = np.asarray(walk(state), np.float64)
+  unit = z / np.linalg.norm(z, axis=1, keepdims=True)
+  said = env_lib.mean_direction(dynamics, mean, std**2)
+  np.testing.assert_allclose(said, np.linalg.norm(unit.mean(0)), atol=0.01)
+
+
 @pytest.mark.parametrize('kind', env_lib.DYNAMICS)
 def test_other_dynamics_are_their_filters(kind):
   """A path of several steps against the same recursion in numpy; with beta 0 all go where they are
   told."""
   beta, ids = 0.6, jnp.arange(3)
   for beta in (0.6, 0.0):
-    state = env_lib.reset(jax.random.key(0), ids, jnp.zeros(3, jnp.int32), DIM, CLASSES, kind=kind)
     dynamics = env_lib.Dynamics(jnp.float32(1.0), jnp.float32(beta), kind)
+    state = env_lib.reset(jax.random.key(0), ids, jnp.zeros(3, jnp.int32), DIM, CLASSES, dynamics)
     z, v = np.asarray(state.z, np.float64), 0.0
     for t in range(LENGTH - 1):
       action = np.random.default_rng(t).uniform(-1, 1, (3, DIM)).astype(np.float32)

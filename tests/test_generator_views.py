@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from palm_jax import experience, pretrain, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
-from palm_jax.generator import LoadedGenerator
+from palm_jax.generator import LoadedGenerator, views
 from palm_jax.generator.stylegan2 import Generator
-from palm_jax.generator.views import WLatents, cropped, prompts, w_latents
+from palm_jax.generator.views import WLatents, cropped, prompts, style_mixed, w_latents
 from palm_jax.layers.pixels import to_uint8
 from tests.worlds import LinearGenerator, nature_config
 
@@ -139,6 +140,37 @@ def test_a_config_opens_the_door_to_w():
     UserError, match="environment.latent_space='y' is unknown: choose one of z, w"
   ):
     pretrain.check(c, 8)
+
+
+def test_fine_layers_take_another_style(generator):
+  """The other latent is a function of the latent: the same picture for the same latent, another
+  fine style for any other."""
+  z, labels = jax.random.normal(jax.random.key(2), (3, 6)), jnp.array([0, 1, 2])
+  network = generator.network
+  mixed = style_mixed(generator, 2)
+  first = drawn(mixed, z, labels)
+  np.testing.assert_array_equal(first, drawn(mixed, z, labels))
+  np.testing.assert_allclose(first[1], drawn(mixed, z[1:], labels[1:])[0], atol=1e-5)
+  assert np.abs(first - drawn(generator, z, labels)).max() > 1e-3
+  near = drawn(mixed, z + 1e-6, labels)  # coarse layers alike, fine ones not
+  assert np.abs(first - near).max() > 1e-3 > np.abs(z - (z + 1e-6)).max()
+  ws = network.apply(generator.variables, z, labels, method='mapping')
+  other = jax.vmap(views._another_latent)(z)
+  fine = network.apply(generator.variables, other, labels, method='mapping')
+  ws = jnp.concatenate([ws[:, :2], fine[:, 2:]], 1)
+  want = network.apply(generator.variables, ws, method='synthesis')
+  np.testing.assert_allclose(first, want, atol=1e-5)
+  for layer in (0, network.num_ws):
+    with pytest.raises(UserError, match=f'environment.style_mixing={layer}: expected one of 1 to'):
+      style_mixed(generator, layer)
+
+
+def test_the_other_latents_are_standard_normal():
+  z = jax.random.normal(jax.random.key(2), (2000, 6))
+  other = np.asarray(jax.vmap(views._another_latent)(z))
+  assert stats.kstest(other.ravel(), 'norm').pvalue > 1e-3
+  correlation = np.corrcoef(np.asarray(z).T, other.T)[:6, 6:]
+  assert np.abs(correlation).max() < 5 / np.sqrt(2000)
 
 
 def test_a_margin_is_cut_off(generator):

@@ -7,7 +7,8 @@ import pathlib
 ROOT = pathlib.Path(__file__).parents[1]
 # A module imports from its own room and from those named. A longer name is the stricter rule.
 PARTS = 'environment replay encoder simsiam contrastive augment reward sac experience'.split()
-WORK = [*PARTS, 'material', 'rollout', 'pairs', 'setup', 'worlds', 'monitors']
+PLAYER = ['agent', 'curiosity', 'actor_critic']
+WORK = [*PARTS, *PLAYER, 'material', 'rollout', 'pairs', 'setup', 'worlds', 'monitors']
 METHOD = ['base', 'layers', 'formats', 'data', 'checkpoint', 'generator', *WORK, 'pretrain']
 JOB = [*METHOD, 'job']
 LAW = {
@@ -18,8 +19,13 @@ LAW = {
   'checkpoint': ['base'],
   **{part: ['layers', 'base'] for part in PARTS},
   'simsiam': ['layers', 'base', 'contrastive'],
+  'reward': ['layers', 'base', 'contrastive'],
+  'actor_critic': [],
+  'sac': ['base', 'actor_critic'],
+  'curiosity': ['base', 'contrastive', 'actor_critic'],
+  'agent': ['base', 'curiosity', 'reward', 'sac'],
   'material': ['base', 'data', 'experience'],
-  'rollout': ['layers', 'base', 'environment', 'replay', 'sac', 'experience'],
+  'rollout': ['layers', 'base', 'environment', 'replay', 'agent', 'experience'],
   'pairs': ['base', 'rollout', 'replay', 'experience'],
   'generator': ['layers', 'formats', 'base', 'checkpoint'],
   'generator.sample': ['layers', 'base', 'environment', 'rollout', 'generator'],

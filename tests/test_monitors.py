@@ -34,3 +34,15 @@ def test_effective_rank_sees_what_std_does_not():
     assert erank == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-6)
     assert top == pytest.approx(singular[0] ** 2 / (singular**2).sum(), rel=1e-6)
   assert monitors.effective_rank(np.ones((10, 4), np.float32)) == (1, 1)
+
+
+def test_troubles_are_told():
+  healthy = dict(z_std_ratio=0.9, h_effective_rank=40.0, cone=0.2)
+  assert not monitors.troubles(healthy) and not monitors.troubles({})
+  for changes, words in (
+    (dict(z_std_ratio=0.01), ('z_std_ratio 0.010', 'simsiam.lr')),
+    (dict(h_effective_rank=1.2), ('h_effective_rank 1.2', 'simsiam.lr')),
+    (dict(cone=0.9), ('length 0.90', 'sac.skill_dim')),
+  ):
+    (line,) = monitors.troubles(healthy | changes).values()
+    assert all(word in line for word in words) and '\n' not in line

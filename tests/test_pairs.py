@@ -228,10 +228,6 @@ def test_settings_that_cannot_work(changes, message):
 def test_objectives_that_cannot_work():
   c = config_of('explored')
   c.simsiam.objective = 'supcon'
-  with pytest.raises(
-    UserError, match="'supcon' needs labels, which pairs.source='explored' never sees"
-  ):
-    pretrain.check(c, 8)
   c.pairs.source, unconditional = 'jahanian_random', LargeGenerator()
   unconditional.num_classes = 0
   with pytest.raises(UserError, match="'supcon' with a generator without classes"):
@@ -241,6 +237,20 @@ def test_objectives_that_cannot_work():
     UserError, match="simsiam.objective='byol' is unknown: choose one of simsiam, simclr, supcon"
   ):
     pretrain.check(c, 8)
+  c.simsiam.update(dict(objective='simclr', mask_episode=True))
+  with pytest.raises(UserError, match='simsiam.mask_episode with pairs.source=.*of no episode'):
+    pretrain.check(c, 8)
+  c.pairs.source, c.simsiam.objective = 'explored', 'simsiam'
+  with pytest.raises(UserError, match="simsiam.mask_episode with simsiam.objective='simsiam'"):
+    pretrain.check(c, 8)
+  c.simsiam.mask_episode = False
+  c.pairs.window = 3
+  with pytest.raises(UserError, match='pairs.window=3 with pairs.group=1'):
+    pretrain.check(c, 8)
+  c.pairs.group = 3
+  with pytest.raises(UserError, match='=4 is not a positive multiple of pairs.group=3'):
+    pretrain.check(c, 8)
+  c.pairs.update(dict(group=1, window=0))
   c.simsiam.update(dict(objective='simclr', temperature=0.0))
   with pytest.raises(UserError, match='simsiam.temperature=0'):
     pretrain.check(c, 8)

@@ -12,11 +12,30 @@ from palm_jax import pretrain, worlds
 from palm_jax.base import devices
 from tests.worlds import LinearGenerator, tiny_config
 
+EVERYTHING = {
+  'environment': dict(start='stationary'),
+  'pairs': dict(group=2, window=3),
+  'simsiam': dict(objective='simclr', mask_episode=True),
+  'reward': dict(space='unit', memory=64),
+  'sac': dict(
+    neutral_start=True,
+    standardise=True,
+    features='eval',
+    updates_per_batch=2,
+    skill_dim=3,
+    policies=3,
+    policy_every=4,
+  ),
+}
+EPISODES = {'pairs': dict(group=2), 'simsiam': dict(objective='supcon')}
+KINDS = [{'reward': dict(kind=kind, hidden=8)} for kind in ('rnd', 'icm', 'disagreement')]
 
-def start(num_devices, dtype='float32', **sizes):
+
+def start(num_devices, dtype='float32', changes=()):
   config = tiny_config()
   config.pretrain.dtype = dtype
-  config.pretrain.update(sizes)
+  for section, values in dict(changes).items():
+    config[section].update(values)
   mesh, generator = devices.make_mesh(num_devices), LinearGenerator()
   program = pretrain.make_program(config, generator, mesh)
   world = worlds.make_world(config, generator, mesh)
@@ -37,13 +56,23 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listener)
 
 
-@pytest.mark.parametrize('counts', [(1, 8), pytest.param((1, 2), marks=pytest.mark.slow)])
-def test_any_number_of_devices_computes_the_same_in_float64(counts):
+@pytest.mark.parametrize(
+  'counts, changes',
+  [
+    ((1, 8), {}),
+    pytest.param((1, 2), {}, marks=pytest.mark.slow),
+    *(
+      pytest.param((1, 2, 8), changes, marks=pytest.mark.slow)
+      for changes in (EVERYTHING, EPISODES, *KINDS)
+    ),
+  ],
+)
+def test_any_number_of_devices_computes_the_same_in_float64(counts, changes):
   """Gradient norms are among the metrics: averaging gradients that are already summed is seen."""
   results = []
   with jax.enable_x64(True):
     for num_devices in counts:
-      program, state, world = start(num_devices, 'float64')
+      program, state, world = start(num_devices, 'float64', changes)
       for i in range(program.setup.num_calls):
         with compilations() as count:
           state, (metrics, _) = program.call(state, world)

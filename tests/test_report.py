@@ -115,6 +115,7 @@ def diversity_results():
   rows = [
     {
       'set': name,
+      'features': 'encoder',
       'n': 60,
       **{
         f'encoder-{key}{end}': value / (i + 1) / (j + 1)
@@ -129,7 +130,7 @@ def diversity_results():
     rows=rows,
     ceiling=0.6321,
     paper=dict(explored=58.87, independent=50.16),
-    protocol=dict(features='encoder', n=60, data='made up'),
+    protocol=dict(features=['encoder'], n=60, data='made up'),
   )
 
 
@@ -443,7 +444,9 @@ def test_the_headline_compares_like_with_like(full):
 def test_what_is_not_comparable_says_so(tmp_path, full):
   assert 'are not comparable' in full[2]
   result = diversity_results()
-  result['protocol'].update(features='inception', n=10_000)
+  result['protocol'].update(features=['inception'], n=10_000)
+  for row in result['rows']:
+    row['features'] = 'inception'
   _, text = make(write(tmp_path / 'a', dict(diversity=result)))
   assert 'not comparable' not in text
   assert 'Published' not in text

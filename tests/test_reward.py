@@ -153,6 +153,5 @@ def test_largest_possible_k():
 
 def test_defaults_are_those_of_the_function():
   h = jax.random.normal(jax.random.key(4), (32, 4))
-  config = dict(reward.default_config())
-  assert config.pop('on') == 'next'
+  config = reward.options(reward.default_config())
   np.testing.assert_array_equal(entropy(h, **config), entropy(h))

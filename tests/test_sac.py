@@ -11,6 +11,7 @@ import scipy.stats
 from jax.sharding import PartitionSpec as P
 
 from palm_jax import sac
+from palm_jax.actor_critic import Actor, Critic
 
 F, A, B = 6, 3, 16
 
@@ -285,7 +286,7 @@ def test_initial_layers_are_orthogonal():
 
 
 def test_log_std_stays_in_its_bounds_with_a_gradient():
-  actor = sac.Actor(A, (16,), 0, log_std_min=-5.0, log_std_max=1.0)
+  actor = Actor(A, (16,), 0, log_std_min=-5.0, log_std_max=1.0)
   h = jnp.asarray(inputs()[0].h)
   params = jax.jit(actor.init)(jax.random.key(0), h)
   log_std_of = jax.jit(lambda h: actor.apply(params, h)[1])
@@ -298,7 +299,10 @@ def test_log_std_stays_in_its_bounds_with_a_gradient():
 
 def test_networks_compute_in_bfloat16():
   h, action = jnp.asarray(inputs()[0].h), jnp.asarray(inputs()[0].action)
-  for make, arguments in ((functools.partial(sac.Actor, A), (h,)), (sac.Critic, (h, action))):
+  for make, arguments in (
+    (functools.partial(Actor, A), (h,)),
+    (Critic, (h, action)),
+  ):
     full, half = (make(hidden=(16, 16), trunk=8, dtype=dtype) for dtype in (None, jnp.bfloat16))
     params = jax.jit(half.init)(jax.random.key(0), *arguments)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype('float32')}

@@ -35,6 +35,8 @@ NAMES = (
   'episode_length',
   'reward_variants',
   'contours',
+  'orderings',
+  'objectives',
 )
 RANK = ('rank', 'pretrain/metrics/h_effective_rank')
 LINEAR = ('linear', 'probe/rows[features=PALM encoder, method=lbfgs]/accuracy/clean')
@@ -380,8 +382,8 @@ def test_every_study_can_be_run(tmp_path, scale):
   for name in NAMES:
     c = importlib.import_module(f'configs.studies.{name}').get_config(scale)
     c.quality.features = 'proxy'
-    if c.diversity.features == 'inception':
-      c.diversity.features = 'proxy'  # the other needs a file
+    if 'inception' in c.diversity.features:
+      c.diversity.features = ('proxy',)  # the other needs a file
     runs, _ = study.make_study(c, tmp_path, 8, runner)
     assert (
       len({run.folder for run in runs})
@@ -390,6 +392,8 @@ def test_every_study_can_be_run(tmp_path, scale):
     ), name
     updates_a_call = c.pretrain.iterations_per_call * c.pretrain.updates_per_iteration
     updates = [num_updates(run.config) for run in runs]
+    if name == 'objectives':  # more updates a frame are one of its arms
+      updates = [run.config.pretrain.env_steps for run in runs]
     assert len(set(updates)) == 1 and updates[0] > 50, (name, set(updates))  # budgets are matched
     for run in runs:
       assert 'study' not in run.config and run.config.seed == run.seed

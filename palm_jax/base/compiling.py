@@ -34,14 +34,15 @@ def announce() -> None:
   threading.Thread(target=_watch, daemon=True).start()
 
 
-def _begin(event, value, fun_name='a program', **_):
+def _begin(event, value, **about):
   del value
   if event == EVENT:
-    _running[threading.get_ident()] = Compilation(fun_name + _caller(), time.monotonic())
+    name = about.get('fun_name', 'a program')
+    _running[threading.get_ident()] = Compilation(f'{name}{_caller()}', time.monotonic())
 
 
-def _end(event, duration, **_):
-  del duration
+def _end(event, duration_secs, **about):
+  del duration_secs, about
   if event == EVENT:
     _running.pop(threading.get_ident(), None)
 

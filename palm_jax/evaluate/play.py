@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
-from palm_jax import environment, experience, pretrain, replay, rollout, sac, worlds
+from palm_jax import agent as agents
+from palm_jax import environment, experience, pretrain, replay, rollout, worlds
 from palm_jax.base import devices, digests
 from palm_jax.base.errors import UserError
 from palm_jax.base.signals import raise_if_interrupted
@@ -22,22 +23,22 @@ from palm_jax.base.signals import raise_if_interrupted
 Arm = Callable[[jax.Array, np.ndarray, np.ndarray], np.ndarray]
 
 
-def actor_template(program: pretrain.Program, mesh: Mesh) -> Any:
-  """Shapes of a pretraining's policy parameters, to be read onto every device of the mesh."""
+def policy_template(program: pretrain.Program, mesh: Mesh) -> dict[str, Any]:
+  """Shapes of what a pretraining's policy acts by, to be read onto every device of the mesh."""
   world = worlds.host_world(program.setup.config, program.setup.generator)
   state = jax.eval_shape(program.init, jax.random.key(0), world)
-  return devices.templates(state.agent.actor, NamedSharding(mesh, P()))
+  return devices.templates(agents.acting(state.agent), NamedSharding(mesh, P()))
 
 
-def load_actor(folder: pathlib.Path, step: int, template: Any) -> Any:
-  """The policy's parameters of a pretraining checkpoint.
+def load_policy(folder: pathlib.Path, step: int, template: dict[str, Any]) -> dict[str, Any]:
+  """What the policy of a pretraining checkpoint acts by.
 
   The rest of its state, with the replay, stays on the disk.
 
   Args:
     folder: of the checkpoints.
     step: one whose item `encoder` is whole.
-    template: see `actor_template`.
+    template: see `policy_template`.
 
   Raises:
     UserError: no policy there, that of another config, or a damaged one.
@@ -53,10 +54,10 @@ def load_actor(folder: pathlib.Path, step: int, template: Any) -> Any:
         f'{leaf.dtype}{list(leaf.shape)}: give the config of that run'
       )
   try:
-    actor = _read(path, template)
+    policy = _read(path, template)
     damaged = [
       name
-      for name, leaf in _named(actor).items()
+      for name, leaf in _named(policy).items()
       if [digests.of_arrays(leaf)] != [digest for _, digest in record[name]['blocks']]
     ]
   except jax.errors.JaxRuntimeError:  # out of memory says nothing about the files
@@ -71,11 +72,11 @@ def load_actor(folder: pathlib.Path, step: int, template: Any) -> Any:
       f'the policy in {path} is damaged ({damaged[0]} holds other values than were saved): '
       'restore a copy, or remove that step'
     )
-  return actor
+  return policy
 
 
-def _named(actor):
-  return {f'agent/actor/{path}': leaf for path, leaf in digests.leaves(actor).items()}
+def _named(policy):
+  return {f'agent/{path}': leaf for path, leaf in digests.leaves(policy).items()}
 
 
 def _read(path, template):
@@ -85,12 +86,12 @@ def _read(path, template):
   context.multiprocessing_options.primary_host = process
   context.multiprocessing_options.active_processes = {process}
   with context:
-    items = ocp.load_checkpointables(path, {'state': {'agent': {'actor': template}}})
-  return items['state']['agent']['actor']
+    items = ocp.load_checkpointables(path, {'state': {'agent': template}})
+  return items['state']['agent']
 
 
 def make_arms(
-  play: rollout.Play, mesh: Mesh, variables: dict[str, Any], actor: Any
+  play: rollout.Play, mesh: Mesh, variables: dict[str, Any], policy: dict[str, Any]
 ) -> dict[str, Arm]:
   """The sources of generated pictures, compiled when first called.
 
@@ -98,7 +99,7 @@ def make_arms(
     play: pretrain.Program's setup.
     mesh: one-dimensional mesh, axis 'data'.
     variables: the encoder's.
-    actor: the policy's.
+    policy: of `load_policy`.
 
   Returns:
     {name: arm}, E a multiple of the mesh's size: 'policy' and 'uniform', the frame of a uniformly
@@ -109,16 +110,7 @@ def make_arms(
     'params': {'encoder': variables['params']},
     'batch_stats': {'encoder': variables.get('batch_stats', {})},
   }
-  unused: Any = None  # of an agent that only acts
-  agent = sac.SAC(
-    actor=actor,
-    critic=unused,
-    target_critic=unused,
-    log_alpha=unused,
-    actor_opt=unused,
-    critic_opt=unused,
-    alpha_opt=unused,
-  )
+  agent = agents.only_acting(policy)
   fixed = worlds.make_world(play.config, play.generator, mesh), ssl, agent
   sources = dict(
     policy=functools.partial(_chosen_latents, _policy_actions),
@@ -147,30 +139,31 @@ def _compile(play, mesh, fixed, latents):
   return arm
 
 
-def _policy_actions(play, world, ssl, agent, env, keys):
-  return rollout.act(play, ssl, agent, rollout.render(play, world, env.z, env.label), keys)
+def _policy_actions(play, world, ssl, agent, env, keys, ids):
+  frames = rollout.render(play, world, env.z, env.label)
+  return rollout.act(play, ssl, agent, frames, keys, ids)
 
 
-def _uniform_actions(play, world, ssl, agent, env, keys):
+def _uniform_actions(play, world, ssl, agent, env, keys, ids):
   return environment.random_actions(keys, play.generator.z_dim, play.real)
 
 
 def _chosen_latents(act, play, world, ssl, agent, key, ids, labels):
   """The latents (E, z_dim) of a uniformly random step of each episode, played by `act`."""
   length, num_classes = play.config.environment.episode_length, play.generator.num_classes
-  z_dim, kind = play.generator.z_dim, world.dynamics.kind
+  z_dim, dynamics = play.generator.z_dim, world.dynamics
   key_start, key_steps, key_chosen = jax.random.split(key, 3)
   env = environment.reset(
-    key_start, ids, jnp.zeros_like(ids), z_dim, num_classes, play.real, kind
+    key_start, ids, jnp.zeros_like(ids), z_dim, num_classes, dynamics, play.real
   ).replace(label=labels)
   chosen = chosen_steps(key_chosen, ids, length)
 
   def one_step(carry):
     t, env, kept = carry
     key_policy, key_env = jax.random.split(jax.random.fold_in(key_steps, t))
-    actions = act(play, world, ssl, agent, env, environment.env_keys(key_policy, ids))
+    actions = act(play, world, ssl, agent, env, environment.env_keys(key_policy, ids), ids)
     taken = replay.unpack(replay.pack(actions, play.action_dtype), play.real)  # as in pretraining
-    env = environment.step(env, taken, key_env, ids, world.dynamics, length, num_classes)
+    env = environment.step(env, taken, key_env, ids, dynamics, length, num_classes)
     return t + 1, env, jnp.where((env.step == chosen)[:, None], env.z, kept)
 
   # Nobody asks for what comes after the last chosen step.

@@ -30,6 +30,7 @@ from palm_jax.evaluate import (
   preconditions,
   sgd,
 )
+from palm_jax.evaluate.components import principal_components
 from palm_jax.evaluate.judge import Source
 from palm_jax.evaluate.labels import make_tasks, stratified_split
 from palm_jax.job import Job, Run
@@ -47,7 +48,9 @@ def default_config() -> ConfigDict:
     dict(
       methods=('sgd', 'lbfgs', 'knn'),  # see METHODS
       split='test',  # 'validation': a tenth of the training images instead, to choose settings with
-      pixels=True,  # raw pixels as features, for lbfgs and knn
+      # raw pixels as features, for lbfgs and knn, and their principal components, as many as the
+      # encoder has features, where there are more pixels
+      pixels=True,
       label_fractions=(1.0,),  # of the training labels: stratified and nested
       label_draws=3,  # at fractions up to 0.1
       coarse=False,  # CIFAR-100's 20 superclasses, beside its 100 classes
@@ -127,7 +130,8 @@ def run(this: Run) -> dict[str, Any]:
   before = jax.tree.map(np.copy, [encoder.apply.args for encoder in encoders])
   images = _images(config, data)
   tasks = _tasks(config, data, images)
-  sources = [_encoded(this, encoder, images) for encoder in encoders] + _others(this, images)
+  sources = [_encoded(this, encoder, images) for encoder in encoders]
+  sources += _others(this, images, sources[0].train.shape[1])
   rows = []
   for method in config.probe.methods:
     for task in tasks:
@@ -190,8 +194,9 @@ def _encoded(this, encoder, images):
   return Source(encoder.name, h(images.train.images), tests, encoder)
 
 
-def _others(this, images):
-  """Sources without an encoder: foreign features, where they are given, and pixels."""
+def _others(this, images, width):
+  """Sources without an encoder: foreign features, where they are given, and pixels, all of them
+  and in `width` components."""
   config, data, sources = this.config, this.data, []
   counts = dict(train=len(data.train.labels), test=len(data.test.labels))
   foreign = features.load_foreign(config, counts)
@@ -202,7 +207,12 @@ def _others(this, images):
     sources.append(Source('foreign features', foreign['train'][images.rest], {'clean': test}))
   if config.probe.pixels:
     flat = {name: features.pixels(corrupted) for name, corrupted in images.corrupted.items()}
-    sources.append(Source('pixels', features.pixels(images.train.images), flat))
+    raw = Source('pixels', features.pixels(images.train.images), flat)
+    sources.append(raw)
+    if raw.train.shape[1] > width:
+      components = principal_components(raw.train, width)
+      tests = {name: components(x) for name, x in flat.items()}
+      sources.append(Source(f'pixels, PCA to {width}', components(raw.train), tests))
   return sources
 
 

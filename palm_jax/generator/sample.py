@@ -120,7 +120,7 @@ def latent_walk(key: jax.Array, steps: int, z_dim: int, alpha: float, beta: floa
     return environment.step(state, action, key_step, ids, dynamics, steps + 1, 0), state.z[0]
 
   key, key_first = jax.random.split(key)
-  first = environment.reset(key_first, ids, ids, z_dim, 0)
+  first = environment.reset(key_first, ids, ids, z_dim, 0, dynamics)
   return jax.lax.scan(step, first, jax.random.split(key, steps))[1]
 
 

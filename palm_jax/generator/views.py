@@ -189,3 +189,73 @@ def cropped(generator: PictureGenerator, margin: int) -> Cropped:
       'generator.pad added, and a picture within it'
     )
   return Cropped(generator, margin)
+
+
+@dataclasses.dataclass(frozen=True)
+class StyleMixed:
+  """A StyleGAN2 whose fine layers take the style of another latent of the same class.
+
+  Which other one follows from the latent's own bits, so a picture is still a function of its
+  latent, while the latents of consecutive frames, close or not, have independent fine styles: two
+  frames share what the coarse layers draw, and differ in colour and texture. Style mixing is of
+  arXiv 1812.04948, section 3.1. Made by `style_mixed`.
+  """
+
+  generator: LoadedGenerator
+  first: int
+
+  @property
+  def variables(self) -> Any:
+    return self.generator.variables
+
+  @property
+  def z_dim(self) -> int:
+    return self.generator.z_dim
+
+  @property
+  def num_classes(self) -> int:
+    return self.generator.num_classes
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    return self.generator.image_shape
+
+  def apply(
+    self,
+    variables: Any,
+    z: jax.Array,
+    labels: jax.Array,
+    truncation_psi: float | jax.Array = 1.0,
+  ) -> jax.Array:
+    """z (N, z_dim), labels (N,) int -> (N, H, W, C) images."""
+    network = self.generator.network
+    both = jnp.concatenate([z, jax.vmap(_another_latent)(z)])
+    classes = jnp.tile(labels, 2) if self.num_classes else None
+    mapping = functools.partial(network.apply, variables, method='mapping')
+    ws: Any = mapping(both, classes, truncation_psi=truncation_psi)
+    coarse, fine = jnp.split(ws, 2)
+    ws = jnp.where(jnp.arange(network.num_ws)[:, None] < self.first, coarse, fine)
+    images: Any = network.apply(variables, ws, method='synthesis')
+    return images
+
+
+def _another_latent(z):
+  """Standard normal (z_dim,), of a key that is made of the first bits of z."""
+  bits = jax.lax.bitcast_convert_type(z.astype(jnp.float32), jnp.uint32)
+  key = jax.random.wrap_key_data(jnp.resize(bits[:2], (2,)), impl='threefry2x32')
+  return jax.random.normal(key, z.shape, z.dtype)
+
+
+def style_mixed(generator: LoadedGenerator, first: int) -> StyleMixed:
+  """`StyleMixed` of a generator, from the first layer on that takes the other style.
+
+  Raises:
+    UserError: a layer that the generator does not have.
+  """
+  layers = generator.network.num_ws
+  if not 0 < first < layers:
+    raise UserError(
+      f'environment.style_mixing={first}: expected one of 1 to {layers - 1}, the first layer of '
+      'the generator whose style is drawn anew, or 0 for none'
+    )
+  return StyleMixed(generator, first)

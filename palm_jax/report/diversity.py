@@ -14,9 +14,10 @@ def section(report: Report) -> str:
   shares = []
   others = []
   for run in runs:
-    for i, row in enumerate(run.results['diversity']['rows']):
-      words = [*if_several(runs, run.name), row['set'], _features(run)]
-      kind = 'strong' if i == 0 else ''
+    rows = run.results['diversity']['rows']
+    for i, row in enumerate(rows):
+      words = [*if_several(runs, run.name), row['set'], plain(row.get('features'))]
+      kind = 'strong' if row['set'] == rows[0]['set'] else ''
       share = [
         cell(run, 'diversity', 'rows', i, 'n'),
         _measure(run, i, 'unique_nn', percent=True, bar=True),
@@ -50,7 +51,7 @@ def section(report: Report) -> str:
 def _explanation(runs):
   """What the numbers are, and whether they can be compared with the paper's."""
   comparable = all(
-    _features(run) == 'inception' and run.results['diversity']['protocol'].get('n') == 10_000
+    _features(run) == {'inception'} and run.results['diversity']['protocol'].get('n') == 10_000
     for run in runs
   )
   warning = (
@@ -64,18 +65,18 @@ def _explanation(runs):
 
 
 def _features(run):
-  return plain(run.results['diversity']['protocol'].get('features'))
+  return {row.get('features') for row in run.results['diversity']['rows']}
 
 
 def _measure(run, i, name, percent=False, bar=False):
-  key = _prefix(run.results['diversity']['rows']) + name
+  key = _prefix(run.results['diversity']['rows'][i]) + name
   spread = ('rows', i, f'{key}_sd')
   return cell(run, 'diversity', 'rows', i, key, spread=spread, percent=percent, bar=bar)
 
 
-def _prefix(rows):
+def _prefix(row):
   """What the features of the coverage put before the names of its numbers: 'encoder-', '', ..."""
-  key = next((key for key in rows[0] if key.endswith('unique_nn')), 'unique_nn')
+  key = next((key for key in row if key.endswith('unique_nn')), 'unique_nn')
   return key.removesuffix('unique_nn')
 
 
@@ -86,8 +87,9 @@ def _ceiling(runs, run):
 
 
 def card(run: RunFiles) -> Headline:
-  """The coverage of the first set, beside the others and the ceiling."""
+  """The coverage of the first set, beside the others in the same features and the ceiling."""
   rows = run.results['diversity']['rows']
+  rows = [row for row in rows if row.get('features') == rows[0].get('features')]
   numbers = [_measure(run, i, 'unique_nn', percent=True) for i in range(len(rows))]
   others = [(row['set'], number) for row, number in zip(rows[1:], numbers[1:], strict=True)]
   others.append(('ceiling', cell(run, 'diversity', 'ceiling', percent=True)))

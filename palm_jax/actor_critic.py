@@ -1,0 +1,106 @@
+"""The agent's networks (ProtoRL proto.py; URLB agent/ddpg.py)."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+NEUTRAL_STD = 0.87  # of a Gaussian whose tanh is nearest to uniform
+NEUTRAL_SCALE = 0.01  # of the actor's last layer
+
+
+def _dense(features, dtype, scale=1.0):
+  # ProtoRL utils.weight_init: gain 1
+  return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale), dtype=dtype)
+
+
+class Trunk(nn.Module):
+  """Linear, LayerNorm, tanh (URLB agent/ddpg.py; ProtoRL has no tanh); nothing when `features` is
+  0."""
+
+  features: int
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, h):
+    if not self.features:
+      return h
+    x = _dense(self.features, self.dtype)(h)
+    return jnp.tanh(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)(x))  # torch's epsilon
+
+
+class MLP(nn.Module):
+  """ReLU layers of sizes `hidden`, then a linear one; the output is at least float32.
+
+  `last_scale` is the gain of the linear one's first weights.
+  """
+
+  hidden: Sequence[int]
+  features: int
+  dtype: Any = None
+  last_scale: float = 1.0
+
+  @nn.compact
+  def __call__(self, x):
+    for size in self.hidden:
+      x = nn.relu(_dense(size, self.dtype)(x))
+    x = _dense(self.features, self.dtype, self.last_scale)(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class Actor(nn.Module):
+  """(B, F) features -> mean, log_std of the Gaussian before tanh, (B, A) each (ProtoRL proto.py
+  Actor).
+
+  Attributes:
+    action_dim: A.
+    hidden: sizes of the hidden layers.
+    trunk: size of the trunk's output, 0 for none.
+    log_std_min: lower bound of log_std, which is a rescaled tanh, never clipped.
+    log_std_max: upper bound.
+    dtype: compute type; None follows parameters and input.
+    neutral: begin with means near 0 and a deviation of NEUTRAL_STD.
+  """
+
+  action_dim: int
+  hidden: Sequence[int] = (1024, 1024)
+  trunk: int = 50
+  log_std_min: float = -10.0
+  log_std_max: float = 2.0
+  dtype: Any = None
+  neutral: bool = False
+
+  @nn.compact
+  def __call__(self, h):
+    x = Trunk(self.trunk, self.dtype)(h)
+    scale = NEUTRAL_SCALE if self.neutral else 1.0
+    head = MLP(self.hidden, 2 * self.action_dim, self.dtype, scale)(x)
+    mean, raw = jnp.split(head, 2, axis=-1)
+    half = 0.5 * (self.log_std_max - self.log_std_min)
+    if self.neutral:
+      raw += math.atanh((math.log(NEUTRAL_STD) - self.log_std_min) / half - 1)
+    return mean, self.log_std_min + half * (jnp.tanh(raw) + 1)
+
+
+class Critic(nn.Module):
+  """(B, F) features, (B, A) actions -> (2, B) values; the two share a trunk (ProtoRL proto.py
+  Critic).
+
+  Attributes:
+    hidden: sizes of the hidden layers of each.
+    trunk: size of the trunk's output, 0 for none.
+    dtype: compute type; None follows parameters and input.
+  """
+
+  hidden: Sequence[int] = (1024, 1024)
+  trunk: int = 50
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, h, action):
+    x = jnp.concatenate([Trunk(self.trunk, self.dtype)(h), action], axis=-1)
+    return jnp.stack(
+      [MLP(self.hidden, 1, self.dtype, name=name)(x)[..., 0] for name in ('q1', 'q2')]
+    )

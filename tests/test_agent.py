@@ -1,0 +1,296 @@
+"""What stands around SAC: standardised features, skills, past policies, memory, and the cone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from palm_jax import agent, environment, reward, sac
+from palm_jax.base import devices
+from tests.worlds import tiny_config
+
+B, F, D, A = 16, 5, 4, 3
+RNG = np.random.default_rng(0)
+
+
+def config_of(reward=(), **changes):
+  c = tiny_config()
+  c.sac.update(dict(dict(hidden=(16, 16), trunk=8), **changes))
+  c.reward.update(dict(dict(hidden=8, rep_dim=4), **dict(reward)))
+  return c
+
+
+def transitions(seed, dtype=np.float32):
+  rng = np.random.default_rng(seed)
+  normal = lambda *shape: rng.normal(2, 3, shape).astype(dtype)
+  return agent.Transitions(
+    h=normal(B, F),
+    next_h=normal(B, F),
+    z=normal(B, D),
+    next_z=normal(B, D),
+    action=np.tanh(normal(B, A)),
+    episodes=rng.integers(0, 99, B).astype(np.int32),
+  )
+
+
+def noise(seed, count=1, dtype=np.float32):
+  return np.random.default_rng(seed).normal(size=(count, 2, B, A)).astype(dtype)
+
+
+def test_without_anything_it_is_sac():
+  c, t = config_of(), transitions(0)
+  state = agent.init(jax.random.key(0), F, D, A, c)
+  got, metrics = jax.jit(lambda s: agent.update(s, t, noise(1), c))(state)
+  r = reward.entropy_reward(t.next_h, **reward.options(c.reward))
+  batch = sac.Batch(t.h, t.action, r, t.next_h, jnp.full(B, c.sac.gamma))
+  plain = sac.init(jax.random.key(0), F, A, c.sac)
+  want, wanted = jax.jit(lambda s: sac.update(s, batch, noise(1)[0], c.sac))(plain)
+  for name in sac.SAC.__dataclass_fields__:
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+      getattr(got, name),
+      getattr(want, name),
+    )
+  assert wanted.keys() < metrics.keys()
+
+
+def test_features_are_standardised_by_all_that_was_seen():
+  c = config_of(standardise=True)
+  state, seen = agent.init(jax.random.key(0), F, D, A, c), []
+  update = jax.jit(lambda s, t: agent.update(s, t, noise(1), c)[0])
+  for i in range(5):
+    state = update(state, transitions(i))
+    seen.append(transitions(i).h)
+  # The first 100 batches have equal weights.
+  np.testing.assert_allclose(state.moments.mean, np.mean(seen, (0, 1)), rtol=1e-4)
+  within = np.mean([h.var(0) for h in seen], 0)
+  np.testing.assert_allclose(state.moments.var, within, rtol=1e-4)
+  h = transitions(9).h
+  want = (h - np.mean(seen, (0, 1))) / np.sqrt(within)
+  got = agent.observe(state, h, np.zeros(B, np.int32), c.sac)
+  np.testing.assert_allclose(got, np.clip(want, -5, 5), rtol=1e-3, atol=1e-4)
+
+
+def test_a_skill_is_a_direction_of_its_episode():
+  episodes = np.arange(4000, dtype=np.int32)
+  found = np.asarray(agent.skills(episodes, 3))
+  np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
+  assert np.abs(found.mean(0)).max() < 5 / np.sqrt(3 * 4000)
+  np.testing.assert_allclose(np.cov(found.T), np.eye(3) / 3, atol=0.03)
+  np.testing.assert_allclose(agent.skills(episodes[7:9], 3), found[7:9], rtol=1e-6)
+  c = config_of(skill_dim=3)
+  state = agent.init(jax.random.key(0), F, D, A, c)
+  h = transitions(0).h
+  seen = agent.observe(state, h, episodes[:B], c.sac)
+  np.testing.assert_allclose(seen, np.append(h, found[:B], 1), rtol=1e-6)
+
+
+def test_an_episode_is_played_by_one_of_the_past_policies():
+  c = config_of(policies=3, policy_every=2, lr_actor=0.1)
+  state = agent.init(jax.random.key(0), F, D, A, c)
+  update = jax.jit(lambda s, t: agent.update(s, t, noise(1), c)[0])
+  actors = [state.actor]
+  for i in range(5):
+    state = update(state, transitions(i))
+    actors.append(state.actor)
+  h, episodes, z = np.ones((60, F), np.float32), np.arange(60) // 2, np.zeros((60, A), np.float32)
+  got = np.asarray(agent.act(state, h, z, episodes, c.sac))
+  # Of 5 updates those after 2 and 4 are kept, beside the present one.
+  by = lambda n: np.asarray(sac.act(state.replace(actor=actors[n]), h, z, c.sac))[0]
+  possible = {n: by(n) for n in (2, 4, 5)}
+  which = np.array([min(possible, key=lambda n, a=a: np.abs(possible[n] - a).max()) for a in got])
+  assert all(np.abs(possible[n] - a).max() < 1e-6 for n, a in zip(which, got, strict=True))
+  assert set(which) == {2, 4, 5} and (which[::2] == which[1::2]).all()
+
+
+def test_neighbours_are_sought_in_the_memory_too():
+  c = config_of(reward=dict(memory=2 * B, space='projection', k=3))
+  state = agent.init(jax.random.key(0), F, D, A, c)
+  given = jax.jit(lambda s, t: agent.intrinsic_reward(s, t, c)[:2])
+  past = []
+  for i in range(4):
+    t = transitions(i)
+    state, r = given(state, t)
+    others = np.concatenate([t.next_z, *past[-2:]]).astype(np.float64)
+    distances = np.sort(np.linalg.norm(t.next_z[:, None] - others, axis=-1), 1)[:, 1:4]
+    np.testing.assert_allclose(r, np.log1p(distances.mean(1)), rtol=1e-5)
+    past.append(t.next_z)
+
+
+def test_the_unit_reward_sees_direction_alone():
+  c = config_of(reward=dict(space='unit', k=3))
+  state, t = agent.init(jax.random.key(0), F, D, A, c), transitions(0)
+  moved = jax.jit(lambda s: agent.update(s, t, noise(0), c)[0])(state)
+  r = agent.intrinsic_reward(moved, t, c)[1]
+  x = t.next_h.astype(np.float64) - t.h.mean(0)
+  x /= np.linalg.norm(x, axis=1, keepdims=True)
+  distances = np.sort(np.linalg.norm(x[:, None] - x, axis=-1), 1)[:, 1:4]
+  np.testing.assert_allclose(r, np.log1p(distances.mean(1)), rtol=1e-4)
+
+
+def test_the_spread_of_a_policy_is_that_of_its_actions():
+  c = config_of()
+  state = agent.init(jax.random.key(3), F, D, A, c)
+  seen = np.random.default_rng(0).normal(size=(8, F)).astype(np.float32)
+  draws = np.random.default_rng(1).normal(size=(20_000, 8, A)).astype(np.float32)
+  actions = np.asarray(jax.vmap(lambda n: sac.act(state, seen, n, c.sac))(draws))
+  mean = actions.mean(0)  # (states, A)
+  spread = agent.spread_of_policy(state, seen, A, c.sac)
+  common = np.sqrt(np.mean(mean.mean(0) ** 2))
+  np.testing.assert_allclose(spread['mean_action'], np.sqrt(np.mean(mean**2)), atol=0.01)
+  np.testing.assert_allclose(spread['constant_action'], common, atol=0.01)
+  np.testing.assert_allclose(spread['constant_share'], common**2 / np.mean(mean**2), atol=0.02)
+  np.testing.assert_allclose(spread['action_var'], np.mean(actions**2) - common**2, atol=0.01)
+
+
+def cone_of_play(c, alpha, beta, steps=60, envs=512, z_dim=32):
+  """Length of the mean unit latent of a new agent's play, blind but for its features of z."""
+  state = agent.init(jax.random.key(0), z_dim, D, z_dim, c)
+  dynamics = environment.Dynamics(np.float32(alpha), np.float32(beta), start='stationary')
+  ids = jnp.arange(envs)
+  env = environment.reset(jax.random.key(1), ids, 0 * ids, z_dim, 0, dynamics)
+
+  @jax.jit
+  def play(env):
+    def step(env, t):
+      noise = jax.random.normal(jax.random.fold_in(jax.random.key(2), t), env.z.shape)
+      action = agent.act(state, env.z, noise, ids, c.sac)
+      key = jax.random.fold_in(jax.random.key(3), t)
+      return environment.step(env, action, key, ids, dynamics, 10_000, 0), ()
+
+    return jax.lax.scan(step, env, jnp.arange(steps))[0].z
+
+  z = np.asarray(play(env), np.float64)
+  unit = z / np.linalg.norm(z, axis=1, keepdims=True)
+  spread = agent.spread_of_policy(state, jnp.asarray(z, jnp.float32), z_dim, c.sac)
+  said = environment.mean_direction(dynamics, spread['constant_action'], spread['action_var'])
+  return np.linalg.norm(unit.mean(0)), float(said)
+
+
+@pytest.mark.parametrize('beta', [0.5, 0.95])
+def test_first_actions_are_neutral(beta):
+  """And the formula of the cone says what play shows."""
+  played, said = cone_of_play(config_of(neutral_start=True), 0.95, beta)
+  assert played < 0.1 and said < 0.1
+  played, said = cone_of_play(config_of(), 0.95, beta)
+  assert played > 0.2
+  np.testing.assert_allclose(said, played, atol=0.1)
+
+
+def test_neutral_deviations_are_nearly_uniform():
+  c = config_of(neutral_start=True)
+  state = agent.init(jax.random.key(0), F, D, A, c)
+  first, second = sac.action_moments(state, transitions(0).h, A, c.sac)
+  assert np.abs(first).max() < 0.1
+  np.testing.assert_allclose(second, 1 / 3, atol=0.05)  # of a uniform action
+
+
+def test_it_learns_to_act_where_the_features_do_not_change():
+  """The check of an able agent: on a frozen encoder, from what random actions showed, it learns to
+  earn more than they do, by more than three standard errors."""
+  z_dim, envs, features, steps = 8, 64, 12, 40
+  c = config_of(
+    reward=dict(k=3),
+    neutral_start=True,
+    standardise=True,
+    updates_per_batch=4,
+    gamma=0.75,
+    init_alpha=0.003,
+    lr_actor=1e-3,
+    lr_critic=1e-3,
+  )
+  weights = jax.random.normal(jax.random.key(5), (z_dim, features))
+  see = lambda z: jax.nn.relu(z @ weights + 0.5)
+  dynamics = environment.Dynamics(np.float32(0.95), np.float32(0.5), start='stationary')
+  ids = jnp.arange(envs)
+  start = environment.reset(jax.random.key(1), ids, 0 * ids, z_dim, 0, dynamics)
+  state = agent.init(jax.random.key(0), features, D, z_dim, c)
+
+  def play(act, key):
+    """z (steps, envs, z_dim) before, actions, and z after."""
+
+    def step(env, t):
+      key_action, key_env = jax.random.split(jax.random.fold_in(key, t))
+      action = act(see(env.z), key_action)
+      after = environment.step(env, action, key_env, ids, dynamics, 10_000, 0)
+      return after, (env.z, action, after.z)
+
+    return jax.lax.scan(step, start, jnp.arange(steps))[1]
+
+  uniform = lambda h, key: jax.random.uniform(key, (envs, z_dim), minval=-1, maxval=1)
+  by_policy = lambda state: (
+    lambda h, key: agent.act(state, h, jax.random.normal(key, (envs, z_dim)), ids, c.sac)
+  )
+
+  @jax.jit
+  def learn(state, record):
+    def update(state, t):
+      rows, draws = jax.random.split(jax.random.fold_in(jax.random.key(2), t))
+      rows = jax.random.randint(rows, (envs,), 0, steps * envs)
+      z, action, after = (x.reshape(-1, z_dim)[rows] for x in record)
+      h = see(z)
+      t = agent.Transitions(h, see(after), h[:, :D], h[:, :D], action, ids)
+      return agent.update(state, t, jax.random.normal(draws, (4, 2, envs, z_dim)), c)[0], ()
+
+    return jax.lax.scan(update, state, jnp.arange(300))[0]
+
+  record = jax.jit(lambda: play(uniform, jax.random.key(3)))()
+  known = see(record[2][::5].reshape(-1, z_dim))
+
+  @jax.jit
+  def earned(state):
+    """Mean rewards (steps,) among what is known, of the policy and of random actions."""
+    of = lambda z: reward.entropy_reward(
+      see(z), known, self_index=jnp.full(envs, -1), **reward.options(c.reward)
+    ).mean()
+    played = [play(act, jax.random.key(4)) for act in (by_policy(state), uniform)]
+    return [jax.lax.map(of, z) for _, _, z in played]
+
+  policy, random = map(np.asarray, earned(learn(state, record)))
+  error = np.sqrt((policy.var(ddof=1) + random.var(ddof=1)) / (steps / 4))  # 4: memory of z
+  assert policy.mean() > random.mean() + 3 * error, (policy.mean(), random.mean(), error)
+  before, random = map(np.asarray, earned(state))
+  assert abs(before.mean() - random.mean()) < 3 * error  # not by its first actions
+
+
+EVERYTHING = dict(standardise=True, skill_dim=2, policies=3, policy_every=1, updates_per_batch=2)
+
+
+@pytest.mark.parametrize(
+  'counts, settings, ours',
+  [
+    ((1, 8), dict(space='unit', memory=2 * B), dict(standardise=True)),
+    *(
+      pytest.param((1, 2, 8), settings, ours, marks=pytest.mark.slow)
+      for settings, ours in (
+        (dict(space='unit', memory=2 * B), EVERYTHING),
+        (dict(kind='rnd'), {}),
+        (dict(kind='icm'), {}),
+        (dict(kind='disagreement', models=2), {}),
+      )
+    ),
+  ],
+)
+def test_any_number_of_devices_computes_the_same(counts, settings, ours):
+  c = config_of(reward=settings, **ours)
+  found = []
+  with jax.enable_x64(True):
+    cast = lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x
+    first = jax.tree.map(cast, agent.init(jax.random.key(0), F, D, A, c))
+    for count in counts:
+      update = jax.shard_map(
+        lambda s, t, n: agent.update(s, t, n, c, 'data'),
+        mesh=devices.make_mesh(count),
+        in_specs=(P(), P('data'), P(None, None, 'data')),
+        out_specs=(P(), P()),
+      )
+      call, state = jax.jit(update), first
+      for i in range(2):
+        n = noise(i, c.sac.updates_per_batch, np.float64)
+        state, metrics = jax.block_until_ready(call(state, transitions(i, np.float64), n))
+      found.append(jax.device_get((state, metrics)))
+  for other in found[1:]:
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9), found[0], other
+    )
