@@ -180,7 +180,7 @@ def update(
   spread = spread_of_policy(state, batch.h, t.action.shape[-1], c, axis_name)
   entropy = found['alpha'] * found['entropy_per_dim'] * t.action.shape[-1]
   fixed_point = (found['reward'] + c.gamma * entropy) / max(1 - c.gamma, 1e-6)
-  share = found['q'] / jnp.where(fixed_point == 0, 1, fixed_point)
+  share = found['q'] / jnp.where(jnp.abs(fixed_point) < 1e-6, 1, fixed_point)
   return state, found | spread | metrics | dict(q_share=share)
 
 

@@ -230,11 +230,17 @@ def needs_data(config: ConfigDict) -> bool:
 
 def check_data(this: Run) -> None:
   """Raises UserError where the encoder could not see the data, by which it will be judged."""
-  config = this.config
+  config, given = this.config, this.data.train.images.shape[1:]
   if not config.generator.path:
+    crop, side = config.environment.crop, min(given[:2]) + 2 * config.generator.pad
+    if 2 * crop >= side:
+      raise UserError(
+        f'environment.crop={crop} of pictures of {side}x{side}, which the generator will draw, '
+        'leaves nothing: it is the margin that generator.pad adds'
+      )
     return
   generator = worlds.load_world_generator(config, this.workdir)
-  seen, given = worlds.seen_shape(config, generator), this.data.train.images.shape[1:]
+  seen = worlds.seen_shape(config, generator)
   if seen[2] != given[2]:
     raise UserError(
       f'the pictures of generator.path={config.generator.path} have {seen[2]} channels, those of '

@@ -1,6 +1,7 @@
 """The run is the same on 1, 2 and 8 devices, in place, and compiled once."""
 
 import contextlib
+import pathlib
 import re
 
 import jax
@@ -8,8 +9,11 @@ import jax.monitoring
 import numpy as np
 import pytest
 
-from palm_jax import pretrain, worlds
+from palm_jax import pretrain, train, worlds
 from palm_jax.base import devices
+from palm_jax.base.errors import UserError
+from palm_jax.data.arrays import Data, Split
+from palm_jax.job import Run
 from tests.worlds import LinearGenerator, tiny_config
 
 EVERYTHING = {
@@ -132,3 +136,15 @@ def test_world_parameters_do_not_recompile(eight):
     with compilations() as count:
       state, _ = jax.block_until_ready(program.call(state, world._replace(dynamics=dynamics)))
     assert not count
+
+
+def test_a_crop_that_leaves_nothing_is_told_before_the_generator_trains():
+  config = tiny_config()
+  config.environment.crop = 5
+  pictures = Split(np.zeros((4, 8, 8, 1), np.uint8), np.zeros(4, np.int64))
+  data = Data(pictures, pictures, ('a',), 'made up')
+  run = Run(config, pathlib.Path('nowhere'), devices.make_mesh(1), data, False)
+  with pytest.raises(UserError, match='environment.crop=5 of pictures of 8x8, which the generator'):
+    train.check_data(run)
+  config.generator.pad = 2
+  train.check_data(run)

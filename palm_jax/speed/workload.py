@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from palm_jax import agent as agents
 from palm_jax import replay, reward, sac, simsiam
 from palm_jax.base import devices
 from palm_jax.layers.pixels import to_uint8
@@ -182,20 +183,24 @@ def reward_of(setup: Setup, h: jax.Array) -> jax.Array:
 
 def learn_policy(
   setup: Setup,
-  agent: sac.SAC,
+  agent: agents.Agent,
   h: jax.Array,
   action: jax.Array,
   r: jax.Array,
   h_next: jax.Array,
   noise: jax.Array,
-) -> tuple[sac.SAC, dict]:
+) -> tuple[agents.Agent, dict]:
   """SAC's updates."""
   c = setup.config.sac
+  see = lambda h: agents.observe(agent, h, jnp.zeros(len(h), jnp.int32), c)
 
   def update(agent, x):
-    *transitions, noise = x
-    batch = sac.Batch(*transitions, discount=jnp.full_like(r[0], c.gamma))
-    return sac.update(agent, batch, noise.swapaxes(0, 1), c, axis_name='data')
+    h, action, r, h_next, noise = x
+    batch = sac.Batch(see(h), action, r, see(h_next), jnp.full_like(r, c.gamma))
+    again = lambda agent, _: sac.update(agent, batch, noise.swapaxes(0, 1), c, axis_name='data')
+    after: Any = jax.lax.scan(again, agent, length=c.updates_per_batch)
+    agent, metrics = after
+    return agent, jax.tree.map(lambda x: x[-1], metrics)
 
   return jax.lax.scan(update, agent, (h, action, r, h_next, noise))
 
