@@ -77,7 +77,8 @@ def test_rewards_and_losses_are_their_definitions_and_are_learned(kind):
 
 def test_the_target_of_rnd_stays():
   state = curiosity.init(jax.random.key(1), 'rnd', F, A, CONFIG)
-  after = curiosity.update(state, 'rnd', (jnp.float32(H), ACTION, NEXT_H), CONFIG)[0]
+  seen = jnp.float32(H), ACTION, NEXT_H
+  after = jax.jit(lambda s: curiosity.update(s, 'rnd', seen, CONFIG)[0])(state)
   jax.tree.map(np.testing.assert_array_equal, state.params['target'], after.params['target'])
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, after.params)
   assert max(jax.tree.leaves(moved['predictor'])) > 1e-3
@@ -88,7 +89,7 @@ def test_any_number_of_devices_computes_the_same(kind):
   found = []
   with jax.enable_x64(True):
     state = jax.tree.map(wide, curiosity.init(jax.random.key(1), kind, F, A, CONFIG))
-    for count in (1, 2, 8):
+    for count in (1, 8):
       call = jax.shard_map(
         lambda s, seen: curiosity.update(s, kind, seen, CONFIG, 'data'),
         mesh=devices.make_mesh(count),

@@ -105,6 +105,7 @@ class Told(LinearGenerator):
   image_shape = (40, 40, 1)
 
 
+@pytest.mark.slow
 def test_a_world_of_prompts_is_played_in_with_momentum_and_seen_in_stacks():
   c = nature_config()
   c.environment.update(dict(dynamics='momentum', stack=3))
@@ -154,11 +155,15 @@ def test_fine_layers_take_another_style(generator):
   assert np.abs(first - drawn(generator, z, labels)).max() > 1e-3
   near = drawn(mixed, z + 1e-6, labels)  # coarse layers alike, fine ones not
   assert np.abs(first - near).max() > 1e-3 > np.abs(z - (z + 1e-6)).max()
-  ws = network.apply(generator.variables, z, labels, method='mapping')
-  other = jax.vmap(views._another_latent)(z)
-  fine = network.apply(generator.variables, other, labels, method='mapping')
-  ws = jnp.concatenate([ws[:, :2], fine[:, 2:]], 1)
-  want = network.apply(generator.variables, ws, method='synthesis')
+
+  @jax.jit
+  def by_hand(variables):
+    other = jax.vmap(views._another_latent)(z)
+    coarse, fine = (network.apply(variables, x, labels, method='mapping') for x in (z, other))
+    ws = jnp.concatenate([coarse[:, :2], fine[:, 2:]], 1)
+    return network.apply(variables, ws, method='synthesis')
+
+  want = by_hand(generator.variables)
   np.testing.assert_allclose(first, want, atol=1e-5)
   for layer in (0, network.num_ws):
     with pytest.raises(UserError, match=f'environment.style_mixing={layer}: expected one of 1 to'):

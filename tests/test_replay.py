@@ -69,8 +69,7 @@ def test_pairs_are_consecutive_inside_an_episode_and_uniform(blocks):
     assert len(valid) == 1 or stats.chisquare(counts).pvalue > 1e-4
 
 
-@pytest.mark.parametrize('blocks', [1, 4, 11])
-@pytest.mark.parametrize('window', [0, 3])
+@pytest.mark.parametrize('blocks, window', [(1, 0), (4, 3), (11, 0)])
 def test_a_group_is_of_one_episode_and_window(blocks, window):
   total, ring, group = blocks * BLOCK, filled(blocks), 3
   keys = lambda seed: jax.random.split(jax.random.key(seed), GROUPS)
