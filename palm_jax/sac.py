@@ -188,12 +188,10 @@ def action_moments(
   """E[a] and E[a^2], (B, A) each, of the policy at features (B, F), by Gauss-Hermite quadrature."""
   mean, log_std = _actor(config, action_dim).apply(state.actor, h)
   nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
-  weights = weights / weights.sum()
-  first = second = jnp.zeros_like(mean)
-  for node, weight in zip(nodes, weights, strict=True):
-    action = jnp.tanh(mean + jnp.exp(log_std) * node)
-    first, second = first + weight * action, second + weight * action**2
-  return first, second
+  nodes, weights = (jnp.asarray(x, mean.dtype)[:, None, None] for x in (nodes, weights))
+  actions = jnp.tanh(mean + jnp.exp(log_std) * nodes)  # (NODES, B, A)
+  weights /= weights.sum()
+  return jnp.sum(weights * actions, axis=0), jnp.sum(weights * actions**2, axis=0)
 
 
 def _adam(lr, grads, opt_state, params) -> Any:

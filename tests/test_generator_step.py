@@ -242,6 +242,7 @@ def test_any_number_of_devices_computes_the_same(count):
   assert min(jax.tree.leaves(moved)) > 1e-3
 
 
+@pytest.mark.slow
 def test_gradient_norms_do_not_grow_with_devices():
   for name in ('grad_norm_g', 'grad_norm_pl', 'grad_norm_d', 'grad_norm_r1'):
     one, eight = (everything(count)[1][0][name] for count in (1, 8))
@@ -343,6 +344,7 @@ def plain(**changes):
   return compiled(tiny(**changes), 1)(first_state(), 2)
 
 
+@pytest.mark.slow
 def test_two_rounds_have_the_gradients_of_one():
   """Groups of D's statistic are the same samples; only the latents' average moves once a round."""
   for whole, rounds in zip(
