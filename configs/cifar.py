@@ -67,13 +67,13 @@ def get_config(variant: str = '') -> ConfigDict:
       c.data.name = 'cifar100'
     elif word == 'small':
       small(c)
-    elif word == 'able':
-      able(c)
-    else:
+    elif word != 'able':
       raise UserError(
         f'configs/cifar.py:{word} is unknown: variants are cifar100, small, able, '
         f'{", ".join(PRESETS)}'
       )
+  if 'able' in variant.split(','):
+    able(c)  # it follows the sizes that the others set
   if c.data.name == 'cifar100':
     c.generator.path = ''  # the bundled generator of `small` draws the classes of CIFAR-10
   return c
@@ -98,7 +98,7 @@ def able(c: ConfigDict) -> None:
   # A latent forgets in 1 / (1 - beta) steps, and the value looks twice as far.
   c.sac.gamma = (1 + c.environment.get_ref('beta')) / 2
   # The entropy is a sum over the actions' dimensions, the reward is not.
-  c.sac.init_alpha = 0.2 / c.generator.get_ref('z_dim')
+  c.sac.init_alpha = 0.2 / c.generator.z_dim
 
 
 def small(c: ConfigDict) -> None:

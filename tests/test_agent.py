@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from palm_jax import agent, environment, reward, sac
+from configs import cifar
+from palm_jax import agent, environment, pretrain, reward, sac
 from palm_jax.base import devices
 from tests.worlds import tiny_config
 
@@ -303,3 +304,11 @@ def test_any_number_of_devices_computes_the_same(settings, ours):
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9), found[0], other
     )
+
+
+def test_the_able_preset_follows_the_world():
+  c = cifar.get_config('able,small,paper_fig5')
+  assert (c.sac.gamma, c.sac.init_alpha) == (0.875, 0.2 / 64)
+  c.environment.beta = 0.5  # as by a flag
+  assert c.sac.gamma == 0.75
+  pretrain.check(c, 8)
