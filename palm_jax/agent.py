@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from palm_jax import curiosity, reward, sac
+from palm_jax.base import devices
 
 CLIP = 5.0  # standard deviations that a standardised feature may show: URLB agent/rnd.py clip_val
 LEAST_WEIGHT = 0.01  # of a batch in the moments: they follow an encoder that learns
@@ -218,7 +219,7 @@ def intrinsic_reward(
       state.skill, 'aps', (arrived, skill, arrived), c, axis_name
     )
     state, r = state.replace(skill=learned), r + c.skill * bonus
-    metrics = metrics | found | dict(skill_reward=_average(bonus, axis_name))
+    metrics = metrics | found | dict(skill_reward=devices.mean(bonus, axis_name))
   return state, r, metrics
 
 
@@ -236,26 +237,21 @@ def spread_of_policy(
     seen: (B, F + skill_dim) of `observe`.
   """
   mean, second = sac.action_moments(state, seen, action_dim, c)
-  common = _average(mean, axis_name, axis=0)  # (A,)
-  squared = _average(mean**2, axis_name)
+  common = devices.mean(mean, axis_name, axis=0)  # (A,)
+  squared = devices.mean(mean**2, axis_name)
   constant = jnp.mean(common**2)
   return dict(
     mean_action=jnp.sqrt(squared),
     constant_share=constant / jnp.maximum(squared, 1e-12),
     constant_action=jnp.sqrt(constant),
-    action_var=_average(second, axis_name) - constant,
+    action_var=devices.mean(second, axis_name) - constant,
   )
-
-
-def _average(x, axis_name, axis=None):
-  x = jnp.mean(x, axis=axis)
-  return x if axis_name is None else jax.lax.pmean(x, axis_name)
 
 
 def _moved(moments, h, axis_name):
   """The moments after one more batch, which weighs at least LEAST_WEIGHT."""
-  mean = _average(h, axis_name, 0)
-  var = _average((h - mean) ** 2, axis_name, 0)
+  mean = devices.mean(h, axis_name, axis=0)
+  var = devices.mean((h - mean) ** 2, axis_name, axis=0)
   weight = jnp.maximum(1 / (moments.count + 1), LEAST_WEIGHT).astype(mean.dtype)
   return Moments(
     mean=moments.mean + weight * (mean - moments.mean),

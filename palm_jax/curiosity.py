@@ -15,6 +15,7 @@ import optax
 from ml_collections import ConfigDict
 
 from palm_jax.actor_critic import MLP
+from palm_jax.base import devices
 from palm_jax.contrastive import normalize
 
 # What every loss and reward sees: (B, F) features of s, (B, A) actions, (B, F) features of s'.
@@ -172,7 +173,7 @@ def update(
   """
   of = KINDS[kind]
   seen = jax.lax.stop_gradient(seen)
-  average = lambda x: jnp.mean(x) if axis_name is None else jax.lax.pmean(jnp.mean(x), axis_name)
+  average = lambda x: devices.mean(x, axis_name)
   loss, grads = jax.value_and_grad(lambda p: average(of.loss(p, seen, config)))(state.params)
   updates, opt_state = optax.adam(config.lr).update(grads, state.opt_state)
   params, scale = optax.apply_updates(state.params, updates), state.scale

@@ -12,7 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 from palm_jax.actor_critic import NEUTRAL_STD, Actor, Critic
-from palm_jax.base import checks
+from palm_jax.base import checks, devices
 from palm_jax.base.errors import UserError
 
 
@@ -219,7 +219,7 @@ def update(
     devices.
   """
   actor, critic = _actor(config, noise.shape[-1]), _critic(config)
-  average = lambda x: jnp.mean(x) if axis_name is None else jax.lax.pmean(jnp.mean(x), axis_name)
+  average = lambda x: devices.mean(x, axis_name)
   alpha = jnp.exp(state.log_alpha)
 
   next_mean, next_log_std = actor.apply(state.actor, batch.next_h)

@@ -8,9 +8,9 @@ r"""The paper's orderings, each beside its own noise: acting, persistence, explo
 laptop: 9 arms x 6 seeds x 6 minutes: 5.4 hours. Two arms are one world and so an A/A test, which
 says how far two arms that are alike differ: `random action` and `alpha 0`. A walk of random actions
 shows pairs of latents at cosine beta, so `D75` are plain pairs of that cosine: Gaussian neighbours
-of standard deviation s have cosine 1 / sqrt(1 + s^2). `able` is an agent with settings with which
-it is able to act (configs/cifar.py). `orderings.py:laptop,contrastive` has five of the arms, three
-seeds, with the contrastive loss.
+of standard deviation s have cosine 1 / sqrt(1 + s^2). `able` has larger learning rates, a shorter
+horizon and a small first temperature: less than configs/cifar.py:able changes.
+`orderings.py:laptop,contrastive` has five of the arms, three seeds, with the contrastive loss.
 """
 
 import math

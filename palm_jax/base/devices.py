@@ -109,6 +109,12 @@ def memory_bytes(mesh: Mesh) -> int:
   return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // len(mesh.local_devices)
 
 
+def mean(x: jax.Array, axis_name: str | None = None, axis: int | None = None) -> jax.Array:
+  """Mean of an array, over the devices of a mesh axis too where it is split over one."""
+  x = jax.numpy.mean(x, axis=axis)
+  return x if axis_name is None else jax.lax.pmean(x, axis_name)
+
+
 def nbytes(tree: Any) -> int:
   """Bytes of a tree of arrays or their shapes, over all devices.
 

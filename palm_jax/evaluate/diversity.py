@@ -48,8 +48,12 @@ def default_config() -> ConfigDict:
   )
 
 
-RANGES = dict(num_images=checks.Range(2, 10**7), draws=checks.Range(2, 1000))
-RANGES |= dict(neighbours=checks.SIZE, batch_size=checks.Range(1, 10**6))
+RANGES = dict(
+  num_images=checks.Range(2, 10**7),
+  draws=checks.Range(2, 1000),
+  neighbours=checks.SIZE,
+  batch_size=checks.Range(1, 10**6),
+)
 
 
 def check(config: ConfigDict, num_devices: int) -> None:
@@ -106,6 +110,9 @@ def run(this: Run) -> dict[str, Any]:
   progress = Progress('diversity: draws compared', c.draws * len(used), 'draws')
   for draw in range(c.draws):
     pictures, real = diversity_sets.draw(this, draw, n, arms, generator.num_classes, records)
+    if len(used) > 1:  # played and drawn once for all of them
+      batch = features.whole_batch(c.batch_size, n, this.mesh)
+      pictures = {kind: diversity_sets.kept(drawn, n, batch) for kind, drawn in pictures.items()}
     for name, extractor in used.items():
       what = f'draw {draw + 1}, {name} features, '
       h = extract(extractor, real, n, c.batch_size, this.mesh, what + 'training images')

@@ -78,6 +78,13 @@ def _shown(images, order):
   return lambda rows: images[order[rows]]
 
 
+def kept(pictures: Pictures, n: int, batch: int) -> Pictures:
+  """The same n pictures out of the host's memory, drawn `batch` at a time."""
+  rows = [np.arange(start, start + batch) % n for start in range(0, n, batch)]
+  images = np.concatenate([pictures(each) for each in rows])[:n]
+  return lambda rows: images[rows]
+
+
 def generated(
   arms: dict[str, play.Arm],
   key: jax.Array,

@@ -141,11 +141,10 @@ def prompts(generator: PictureGenerator, embeddings: np.ndarray) -> Prompts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cropped:
-  """A generator's pictures without the margin that they were trained with (generator.pad)."""
+class _SameVariables:
+  """A view that draws other pictures with what the inner generator has."""
 
   generator: PictureGenerator
-  margin: int
 
   @property
   def variables(self) -> Any:
@@ -158,6 +157,17 @@ class Cropped:
   @property
   def num_classes(self) -> int:
     return self.generator.num_classes
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    return self.generator.image_shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Cropped(_SameVariables):
+  """A generator's pictures without the margin that they were trained with (generator.pad)."""
+
+  margin: int
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -192,7 +202,7 @@ def cropped(generator: PictureGenerator, margin: int) -> Cropped:
 
 
 @dataclasses.dataclass(frozen=True)
-class StyleMixed:
+class StyleMixed(_SameVariables):
   """A StyleGAN2 whose fine layers take the style of another latent of the same class.
 
   Which other one follows from the latent's own bits, so a picture is still a function of its
@@ -203,22 +213,6 @@ class StyleMixed:
 
   generator: LoadedGenerator
   first: int
-
-  @property
-  def variables(self) -> Any:
-    return self.generator.variables
-
-  @property
-  def z_dim(self) -> int:
-    return self.generator.z_dim
-
-  @property
-  def num_classes(self) -> int:
-    return self.generator.num_classes
-
-  @property
-  def image_shape(self) -> tuple[int, int, int]:
-    return self.generator.image_shape
 
   def apply(
     self,
