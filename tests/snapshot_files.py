@@ -51,11 +51,33 @@ NAMES = [EasyDict, PERSISTENT, PARAMETER, TENSOR, LOAD, *TYPES.values()]
 
 def looked_up():
   """Within it the stand-ins can be pickled."""
-  modules = {name: types.ModuleType(name) for name in ('torch', 'torch_utils', 'dnnlib')}
+  modules = {}
   for made in NAMES:
-    module = modules.setdefault(made.__module__, types.ModuleType(made.__module__))
-    setattr(module, made.__name__, made)
+    parts = made.__module__.split('.')
+    for i in range(len(parts)):
+      name = '.'.join(parts[: i + 1])
+      modules.setdefault(name, types.ModuleType(name))
+    setattr(modules[made.__module__], made.__name__, made)
   return mock.patch.dict(sys.modules, modules)
+
+
+def foreign(module, name, base=object):
+  """A class of somebody's program, whose instances can be pickled."""
+  for made in NAMES:
+    if (made.__module__, made.__name__) == (module, name):
+      return made
+  NAMES.append(_stand_in(module, name, type(name, (base,), {})))
+  return NAMES[-1]
+
+
+def plain_module(module, persistent):
+  """A Persistent as an object of a class that carries no source: `module` has the class."""
+  made = foreign(module, persistent.class_name)()
+  made.__dict__.update(persistent.state)
+  made.__dict__['_modules'] = {
+    name: plain_module(module, inner) for name, inner in persistent.state['_modules'].items()
+  }
+  return made
 
 
 class Storage:

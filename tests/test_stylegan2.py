@@ -256,7 +256,6 @@ class TestOfficial:
         lambda state: state.pop('synthesis.b16.conv1.bias'),
         'synthesis_network.b16.conv1.bias is missing',
       ),
-      (lambda state: state.pop('mapping.w_avg'), 'mapping.w_avg is missing'),
       (
         lambda state: state.update({'synthesis.b8.conv0.bias': np.zeros(5)}),
         'b8.conv0.bias has shape',

@@ -2,6 +2,7 @@
 
 import math
 import os
+import pathlib
 import tokenize
 import zipfile
 import zlib
@@ -9,7 +10,7 @@ import zlib
 import numpy as np
 import safetensors
 
-from palm_jax.formats.torch_files import SnapshotError, check_file
+from palm_jax.formats.kinds import SnapshotError, kind_of
 
 FLOATS = 'bfloat16', 'float16', 'float32', 'float64'
 MAX_HEADER = 1 << 20  # bytes of a .safetensors' header; those of a network take some 20 kB
@@ -48,12 +49,13 @@ def read_arrays(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[st
   Raises:
     SnapshotError: no such file, or damage.
   """
-  path = check_file(path)
+  kind = kind_of(path)
+  path = pathlib.Path(path)
   try:
-    return (_read_npz(path), {}) if path.suffix == '.npz' else _read_safetensors(path)
+    return (_read_npz(path), {}) if kind == 'npz' else _read_safetensors(path)
   except DAMAGE as e:
     raise SnapshotError(
-      f'{path}: not a readable {path.suffix} of weights ({" ".join(str(e).split())[:200]}); '
+      f'{path}: not a readable .{kind} of weights ({" ".join(str(e).split())[:200]}); '
       'fetch or save it again'
     ) from e
 

@@ -1,13 +1,13 @@
-"""The small part of Python's pickle machine that weights need, without importing or calling.
+"""The part of Python's pickle machine that files of weights need, without importing or calling.
 
-A pickle is a program for a stack machine. This one knows the instructions and the globals of
-PyTorch's files of weights and of stylegan2-ada-pytorch's snapshots, and nothing else; each global
-is a name that has a meaning here. What the program makes is charged to a budget before it is made,
-and tensors are views of the file's bytes.
+A pickle is a program for a stack machine. This one knows the globals that make tensors, small
+arrays and containers; each is a name that has a meaning here. What any other global would make is
+an `Inert` object: the name, and the attributes that the file gives it. What the program makes is
+charged to a budget before it is made, and tensors are views of the file's bytes.
 """
 
 import dataclasses
-import re
+import math
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -72,8 +72,11 @@ class Budget:
 
 
 @dataclasses.dataclass(eq=False)
-class Module:
-  """A module as the file describes it: the name of its class and its attributes."""
+class Inert:
+  """An object as the file describes it: the name of its class, its attributes and items.
+
+  A network's modules are such objects.
+  """
 
   class_name: str
   state: dict = dataclasses.field(repr=False)
@@ -99,8 +102,22 @@ class _Dtype:
   name: str
 
 
+@dataclasses.dataclass(eq=False)
+class _Unfilled:
+  """An array before its numbers come, and where the memo has it."""
+
+  places: list[int]
+
+
 def _is_size(x):
   return type(x) is int and x >= 0
+
+
+def _is_reconstructor(function):
+  return type(function) is _Global and (function.module, function.name) in (
+    ('copyreg', '_reconstructor'),
+    ('copy_reg', '_reconstructor'),
+  )
 
 
 def _persistent(meta):
@@ -112,11 +129,13 @@ def _persistent(meta):
     class_name = meta.get('class_name')
     state = meta.get('state')
     if type(class_name) is str and type(state) is dict:
-      return Module(class_name, state)
+      return Inert(class_name, state)
   raise Refusal('a persistent object in it is damaged')
 
 
 def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None):
+  if type(storage) is Inert:
+    return storage
   check(
     type(storage) is Storage
     and _is_size(offset)
@@ -142,8 +161,8 @@ def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, meta
   )
 
 
-def _parameter(tensor, requires_grad, hooks):
-  check(isinstance(tensor, np.ndarray), 'a parameter in it is no tensor')
+def _parameter(tensor, requires_grad, hooks, state=None):
+  check(isinstance(tensor, np.ndarray | Inert), 'a parameter in it is no tensor')
   return tensor
 
 
@@ -156,17 +175,38 @@ def _load_from_bytes(data):
 
 
 def _dtype(name, align=False, copy=True):
-  check(
-    type(name) is str and name in SCALARS,
-    f'numpy type {short(name)} in it is not one of {", ".join(SCALARS)}',
-  )
-  return _Dtype(name)
+  check(type(name) is str, 'a numpy type in it has no name')
+  return _Dtype(name) if name in SCALARS else Inert('numpy.dtype', {})
 
 
 def _scalar(dtype, data):
+  if type(dtype) is Inert:
+    return dtype
   check(type(dtype) is _Dtype and isinstance(data, bytes | memoryview), 'a number in it is damaged')
   (value,) = np.frombuffer(data, f'<{dtype.name}')
   return value.item()
+
+
+def _unfilled(kind, shape, code):
+  return _Unfilled([])
+
+
+def _array(data, dtype, shape, order: Any = 'C'):
+  """A numpy array; Inert unless it is of numbers."""
+  if type(dtype) is Inert:
+    return dtype
+  check(
+    type(dtype) is _Dtype
+    and isinstance(data, bytes | memoryview)
+    and type(shape) is tuple
+    and len(shape) <= 32
+    and all(map(_is_size, shape))
+    and order in ('C', 'F'),
+    'an array in it is damaged',
+  )
+  numbers = np.frombuffer(data, f'<{dtype.name}')
+  check(math.prod(shape) == numbers.size, 'an array in it is not of its size')
+  return numbers.reshape(shape, order=order)
 
 
 def _encode(text, encoding):
@@ -183,8 +223,9 @@ def _empty_bytes():
 
 
 def _set(items):
-  check(type(items) is list and all(type(x) is str for x in items), 'a set in it is damaged')
-  return set(items)
+  """Of its strings only: the hash of a deep tuple may never end."""
+  check(type(items) is list, 'a set in it is damaged')
+  return {x for x in items if type(x) is str}
 
 
 def _list(items):
@@ -196,8 +237,19 @@ def _tagged(value, tag):
   return value
 
 
-def _ordered_dict():
+def _dict(default=None):
   return {}
+
+
+def _text(*parts):
+  """Paths and devices."""
+  check(all(type(x) in (str, int) for x in parts), 'a path or device in it is damaged')
+  return '/'.join(map(str, parts))
+
+
+def _size(items):
+  check(type(items) in (list, tuple), 'a size in it is damaged')
+  return tuple(items)
 
 
 _CALLS = {
@@ -205,11 +257,13 @@ _CALLS = {
   ('__builtin__', 'set'): _set,
   ('_codecs', 'encode'): _encode,
   ('builtins', 'set'): _set,
-  ('collections', 'OrderedDict'): _ordered_dict,
+  ('collections', 'OrderedDict'): _dict,
+  ('collections', 'defaultdict'): _dict,
   ('numpy', 'dtype'): _dtype,
-  ('numpy._core.multiarray', 'scalar'): _scalar,
-  ('numpy.core.multiarray', 'scalar'): _scalar,
+  ('torch', 'Size'): _size,
+  ('torch', 'device'): _text,
   ('torch._utils', '_rebuild_parameter'): _parameter,
+  ('torch._utils', '_rebuild_parameter_with_state'): _parameter,
   ('torch._utils', '_rebuild_tensor_v2'): _tensor,
   ('torch.jit._pickle', 'restore_type_tag'): _tagged,
   ('torch.storage', '_load_from_bytes'): _load_from_bytes,
@@ -218,9 +272,16 @@ _CALLS = {
 _CALLS |= {
   ('torch.jit._pickle', f'build_{kind}list'): _list for kind in ('int', 'double', 'bool', 'tensor')
 }
+for core in ('numpy._core', 'numpy.core'):
+  _CALLS |= {
+    (f'{core}.multiarray', 'scalar'): _scalar,
+    (f'{core}.multiarray', '_reconstruct'): _unfilled,
+    (f'{core}.numeric', '_frombuffer'): _array,
+  }
+for path in ('PosixPath', 'PurePosixPath', 'WindowsPath', 'PureWindowsPath'):
+  _CALLS |= {('pathlib', path): _text, ('pathlib._local', path): _text}
 _DICTS = {('dnnlib.util', 'EasyDict')}  # made by NEWOBJ
 _TYPES = {('torch', name) for name in STORAGES}
-_KNOWN = _CALLS.keys() | _DICTS | _TYPES
 
 
 class Machine:
@@ -231,8 +292,7 @@ class Machine:
     at: where to begin, and afterwards where the pickle ended.
     budget: what it may use.
     find_storage: (key, dtype, numel) -> Storage, for files that keep storages beside the pickle.
-    torchscript: whether the file's own classes may appear; they become `Module`s.
-    calls: the functions that may be called, {(module, name): what it does}.
+    calls: the functions that have a meaning, {(module, name): what it does}.
   """
 
   def __init__(
@@ -241,14 +301,12 @@ class Machine:
     at: int,
     budget: Budget,
     find_storage: Callable | None = None,
-    torchscript: bool = False,
     calls: dict[tuple[str, str], Callable] = _CALLS,
   ):
     self.view = view
     self.at = at
     self.budget = budget
     self.find_storage = find_storage
-    self.torchscript = torchscript
     self.calls = calls
     self.stack = []
     self.below = []  # the stacks below each mark
@@ -307,16 +365,29 @@ class Machine:
     return items
 
   def top(self, kind):
+    """The value on the stack to put items in; what goes into an Inert list or set is lost."""
     check(
-      self.stack and type(self.stack[-1]) is kind, f'fills something that is not a {kind.__name__}'
+      self.stack and type(self.stack[-1]) in (kind, Inert),
+      f'fills something that is not a {kind.__name__}',
     )
-    return self.stack[-1]
+    return self.stack[-1] if type(self.stack[-1]) is kind else kind()
 
   # Instructions.
 
   def proto(self):
     version = self.unpack('B')
     check(2 <= version <= 5, f'is a pickle of protocol {version}; expected 2 to 5')
+
+  def discard(self):
+    """Pops a value, or a mark where nothing is above it."""
+    if self.stack or not self.below:
+      self.pop()
+    else:
+      self.pop_mark()
+
+  def long(self, size):
+    check(size <= 255, 'holds a number that is too long')
+    self.push(int.from_bytes(self.take(size), 'little', signed=True))
 
   def frame(self):
     check(
@@ -336,6 +407,8 @@ class Machine:
     check(self.stack, 'remembers a value where there is none')
     self.budget.charge(INSTRUCTION)
     self.memo[index] = self.stack[-1]
+    if type(self.stack[-1]) is _Unfilled:
+      self.stack[-1].places.append(index)
 
   def tuple(self, size):
     check(len(self.stack) >= size, 'takes values where there are none')
@@ -356,16 +429,15 @@ class Machine:
     self.top(set).update(items)
 
   def set_items(self, items):
-    target = self.top(dict)
+    inert = self.stack and type(self.stack[-1]) is Inert
+    target = self.stack[-1].state if inert else self.top(dict)
     check(len(items) % 2 == 0, 'has a key without a value')
     for key, value in zip(items[::2], items[1::2], strict=True):
-      # Only plain keys: the hash of a deep tuple may never end, and large integers can collide.
-      check(
-        type(key) is str or type(key) is int and 0 <= key < 1 << 32,
-        f'a key in it is {short(key)}; expected a name or a number',
-      )
-      check(key not in target, f'key {short(key)} is set twice')
-      target[key] = value
+      # Only plain keys: the hash of a deep tuple may never end, and large integers can collide. No
+      # weights stand at others.
+      if type(key) is str or type(key) is int and 0 <= key < 1 << 32:
+        check(key not in target, f'key {short(key)} is set twice')
+        target[key] = value
 
   def set_item(self):
     value, key = self.pop(), self.pop()
@@ -382,12 +454,6 @@ class Machine:
       "stylegan2-ada-pytorch's legacy.py: python legacy.py --source=<this file> "
       '--dest=converted.pkl',
     )
-    inert = self.torchscript and re.fullmatch(r'__torch__(\.\w+)*', module) and name.isidentifier()
-    check(
-      (module, name) in _KNOWN or inert,
-      f'refused: it asks for {short(f"{module}.{name}")}, which weights do not need; expected a '
-      'state_dict or a snapshot of stylegan2-ada-pytorch',
-    )
     self.push(_Global(module, name))
 
   def find_global_on_stack(self):
@@ -396,15 +462,14 @@ class Machine:
 
   def reduce(self):
     args, function = self.pop(), self.pop()
-    check(
-      type(function) is _Global
-      and type(args) is tuple
-      and (function.module, function.name) in self.calls,
-      'refused: it calls what is not a known function',
-    )
+    check(type(args) is tuple, 'calls something without arguments')
+    known = type(function) is _Global and (function.module, function.name) in self.calls
     items = sum(len(x) for x in args if type(x) is list)
     letters = sum(len(x) for x in args if type(x) is str)
     self.budget.charge(CALL + SET_ITEM * items + letters)
+    if not known:
+      self.push(self.object_of(args[0] if _is_reconstructor(function) and args else function))
+      return
     try:
       self.push(self.calls[function.module, function.name](*args))
     except TypeError:
@@ -414,15 +479,20 @@ class Machine:
 
   def new_object(self):
     args, kind = self.pop(), self.pop()
-    check(
-      type(kind) is _Global
-      and type(args) is tuple
-      and not args
-      and (kind.module, kind.name) not in _CALLS.keys() | _TYPES,
-      'refused: it makes an object of a class that is not known',
-    )
+    check(type(args) is tuple, 'makes an object without arguments')
+    self.push(self.object_of(kind))
+
+  def new_object_of_words(self):
+    words = self.pop()
+    check(type(words) is dict, 'makes an object without arguments')
+    self.new_object()
+
+  def object_of(self, kind):
+    self.budget.charge(CALL)
+    if type(kind) is not _Global:
+      return Inert('unknown', {})
     is_dict = (kind.module, kind.name) in _DICTS
-    self.push({} if is_dict else Module(f'{kind.module}.{kind.name}', {}))
+    return {} if is_dict else Inert(f'{kind.module}.{kind.name}', {})
 
   def build(self):
     state = self.pop()
@@ -436,24 +506,26 @@ class Machine:
         and state[1] in ('<', '|', '='),
         'holds big-endian numbers; expected little-endian',
       )
-    elif self.torchscript and type(target) is Module and not target.state:
-      check(type(state) is dict, 'an object in it has no attributes')
-      self.budget.charge(SET_ITEM * len(state))  # one state can be given to many objects
-      check(all(type(name) is str for name in state), 'an object in it has no attributes')
-      target.state = state
+    elif type(target) is _Unfilled:
+      check(type(state) is tuple and len(state) == 5, 'an array in it is damaged')
+      _, shape, dtype, fortran, data = state
+      array = _array(data, dtype, shape, 'F' if fortran is True else 'C')
+      self.stack[-1] = array
+      for place in target.places:
+        self.memo[place] = array
+    elif type(target) is Inert:
+      if type(state) is dict and not target.state:
+        self.budget.charge(SET_ITEM * len(state))  # one state can be given to many objects
+        check(all(type(name) is str for name in state), 'an object in it has odd attributes')
+        target.state = state
     else:  # a state dict carries its modules' versions
-      check(
-        type(target) is dict and type(state) is dict and state.keys() <= {'_metadata'},
-        'refused: it gives attributes to what has none',
-      )
+      check(type(target) is dict, 'refused: it gives attributes to what has none')
 
   def persistent(self):
     pid = self.pop()
     if self.find_storage is None or type(pid) is not tuple or len(pid) not in (5, 6):
       raise Refusal('refers to an unknown storage')
     tag, kind, key, device, numel, *view = pid
-    if type(kind) is not _Global or (kind.module, kind.name) not in _TYPES:
-      raise Refusal('refers to an unknown storage')
     check(
       type(tag) is str
       and tag == 'storage'
@@ -463,8 +535,11 @@ class Machine:
       and all(part is None for part in view),
       'refers to an unknown storage',
     )
+    check(type(kind) is _Global, 'refers to an unknown storage')
     self.budget.charge(CALL)
-    self.push(self.find_storage(key, STORAGES[kind.name], numel))
+    known = (kind.module, kind.name) in _TYPES
+    dtype = STORAGES[kind.name] if known else None
+    self.push(self.find_storage(key, dtype, numel))
 
 
 _OPCODES = {
@@ -476,7 +551,8 @@ _OPCODES = {
   b'K': lambda m: m.push(m.unpack('B')),
   b'M': lambda m: m.push(m.unpack('H')),
   b'J': lambda m: m.push(m.unpack('i')),
-  b'\x8a': lambda m: m.push(int.from_bytes(m.take(m.unpack('B')), 'little', signed=True)),
+  b'\x8a': lambda m: m.long(m.unpack('B')),
+  b'\x8b': lambda m: m.long(m.unpack('I')),
   b'G': lambda m: m.push(struct.unpack('>d', m.take(8))[0]),
   b'X': lambda m: m.push(m.text(m.unpack('I'))),
   b'\x8c': lambda m: m.push(m.text(m.unpack('B'))),
@@ -485,11 +561,14 @@ _OPCODES = {
   b'B': lambda m: m.push(m.take(m.unpack('I'))),
   b'C': lambda m: m.push(m.take(m.unpack('B'))),
   b'\x8e': lambda m: m.push(m.take(m.unpack('Q'))),
+  b'\x96': lambda m: m.push(m.take(m.unpack('Q'))),
   b')': lambda m: m.push(()),
   b']': lambda m: m.push([]),
   b'}': lambda m: m.push({}),
   b'\x8f': lambda m: m.push(set()),
   b'(': Machine.mark,
+  b'0': Machine.discard,
+  b'1': Machine.pop_mark,
   b't': lambda m: m.push(tuple(m.pop_mark())),
   b'\x85': lambda m: m.tuple(1),
   b'\x86': lambda m: m.tuple(2),
@@ -497,6 +576,7 @@ _OPCODES = {
   b'a': Machine.append,
   b'e': Machine.extend,
   b'\x90': Machine.fill_set,
+  b'\x91': lambda m: m.push(_set(m.pop_mark())),
   b's': Machine.set_item,
   b'u': lambda m: m.set_items(m.pop_mark()),
   b'q': lambda m: m.put(m.unpack('B')),
@@ -508,6 +588,7 @@ _OPCODES = {
   b'\x93': Machine.find_global_on_stack,
   b'R': Machine.reduce,
   b'\x81': Machine.new_object,
+  b'\x92': Machine.new_object_of_words,
   b'b': Machine.build,
   b'Q': Machine.persistent,
 }
@@ -543,6 +624,7 @@ def read_legacy(
   begin = at
 
   def note(key, dtype, numel):
+    check(dtype is not None, f'storage {short(key)} is of a type that is not known')
     return storages.setdefault(key, Storage(dtype, numel, None))
 
   def find(key, dtype, numel):

@@ -8,19 +8,18 @@ claims.
 import os
 import pathlib
 import re
-import stat
 import struct
 import zlib
 from typing import Any
 
 import numpy as np
 
-from palm_jax.base.errors import UserError
+from palm_jax.formats.kinds import SnapshotError, kind_of
 from palm_jax.formats.pickle_machine import (
   MAGIC,
   Budget,
+  Inert,
   Machine,
-  Module,
   Refusal,
   Storage,
   check,
@@ -35,29 +34,26 @@ MAX_NAMES = 100_000  # attributes and modules
 MAX_NAME = 200  # letters of a dotted name
 
 
-class SnapshotError(UserError):
-  """A file of weights that is damaged or holds what is not read from such files."""
-
-
 def read(path: str | os.PathLike) -> Any:
   """The object in a PyTorch file: a pickle with tensors, or a file of torch.save or torch.jit.save.
 
   Returns:
-    Nested dicts, lists, tuples, sets, scalars, strings, bytes (as memoryviews), `Module`s and numpy
+    Nested dicts, lists, tuples, sets, scalars, strings, bytes (as memoryviews), `Inert`s and numpy
     arrays, which are read-only views of the file's bytes and may be unaligned. It may contain
     itself.
 
   Raises:
     SnapshotError: no such file, damage, or contents that no such file needs; in one line.
   """
-  path = check_file(path)
+  kind = kind_of(path)
+  path = pathlib.Path(path)
   try:
     data = path.read_bytes()
   except (OSError, MemoryError) as e:
     why = getattr(e, 'strerror', 'it is larger than the memory')
     raise SnapshotError(f'{path} cannot be read ({why}): fix that, or give another file') from e
   try:
-    _check_kind(data)
+    check(kind == 'torch', f'is a .{kind} file; expected a pickle or a file of torch.save')
     view = memoryview(data)
     budget = Budget(max(2 * len(data), LEAST_BUDGET))
     if data.startswith(b'PK'):
@@ -83,28 +79,7 @@ def read(path: str | os.PathLike) -> Any:
     raise SnapshotError(f'{path}: damaged ({type(e).__name__}); fetch or save it again') from e
 
 
-def check_file(path: str | os.PathLike) -> pathlib.Path:
-  """The path of a file that can be read.
-
-  Raises:
-    SnapshotError: no such file, something else than a file, or an empty one.
-  """
-  path = pathlib.Path(path)
-  try:
-    found = path.stat()
-  except (OSError, ValueError) as e:  # ValueError: a path with a NUL
-    absent = isinstance(e, FileNotFoundError | NotADirectoryError)
-    what = 'no such file' if absent else f'cannot be read ({getattr(e, "strerror", e)})'
-    raise SnapshotError(f'{path}: {what}; expected a file of weights, such as network.pkl') from e
-  if not stat.S_ISREG(found.st_mode):
-    what = 'is a folder' if stat.S_ISDIR(found.st_mode) else 'is not a file'
-    raise SnapshotError(f'{path}: {what}; expected a file of weights, such as network.pkl')
-  if not found.st_size:
-    raise SnapshotError(f'{path}: is empty; fetch it again')
-  return path
-
-
-def state_dict(module: Module | dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def state_dict(module: Inert | dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """The tensors of a module under torch's names and in its order.
 
   The order is parameters, buffers, then the modules inside.
@@ -118,7 +93,7 @@ def state_dict(module: Module | dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   Raises:
     SnapshotError: not a module or a state dict, or one that contains itself.
   """
-  if isinstance(module, Module):
+  if isinstance(module, Inert):
     tensors = {}
     for name, part in modules(module):
       prefix = f'{name}.' if name else ''
@@ -136,8 +111,8 @@ def state_dict(module: Module | dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   return module
 
 
-def modules(module: Module) -> list[tuple[str, Module]]:
-  """[(dotted name, Module)]: the module itself, named '', and all those inside, in torch's order.
+def modules(module: Inert) -> list[tuple[str, Inert]]:
+  """[(dotted name, Inert)]: the module itself, named '', and all those inside, in torch's order.
 
   Raises:
     SnapshotError: a module that contains itself, or more than any network has.
@@ -163,27 +138,11 @@ def modules(module: Module) -> list[tuple[str, Module]]:
         'expected a network'
       )
     for key, value in _members(module, '_modules'):
-      if isinstance(value, Module):
+      if isinstance(value, Inert):
         visit(f'{name}.{key}' if name else key, value, depth + 1)
 
   visit('', module, 0)
   return found
-
-
-def _check_kind(data):
-  start = data[:256].lstrip().lower()
-  check(
-    not start.startswith((b'<!doctype', b'<html', b'<?xml')),
-    'is a web page, not a file of weights: the download failed; open the address in a browser',
-  )
-  check(
-    not start.startswith(b'version https://git-lfs'),
-    'is a pointer of Git LFS, not the file: run `git lfs pull`',
-  )
-  check(
-    data.startswith((b'\x80', b'PK')),
-    'is not a PyTorch file; expected a pickle or a file of torch.save',
-  )
 
 
 def _read_zip(data, budget):
@@ -202,6 +161,8 @@ def _read_zip(data, budget):
   storages = {}
 
   def find_storage(key, dtype, numel):
+    if dtype is None:
+      return Inert('torch storage', {})
     storage = storages.setdefault(key, Storage(dtype, numel, entries.get(f'{root}data/{key}')))
     size = numel * np.dtype(dtype).itemsize
     check(
@@ -210,10 +171,7 @@ def _read_zip(data, budget):
     )
     return storage
 
-  machine = Machine(
-    entries[names[0]], 0, budget, find_storage, torchscript=f'{root}constants.pkl' in entries
-  )
-  return machine.run()
+  return Machine(entries[names[0]], 0, budget, find_storage).run()
 
 
 def _zip_entries(data, budget):

@@ -3,10 +3,12 @@
 import importlib.resources
 import os
 import pathlib
+import re
 
 from palm_jax.base import checks
 from palm_jax.base.errors import UserError
 from palm_jax.formats.arrays import read_arrays
+from palm_jax.formats.kinds import kind_of
 from palm_jax.generator.loaded import LoadedGenerator
 from palm_jax.generator.protocol import PictureGenerator
 from palm_jax.generator.saved import (
@@ -27,6 +29,9 @@ __all__ = [
 ]
 
 
+SUFFIXES = '.pkl', '.pt', '.pth', '.npz', '.safetensors'  # of files, if there is none
+
+
 def load_generator(path_or_name: str | os.PathLike, network: str = 'G_ema') -> LoadedGenerator:
   """A generator out of a file, a run, or this package.
 
@@ -34,9 +39,9 @@ def load_generator(path_or_name: str | os.PathLike, network: str = 'G_ema') -> L
 
   Args:
     path_or_name: one of
-      - a .pkl snapshot of stylegan2-ada-pytorch, or an .npz or .safetensors with its names
-        (`snapshots.load_snapshot`);
-      - a .safetensors file of `save_safetensors`;
+      - a file that another program wrote (`snapshots.load_snapshot`): a snapshot, state_dict or
+        arrays, whatever its suffix;
+      - a file of `save_safetensors`;
       - the workdir of a palm_jax run whose generator job has saved at least once;
       - a folder that palm_jax.generator.convert wrote;
       - the name of a bundled generator.
@@ -50,18 +55,13 @@ def load_generator(path_or_name: str | os.PathLike, network: str = 'G_ema') -> L
     UserError: nothing of this kind there, damage, or a network of another kind than `Generator`.
   """
   path = _path(path_or_name)
-  if path.suffix == '.safetensors':
-    arrays, metadata = read_arrays(path)
-    if NETWORK_KEY in metadata:
-      _check_averaged(path, network)
-      return from_arrays(path, arrays, metadata[NETWORK_KEY])
-  if path.suffix in ('.pkl', '.npz', '.safetensors'):
+  if path.is_file() or path.suffix in SUFFIXES:
+    if kind_of(path) == 'safetensors':
+      arrays, metadata = read_arrays(path)
+      if NETWORK_KEY in metadata:
+        _check_averaged(path, network)
+        return from_arrays(path, arrays, metadata[NETWORK_KEY])
     return LoadedGenerator(*load_snapshot(path, network))
-  if path.is_file():
-    raise UserError(
-      f'{path}: generators are read from .pkl, .npz and .safetensors files; give one of those, or '
-      'a folder'
-    )
   if path.exists() or path.name != str(path_or_name):
     _check_averaged(path, network)
     return from_folder(path)
@@ -84,6 +84,11 @@ def _load_bundled(name, network):
 
 def _path(path_or_name):
   """pathlib.Path, on which existence can be asked for."""
+  if re.match(r'[a-z][a-z0-9+.-]*://', str(path_or_name), re.IGNORECASE):
+    raise UserError(
+      f'{str(path_or_name)[:200]} is an address, and nothing is downloaded: fetch the file (with a '
+      'browser, for example) and give its path'
+    )
   try:
     path = pathlib.Path(path_or_name)
     path.stat()

@@ -3,6 +3,8 @@
   python -m palm_jax.generator.convert network.pkl out/ [--which=G]
   python -m palm_jax.generator.convert network.pkl out.safetensors [--which=G] [--about=WORDS]
 
+--class_averages gives each class the average w of its own, to which truncation then pulls.
+
 The form is a folder with a checkpoint in full precision, which --config.generator.path takes, or
 one .safetensors file of half the size, in float16.
 """
@@ -17,7 +19,13 @@ from palm_jax.base import command
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import write_json
-from palm_jax.generator import load_generator, network_fields, save_safetensors
+from palm_jax.generator import (
+  LoadedGenerator,
+  load_generator,
+  network_fields,
+  save_safetensors,
+)
+from palm_jax.generator.snapshots import mean_w
 
 
 def convert(
@@ -25,6 +33,7 @@ def convert(
   target: str | os.PathLike,
   network: str = 'G_ema',
   about: str = '',
+  class_averages: bool = False,
 ) -> None:
   """Reads a generator as `load_generator` does and writes it to `target`: whole, or nothing of it.
 
@@ -33,9 +42,11 @@ def convert(
     target: *.safetensors, or a folder, which is new or empty.
     network: 'G_ema' or 'G'.
     about: for people, into a .safetensors file: where it comes from, under which licence.
+    class_averages: whether truncation pulls towards the average w of a picture's class.
 
   Raises:
-    UserError: what `load_generator` refuses, or a target that holds something.
+    UserError: what `load_generator` refuses, a target that holds something, or class averages
+      without classes.
   """
   source = pathlib.Path(source)
   target = pathlib.Path(target)
@@ -46,6 +57,8 @@ def convert(
       f'{target} holds something already: name an empty or new folder, or a new .safetensors file'
     )
   generator = load_generator(source, network)
+  if class_averages:
+    generator = with_class_averages(generator)
   if in_file:
     words = about or f'{network} of {source.name}'
     save_safetensors(target, generator.network, generator.variables, words)
@@ -62,10 +75,25 @@ def convert(
     shutil.rmtree(part, ignore_errors=True)
 
 
+def with_class_averages(generator: LoadedGenerator) -> LoadedGenerator:
+  """The generator with w_avg (num_classes, w_dim), measured. Raises UserError without classes."""
+  if not generator.num_classes:
+    raise UserError('class averages of a generator without classes: leave --class_averages out')
+  averages = mean_w(generator.network, generator.variables, each_class=True)
+  variables = {
+    **generator.variables,
+    'buffers': {**generator.variables['buffers'], 'w_avg': averages},
+  }
+  return LoadedGenerator(generator.network.clone(class_averages=True), variables)
+
+
 def parse_flags(argv: list[str]) -> list[str]:
   """Defines the flags and reads them; returns what absl leaves of argv. Raises UserError."""
   flags.DEFINE_string(
     'about', '', 'Words into a .safetensors file: where it comes from, under which licence.'
+  )
+  flags.DEFINE_bool(
+    'class_averages', False, 'Truncation pulls towards the average w of a class, not of all.'
   )
   flags.DEFINE_string(
     'which', 'G_ema', 'Network to convert: G_ema (the average over the training) or G.'
@@ -81,7 +109,8 @@ def main(argv: list[str]) -> None:
       '.safetensors to write'
     )
   command.start()
-  convert(argv[1], argv[2], flags.FLAGS.which, flags.FLAGS.about)
+  given = flags.FLAGS
+  convert(argv[1], argv[2], given.which, given.about, given.class_averages)
 
 
 if __name__ == '__main__':

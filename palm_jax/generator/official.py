@@ -22,7 +22,8 @@ def generator_from_official(
   """The generator of a state_dict of G or G_ema.
 
   Args:
-    state: {official name: array}.
+    state: {official name: array}. 'mapping.w_avg' is (w_dim,), or (num_classes, w_dim); where it is
+      absent, it is zero. Where no layer has a noise_strength, all are zero.
     conv_clamp: is not in the tensors: take it from the file's constructor arguments.
     dtype: of the convolutions.
 
@@ -32,8 +33,12 @@ def generator_from_official(
   Raises:
     UserError: names the first tensor that does not fit.
   """
-  w_dim = _shape(state, 'mapping.w_avg')[0]
+  w_dim = _shape(state, 'synthesis.b4.conv1.affine.weight')[1]
+  state = {'mapping.w_avg': np.zeros(w_dim, np.float32), **state}
   mapping = _mapping_fields(state, w_dim)
+  height, width = _shape(state, 'synthesis.b4.const')[1:]
+  if height != 4:
+    raise UserError(f'weights: synthesis.b4.const is {height} x {width}, expected a height of 4.')
   embedded = _shape(state, 'mapping.embed.weight')[0] if mapping['num_classes'] else 0
   generator = Generator(
     z_dim=_shape(state, 'mapping.fc0.weight')[1] - embedded,
@@ -41,6 +46,8 @@ def generator_from_official(
     channels=_widths(state, 'synthesis.b{}.conv1.weight'),
     image_channels=_shape(state, 'synthesis.b4.torgb.weight')[0],
     conv_clamp=conv_clamp,
+    base_width=width if width != height else None,
+    class_averages=np.ndim(state['mapping.w_avg']) == 2,
     dtype=dtype,
     **mapping,
   )
@@ -50,7 +57,7 @@ def generator_from_official(
     re.sub('^(mapping|synthesis)[.](?!w_avg)', r'\1_network.', name): x for name, x in state.items()
   }
   renamed['w_avg'] = renamed.pop('mapping.w_avg')
-  return generator, _convert(renamed, template)
+  return generator, _convert(_with_noise(renamed, template), template)
 
 
 def discriminator_from_official(
@@ -135,6 +142,21 @@ def _mapping_fields(state, features) -> dict[str, Any]:
     embed_features=embed if embed != features else None,
     layer_features=hidden if hidden != features else None,
   )
+
+
+def _with_noise(state, template):
+  """State with zeros for the noise of layers that add none."""
+  flat: dict[Any, Any] = traverse_util.flatten_dict(template)
+  shapes = {'.'.join(path): leaf.shape for (_, *path), leaf in flat.items()}
+  strengths = [name for name in shapes if name.endswith('noise_strength')]
+  zeros = {}
+  if not any(name in state for name in strengths):
+    zeros = {name: np.zeros(()) for name in strengths}
+  for name in strengths:
+    picture = f'{name.removesuffix("strength")}const'
+    if not np.any(state.get(name, 0)):
+      zeros[picture] = np.zeros(shapes[picture])
+  return {**zeros, **state}
 
 
 def _convert(state, template):

@@ -118,9 +118,9 @@ class StyleLayer(nn.Module):
     kernel = self.param('kernel', nn.initializers.normal(1.0), (3, 3, x.shape[-1], self.features))
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
     strength = self.param('noise_strength', nn.initializers.zeros, ())
-    size = x.shape[1] * (2 if self.up else 1)
+    size = tuple(n * (2 if self.up else 1) for n in x.shape[1:3])
     picture = self.variable(
-      'buffers', 'noise_const', lambda: jax.random.normal(self.make_rng('params'), (size, size))
+      'buffers', 'noise_const', lambda: jax.random.normal(self.make_rng('params'), size)
     )
     demodulation = jax.lax.rsqrt(style**2 @ (kernel**2).sum((0, 1)) + 1e-8)
 
@@ -132,7 +132,7 @@ class StyleLayer(nn.Module):
     if noise == 'const':
       x += (strength * picture.value)[..., None].astype(x.dtype)
     elif noise == 'random':
-      draw = jax.vmap(lambda key: jax.random.normal(key, (size, size, 1), strength.dtype))
+      draw = jax.vmap(lambda key: jax.random.normal(key, (*size, 1), strength.dtype))
       x += (strength * draw(noise_keys)).astype(x.dtype)
     return _clamp(_activate(x + bias), self.conv_clamp)
 

@@ -15,23 +15,28 @@ from palm_jax.base.checkpoints import load
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import as_json, replacing
 from palm_jax.formats.arrays import check_numbers
-from palm_jax.formats.torch_files import SnapshotError
+from palm_jax.formats.kinds import SnapshotError
 from palm_jax.generator.loaded import LoadedGenerator
-from palm_jax.generator.stylegan2 import Generator
+from palm_jax.generator.stylegan2 import LR_MULTIPLIER, Generator
 
 MAX_SIZE = 1 << 16  # of any width, and of the number of classes
 MAX_RESOLUTIONS = 10
 MAX_MAPPING_LAYERS = 64
+RARE = dict(base_width=None, class_averages=False)
 NETWORK_KEY = 'palm_jax_network'  # in a .safetensors' metadata: the Generator's fields as JSON
 
 
 def network_fields(network: Generator) -> dict[str, Any]:
-  """The fields of a Generator that its variables belong to, as JSON holds them."""
-  return {
+  """The fields of a Generator that its variables belong to, as JSON holds them.
+
+  Those of RARE stand only where they differ, so that files keep what they were written with.
+  """
+  fields = {
     f.name: getattr(network, f.name)
     for f in dataclasses.fields(network)
     if f.name not in ('dtype', 'parent', 'name')
   }
+  return {name: x for name, x in fields.items() if name not in RARE or x != RARE[name]}
 
 
 def save_safetensors(
@@ -64,7 +69,10 @@ def save_safetensors(
       raise UserError(
         f'{name} has numbers that {np.dtype(dtype).name} does not hold: save it as float32'
       )
-  metadata = {NETWORK_KEY: json.dumps(network_fields(network)), 'about': about}
+  settings = dict(
+    conv_clamp=f'{network.conv_clamp}', lr_multiplier=f'{LR_MULTIPLIER}', activation='lrelu'
+  )
+  metadata = {NETWORK_KEY: json.dumps(network_fields(network)), 'about': about, **settings}
   content = safetensors.numpy.save(stored, metadata)
   with replacing(path) as file:
     file.write(content)

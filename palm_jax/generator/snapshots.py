@@ -1,80 +1,43 @@
-"""Networks of stylegan2-ada-pytorch: its snapshots (.pkl), or arrays (.npz, .safetensors).
-
-A snapshot is Python objects with their source code, which is not run. What such an object computes
-is known from its class's name and its attributes, so each attribute that changes the images must
-have the value that our networks have.
-"""
+"""Networks out of other people's files: NVIDIA's snapshots, state dicts, arrays by name."""
 
 import contextlib
 import math
 import os
 import pathlib
 import re
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
 from palm_jax.base.errors import UserError
 from palm_jax.formats.arrays import check_numbers, read_arrays
-from palm_jax.formats.pickle_machine import Module, short
-from palm_jax.formats.torch_files import MAX_NAME, SnapshotError, modules, read, state_dict
+from palm_jax.formats.kinds import SnapshotError, kind_of
+from palm_jax.formats.pickle_machine import short
+from palm_jax.formats.torch_files import MAX_NAME, read
+from palm_jax.generator import layouts, parts
 from palm_jax.generator.discriminator import Discriminator
 from palm_jax.generator.official import discriminator_from_official, generator_from_official
-from palm_jax.generator.stylegan2 import Generator
+from palm_jax.generator.stylegan2 import LR_MULTIPLIER, Generator
 
-SETTINGS = 'conv_clamp', 'mbstd_group'  # what a network does besides its tensors
+# What a network does besides its tensors, and what is assumed where a file does not say.
+ASSUMED = dict(conv_clamp=None, lr_multiplier=LR_MULTIPLIER, activation='lrelu', mbstd_group=4)
 MAX_RESOLUTION = 2048
-LR_MULTIPLIER = 0.01  # of the mapping in our networks
-WHOLE_BATCH = 1 << 30  # minibatch-std group, which is at most the batch
-
-# Place, class and attributes (training/networks.py there) of what our networks do. Gains of weights
-# follow from shapes.
-_LINEAR = dict(activation='linear')
-_LRELU = dict(activation='lrelu')
-_MAPPING = [
-  (r'mapping', 'MappingNetwork', {}),
-  (r'mapping\.embed', 'FullyConnectedLayer', dict(_LINEAR, bias_gain=1)),
-  (r'mapping\.fc\d+', 'FullyConnectedLayer', _LRELU),
-]
-_STYLED = dict(_LRELU, act_gain=2**0.5, use_noise=True)
-_GENERATOR = [
-  (r'', 'Generator', {}),
-  *_MAPPING,
-  (r'synthesis', 'SynthesisNetwork', {}),
-  (r'synthesis\.b\d+', 'SynthesisBlock', dict(architecture='skip')),
-  (r'synthesis\.b\d+\.conv0', 'SynthesisLayer', dict(_STYLED, up=2)),
-  (r'synthesis\.b\d+\.conv1', 'SynthesisLayer', dict(_STYLED, up=1)),
-  (r'synthesis\.b\d+\.torgb', 'ToRGBLayer', {}),
-  (r'synthesis\.b\d+\.\w+\.affine', 'FullyConnectedLayer', dict(_LINEAR, bias_gain=1)),
-]
-_CONV = dict(_LRELU, act_gain=2**0.5, up=1)
-_DISCRIMINATOR = [
-  (r'', 'Discriminator', {}),
-  *_MAPPING,
-  (r'b4', 'DiscriminatorEpilogue', {}),
-  (r'b4\.mbstd', 'MinibatchStdLayer', {}),
-  (r'b4\.conv', 'Conv2dLayer', dict(_CONV, down=1)),
-  (r'b4\.fc', 'FullyConnectedLayer', dict(_LRELU, bias_gain=1)),
-  (r'b4\.out', 'FullyConnectedLayer', dict(_LINEAR, bias_gain=1)),
-  (r'b\d+', 'DiscriminatorBlock', {}),
-  (r'b\d+\.(fromrgb|conv0)', 'Conv2dLayer', dict(_CONV, down=1)),
-  (r'b\d+\.conv1', 'Conv2dLayer', dict(_CONV, down=2)),
-  (r'b\d+\.skip', 'Conv2dLayer', dict(_LINEAR, act_gain=1, up=1, down=2, conv_clamp=None)),
-]
-_WEIGHTED = 'FullyConnectedLayer', 'Conv2dLayer', 'ToRGBLayer'
-_CLAMPED = 'SynthesisLayer', 'ToRGBLayer', 'Conv2dLayer'
+DRAWS = 10_000  # latents, of which a missing w_avg is the mean
 
 
 def load_snapshot(path: str | os.PathLike, network: str = 'G_ema') -> tuple[Generator, dict]:
-  """A generator of stylegan2-ada-pytorch.
+  """A generator out of a file that another program wrote.
 
   Args:
-    path: .pkl snapshot, or .npz or .safetensors with the names of its state_dict, alone
-      ('synthesis.b4.const') or below the network's name ('G_ema/synthesis.b4.const'). Those know no
-      conv_clamp unless an entry 'conv_clamp' (.npz) or metadata key of this name (.safetensors)
-      gives it.
-    network: 'G_ema', the average over the training, or 'G'.
+    path: a file with a StyleGAN2 in the layout of stylegan2-ada-pytorch, or of rosinality's
+      stylegan2-pytorch: a snapshot or a state_dict (pickle, torch.save), an .npz or a .safetensors.
+      Tensors may stand below a prefix ('G_ema/synthesis.b4.const', 'decoder.conv1...'). Files
+      without the network's objects may give the settings of `ASSUMED` as entries (.npz) or
+      metadata (.safetensors).
+    network: 'G_ema', the average over the training, or 'G'. A network without a label is both.
 
   Returns:
     (Generator, variables): float32 numpy arrays. Networks that ran partly in float16 run in
@@ -88,13 +51,27 @@ def load_snapshot(path: str | os.PathLike, network: str = 'G_ema') -> tuple[Gene
   if network not in ('G', 'G_ema'):
     raise UserError(f'network {network!r}: expected G_ema (the average over the training) or G')
   with _path_in_errors(path):
-    state, module, settings = _open(path, network)
+    settings: dict[str, Any]
+    found, contents, settings = _open(path, network)
+    state, module = found.arrays, found.module
+    average = layouts.latent_average(contents, state)
+    if found.layout == 'rosinality':
+      module = None  # its objects are of other classes
+      state = layouts.official_names(state)
+    elif module is not None:
+      settings = parts.check_generator(module, network)
+      state = _rescaled(state, parts.lr_multipliers(module))
+      state = _silenced(state, parts.without_noise(module))
+    if module is None:
+      if 'lr_multiplier' not in settings:
+        _doubt_multiplier(path, state)
+      settings = _settings(path, settings, 'conv_clamp', 'lr_multiplier', 'activation')
+      state = _rescaled(state, dict.fromkeys(_mapping_layers(state), settings['lr_multiplier']))
+    if average is not None:
+      state = {'mapping.w_avg': average, **state}
+    G, variables = generator_from_official(state, conv_clamp=settings['conv_clamp'])
     if module is not None:
-      settings = dict(conv_clamp=_check_parts(module, network, _GENERATOR))
-      state = _common_multiplier(module, state)
-    G, variables = generator_from_official(state, conv_clamp=_clamp(settings))
-    if module is not None:
-      _check_sizes(
+      parts.check_sizes(
         module,
         z_dim=G.z_dim,
         w_dim=G.w_dim,
@@ -103,14 +80,15 @@ def load_snapshot(path: str | os.PathLike, network: str = 'G_ema') -> tuple[Gene
         img_channels=G.image_channels,
         num_ws=G.num_ws,
       )
-  _log(path, network, G, f'z {G.z_dim}, w {G.w_dim}', variables)
+    if 'mapping.w_avg' not in state:
+      logging.info(f'{path} holds no average of w: it is the mean of {DRAWS} drawn w')
+      variables['buffers']['w_avg'] = mean_w(G, variables)
+  _log(path, found.label or network, G, G.image_shape, f'z {G.z_dim}, w {G.w_dim}', variables)
   return G, variables
 
 
 def load_discriminator(path: str | os.PathLike) -> tuple[Discriminator, dict]:
-  """The discriminator 'D' of a file as for `load_snapshot`.
-
-  An .npz or .safetensors may give 'mbstd_group' (else 4) as it gives 'conv_clamp'.
+  """The discriminator 'D' of a file as for `load_snapshot`, in NVIDIA's layout.
 
   Returns:
     (Discriminator, variables): float32 numpy arrays.
@@ -120,20 +98,55 @@ def load_discriminator(path: str | os.PathLike) -> tuple[Discriminator, dict]:
   """
   path = pathlib.Path(path)
   with _path_in_errors(path):
-    state, module, settings = _open(path, 'D')
+    found, _, settings = _open(path, 'D')
+    state, module = found.arrays, found.module
     if module is not None:
-      clamp = _check_parts(module, 'D', _DISCRIMINATOR)
-      settings = dict(conv_clamp=clamp, mbstd_group=_check_discriminator(module))
-      state = _common_multiplier(module, state)
+      settings = parts.check_discriminator(module, 'D')
+      state = _rescaled(state, parts.lr_multipliers(module))
+    else:
+      settings = _settings(path, settings, *ASSUMED)
+      state = _rescaled(state, dict.fromkeys(_mapping_layers(state), settings['lr_multiplier']))
+    group = settings['mbstd_group']
+    if type(group) is not int or not 0 < group < 1 << 31:
+      raise SnapshotError(
+        f'mbstd_group={short(group)}, expected a positive number: a discriminator of another kind'
+      )
     D, variables = discriminator_from_official(
-      state, mbstd_group=_group(settings), conv_clamp=_clamp(settings)
+      state, mbstd_group=group, conv_clamp=settings['conv_clamp']
     )
     if module is not None:
-      _check_sizes(
+      parts.check_sizes(
         module, c_dim=D.num_classes, img_resolution=D.resolution, img_channels=D.image_channels
       )
-  _log(path, 'D', D, f'{D.architecture}, minibatch-std group {D.mbstd_group}', variables)
+  shape = D.resolution, D.resolution, D.image_channels
+  _log(path, 'D', D, shape, f'{D.architecture}, minibatch-std group {D.mbstd_group}', variables)
   return D, variables
+
+
+def mean_w(
+  G: Generator, variables: Any, each_class: bool = False, draws: int = DRAWS
+) -> np.ndarray:
+  """The mean of mapped latents, to which truncation pulls.
+
+  Args:
+    G: the network.
+    variables: {'params', 'buffers'}.
+    each_class: whether each class has a mean of its own; else labels are drawn, too.
+    draws: number of latents (of each class), from a fixed key.
+
+  Returns:
+    (w_dim,), or (num_classes, w_dim); float32.
+  """
+  z = jax.random.normal(jax.random.key(0), (draws, G.z_dim))
+
+  @jax.jit
+  def mean(variables, labels):
+    ws: Any = G.apply(variables, z, labels, method='mapping')
+    return ws[:, 0].mean(0)
+
+  if not each_class:
+    return np.asarray(mean(variables, jnp.arange(draws) % max(G.num_classes, 1)))
+  return np.stack([mean(variables, jnp.full(draws, k)) for k in range(G.num_classes)])
 
 
 @contextlib.contextmanager
@@ -154,18 +167,17 @@ def _path_in_errors(path):
 
 
 def _open(path, network):
-  """A network's {name: array}, its Module, and its {setting: text}.
-
-  Files of arrays have no Module (None), snapshots no settings.
-  """
-  if path.suffix in ('.npz', '.safetensors'):
-    module = None
-    arrays, settings = _open_arrays(path, network)
+  """(layouts.Found, what the file holds, its {setting: text})."""
+  in_objects = kind_of(path) == 'torch'
+  if in_objects:
+    contents, settings = read(path), {}
   else:
-    module = _open_module(path, network)
-    arrays, settings = state_dict(module), {}
-    if sum(x.nbytes for x in arrays.values()) > path.stat().st_size:
-      raise SnapshotError(f'{network} names the same numbers twice; it is damaged')
+    contents, settings = read_arrays(path)
+    settings |= {name: str(contents.pop(name)) for name in ASSUMED if name in contents}
+  found = layouts.find(contents, network)
+  arrays = found.arrays
+  if in_objects and sum(x.nbytes for x in arrays.values()) > path.stat().st_size:
+    raise SnapshotError(f'{network} names the same numbers twice; it is damaged')
   for name in arrays:
     if not name.isprintable() or len(name) > MAX_NAME:
       raise SnapshotError(f'{name[:40]!r} in it is no name of a tensor; it is damaged')
@@ -173,165 +185,85 @@ def _open(path, network):
   if max(resolutions, default=0) > MAX_RESOLUTION:
     raise SnapshotError(f'resolution {max(resolutions)}: expected at most {MAX_RESOLUTION}')
   check_numbers(arrays)
-  return arrays, module, settings
+  return found, contents, settings
 
 
-def _open_arrays(path, network):
-  arrays, settings = read_arrays(path)
-  if path.suffix == '.npz':  # which has no metadata
-    settings = {name: str(arrays.pop(name)) for name in SETTINGS if name in arrays}
-  prefix = f'{network}/'
-  if any('/' in name for name in arrays):
-    arrays = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
-    if not arrays:
-      raise SnapshotError(f'no {network} in it: give a file with names such as {prefix}...')
-  return arrays, settings
-
-
-def _open_module(path, network):
-  snapshot = read(path)
-  if type(snapshot) is not dict or network not in snapshot:
+def _settings(path, given, *names) -> dict[str, Any]:
+  """{name: value} of the settings of a network without objects."""
+  unsaid = ', '.join(f'{name}={ASSUMED[name]}' for name in names if name not in given)
+  if unsaid:
+    logging.info(f'{path} does not say {unsaid}: assumed. An entry of that name would say it')
+  settings = {
+    name: ASSUMED[name] if given.get(name, '') in ('', 'None') else _setting(name, given[name])
+    for name in names
+  }
+  if settings.get('activation', 'lrelu') != 'lrelu':
     raise SnapshotError(
-      f'no {network} in it: expected a snapshot of stylegan2-ada-pytorch, with G, D and G_ema'
+      f'activation={short(settings["activation"])}, expected lrelu: a network of another kind, '
+      'whose images would differ'
     )
-  module = snapshot[network]
-  if not isinstance(module, Module):
-    raise SnapshotError(
-      f'its {network} is not a network: expected a snapshot of stylegan2-ada-pytorch'
+  return settings
+
+
+def _setting(name, text):
+  if name == 'activation':
+    return text
+  whole = name == 'mbstd_group'
+  try:
+    number = int(text) if whole else float(text)
+  except ValueError:
+    number = math.nan
+  if not 0 < number < (1 << 31 if whole else math.inf):
+    raise SnapshotError(f'{name}={short(text)}, expected a positive number')
+  return number
+
+
+def _doubt_multiplier(path, state):
+  """Warns where weights of the mapping are not as large as LR_MULTIPLIER makes them."""
+  weights = [state[f'{layer}.weight'] for layer in _mapping_layers(state)]
+  size = np.sqrt(np.mean([np.square(x, dtype=np.float64).mean() for x in weights or [np.ones(1)]]))
+  if weights and not 1 / 3 < size * LR_MULTIPLIER < 3:
+    logging.warning(
+      f'{path}: the weights of its mapping are {size:.2g} large, as lr_multiplier={1 / size:.1g} '
+      f'would make them, but it says none and {LR_MULTIPLIER} is assumed: its pictures are '
+      'probably wrong. Save it as .npz with an entry lr_multiplier'
     )
-  return module
 
 
-def _check_parts(module, network, known):
-  """Compares all parts of a network with what our network does; returns their shared conv_clamp."""
-  clamps = {}
-  for name, part in modules(module):
-    full = f'{network}.{name}' if name else network
-    _check_part(full, name, part, known)
-    if part.class_name in _CLAMPED and 'skip' not in name:
-      clamps[full] = part.state.get('conv_clamp', 'missing')
-  first = next(iter(clamps.values()), None)
-  for full, clamp in clamps.items():
-    if type(clamp) not in (int, float, type(None)) or clamp != first:
-      raise SnapshotError(
-        f'{full} has conv_clamp={short(clamp)}, expected {short(first)} as elsewhere'
-      )
-  return first
+def _mapping_layers(state):
+  names = (re.fullmatch(r'(mapping\.fc\d+)\.weight', name) for name in state)
+  return [match[1] for match in names if match]
 
 
-def _check_part(full, name, part, known):
-  """`full` is its name for messages, `name` its place in the network."""
-  expected = [
-    attributes
-    for pattern, class_name, attributes in known
-    if part.class_name == class_name and re.fullmatch(pattern, name)
-  ]
-  if not expected:
-    raise SnapshotError(
-      f'{full} is a {short(part.class_name)}, which is not part of the StyleGAN2 known here; '
-      'expected a network of stylegan2-ada-pytorch'
-    )
-  for attribute, value in expected[0].items():
-    _check_attribute(full, part, attribute, value)
-  if part.class_name in _WEIGHTED:
-    multiplier = part.state.get('bias_gain', 1)
-    if type(multiplier) not in (int, float) or not 0 < multiplier < math.inf:
-      raise SnapshotError(f'{full} has bias_gain={short(multiplier)}, expected a positive number')
-    fan_in = math.prod(_weight(part).shape[1:])
-    _check_attribute(full, part, 'weight_gain', multiplier / math.sqrt(fan_in))
-  if part.class_name == 'MappingNetwork':
-    layers = sum(re.fullmatch(r'fc\d+', child) is not None for child in part.state['_modules'])
-    _check_attribute(full, part, 'num_layers', layers)
-
-
-def _check_discriminator(module):
-  """What the parts of a discriminator must share; returns its minibatch-std group."""
-  parts = dict(modules(module))
-  architecture = parts['b4'].state.get('architecture')
-  if architecture not in ('orig', 'resnet'):
-    raise SnapshotError(f'D has architecture={short(architecture)}, expected orig or resnet')
-  for name, part in parts.items():
-    if part.class_name == 'DiscriminatorBlock':
-      _check_attribute(f'D.{name}', part, 'architecture', architecture)
-  width, inputs = _weight(parts['b4.conv']).shape[:2]
-  if 'b4.mbstd' not in parts:
-    if inputs != width:
-      raise SnapshotError('D.b4.mbstd is missing; it is damaged')
-    return 1  # unused
-  _check_attribute('D.b4.mbstd', parts['b4.mbstd'], 'num_channels', inputs - width)
-  group = parts['b4.mbstd'].state.get('group_size', 'missing')
-  return WHOLE_BATCH if group is None else group
-
-
-def _common_multiplier(module, state):
+def _rescaled(state, multipliers):
   """The tensors with mapping layers rescaled to the learning rate multiplier of our networks.
 
   They are stored larger by 1 / lr_multiplier than they act.
+
+  Args:
+    state: {name: array}.
+    multipliers: {layer: its learning rate multiplier}.
   """
   scaled = {}
-  for name, part in modules(module):
-    if re.fullmatch(r'mapping\.fc\d+', name) and part.state['bias_gain'] != LR_MULTIPLIER:
-      factor = np.float64(part.state['bias_gain'] / LR_MULTIPLIER)
+  for name, multiplier in multipliers.items():
+    if multiplier != LR_MULTIPLIER:
+      factor = np.float64(multiplier / LR_MULTIPLIER)
       for kind in ('weight', 'bias'):
         scaled[f'{name}.{kind}'] = state[f'{name}.{kind}'] * factor
   check_numbers(scaled)
   return {**state, **scaled}
 
 
-def _check_sizes(module, **sizes):
-  """Sizes that the network's attributes and constructor arguments name, against its tensors'."""
-  for source in (module.state, module.state.get('_init_kwargs', {})):
-    for name, size in sizes.items():
-      if source.get(name, size) != size:
-        raise SnapshotError(
-          f'{name} is {short(source[name])}, but its tensors say {size}; it is damaged'
-        )
+def _silenced(state, layers):
+  """The tensors with layers that add no noise."""
+  return {**state, **{f'{layer}.noise_strength': np.zeros((), np.float32) for layer in layers}}
 
 
-def _weight(part):
-  frozen = part.state['_buffers'].get('weight')
-  return part.state['_parameters'].get('weight', frozen)
-
-
-def _check_attribute(name, part, attribute, expected):
-  value = part.state.get(attribute, 'missing')
-  if type(expected) in (int, float):
-    same = type(value) in (int, float) and math.isclose(value, expected, rel_tol=1e-6)
-  else:
-    same = type(value) is type(expected) and value == expected
-  if not same:
-    raise SnapshotError(
-      f'{name} has {attribute}={short(value)}, expected {expected}: a network of another kind, '
-      'whose images would differ'
-    )
-
-
-def _clamp(settings):
-  clamp = settings.get('conv_clamp')
-  if clamp in (None, '', 'None'):
-    return None
-  clamp = float(clamp)
-  if not 0 < clamp < math.inf:
-    raise SnapshotError(f'conv_clamp={clamp}, expected a positive number')
-  return clamp
-
-
-def _group(settings):
-  group = settings.get('mbstd_group', 4)
-  if type(group) is str and group.isdecimal():
-    group = int(group)
-  if type(group) is not int or not 0 < group < 1 << 31:
-    raise SnapshotError(
-      f'mbstd_group={short(group)}, expected a positive number: a discriminator of another kind'
-    )
-  return group
-
-
-def _log(path, network, module, more, variables):
-  side = module.resolution
+def _log(path, label, module, image_shape, more, variables):
+  height, width, channels = image_shape
   count = sum(x.size for x in jax.tree.leaves(variables['params']))
   logging.info(
-    f'{path}: {network}, {side} x {side} x {module.image_channels}, {module.num_classes} classes, '
-    f'{more}, {module.mapping_layers} mapping layers, channels {module.channels}, '
+    f'{path}: {label}, {height} x {width} x {channels}, {module.num_classes} classes, {more}, '
+    f'{module.mapping_layers} mapping layers, channels {module.channels}, '
     f'conv_clamp {module.conv_clamp}, {count} parameters'
   )

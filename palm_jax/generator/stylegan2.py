@@ -16,6 +16,7 @@ from palm_jax.base.errors import UserError
 from palm_jax.generator import ops
 
 W_AVG_MOMENTUM = 0.995  # stylegan2-ada-pytorch, MappingNetwork w_avg_beta
+LR_MULTIPLIER = 0.01  # of the mapping's layers
 NOISE_MODES = 'const', 'random', 'none'
 
 
@@ -61,6 +62,8 @@ class Generator(nn.Module):
     channels: widths at base_size, twice that, ..., resolution (see `channels_for`).
     conv_clamp: limit of every convolution's result; None is no limit.
     base_size: side of the constant input.
+    base_width: its width where it is not square; base_size is then its height.
+    class_averages: whether w_avg, to which truncation pulls, is (num_classes, w_dim).
     embed_features, layer_features: widths of the label's embedding and of the mapping's hidden
       layers; None is w_dim.
     dtype: of the convolutions; None is that of the parameters.
@@ -74,6 +77,8 @@ class Generator(nn.Module):
   mapping_layers: int = 8  # stylegan2-ada-pytorch; its cifar config has 2
   conv_clamp: float | None = None
   base_size: int = 4
+  base_width: int | None = None
+  class_averages: bool = False
   embed_features: int | None = None
   layer_features: int | None = None
   dtype: Any = None
@@ -84,7 +89,8 @@ class Generator(nn.Module):
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
-    return self.resolution, self.resolution, self.image_channels
+    width = (self.base_width or self.base_size) << len(self.channels) - 1
+    return self.resolution, width, self.image_channels
 
   @property
   def num_ws(self) -> int:
@@ -95,9 +101,15 @@ class Generator(nn.Module):
       self.w_dim, self.mapping_layers, self.num_classes, self.embed_features, self.layer_features
     )
     self.synthesis_network = SynthesisNetwork(
-      self.base_size, self.channels, self.image_channels, self.conv_clamp, self.dtype
+      self.base_size,
+      self.base_width or self.base_size,
+      self.channels,
+      self.image_channels,
+      self.conv_clamp,
+      self.dtype,
     )
-    self.w_avg = self.variable('buffers', 'w_avg', jnp.zeros, (self.w_dim,))
+    classes = (self.num_classes,) if self.class_averages else ()
+    self.w_avg = self.variable('buffers', 'w_avg', jnp.zeros, (*classes, self.w_dim))
 
   def __call__(
     self,
@@ -142,6 +154,8 @@ class Generator(nn.Module):
         mean = jax.lax.pmean(mean, axis_name)
       self.w_avg.value = mean + W_AVG_MOMENTUM * (w_avg - mean)
       w_avg = self.w_avg.value
+    if self.class_averages:
+      w_avg = _of_labels(w_avg, labels)[:, None]
     ws = jnp.repeat(w[:, None], self.num_ws, 1)
     cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
     pull = jnp.where(jnp.arange(self.num_ws) < cutoff, 1 - truncation_psi, 0).astype(ws.dtype)
@@ -189,7 +203,7 @@ class MappingNetwork(nn.Module):
     hidden = self.layer_features or self.features
     for i in range(self.num_layers):
       width = self.features if i == self.num_layers - 1 else hidden
-      x = ops.Dense(width, lr_mult=0.01, activate=True, name=f'fc{i}')(x)
+      x = ops.Dense(width, lr_mult=LR_MULTIPLIER, activate=True, name=f'fc{i}')(x)
     return x
 
 
@@ -200,6 +214,7 @@ class SynthesisNetwork(nn.Module):
   """
 
   base_size: int
+  base_width: int
   channels: tuple[int, ...]
   image_channels: int
   conv_clamp: float | None
@@ -211,7 +226,7 @@ class SynthesisNetwork(nn.Module):
     for i, width in enumerate(self.channels):
       block = SynthesisBlock(
         i,
-        self.base_size,
+        (self.base_size, self.base_width),
         width,
         self.image_channels,
         self.conv_clamp,
@@ -229,7 +244,7 @@ class SynthesisBlock(nn.Module):
   """
 
   index: int
-  base_size: int
+  base_shape: tuple[int, int]
   features: int
   image_channels: int
   conv_clamp: float | None
@@ -247,7 +262,7 @@ class SynthesisBlock(nn.Module):
     # A block's ToRGB shares its w with the first convolution of the next block.
     first = 2 * self.index - 1
     if self.index == 0:
-      shape = self.base_size, self.base_size, self.features
+      shape = *self.base_shape, self.features
       const = self.param('const', nn.initializers.normal(1.0), shape)
       x = jnp.broadcast_to(const, (len(ws), *shape))
     else:
@@ -261,6 +276,11 @@ class SynthesisBlock(nn.Module):
 def _normalize(x):
   x = x.astype(ops.at_least_float32(x))
   return x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-8)
+
+
+def _of_labels(averages, labels):
+  """Rows of averages (num_classes, w_dim), or their mixtures where labels are vectors."""
+  return averages[labels] if labels.ndim == 1 else labels @ averages
 
 
 def _label_vectors(labels, num_classes):

@@ -56,6 +56,8 @@ class WLatents:
     w_avg = variables['generator']['buffers']['w_avg']
     if not self.num_classes:
       labels = jnp.zeros(len(z), jnp.int32)
+    if w_avg.ndim == 2:
+      w_avg = w_avg[labels]
     w = variables['mean'][labels] + z @ variables['root'].T
     w = w_avg + truncation_psi * (w - w_avg)
     ws = jnp.repeat(w[:, None], network.num_ws, 1)
