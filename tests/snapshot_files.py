@@ -1,5 +1,5 @@
-"""Writes files in PyTorch's formats without PyTorch: snapshots of stylegan2-ada-pytorch and files
-of torch.save.
+"""Writes files in PyTorch's formats without PyTorch: snapshots of stylegan2-ada-pytorch and of
+stylegan3, and files of torch.save.
 
 What a file names (torch._utils._rebuild_tensor_v2 and so on) stands in for the real thing while it
 is pickled: pickle only looks the names up.
@@ -363,6 +363,133 @@ class Builder:
         synthesis_kwargs=EasyDict(conv_clamp=self.conv_clamp),
       ),
     )
+
+  def generator3(
+    self,
+    z_dim,
+    w_dim,
+    c_dim,
+    layers,
+    image_channels,
+    kernel=3,
+    radial=False,
+    mapping_layers=2,
+    output_scale=0.25,
+    first=(5, 8),
+  ):
+    """A StyleGAN3 of random filters, which nobody designed and which are not symmetric.
+
+    Args:
+      layers: of each layer but ToRGB (width, size, up, down, whether critically sampled).
+      first: width and size of the Fourier features.
+    """
+    width, size = first
+    rate, names = 4.0, []
+    affine = self.dense('synthesis.input.affine', w_dim, 4)
+    modules = dict(
+      input=self.module(
+        'SynthesisInput',
+        'synthesis.input',
+        dict(weight=self.draw(width, width)),
+        dict(
+          transform=np.eye(3) + np.outer([1, 1, 0], self.draw(3, scale=0.2)),
+          freqs=self.draw(width, 2),
+          phases=self.draw(width),
+        ),
+        dict(affine=affine),
+        w_dim=w_dim,
+        channels=width,
+        size=np.array([size, size]),
+        sampling_rate=np.float64(rate),
+        bandwidth=np.float64(1),
+      )
+    )
+    for i, layer in enumerate([*layers, (image_channels, layers[-1][1], 1, 1, True)]):
+      before = dict(i=i, channels=width, size=size, rate=rate)
+      last = i == len(layers)
+      name = f'L{i}_{layer[1]}_{layer[0]}'
+      modules[name] = self.filtered_layer(
+        f'synthesis.{name}', w_dim, before, layer, 1 if last else kernel, radial, last
+      )
+      names.append(name)
+      width, size, rate = layer[0], layer[1], rate * layer[2] / layer[3]
+    sizes = dict(
+      z_dim=z_dim, c_dim=c_dim, w_dim=w_dim, img_resolution=size, img_channels=image_channels
+    )
+    num_ws = len(names) + 1
+    synthesis = self.module(
+      'SynthesisNetwork',
+      'synthesis',
+      {},
+      {},
+      modules,
+      w_dim=w_dim,
+      num_ws=num_ws,
+      img_resolution=size,
+      img_channels=image_channels,
+      num_layers=len(layers),
+      output_scale=output_scale,
+      layer_names=names,
+    )
+    mapping = self.mapping('mapping', z_dim, c_dim, w_dim, mapping_layers, w_dim, w_dim, num_ws)
+    return self.module(
+      'Generator',
+      '',
+      {},
+      {},
+      dict(synthesis=synthesis, mapping=mapping),
+      **sizes,
+      num_ws=num_ws,
+      kwargs=dict(sizes, mapping_kwargs=EasyDict(num_layers=mapping_layers)),
+    )
+
+  def filtered_layer(self, name, w_dim, before, layer, kernel, radial, last):
+    """A SynthesisLayer of StyleGAN3; before: its index and what it takes."""
+    i, inputs, size, rate = before.values()
+    outputs, out_size, up, down, critical = layer
+    up_taps, down_taps = (1 if factor == 1 else 3 * factor for factor in (up, down))
+    down_radial = radial and not critical
+    shapes = dict(
+      up_filter=(up_taps,) if up_taps > 1 else None,
+      down_filter=(down_taps,) * (1 + down_radial) if down_taps > 1 else None,
+    )
+    total = (out_size - 1) * down + 1 + up_taps + down_taps - 2 - (size + kernel - 1) * up
+    low = (total + up) // 2
+    made = self.module(
+      'SynthesisLayer',
+      name,
+      dict(weight=self.draw(outputs, inputs, kernel, kernel), bias=self.draw(outputs, scale=0.3)),
+      dict(
+        magnitude_ema=self.rng.uniform(0.5, 2),
+        **{k: 2 * self.rng.uniform(size=x) / np.prod(x) for k, x in shapes.items() if x},
+      ),
+      dict(affine=self.dense(f'{name}.affine', w_dim, inputs, bias=1.0)),
+      w_dim=w_dim,
+      is_torgb=last,
+      is_critically_sampled=critical,
+      use_fp16=self.fp16,
+      in_channels=inputs,
+      out_channels=outputs,
+      in_size=np.array([size, size]),
+      out_size=np.array([out_size, out_size]),
+      in_sampling_rate=rate,
+      out_sampling_rate=rate * up / down,
+      tmp_sampling_rate=rate * up,
+      in_cutoff=np.float64(1 + max(i - 1, 0)),
+      out_cutoff=np.float64(1 + i),
+      in_half_width=np.float64(2),
+      out_half_width=np.float64(2),
+      conv_kernel=kernel,
+      conv_clamp=self.conv_clamp,
+      up_factor=up,
+      up_taps=up_taps,
+      down_factor=down,
+      down_taps=down_taps,
+      down_radial=down_radial,
+      padding=[low, total - low, low, total - low],
+    )
+    made.state['_buffers'].update({k: None for k, x in shapes.items() if not x})
+    return made
 
   def discriminator(
     self, c_dim, channels, image_channels, architecture='resnet', layers=8, group=4

@@ -57,7 +57,7 @@ def generator_from_official(
     re.sub('^(mapping|synthesis)[.](?!w_avg)', r'\1_network.', name): x for name, x in state.items()
   }
   renamed['w_avg'] = renamed.pop('mapping.w_avg')
-  return generator, _convert(_with_noise(renamed, template), template)
+  return generator, as_variables(_with_noise(renamed, template), template)
 
 
 def discriminator_from_official(
@@ -106,7 +106,7 @@ def discriminator_from_official(
     )
   # The original flattens (C, H, W), this network (H, W, C).
   kernel = np.reshape(state['b4.fc.weight'], (-1, width, 16)).swapaxes(1, 2).reshape(width, -1)
-  return discriminator, _convert({**state, 'b4.fc.weight': kernel}, template)
+  return discriminator, as_variables({**state, 'b4.fc.weight': kernel}, template)
 
 
 def _shape(state, name):
@@ -159,10 +159,13 @@ def _with_noise(state, template):
   return {**zeros, **state}
 
 
-def _convert(state, template):
-  """Official names and layouts -> numpy arrays like template.
+def as_variables(state: dict[str, np.ndarray], template: Any) -> dict:
+  """Variables like `template` of tensors whose names are below its collections.
 
-  Raises UserError, which names the first tensor that does not fit.
+  'weight' is a 'kernel' here, of another order of axes.
+
+  Raises:
+    UserError: names the first tensor that does not fit.
   """
   expected = {}  # name below the collection: the collection, shape and dtype
   for (collection, *path), leaf in traverse_util.flatten_dict(template).items():

@@ -156,10 +156,7 @@ class Generator(nn.Module):
       w_avg = self.w_avg.value
     if self.class_averages:
       w_avg = _of_labels(w_avg, labels)[:, None]
-    ws = jnp.repeat(w[:, None], self.num_ws, 1)
-    cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
-    pull = jnp.where(jnp.arange(self.num_ws) < cutoff, 1 - truncation_psi, 0).astype(ws.dtype)
-    return ws + pull[:, None] * (w_avg - ws)
+    return truncated(w, w_avg, self.num_ws, truncation_psi, truncation_cutoff)
 
   def synthesis(
     self, ws: jax.Array, noise: str = 'const', noise_keys: jax.Array | None = None
@@ -174,8 +171,7 @@ class Generator(nn.Module):
     Raises:
       UserError: an unknown noise mode, or random noise without keys.
     """
-    if noise not in NOISE_MODES:
-      raise UserError(f'noise {noise!r}: expected one of {", ".join(NOISE_MODES)}.')
+    check_noise(noise)
     if noise == 'random' and noise_keys is None:
       raise UserError(
         "noise 'random': expected noise_keys, one key a sample, such as jax.random.split(key, N)."
@@ -271,6 +267,34 @@ class SynthesisBlock(nn.Module):
     to_rgb = ops.ToRGB(self.image_channels, self.conv_clamp, self.dtype, name='torgb')
     rgb = to_rgb(x, ws[:, first + 2])
     return x, rgb if image is None else ops.upsample(image) + rgb
+
+
+def truncated(
+  w: jax.Array,
+  w_avg: jax.Array,
+  num_ws: int,
+  psi: float | jax.Array,
+  cutoff: int | jax.Array | None,
+) -> jax.Array:
+  """w (N, w_dim) -> ws (N, num_ws, w_dim), of which the first `cutoff` (None: all) are pulled.
+
+  Args:
+    w: of the mapping.
+    w_avg: where psi=0 pulls them; any shape that broadcasts against ws.
+    num_ws: how often w is repeated.
+    psi: 1 leaves them as they are. Both psi and cutoff may be traced.
+    cutoff: 0 to num_ws.
+  """
+  ws = jnp.repeat(w[:, None], num_ws, 1)
+  cutoff = num_ws if cutoff is None else cutoff
+  pull = jnp.where(jnp.arange(num_ws) < cutoff, 1 - psi, 0).astype(ws.dtype)
+  return ws + pull[:, None] * (w_avg - ws)
+
+
+def check_noise(noise: str) -> None:
+  """Raises UserError for what is no noise mode."""
+  if noise not in NOISE_MODES:
+    raise UserError(f'noise {noise!r}: expected one of {", ".join(NOISE_MODES)}.')
 
 
 def _normalize(x):
