@@ -15,11 +15,12 @@ from tests.jobs import finish, saved_result
 from tests.worlds import LargeGenerator, nature_config, tiny_config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'augment, phases',
   [
     ('none', {'g_main', 'd_main'}),
-    pytest.param('blit', {'g_main', 'd_main', 'r1', 'path_lengths', 'ada'}, marks=pytest.mark.slow),
+    ('blit', {'g_main', 'd_main', 'r1', 'path_lengths', 'ada'}),
   ],
 )
 def test_shares_of_the_generators_training(tmp_path, augment, phases):

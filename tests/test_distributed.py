@@ -183,9 +183,8 @@ def test_two_processes_are_one_run_and_stop_together(one, two):
   assert_same_state(two / '2.npz', one / '2.npz')
 
 
-@pytest.mark.parametrize(
-  ('processes', 'num_devices'), [(1, 8), pytest.param(4, 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(('processes', 'num_devices'), [(1, 8), (4, 2)])
 def test_other_numbers_of_processes_go_on(one, two, processes, num_devices):
   folder = shutil.copytree(two, two.with_name(f'on{processes}'))
   run_workers(folder, processes, num_devices)

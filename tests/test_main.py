@@ -396,6 +396,7 @@ def test_a_workdir_that_cannot_be_made(capfd, files, tmp_path, below):
   assert f'{files / below} cannot be written' in line and 'choose another --workdir' in line
 
 
+@pytest.mark.slow
 def test_a_diverging_run_names_metric_and_iteration_and_keeps_its_checkpoint(
   capfd, files, tmp_path
 ):

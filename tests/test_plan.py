@@ -109,6 +109,7 @@ def test_job(tmp_path, capsys):
   )
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_what_would(tmp_path):
   config = planning_config(devices=1, memory_gb=0.004)
   config.replay.capacity = 64 * 1000

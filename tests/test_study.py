@@ -474,6 +474,7 @@ def finished(tmp_path_factory):
     compilation_cache.reset_cache()
 
 
+@pytest.mark.slow  # two minutes of compilation for this and the next two
 def test_a_study_has_the_numbers_of_ordinary_runs_however_often_it_was_stopped(finished):
   c, workdir, results = finished
   with (workdir / 'results' / 'study.csv').open() as file:
@@ -495,11 +496,13 @@ def test_a_study_has_the_numbers_of_ordinary_runs_however_often_it_was_stopped(f
   )
 
 
+@pytest.mark.slow
 def test_arms_that_differ_in_traced_values_compile_once(finished):
   _, workdir, _ = finished
   assert len([*(workdir / 'compilation_cache').glob('jit_call-*')]) == 1
 
 
+@pytest.mark.slow
 def test_it_goes_on_with_another_seed_and_runs_nothing_twice(finished, capfd):
   c, workdir, results = finished
   before = {path: path.stat().st_mtime_ns for path in workdir.rglob('results/pretrain.json')}

@@ -13,11 +13,10 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from palm_jax.base.errors import UserError
 from palm_jax.formats.torch_files import read, state_dict
-from palm_jax.generator import ops3
-from palm_jax.generator.loaded import LoadedGenerator
-from palm_jax.generator.official3 import is_stylegan3, stylegan3_from_official
-from palm_jax.generator.saved import network_fields
-from palm_jax.generator.stylegan3 import StyleGAN3
+from palm_jax.generator import load_generator, ops3
+from palm_jax.generator.convert import convert
+from palm_jax.generator.official3 import stylegan3_from_official
+from palm_jax.generator.saved import network_fields, network_of
 from palm_jax.generator.views import style_mixed, w_latents
 from tests import snapshot_files as files
 from tests.test_snapshots import Reference, clamped, correlate, lrelu
@@ -194,15 +193,14 @@ def folder(tmp_path_factory):
 
 @functools.cache
 def built(name, folder):
-  """(the object that a snapshot has, LoadedGenerator, Reference3, its compiled `apply`)."""
+  """(path of a snapshot, LoadedGenerator, Reference3, its compiled `apply`)."""
   settings, sizes = NETWORKS[name]
   builder = files.Builder(1, **settings)
   generator = builder.generator3(**sizes)
   path = folder / f'{name[0]}.pkl'
   path.write_bytes(files.pickled(dict(G_ema=generator)))
-  module = read(path)['G_ema']
-  loaded = LoadedGenerator(*stylegan3_from_official(state_dict(module), module))
-  return module, loaded, Reference3(builder, generator), jax.jit(loaded.apply)
+  loaded = load_generator(path)
+  return path, loaded, Reference3(builder, generator), jax.jit(loaded.apply)
 
 
 @pytest.fixture
@@ -217,10 +215,10 @@ def latents(loaded, count=3):
 
 @pytest.mark.parametrize('name', NETWORKS)
 def test_strangers_networks(name, folder):
-  module, loaded, reference, draw = built(name, folder)
+  _, loaded, reference, draw = built(name, folder)
   z, labels = latents(loaded)
   one_hot = np.eye(max(loaded.num_classes, 1))[labels]
-  assert is_stylegan3(module) and loaded.network.num_ws == 5
+  assert loaded.network.num_ws == 5
   for psi, cutoff in ((1.0, 5), (0.6, 2)):  # both are traced
     expected = np.stack([reference.image(*x, psi, cutoff) for x in zip(z, one_hot, strict=True)])
     images = draw(loaded.variables, z, labels, psi, cutoff)
@@ -278,8 +276,23 @@ def test_other_views(small):
 def test_fields_as_json(small):
   network = small[1].network
   fields = json.loads(json.dumps(network_fields(network)))
-  assert StyleGAN3.from_fields(fields) == network
-  assert hash(StyleGAN3.from_fields(fields)) == hash(network)
+  assert network_of(fields) == network and hash(network_of(fields)) == hash(network)
+
+
+def test_forms_of_ours(small, tmp_path):
+  """A folder keeps each bit; a file of half precision keeps those of the waves."""
+  path, loaded, _, draw = small
+  convert(path, tmp_path / 'out')
+  folder = load_generator(tmp_path / 'out')
+  assert folder.network == loaded.network
+  jax.tree.map(np.testing.assert_array_equal, folder.variables, loaded.variables)
+  convert(path, tmp_path / 'out.safetensors')
+  file = load_generator(tmp_path / 'out.safetensors')
+  assert file.network == loaded.network
+  z, labels = latents(loaded)
+  assert error(draw(file.variables, z, labels), draw(loaded.variables, z, labels)) < 0.01
+  with pytest.raises(UserError, match='class averages are of StyleGAN2 only'):
+    convert(path, tmp_path / 'no.safetensors', class_averages=True)
 
 
 def layer_field(index, value):
@@ -317,7 +330,7 @@ def test_damaged_fields(change, small):
   else:
     fields |= change
   with pytest.raises((KeyError, TypeError, ValueError)):
-    StyleGAN3.from_fields(fields)
+    network_of(fields)
 
 
 # ---- networks that ours is not, and damage
@@ -338,9 +351,8 @@ def refusal(module, folder):
   """The message of a generator that a snapshot would hold."""
   path = folder / 'x.pkl'
   path.write_bytes(files.pickled(dict(G_ema=module)))
-  module = read(path)['G_ema']
   with pytest.raises(UserError) as caught:
-    stylegan3_from_official(state_dict(module), module)
+    load_generator(path)
   message = str(caught.value)
   assert message.isprintable() and len(message) < 400
   return message
@@ -421,7 +433,7 @@ def tensor(place, kind, name, value):
     (new_class('mapping', 'Mapping'), "mapping is a 'Mapping', which is not part"),
     (new_class(FIRST, 'training.x.ToRGBLayer'), f"{FIRST} is a 'training.x.ToRGBLayer'"),
     (without('', '_modules', 'mapping'), 'mapping is missing'),
-    (without('synthesis', '_modules', 'input'), 'synthesis.input is missing'),
+    (without('synthesis', '_modules', 'input'), 'no G_ema in it'),
     (without(FIRST, '_modules', 'affine'), f'{FIRST}.affine is missing'),
     (without('mapping', '_modules', 'fc0'), 'mapping.fc0.weight is missing'),
     (without('mapping', '_buffers', 'w_avg'), 'mapping.w_avg is missing'),

@@ -28,6 +28,7 @@ from palm_jax.evaluate.distances import frechet_distance, kernel_distance, momen
 from palm_jax.evaluate.extractors import Extractor
 from palm_jax.generator import load_generator
 from palm_jax.generator.samples import padded
+from palm_jax.generator.stylegan3 import StyleGAN3
 from palm_jax.job import Job, Run
 from palm_jax.layers.pixels import to_uint8
 
@@ -186,6 +187,8 @@ def _generated(config, G, extractor, labels, mesh):
     initial = jax.jit(G.network.init)(
       jax.random.key(config.seed), jnp.zeros((1, G.z_dim)), jnp.zeros((1,), jnp.int32)
     )
+    if isinstance(G.network, StyleGAN3):  # whose filters are not initialised but designed
+      initial = {**initial, 'buffers': G.variables['buffers']}
     name = 'initial generator'
     sets[name], drawn_labels[name] = draw(initial, f'images of the {name}')
   return sets, drawn_labels

@@ -26,6 +26,7 @@ from palm_jax.generator import (
   save_safetensors,
 )
 from palm_jax.generator.snapshots import mean_w
+from palm_jax.generator.stylegan2 import Generator
 
 
 def convert(
@@ -76,15 +77,22 @@ def convert(
 
 
 def with_class_averages(generator: LoadedGenerator) -> LoadedGenerator:
-  """The generator with w_avg (num_classes, w_dim), measured. Raises UserError without classes."""
+  """The generator with w_avg (num_classes, w_dim), measured.
+
+  Raises:
+    UserError: without classes, or no StyleGAN2.
+  """
+  network = generator.network
   if not generator.num_classes:
     raise UserError('class averages of a generator without classes: leave --class_averages out')
-  averages = mean_w(generator.network, generator.variables, each_class=True)
+  if not isinstance(network, Generator):
+    raise UserError('class averages are of StyleGAN2 only: leave --class_averages out')
+  averages = mean_w(network, generator.variables, each_class=True)
   variables = {
     **generator.variables,
     'buffers': {**generator.variables['buffers'], 'w_avg': averages},
   }
-  return LoadedGenerator(generator.network.clone(class_averages=True), variables)
+  return LoadedGenerator(network.clone(class_averages=True), variables)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

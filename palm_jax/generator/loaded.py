@@ -1,4 +1,4 @@
-"""A StyleGAN2 generator with its weights, ready to be called."""
+"""A generator of ours with its weights, ready to be called."""
 
 import dataclasses
 from typing import Any
@@ -9,7 +9,11 @@ import numpy as np
 from jax.core import Tracer
 
 from palm_jax.base.errors import UserError
+from palm_jax.generator.sines import SirenGenerator
 from palm_jax.generator.stylegan2 import Generator
+from palm_jax.generator.stylegan3 import StyleGAN3
+
+MAX_SIDE = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +27,7 @@ class LoadedGenerator:
   1e-5 of their range.
   """
 
-  network: Generator
+  network: Generator | StyleGAN3 | SirenGenerator
   variables: Any  # {'params', 'buffers'}
 
   @property
@@ -51,6 +55,7 @@ class LoadedGenerator:
     truncation_cutoff: int | jax.Array | None = None,
     noise: str = 'const',
     noise_keys: jax.Array | None = None,
+    size: int | None = None,
   ) -> jax.Array:
     """Pictures of latents: (N, H, W, C), nominally in [-1, 1], at least float32.
 
@@ -60,14 +65,23 @@ class LoadedGenerator:
       labels: (N,) integers, or (N, num_classes) vectors.
       truncation_psi, truncation_cutoff: of `Generator.mapping`.
       noise, noise_keys: of `Generator.synthesis`.
+      size: side of the pictures in pixels, which a network of sines can be asked for.
 
     Raises:
       UserError: inputs of other shapes or types, and, outside of compiled functions, labels that
-        are no class.
+        are no class; a size of a network that has one size.
     """
     self._check_inputs(z, labels, truncation_cutoff)
+    options = {}
+    if size is not None:
+      if not isinstance(self.network, SirenGenerator) or not 1 <= size <= MAX_SIDE:
+        raise UserError(
+          f'size={size}: only networks of sines (generator.network=siren) draw at any size, from 1 '
+          f'to {MAX_SIDE}; leave it out'
+        )
+      options['size'] = size
     images: Any = self.network.apply(
-      variables, z, labels, truncation_psi, truncation_cutoff, noise, noise_keys
+      variables, z, labels, truncation_psi, truncation_cutoff, noise, noise_keys, **options
     )
     return images
 
@@ -79,10 +93,11 @@ class LoadedGenerator:
     truncation_cutoff: int | jax.Array | None = None,
     noise: str = 'const',
     noise_keys: jax.Array | None = None,
+    size: int | None = None,
   ) -> jax.Array:
     """`apply` with its own variables."""
     return self.apply(
-      self.variables, z, labels, truncation_psi, truncation_cutoff, noise, noise_keys
+      self.variables, z, labels, truncation_psi, truncation_cutoff, noise, noise_keys, size
     )
 
   def _check_inputs(self, z, labels, truncation_cutoff):

@@ -11,8 +11,10 @@ from palm_jax.base.errors import UserError
 from palm_jax.generator.adaptive_augment import PIPES
 from palm_jax.generator.discriminator import Discriminator
 from palm_jax.generator.phases import round_sizes
+from palm_jax.generator.sines import SirenGenerator, TrainedNetwork
 from palm_jax.generator.stylegan2 import Generator, channels_for
 
+NETWORKS = 'stylegan2', 'siren'
 ARCHITECTURES = 'orig', 'resnet'
 DTYPES = dict(float32=None, bfloat16=jnp.bfloat16)  # None: that of the parameters
 RANGES = dict(
@@ -20,6 +22,9 @@ RANGES = dict(
   w_dim=checks.SIZE,
   mapping_layers=checks.Range(1, 64),
   base_size=checks.Range(1, 1024),
+  sine_layers=checks.Range(1, 64),
+  sine_width=checks.Range(1, 4096),
+  sine_samples=checks.Range(1, 16),
   channel_base=checks.Range(1, 2**26),
   channel_max=checks.SIZE,
   conv_clamp=checks.AMOUNT,
@@ -51,7 +56,7 @@ RANGES = dict(
 
 def make_networks(
   config: ConfigDict, image_shape: tuple[int, int, int], num_classes: int
-) -> tuple[Generator, Discriminator]:
+) -> tuple[TrainedNetwork, Discriminator]:
   """The two networks of a config.
 
   Args:
@@ -60,7 +65,7 @@ def make_networks(
     num_classes: 0 is unconditional.
 
   Returns:
-    (Generator, Discriminator).
+    (generator, Discriminator).
 
   Raises:
     UserError: images that are not square or whose side is not base_size doubled; unknown
@@ -84,13 +89,20 @@ def make_networks(
     dtype=DTYPES[config.dtype],
   )
   widths = lambda base, largest: channels_for(height, base, largest, config.base_size)
-  G = Generator(
-    z_dim=config.z_dim,
-    w_dim=config.w_dim,
-    mapping_layers=config.mapping_layers,
-    channels=widths(config.channel_base, config.channel_max),
-    **shared,
-  )
+  latents = dict(z_dim=config.z_dim, w_dim=config.w_dim, mapping_layers=config.mapping_layers)
+  if config.network == 'siren':
+    G = SirenGenerator(
+      num_classes=num_classes,
+      resolution=height,
+      width=config.sine_width,
+      layers=config.sine_layers,
+      samples=config.sine_samples,
+      image_channels=image_channels,
+      dtype=DTYPES[config.dtype],
+      **latents,
+    )
+  else:
+    G = Generator(channels=widths(config.channel_base, config.channel_max), **latents, **shared)
   D = Discriminator(
     architecture=config.architecture,
     mapping_layers=config.d_mapping_layers,
@@ -105,6 +117,7 @@ def make_networks(
 
 def check_choices(config: ConfigDict) -> None:
   """Raises UserError on unknown names in the config's section `generator`."""
+  checks.choice('generator.network', config.network, NETWORKS)
   checks.choice('generator.architecture', config.architecture, ARCHITECTURES)
   checks.choice('generator.dtype', config.dtype, DTYPES)
   checks.choice('generator.augment', config.augment, PIPES)

@@ -18,9 +18,9 @@ from palm_jax.formats.pickle_machine import Inert, short
 from palm_jax.formats.torch_files import modules
 from palm_jax.generator.layers3 import MAX_NUMBER, Layer, misfit
 from palm_jax.generator.official import as_variables
+from palm_jax.generator.parts import kind_of
+from palm_jax.generator.stylegan2 import LR_MULTIPLIER
 from palm_jax.generator.stylegan3 import StyleGAN3
-
-LR_MULTIPLIER = 0.01  # of the layers of MappingNetwork
 
 _LAYER = r'synthesis\.L\d{1,2}_\d{1,5}_\d{1,5}'
 _CLASSES = [
@@ -32,11 +32,6 @@ _CLASSES = [
   (_LAYER, 'SynthesisLayer'),
   (rf'(synthesis\.input|{_LAYER})\.affine', 'FullyConnectedLayer'),
 ]
-
-
-def is_stylegan3(module: Inert) -> bool:
-  """Whether a snapshot's generator begins with Fourier features, as StyleGAN3's does."""
-  return any(_kind(part) == 'SynthesisInput' for _, part in modules(module))
 
 
 def stylegan3_from_official(
@@ -146,16 +141,11 @@ class _Part:
     return None if self.get('conv_clamp') is None else self.number('conv_clamp')
 
 
-def _kind(part):
-  """The name of its class, which may stand below that of its module."""
-  return part.class_name.rpartition('.')[2]
-
-
 def _known_parts(module):
   """{dotted name: _Part} of all parts, each of a class that is known at its place."""
   parts = {}
   for name, part in modules(module):
-    if not any(_kind(part) == kind and re.fullmatch(place, name) for place, kind in _CLASSES):
+    if not any(kind_of(part) == kind and re.fullmatch(place, name) for place, kind in _CLASSES):
       raise UserError(
         f'weights: {name or "the generator"} is a {short(part.class_name)}, which is not part of '
         'the StyleGAN3 known here; expected a network of NVlabs/stylegan3.'

@@ -107,7 +107,7 @@ def without_noise(module: Inert) -> list[str]:
   """
   silent = []
   for name, part in modules(module):
-    if _kind(part) == 'SynthesisLayer':
+    if kind_of(part) == 'SynthesisLayer':
       use = part.state.get('use_noise', 'missing')
       if type(use) is not bool or use and 'noise_strength' not in part.state['_parameters']:
         raise SnapshotError(
@@ -118,13 +118,18 @@ def without_noise(module: Inert) -> list[str]:
   return silent
 
 
+def kind_of(part: Inert) -> str:
+  """The name of its class, without the module that other people's copies have."""
+  return part.class_name.rpartition('.')[2]
+
+
 def _check_parts(module, network, known):
   """Compares all parts of a network with what our network does; returns their shared conv_clamp."""
   clamps = {}
   for name, part in modules(module):
     full = f'{network}.{name}' if name else network
     _check_part(full, name, part, known)
-    if _kind(part) in _CLAMPED and 'skip' not in name:
+    if kind_of(part) in _CLAMPED and 'skip' not in name:
       clamps[full] = part.state.get('conv_clamp', 'missing')
   first = next(iter(clamps.values()), None)
   for full, clamp in clamps.items():
@@ -140,7 +145,7 @@ def _check_part(full, name, part, known):
   expected = [
     attributes
     for pattern, class_name, attributes in known
-    if _kind(part) == class_name and re.fullmatch(pattern, name)
+    if kind_of(part) == class_name and re.fullmatch(pattern, name)
   ]
   if not expected:
     raise SnapshotError(
@@ -149,13 +154,13 @@ def _check_part(full, name, part, known):
     )
   for attribute, value in expected[0].items():
     _check_attribute(full, part, attribute, value)
-  if _kind(part) in _WEIGHTED:
+  if kind_of(part) in _WEIGHTED:
     multiplier = part.state.get('bias_gain', 1)
     if type(multiplier) not in (int, float) or not 0 < multiplier < math.inf:
       raise SnapshotError(f'{full} has bias_gain={short(multiplier)}, expected a positive number')
     fan_in = math.prod(_weight(part).shape[1:])
     _check_attribute(full, part, 'weight_gain', multiplier / math.sqrt(fan_in))
-  if _kind(part) == 'MappingNetwork':
+  if kind_of(part) == 'MappingNetwork':
     layers = sum(re.fullmatch(r'fc\d+', child) is not None for child in part.state['_modules'])
     _check_attribute(full, part, 'num_layers', layers)
 
@@ -167,7 +172,7 @@ def _check_discriminator(module):
   if architecture not in ('orig', 'resnet'):
     raise SnapshotError(f'D has architecture={short(architecture)}, expected orig or resnet')
   for name, part in parts.items():
-    if _kind(part) == 'DiscriminatorBlock':
+    if kind_of(part) == 'DiscriminatorBlock':
       _check_attribute(f'D.{name}', part, 'architecture', architecture)
   width, inputs = _weight(parts['b4.conv']).shape[:2]
   if 'b4.mbstd' not in parts:
@@ -177,11 +182,6 @@ def _check_discriminator(module):
   _check_attribute('D.b4.mbstd', parts['b4.mbstd'], 'num_channels', inputs - width)
   group = parts['b4.mbstd'].state.get('group_size', 'missing')
   return WHOLE_BATCH if group is None else group
-
-
-def _kind(part):
-  """The name of its class, without the module that other people's copies have."""
-  return part.class_name.rpartition('.')[2]
 
 
 def _weight(part):

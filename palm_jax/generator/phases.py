@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from palm_jax.generator import adaptive_augment, losses
 from palm_jax.generator.discriminator import Discriminator
-from palm_jax.generator.stylegan2 import Generator
+from palm_jax.generator.sines import TrainedNetwork
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Setup:
   """
 
   config: ConfigDict
-  G: Generator
+  G: TrainedNetwork
   D: Discriminator
   num_devices: int
   round_size: int
@@ -58,7 +58,7 @@ class Updated(NamedTuple):
 
 
 def make_phases(
-  config: ConfigDict, G: Generator, D: Discriminator, num_devices: int
+  config: ConfigDict, G: TrainedNetwork, D: Discriminator, num_devices: int
 ) -> dict[str, tuple[int, Callable]]:
   """The optimiser steps of an iteration on one device of the mesh axis 'data', in order.
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palm_jax.generator.stylegan2 import Generator
+from palm_jax.generator.sines import TrainedNetwork
 from palm_jax.layers.pixels import to_uint8
 
 ROWS = 10  # of a grid of pictures, at most
@@ -29,7 +29,7 @@ def batch_indices(seed: int, start: int, count: int, size: int) -> np.ndarray:
   return np.concatenate(out).astype(np.int32)
 
 
-def grid_shape(G: Generator) -> tuple[int, int]:
+def grid_shape(G: TrainedNetwork) -> tuple[int, int]:
   """(rows, columns) of a grid to look at, a class a row.
 
   Stacks of frames are fewer, as their frames are shown side by side.
@@ -40,7 +40,7 @@ def grid_shape(G: Generator) -> tuple[int, int]:
 
 
 def sample_images(
-  G: Generator, variables: Any, key: jax.Array, truncation_psi: float = 1.0
+  G: TrainedNetwork, variables: Any, key: jax.Array, truncation_psi: float = 1.0
 ) -> jax.Array:
   """Generated pictures to look at, a class a row and a latent a column, or all different.
 
@@ -59,7 +59,7 @@ def sample_images(
   return to_uint8(images).reshape(rows, columns, *G.image_shape)
 
 
-def real_images(images: np.ndarray, labels: np.ndarray, G: Generator) -> np.ndarray:
+def real_images(images: np.ndarray, labels: np.ndarray, G: TrainedNetwork) -> np.ndarray:
   """Training pictures (N, H, W, C) in such a grid, spread evenly over the set.
 
   Places are black where a class has too few.

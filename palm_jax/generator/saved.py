@@ -17,31 +17,39 @@ from palm_jax.base.files import as_json, replacing
 from palm_jax.formats.arrays import check_numbers
 from palm_jax.formats.kinds import SnapshotError
 from palm_jax.generator.loaded import LoadedGenerator
+from palm_jax.generator.sines import SirenGenerator
 from palm_jax.generator.stylegan2 import LR_MULTIPLIER, Generator
+from palm_jax.generator.stylegan3 import StyleGAN3
 
 MAX_SIZE = 1 << 16  # of any width, and of the number of classes
 MAX_RESOLUTIONS = 10
 MAX_MAPPING_LAYERS = 64
+Network = Generator | StyleGAN3 | SirenGenerator
+NETWORKS = dict(stylegan2=Generator, stylegan3=StyleGAN3, siren=SirenGenerator)
+EXACT = 'freqs', 'phases', 'transform'  # of waves, whose phases show each lost bit
 RARE = dict(base_width=None, class_averages=False)
-NETWORK_KEY = 'palm_jax_network'  # in a .safetensors' metadata: the Generator's fields as JSON
+NETWORK_KEY = 'palm_jax_network'  # in a .safetensors' metadata: the network's fields as JSON
 
 
-def network_fields(network: Generator) -> dict[str, Any]:
-  """The fields of a Generator that its variables belong to, as JSON holds them.
+def network_fields(network: Network) -> dict[str, Any]:
+  """The fields of a network that its variables belong to, as JSON holds them.
 
-  Those of RARE stand only where they differ, so that files keep what they were written with.
+  'network' names its class in NETWORKS, unless that is StyleGAN2. Those of RARE stand only where
+  they differ, so that files keep what they were written with.
   """
   fields = {
     f.name: getattr(network, f.name)
     for f in dataclasses.fields(network)
     if f.name not in ('dtype', 'parent', 'name')
   }
-  return {name: x for name, x in fields.items() if name not in RARE or x != RARE[name]}
+  fields = {name: x for name, x in fields.items() if name not in RARE or x != RARE[name]}
+  (kind,) = (name for name, made in NETWORKS.items() if type(network) is made)
+  return fields if kind == 'stylegan2' else dict(fields, network=kind)
 
 
 def save_safetensors(
   path: str | os.PathLike,
-  network: Generator,
+  network: Network,
   variables: Any,
   about: str,
   dtype: Any = np.float16,
@@ -52,10 +60,10 @@ def save_safetensors(
 
   Args:
     path: *.safetensors.
-    network: Generator.
+    network: of NETWORKS.
     variables: {'params', 'buffers'}.
     about: for people: where it comes from, under which licence.
-    dtype: of the numbers in the file.
+    dtype: of the numbers in the file; EXACT ones are as they are.
 
   Raises:
     UserError: numbers that dtype does not hold.
@@ -63,15 +71,18 @@ def save_safetensors(
   """
   tensors = traverse_util.flatten_dict(variables, sep='/')
   with np.errstate(over='ignore'):
-    stored = {name: np.array(x, dtype, order='C') for name, x in tensors.items()}
+    stored = {
+      name: np.array(x, None if name.endswith(EXACT) else dtype, order='C')
+      for name, x in tensors.items()
+    }
   for name, x in stored.items():
     if not np.isfinite(x).all():
       raise UserError(
         f'{name} has numbers that {np.dtype(dtype).name} does not hold: save it as float32'
       )
-  settings = dict(
-    conv_clamp=f'{network.conv_clamp}', lr_multiplier=f'{LR_MULTIPLIER}', activation='lrelu'
-  )
+  settings = dict(lr_multiplier=f'{LR_MULTIPLIER}', activation='lrelu')
+  if isinstance(network, Generator):
+    settings['conv_clamp'] = f'{network.conv_clamp}'
   metadata = {NETWORK_KEY: json.dumps(network_fields(network)), 'about': about, **settings}
   content = safetensors.numpy.save(stored, metadata)
   with replacing(path) as file:
@@ -90,7 +101,7 @@ def from_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray], fields: str) 
     SnapshotError: damage.
   """
   try:
-    network = _network(json.loads(fields))
+    network = network_of(json.loads(fields))
     expected = _shapes(network)
   except (KeyError, TypeError, ValueError, RecursionError, UserError) as e:
     raise SnapshotError(
@@ -116,7 +127,7 @@ def from_folder(path: pathlib.Path) -> LoadedGenerator:
   """
   folder = path if (path / 'network.json').is_file() else path / 'generator'
   try:
-    network = _network(json.loads((folder / 'network.json').read_text()))
+    network = network_of(json.loads((folder / 'network.json').read_text()))
     expected = _shapes(network)
   except (OSError, ValueError, TypeError, KeyError, RecursionError, AttributeError) as e:
     raise UserError(
@@ -156,18 +167,27 @@ def _first_misfit(there, expected):
   return ''
 
 
-def _network(fields: dict[str, Any]) -> Generator:
-  """Generator of the fields in a file.
+def network_of(fields: dict[str, Any]) -> Network:
+  """The network of `network_fields`, as JSON gives them back.
 
-  Raises ValueError for sizes that no generator has, before they cost anything.
+  Raises:
+    KeyError, TypeError, ValueError: fields that no network has, before they cost anything.
   """
-  channels = tuple(fields['channels'])
+  fields = dict(fields)
+  kind = fields.pop('network', 'stylegan2')
+  if kind == 'stylegan3':
+    return StyleGAN3.from_fields(fields)
+  if kind not in NETWORKS:
+    raise ValueError('network')
+  fields = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
+  channels = fields.get('channels', ())
   sizes = [n for n in (*channels, *fields.values()) if type(n) is int]
   plausible = (
     all(0 <= n <= MAX_SIZE for n in sizes)
     and len(channels) <= MAX_RESOLUTIONS
     and fields['mapping_layers'] <= MAX_MAPPING_LAYERS
+    and fields.get('layers', 1) <= MAX_MAPPING_LAYERS
   )
   if not plausible:
     raise ValueError('sizes')
-  return Generator(**{**fields, 'channels': channels})
+  return NETWORKS[kind](**fields)

@@ -20,7 +20,9 @@ from palm_jax.formats.torch_files import MAX_NAME, read
 from palm_jax.generator import layouts, parts
 from palm_jax.generator.discriminator import Discriminator
 from palm_jax.generator.official import discriminator_from_official, generator_from_official
+from palm_jax.generator.official3 import stylegan3_from_official
 from palm_jax.generator.stylegan2 import LR_MULTIPLIER, Generator
+from palm_jax.generator.stylegan3 import StyleGAN3
 
 # What a network does besides its tensors, and what is assumed where a file does not say.
 ASSUMED = dict(conv_clamp=None, lr_multiplier=LR_MULTIPLIER, activation='lrelu', mbstd_group=4)
@@ -28,24 +30,26 @@ MAX_RESOLUTION = 2048
 DRAWS = 10_000  # latents, of which a missing w_avg is the mean
 
 
-def load_snapshot(path: str | os.PathLike, network: str = 'G_ema') -> tuple[Generator, dict]:
+def load_snapshot(
+  path: str | os.PathLike, network: str = 'G_ema'
+) -> tuple[Generator | StyleGAN3, dict]:
   """A generator out of a file that another program wrote.
 
   Args:
     path: a file with a StyleGAN2 in the layout of stylegan2-ada-pytorch, or of rosinality's
-      stylegan2-pytorch: a snapshot or a state_dict (pickle, torch.save), an .npz or a .safetensors.
-      Tensors may stand below a prefix ('G_ema/synthesis.b4.const', 'decoder.conv1...'). Files
-      without the network's objects may give the settings of `ASSUMED` as entries (.npz) or
-      metadata (.safetensors).
+      stylegan2-pytorch: a snapshot or a state_dict (pickle, torch.save), an .npz or a .safetensors;
+      or a snapshot of NVlabs/stylegan3. Tensors may stand below a prefix
+      ('G_ema/synthesis.b4.const', 'decoder.conv1...'). Files without the network's objects may give
+      the settings of `ASSUMED` as entries (.npz) or metadata (.safetensors).
     network: 'G_ema', the average over the training, or 'G'. A network without a label is both.
 
   Returns:
-    (Generator, variables): float32 numpy arrays. Networks that ran partly in float16 run in
+    (network, variables): float32 numpy arrays. Networks that ran partly in float16 run in
       float32.
 
   Raises:
-    SnapshotError: no such file, damage, numbers that are not finite, or a network that `Generator`
-      is not.
+    SnapshotError: no such file, damage, numbers that are not finite, or a network that ours are
+      not.
   """
   path = pathlib.Path(path)
   if network not in ('G', 'G_ema'):
@@ -54,6 +58,10 @@ def load_snapshot(path: str | os.PathLike, network: str = 'G_ema') -> tuple[Gene
     settings: dict[str, Any]
     found, contents, settings = _open(path, network)
     state, module = found.arrays, found.module
+    if found.layout == 'stylegan3':
+      G3, variables = stylegan3_from_official(state, module)
+      _log(path, found.label or network, G3, G3.image_shape, _latents(G3), variables)
+      return G3, variables
     average = layouts.latent_average(contents, state)
     if found.layout == 'rosinality':
       module = None  # its objects are of other classes
@@ -83,7 +91,8 @@ def load_snapshot(path: str | os.PathLike, network: str = 'G_ema') -> tuple[Gene
     if 'mapping.w_avg' not in state:
       logging.info(f'{path} holds no average of w: it is the mean of {DRAWS} drawn w')
       variables['buffers']['w_avg'] = mean_w(G, variables)
-  _log(path, found.label or network, G, G.image_shape, f'z {G.z_dim}, w {G.w_dim}', variables)
+  more = f'{_latents(G)}, conv_clamp {G.conv_clamp}'
+  _log(path, found.label or network, G, G.image_shape, more, variables)
   return G, variables
 
 
@@ -259,11 +268,14 @@ def _silenced(state, layers):
   return {**state, **{f'{layer}.noise_strength': np.zeros((), np.float32) for layer in layers}}
 
 
+def _latents(network):
+  return f'z {network.z_dim}, w {network.w_dim}'
+
+
 def _log(path, label, module, image_shape, more, variables):
   height, width, channels = image_shape
   count = sum(x.size for x in jax.tree.leaves(variables['params']))
   logging.info(
     f'{path}: {label}, {height} x {width} x {channels}, {module.num_classes} classes, {more}, '
-    f'{module.mapping_layers} mapping layers, channels {module.channels}, '
-    f'conv_clamp {module.conv_clamp}, {count} parameters'
+    f'{module.mapping_layers} mapping layers, channels {module.channels}, {count} parameters'
   )

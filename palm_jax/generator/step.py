@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from palm_jax.generator import adaptive_augment
 from palm_jax.generator.discriminator import Discriminator
 from palm_jax.generator.phases import make_optimizers, make_phases
-from palm_jax.generator.stylegan2 import Generator
+from palm_jax.generator.sines import TrainedNetwork
 
 
 class State(flax.struct.PyTreeNode):
@@ -51,7 +51,7 @@ class State(flax.struct.PyTreeNode):
   key: jax.Array
 
 
-def init_state(config: ConfigDict, G: Generator, D: Discriminator, key: jax.Array) -> State:
+def init_state(config: ConfigDict, G: TrainedNetwork, D: Discriminator, key: jax.Array) -> State:
   """The first state, as a pure function: jit it with the shardings it should have."""
   key, key_g, key_d = jax.random.split(key, 3)
   label = jnp.zeros((1,), jnp.int32)
@@ -74,7 +74,9 @@ def init_state(config: ConfigDict, G: Generator, D: Discriminator, key: jax.Arra
   )
 
 
-def make_train_call(config: ConfigDict, G: Generator, D: Discriminator, mesh: Mesh) -> Callable:
+def make_train_call(
+  config: ConfigDict, G: TrainedNetwork, D: Discriminator, mesh: Mesh
+) -> Callable:
   """Many iterations in one compiled, donated call.
 
   Args:

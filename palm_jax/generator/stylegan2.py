@@ -146,14 +146,8 @@ class Generator(nn.Module):
         mutable.
       axis_name: mesh axis over which that mean is taken.
     """
-    w = self.mapping_network(z, labels)
+    w = mapped(self, z, labels, update_w_avg, axis_name)
     w_avg = self.w_avg.value
-    if update_w_avg and not self.is_initializing():
-      mean = jax.lax.stop_gradient(w).mean(0)
-      if axis_name is not None:
-        mean = jax.lax.pmean(mean, axis_name)
-      self.w_avg.value = mean + W_AVG_MOMENTUM * (w_avg - mean)
-      w_avg = self.w_avg.value
     if self.class_averages:
       w_avg = _of_labels(w_avg, labels)[:, None]
     return truncated(w, w_avg, self.num_ws, truncation_psi, truncation_cutoff)
@@ -267,6 +261,22 @@ class SynthesisBlock(nn.Module):
     to_rgb = ops.ToRGB(self.image_channels, self.conv_clamp, self.dtype, name='torgb')
     rgb = to_rgb(x, ws[:, first + 2])
     return x, rgb if image is None else ops.upsample(image) + rgb
+
+
+def mapped(
+  network: Any, z: jax.Array, labels: jax.Array | None, update_w_avg: bool, axis_name: str | None
+) -> jax.Array:
+  """z (N, z_dim), labels -> w (N, w_dim) of a network with `mapping_network` and `w_avg`.
+
+  The last arguments are those of `Generator.mapping`.
+  """
+  w = network.mapping_network(z, labels)
+  if update_w_avg and not network.is_initializing():
+    mean = jax.lax.stop_gradient(w).mean(0)
+    if axis_name is not None:
+      mean = jax.lax.pmean(mean, axis_name)
+    network.w_avg.value = mean + W_AVG_MOMENTUM * (network.w_avg.value - mean)
+  return w
 
 
 def truncated(

@@ -40,6 +40,10 @@ def default_config():
       path='',  # workdir of another run whose generator to play in; empty: train one here
       # workdir or .pkl whose networks training starts from; then ada_kimg=100 is the original's
       init_from='',
+      network='stylegan2',  # or siren: pictures as functions of their coordinates
+      sine_layers=4,  # of siren; pi-GAN has 8 of 256 (arXiv 2012.00926)
+      sine_width=64,
+      sine_samples=2,  # points a side of which a pixel is the mean
       z_dim=512,
       w_dim=512,
       mapping_layers=2,

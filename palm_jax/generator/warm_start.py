@@ -10,18 +10,16 @@ from absl import logging
 
 from palm_jax.base.checkpoints import load_item
 from palm_jax.base.errors import UserError
-from palm_jax.generator import snapshots
+from palm_jax.generator import SUFFIXES, snapshots
 from palm_jax.generator.step import State
-
-FILES = '.pkl', '.npz', '.safetensors'
 
 
 def load_networks(path: str | os.PathLike, template: State) -> dict[str, Any]:
   """The networks to start from; optimisers, augmentation and path lengths begin anew.
 
   Args:
-    path: workdir of a palm_jax run whose generator job has saved at least once, or a snapshot of
-      stylegan2-ada-pytorch (see `snapshots.load_snapshot`) with G, G_ema and D.
+    path: workdir of a palm_jax run whose generator job has saved at least once, or a file
+      (see `snapshots.load_snapshot`) with G, G_ema and D.
     template: shapes, dtypes and shardings of the State that they go into.
 
   Returns:
@@ -31,7 +29,7 @@ def load_networks(path: str | os.PathLike, template: State) -> dict[str, Any]:
     UserError: nothing of this kind there, or networks of other sizes.
   """
   path = pathlib.Path(path)
-  if path.suffix in FILES:
+  if path.is_file() or path.suffix in SUFFIXES:
     found = {name: snapshots.load_snapshot(path, name)[1] for name in ('G', 'G_ema')}
     found['D'] = snapshots.load_discriminator(path)[1]['params']
     networks = {

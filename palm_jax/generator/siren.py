@@ -1,0 +1,314 @@
+"""A picture as a function of its coordinates: a network of sines (SIREN, arXiv 2006.09661).
+
+  python -m palm_jax.generator.siren picture.png out.png --of=gradients --scale=4
+  python -m palm_jax.generator.siren a.png out.png --with=b.png
+
+The first fits a network to a picture, or to its gradients or its Laplacian alone, and draws it at
+any size. The second merges two pictures: it fits the mean of their gradients.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags, logging
+from PIL import Image
+
+from palm_jax.base import checks, command
+from palm_jax.base.errors import NonFiniteError, UserError
+from palm_jax.base.pictures import save_png
+from palm_jax.generator.sines import W0, Siren, coordinates
+
+TARGETS = 'values', 'gradients', 'laplacian'
+CHUNK = 1 << 16  # coordinates that are drawn at once
+STEPS_PER_CALL = 50
+MAX_SIDE = 4096  # pixels of a picture to fit
+MAX_DRAWN = 1 << 26  # pixels
+
+
+def gradients(f: Callable, x: jax.Array) -> jax.Array:
+  """Derivatives of f: (N, 2) -> (N, C), each row by its own coordinates: (N, C, 2)."""
+  return jnp.stack([_along(f, axis)(x) for axis in (0, 1)], -1)
+
+
+def laplacian(f: Callable, x: jax.Array) -> jax.Array:
+  """The sum of the second derivatives along both coordinates: (N, C)."""
+  by_y, by_x = (_along(_along(f, axis), axis)(x) for axis in (0, 1))
+  return by_y + by_x
+
+
+def _along(f, axis):
+  """The derivative along a coordinate, as a function; forward mode, as rows are independent."""
+  return lambda x: jax.jvp(f, (x,), (jnp.zeros_like(x).at[:, axis].set(1),))[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+  """A picture as a function.
+
+  Attributes:
+    network: Siren.
+    params: its parameters.
+    shape: (H, W, C) of what was fitted.
+  """
+
+  network: Siren
+  params: Any
+  shape: tuple[int, int, int]
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Coordinates (N, 2) (y, x) in [-1, 1] -> values (N, C), nominally in [-1, 1]."""
+    values: Any = self.network.apply({'params': self.params}, x)
+    return values
+
+  def draw(self, height: int | None = None, width: int | None = None) -> np.ndarray:
+    """The picture at any size: (height, width, C) float32, nominally in [-1, 1].
+
+    Raises:
+      UserError: a size that is not positive, or too large to hold.
+    """
+    height, width = height or self.shape[0], width or self.shape[1]
+    if not (height > 0 < width and height * width <= MAX_DRAWN):
+      raise UserError(f'{height} x {width} pixels: expected 1 to {MAX_DRAWN} of them')
+    x = coordinates(height, width)
+    rows = [_evaluate(self.network, self.params, x[i : i + CHUNK]) for i in range(0, len(x), CHUNK)]
+    return np.concatenate(rows).reshape(height, width, -1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _evaluate(network, params, x):
+  return network.apply({'params': params}, x)
+
+
+def fit(
+  image: np.ndarray,
+  of: str = 'values',
+  steps: int = 2000,
+  width: int = 256,
+  layers: int = 3,
+  lr: float = 5e-4,
+  batch: int = 8192,
+  w0: float | None = None,
+  seed: int = 0,
+) -> Fitted:
+  """Fits a Siren to a picture.
+
+  Args:
+    image: (H, W, C), uint8, or floats in [-1, 1].
+    of: what of it is given: 'values'; 'gradients', differences of neighbouring pixels, which leave
+      a constant for each channel free (it is set to the picture's mean); or 'laplacian', which
+      leaves any harmonic function free (the mean is set).
+    steps: of Adam, whose rate falls to 0 along a cosine.
+    width, layers: of the `Siren`.
+    lr: the rate at first. The original has 1e-4 for all pixels in each step.
+    batch: places of a step, drawn at random.
+    w0: speed of the first layer; None is the original's 30, and less in proportion for pictures of
+      fewer than 256 pixels a side, between whose pixels it would otherwise do as it likes.
+    seed: of the initialisation and the places.
+
+  Raises:
+    UserError: a picture or sizes that cannot be fitted.
+    NonFiniteError: the loss is not finite.
+  """
+  image = as_floats(image)
+  checks.choice('of', of, TARGETS)
+  positions, targets = _targets(image, of)
+  speed = W0 * min(1, max(image.shape[:2]) / 256) if w0 is None else w0
+  network = Siren(image.shape[-1], width, layers, speed)
+  return _fit(network, image, of, positions, targets, steps, lr, batch, seed)
+
+
+def merge(image_a: np.ndarray, image_b: np.ndarray, share: float = 0.5, **settings: Any) -> Fitted:
+  """One picture with the gradients of two: share * those of a + (1 - share) * those of b.
+
+  Args:
+    image_a, image_b: (H, W, C) each, as for `fit`, of one shape.
+    share: of a, 0 to 1.
+    **settings: of `fit`.
+
+  Raises:
+    UserError: pictures of different shapes, or what `fit` refuses.
+    NonFiniteError: the loss is not finite.
+  """
+  a, b = as_floats(image_a), as_floats(image_b)
+  if a.shape != b.shape:
+    raise UserError(f'pictures of {a.shape} and {b.shape}: resize one, they must be of one shape')
+  if not 0 <= share <= 1:
+    raise UserError(f'share={share}: expected 0 to 1')
+  return fit(share * a + (1 - share) * b, of='gradients', **settings)
+
+
+def as_floats(image: np.ndarray) -> np.ndarray:
+  """A picture (H, W) or (H, W, C), uint8 or floats in [-1, 1], as (H, W, C) float32.
+
+  Raises:
+    UserError: another shape or type, numbers beyond that range, or sides that are too long.
+  """
+  image = np.asarray(image)
+  image = image[..., None] if image.ndim == 2 else image
+  sides_fit = image.ndim == 3 and all(2 <= n <= MAX_SIDE for n in image.shape[:2])
+  if not sides_fit or not 1 <= image.shape[-1] <= 4:
+    raise UserError(
+      f'a picture of shape {image.shape}: expected (H, W, C) with sides of 2 to {MAX_SIDE} pixels '
+      'and 1 to 4 channels'
+    )
+  if image.dtype == np.uint8:
+    return image.astype(np.float32) / 127.5 - 1
+  if image.dtype.kind != 'f' or not np.abs(image).max() <= 1 + 1e-3:
+    raise UserError(f'a picture of {image.dtype}: expected uint8, or floats within -1 and 1')
+  return image.astype(np.float32)
+
+
+def _targets(image, of):
+  """[(positions (N, 2), targets (N, C))] of each kind of place in the picture."""
+  height, width, channels = image.shape
+  grid = coordinates(height, width).reshape(height, width, 2)
+  flat = lambda x: x.reshape(-1, x.shape[-1])
+  if of == 'values':
+    return [flat(grid)], [flat(image)]
+  step = 2 / height, 2 / width  # between neighbours
+  if of == 'gradients':
+    # A difference is nearest to the derivative half way between its pixels; differences over two
+    # pixels at the pixels themselves would lose what is finest (10 dB less on photographs).
+    middle = (grid[1:] + grid[:-1]) / 2, (grid[:, 1:] + grid[:, :-1]) / 2
+    slopes = np.diff(image, axis=0) / step[0], np.diff(image, axis=1) / step[1]
+    return [flat(x) for x in middle], [flat(x) for x in slopes]
+  bends = [np.diff(image, 2, axis) / step[axis] ** 2 for axis in (0, 1)]
+  inner = bends[0][:, 1:-1] + bends[1][1:-1]
+  return [flat(grid[1:-1, 1:-1])], [flat(inner)]
+
+
+def _predict(of, f, positions):
+  """What `_targets` are of f, at [positions]."""
+  if of == 'values':
+    return [f(positions[0])]
+  if of == 'gradients':
+    return [_along(f, axis)(x) for axis, x in enumerate(positions)]
+  return [laplacian(f, positions[0])]
+
+
+def _fit(network, image, of, positions, targets, steps, lr, batch, seed):
+  for name, value, most in (
+    ('steps', steps, 10**7),
+    ('width', network.width, 4096),
+    ('layers', network.layers, 64),
+    ('batch', batch, 1 << 22),
+  ):
+    if not 1 <= value <= most:
+      raise UserError(f'{name}={value}: expected 1 to {most}')
+  for name, value, most in (('lr', lr, 1), ('w0', network.w0, 1e4)):
+    if not 0 < value < most:
+      raise UserError(f'{name}={value}: expected a number between 0 and {most}')
+  # One scale of the targets, so that losses and rates mean the same for each kind.
+  scale = float(np.sqrt(np.mean([np.mean(np.square(t)) for t in targets]))) or 1.0
+  positions, targets = jax.device_put((positions, [t / scale for t in targets]))
+  optimizer = optax.adam(optax.cosine_decay_schedule(lr, steps))
+
+  def loss_fn(params, places):
+    f = lambda x: network.apply({'params': params}, x)
+    found: list[Any] = _predict(of, f, [x[i] for x, i in zip(positions, places, strict=True)])
+    errors = [jnp.square(y / scale - t[i]) for y, t, i in zip(found, targets, places, strict=True)]
+    return sum(e.mean() for e in errors)
+
+  def step(state, number):
+    params, opt_state = state
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), number), len(positions))
+    count = min(batch, min(map(len, positions)))
+    places = [
+      jax.random.randint(k, (count,), 0, len(x)) for k, x in zip(keys, positions, strict=True)
+    ]
+    loss, grads = jax.value_and_grad(loss_fn)(params, places)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return (optax.apply_updates(params, updates), opt_state), loss
+
+  call = jax.jit(functools.partial(jax.lax.scan, step), donate_argnums=0)
+  params = network.init(jax.random.key(seed), np.zeros((1, 2), np.float32))['params']
+  state = params, optimizer.init(params)
+  started = said = time.monotonic()
+  for first in range(0, steps, STEPS_PER_CALL):
+    numbers = jnp.arange(first, min(first + STEPS_PER_CALL, steps))
+    state, losses = call(state, numbers)
+    loss, done = float(losses.mean()), int(numbers[-1]) + 1
+    if not np.isfinite(loss):
+      raise NonFiniteError(f'the loss is {loss} at step {done}: lower lr={lr}')
+    now = time.monotonic()
+    if now - said > 5:
+      said = now
+      rate = done / (now - started)
+      logging.info(
+        f'step {done} of {steps} ({done / steps:.0%}), {rate:.1f} steps/s, '
+        f"{(steps - done) / rate:.0f} s left, loss {loss:.3g} of the targets' mean square"
+      )
+  fitted = Fitted(network, jax.device_get(state[0]), image.shape)
+  if of == 'values':
+    return fitted
+  free = image.mean((0, 1)) - fitted.draw().mean((0, 1))
+  out = {**fitted.params['out'], 'bias': fitted.params['out']['bias'] + free}
+  return dataclasses.replace(fitted, params={**fitted.params, 'out': out})
+
+
+def psnr(image: np.ndarray, drawn: np.ndarray) -> float:
+  """Peak signal to noise ratio in dB, of pictures in [-1, 1]."""
+  return float(10 * np.log10(4 / np.mean(np.square(as_floats(image) - drawn, dtype=np.float64))))
+
+
+def read_picture(path: str) -> np.ndarray:
+  """(H, W, 1 or 3) uint8. Raises UserError where it cannot be read."""
+  try:
+    with Image.open(path) as picture:
+      grey = picture.mode in ('1', 'L', 'LA', 'I;16')
+      pixels = np.asarray(picture.convert('L' if grey else 'RGB'))
+  except (OSError, ValueError, Image.DecompressionBombError) as e:
+    raise UserError(f'{path} cannot be read as a picture ({e}): give a PNG or JPEG') from e
+  return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """Defines the flags and reads them; returns what absl leaves of argv. Raises UserError."""
+  flags.DEFINE_enum('of', 'values', TARGETS, 'What of the picture the network is given.')
+  flags.DEFINE_string('with', None, 'Another picture of this size, to merge it with.')
+  flags.DEFINE_float('share', 0.5, 'Of the first picture in a merger.')
+  flags.DEFINE_float('scale', 1.0, 'Size of the drawing, in sizes of the picture.')
+  flags.DEFINE_integer('steps', 2000, 'Of Adam.')
+  flags.DEFINE_integer('width', 256, 'Of the layers.')
+  flags.DEFINE_integer('layers', 3, 'Of sines after the first.')
+  flags.DEFINE_float('lr', 5e-4, 'Rate of Adam at first.')
+  flags.DEFINE_integer('seed', 0, 'Of the initialisation.')
+  return command.parse_flags(argv)
+
+
+def main(argv: list[str]) -> None:
+  """The command, after `parse_flags`. Raises UserError."""
+  if len(argv) != 3:
+    raise UserError(f'{len(argv) - 1} arguments: expected two, the picture and the .png to write')
+  f = flags.FLAGS
+  if not argv[2].endswith('.png'):
+    raise UserError(f'{argv[2]}: expected a name that ends in .png')
+  if not 0 < f.scale <= 64:
+    raise UserError(f'--scale={f.scale}: expected a number above 0, at most 64')
+  image = read_picture(argv[1])
+  size = [max(1, round(n * f.scale)) for n in image.shape[:2]]
+  if size[0] * size[1] > MAX_DRAWN:
+    raise UserError(
+      f'--scale={f.scale}: {size[0]} x {size[1]} pixels, expected {MAX_DRAWN} at most'
+    )
+  settings = dict(steps=f.steps, width=f.width, layers=f.layers, lr=f.lr, seed=f.seed)
+  command.start()
+  other = f['with'].value
+  if other:
+    fitted = merge(image, read_picture(other), f.share, **settings)
+  else:
+    fitted = fit(image, f.of, **settings)
+    logging.info(f'PSNR {psnr(image, fitted.draw()):.1f} dB')
+  pixels = np.clip(fitted.draw(*size) * 127.5 + 128, 0, 255).astype(np.uint8)
+  save_png(argv[2], pixels)
+
+
+if __name__ == '__main__':
+  command.run(main, parse_flags)
