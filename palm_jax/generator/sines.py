@@ -97,8 +97,8 @@ class SirenGenerator(nn.Module):
     resolution: side of the pictures that it learns from, which it draws unless asked for others.
     width: of each layer.
     layers: of sines.
-    samples: points a side of which a pixel is the mean. A picture drawn larger and averaged down is
-      then the smaller one up to the difference of such means.
+    samples: points a side of which a pixel is the mean at `resolution`, in proportion fewer in
+      larger pictures: one drawn so many times larger and averaged down is the small one.
     dtype: of the products; None is that of the parameters.
   """
 
@@ -184,12 +184,13 @@ class SirenGenerator(nn.Module):
     del noise_keys
     check_noise(noise)
     side = size or self.resolution
-    points = side * self.samples
+    samples = max(1, round(self.samples * self.resolution / side))
+    points = side * samples
     x = jnp.broadcast_to(coordinates(points, points), (len(ws), points**2, 2))
     for i, sine in enumerate(self.sines):
       x = sine(x, ws[:, i])
     values = self.to_rgb(x.astype(ops.at_least_float32(x)))
-    cells = len(ws), side, self.samples, side, self.samples, self.image_channels
+    cells = len(ws), side, samples, side, samples, self.image_channels
     return values.reshape(cells).mean((2, 4))
 
 
