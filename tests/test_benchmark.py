@@ -9,8 +9,10 @@ from ml_collections import ConfigDict
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from palm_jax.data.arrays import Data, Split
-from palm_jax.generator import train
-from palm_jax.speed import benchmark
+from palm_jax.generator import LoadedGenerator, train
+from palm_jax.generator.sines import SirenGenerator
+from palm_jax.generator.stylegan2 import Generator
+from palm_jax.speed import benchmark, drawing
 from tests.jobs import finish, saved_result
 from tests.worlds import LargeGenerator, nature_config, tiny_config
 
@@ -87,3 +89,14 @@ def test_nothing_to_measure(tmp_path):
   config.jobs = ('probe',)
   with pytest.raises(UserError, match='nothing to measure: put generator or pretrain'):
     finish(benchmark.JOB, config, tmp_path, None, devices.make_mesh())
+
+
+def test_drawing_beside_a_stylegan2_of_the_same_widths():
+  network = SirenGenerator(4, 4, 2, resolution=8, width=6, layers=2, image_channels=1)
+  other = drawing.counterpart(network)
+  assert other == Generator(4, 4, 2, (6, 6), image_channels=1, mapping_layers=2)
+  assert drawing.counterpart(other) is None
+  assert drawing.counterpart(network.clone(resolution=6)) is None  # no size of StyleGAN2
+  rates = drawing.measure(LoadedGenerator(network, None), 3)
+  assert rates.keys() == {'SirenGenerator', 'StyleGAN2'} and min(rates.values()) > 0
+  assert 'of the same widths (ratio ' in drawing.table(rates, 3)

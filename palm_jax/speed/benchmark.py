@@ -17,7 +17,7 @@ from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from palm_jax.generator import LoadedGenerator, PictureGenerator
 from palm_jax.job import Job, Run
-from palm_jax.speed import cost, generator_training, plan, timing, workload
+from palm_jax.speed import cost, drawing, generator_training, plan, timing, workload
 
 ROWS = dict(  # of the table: a part's name in words
   generator='generator',
@@ -45,6 +45,7 @@ def run(this: Run) -> dict:
     result['generator'] = generator_training.measure(config, this.data, mesh)
   if 'pretrain' in config.jobs:
     generator = draw_weights(plan.make_generator(config, this.workdir))
+    result['drawing'] = drawing.measure(generator, config.pretrain.num_envs)
     generator = worlds.as_world(config, generator)
     result['pretrain'] = pretraining(config, generator, mesh)
   if not result.keys() & {'generator', 'pretrain'}:
