@@ -195,7 +195,19 @@ def reset(
   Returns:
     EnvState.
   """
-  z, label = first_latent_and_label(env_keys(key, env_ids), z_dim, num_classes, dtype)
+  return begin(env_keys(key, env_ids), first_step, z_dim, num_classes, dynamics, dtype)
+
+
+def begin(
+  keys: jax.Array,
+  first_step: jax.Array,
+  z_dim: int,
+  num_classes: int,
+  dynamics: Dynamics,
+  dtype: Any = jnp.float32,
+) -> EnvState:
+  """`reset` by (E,) keys, one an environment."""
+  z, label = first_latent_and_label(keys, z_dim, num_classes, dtype)
   z = (first_scale(dynamics) * z).astype(dtype)
   velocity = jnp.zeros_like(z) if dynamics.kind == 'momentum' else ()
   return EnvState(z=z, label=label, step=first_step.astype(jnp.int32), velocity=velocity)
@@ -255,13 +267,26 @@ def step(
   Returns:
     EnvState of the next frame.
   """
+  keys = env_keys(key, env_ids)
+  return advance(state, action, keys, dynamics, episode_length, num_classes)
+
+
+def advance(
+  state: EnvState,
+  action: jax.Array,
+  keys: jax.Array,
+  dynamics: Dynamics,
+  episode_length: Any,
+  num_classes: int,
+) -> EnvState:
+  """`step` by (E,) keys, one an environment; episode_length may be traced."""
   dtype = state.z.dtype
 
   def draw(key):
     key_eps, key_new = jax.random.split(key)
     return jax.random.normal(key_eps, state.z.shape[1:], dtype), key_new
 
-  eps, new_keys = jax.vmap(draw)(env_keys(key, env_ids))
+  eps, new_keys = jax.vmap(draw)(keys)
   z_new = compose(action.astype(dtype), eps, dynamics.alpha)
   z, velocity = persist(state.z, z_new, dynamics.beta, dynamics.kind, state.velocity)
   new_z, new_label = first_latent_and_label(new_keys, state.z.shape[1], num_classes, dtype)

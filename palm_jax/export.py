@@ -15,7 +15,7 @@ results have it, and, under 'usage', the Python that runs it.
 from palm_jax.base import signals
 
 if __name__ == '__main__':
-  signals.watch()  # before imports that take seconds
+  signals.watch(importing=True)  # before imports that take seconds
 
 import functools
 import importlib.metadata

@@ -6,7 +6,7 @@ Any key of the config is a flag: --config.KEY=VALUE.
 from palm_jax.base import signals
 
 if __name__ == '__main__':
-  signals.watch()  # before imports that take seconds
+  signals.watch(importing=True)  # before imports that take seconds
 
 import json
 

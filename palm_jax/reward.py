@@ -184,6 +184,8 @@ def entropy_reward(
   _, chosen = jax.lax.top_k(-rough, count)  # (B, count)
   difference = h[:, None] - candidates[chosen]  # (B, count, F)
   exact = jnp.sqrt(jnp.sum(difference * difference, axis=-1))
+  if not include_self:  # where few candidates are valid, it was chosen among those that are not
+    exact = jnp.where(chosen == self_index[:, None], jnp.inf, exact)
   if valid is not None:
     exact = jnp.where(valid[chosen], exact, jnp.inf)
   distances = jnp.maximum(-jax.lax.top_k(-exact, k)[0] - clip, 0)  # (B, k), nearest first

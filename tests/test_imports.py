@@ -38,6 +38,7 @@ LAW = {
   'job': ['base', 'data'],
   'workdir': ['base', 'job'],
   'train': [*JOB, 'speed.cost'],
+  'world': ['layers', 'base', 'environment', 'generator', 'encoder', 'reward', 'checkpoint'],
   'evaluate': JOB,
   'atari': JOB,
   'speed': JOB,

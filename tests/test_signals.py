@@ -135,3 +135,19 @@ runpy.run_module('palm_jax.{module}', run_name='__main__', alter_sys=True)
 """
   done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=60)
   assert done.stderr == f'palm_jax: {signals.MESSAGE}\n' and done.returncode == 128 + number
+
+
+def test_nothing_is_raised_while_modules_are_imported(tmp_path):
+  """A compiled module whose start an exception leaves would abort the process."""
+  program = """
+import os, signal
+from palm_jax.base import signals
+signals.watch(importing=True)
+try:
+  os.kill(os.getpid(), signal.SIGTERM)
+  [None for _ in range(10**6)]
+except BaseException as e:
+  os.abort()
+"""
+  done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
+  assert done.returncode == 143 and done.stderr == f'palm_jax: {signals.MESSAGE}\n'

@@ -26,6 +26,7 @@ unfinished: set[pathlib.Path] = set()
 # Each says whether it saves and stops on a signal.
 holders: list[Callable[[], bool]] = []
 _watching = False
+_importing = False
 _said = False
 _ending = False  # by a signal, so that errors of what is taken apart mean nothing
 
@@ -54,9 +55,16 @@ def taken() -> list[int]:
   return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
-def watch() -> None:
-  """Makes the process end as said above, in one line, with exit_code. Once, in the main thread."""
-  global _watching
+def watch(importing: bool = False) -> None:
+  """Makes the process end as said above, in one line, with exit_code. In the main thread.
+
+  Args:
+    importing: whether modules are only being imported, until `watch` is called again: an exception
+      in the middle of a compiled module's start would abort the process, and nothing is written
+      yet, so it ends at once.
+  """
+  global _watching, _importing
+  _importing = importing
   if _watching:
     return
   _watching = True
@@ -98,6 +106,8 @@ def interrupt(number: int, agreed: bool = False) -> NoReturn:
   """Raises Interrupted."""
   global _ending
   _ending = True
+  if _importing:
+    end_at_once(number)
   raise Interrupted(number, agreed)
 
 

@@ -1,0 +1,160 @@
+"""The latent world for other people's agents: gymnax's protocol, Gymnasium, tasks."""
+
+import importlib.util
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from palm_jax import environment
+from palm_jax.base import checks
+from palm_jax.base.errors import UserError
+from palm_jax.generator import load_generator
+from palm_jax.world.manifold import OBSERVATIONS, LatentManifold, Params, State
+from palm_jax.world.tasks import Nothing, check_head, make_task
+from palm_jax.world.views import Features, at_random, pretrained
+
+__all__ = ['Features', 'LatentManifold', 'Params', 'State', 'make', 'register']
+
+NAME = 'palm_jax/LatentManifold-v0'
+CENTER = 256  # pictures whose mean feature is taken away from those of the goal
+
+
+def make(
+  generator: Any = 'cifar10-small',
+  task: str = 'none',
+  *,
+  observations: str = 'pixels',
+  encoder: Features | str | os.PathLike | None = None,
+  alpha: float | None = None,
+  beta: float | None = None,
+  truncation_psi: float | None = None,
+  episode_length: int | None = None,
+  label: int = -1,
+  dynamics: str = 'ema',
+  start: str = 'latent',
+  stack: int = 1,
+  goal: Any = 0,
+  head: tuple[np.ndarray, np.ndarray] | None = None,
+  target: int = 0,
+  **settings: Any,
+) -> tuple[LatentManifold, Params]:
+  """A world, and the parameters that it is played with.
+
+  Args:
+    generator: a PictureGenerator, or path or name for `load_generator`.
+    task: 'none', 'entropy', 'class' or 'goal' (`tasks.py`).
+    observations: 'pixels' (H, W, C) uint8, or 'features' of the encoder.
+    encoder: Features, the workdir of a pretraining, or 'random'; None is random where features are
+      needed.
+    alpha, beta, truncation_psi, episode_length: None is `environment.default_config`'s.
+    label: class of all episodes; -1 draws one for each.
+    dynamics, start, stack: of `environment.default_config`.
+    goal: of the task 'goal': a picture (H, W, C) uint8, or a seed of a latent (and of its class,
+      unless label says it).
+    head: of the task 'class': kernel (F, classes) and bias (classes,).
+    target: of the task 'class': the class.
+    **settings: of the task: threshold; k and memory of 'entropy'.
+
+  Returns:
+    (LatentManifold, Params).
+
+  Raises:
+    UserError: settings that cannot be; says which, and what can.
+  """
+  if isinstance(generator, str | os.PathLike):
+    generator = load_generator(generator)
+  defaults = environment.default_config()
+  given = dict(alpha=alpha, beta=beta, truncation_psi=truncation_psi, episode_length=episode_length)
+  defaults.update({name: value for name, value in given.items() if value is not None})
+  defaults.update(dict(dynamics=dynamics, start=start, stack=stack))
+  environment.check(defaults)
+  checks.choice('observations', observations, OBSERVATIONS)
+  if not -1 <= label < max(generator.num_classes, 1):
+    raise UserError(f'label={label}: expected -1 or a class below {generator.num_classes}')
+  task_of = make_task(task, **settings)
+  height, width, channels = generator.image_shape
+  features = None
+  if task_of.sees or observations == 'features' or encoder is not None:
+    features = _features(encoder, (height, width, channels * stack))
+  params = Params(
+    alpha=jnp.float32(defaults.alpha),
+    beta=jnp.float32(defaults.beta),
+    truncation_psi=jnp.float32(defaults.truncation_psi),
+    episode_length=jnp.int32(defaults.episode_length),
+    label=jnp.int32(label),
+    variables=jax.device_put(generator.variables),
+    features=() if features is None else jax.device_put(features.variables),
+    task=(),
+  )
+  told = ()
+  if task == 'goal':
+    plain = LatentManifold(generator, Nothing(), features, 'pixels', params, dynamics, start, stack)
+    told = _goal(plain, params, goal)
+  elif task == 'class':
+    if head is None or features is None:
+      raise UserError("task 'class' without a head: give head=(kernel, bias) of a linear probe")
+    check_head(*head, target, features.size)
+    told = dict(kernel=jnp.asarray(head[0]), bias=jnp.asarray(head[1]), target=jnp.int32(target))
+  params = params.replace(task=told)
+  return LatentManifold(
+    generator, task_of, features, observations, params, dynamics, start, stack
+  ), params
+
+
+def _features(encoder, image_shape):
+  if isinstance(encoder, Features):
+    return encoder
+  if encoder is None or encoder == 'random':
+    return at_random(image_shape)
+  return pretrained(encoder, image_shape)
+
+
+def goal_latent(world: LatentManifold, seed: int) -> tuple[jax.Array, jax.Array]:
+  """The latent (z_dim,) and class () of the goal with a seed."""
+  z, label = environment.first_latent_and_label(
+    jax.random.key(seed)[None], world.generator.z_dim, world.generator.num_classes, jnp.float32
+  )
+  return z[0], label[0]
+
+
+def _goal(world, params, goal):
+  """Features of the goal, and the mean of those of random pictures."""
+  assert world.features is not None
+  look = jax.jit(world.features.apply)
+  keys = jax.random.split(jax.random.key(0), CENTER)
+  _, state = jax.jit(world.reset_all)(keys, params)
+  if isinstance(goal, int):
+    z, label = goal_latent(world, goal)
+    label = jnp.where(params.label < 0, label, params.label)
+    picture = jax.jit(world.picture)(params, z, label)
+  else:
+    picture = np.asarray(goal)
+    if picture.shape != world.generator.image_shape or picture.dtype != np.uint8:
+      raise UserError(
+        f'a goal of {picture.dtype}{picture.shape}: expected a picture of uint8'
+        f'{world.generator.image_shape}, or a seed'
+      )
+  seen = jnp.zeros((1, *world.image_shape), jnp.uint8).at[..., -picture.shape[-1] :].set(picture)
+  return dict(
+    features=look(params.features, seen)[0], center=look(params.features, state.seen).mean(0)
+  )
+
+
+def register() -> None:
+  """Makes `palm_jax/LatentManifold-v0` known to Gymnasium, where that is installed."""
+  if importlib.util.find_spec('gymnasium') is None:
+    return
+  import gymnasium
+
+  if NAME not in gymnasium.registry:
+    gymnasium.register(
+      NAME,
+      entry_point='palm_jax.world.gym:LatentManifoldEnv',
+      vector_entry_point='palm_jax.world.gym:LatentManifoldVectorEnv',
+    )
+
+
+register()

@@ -1,0 +1,170 @@
+"""The latent world as Gymnasium environments: one, and many at once in one compiled call a step."""
+
+from typing import Any
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+
+from palm_jax import environment
+from palm_jax.base.errors import UserError
+from palm_jax.world import LatentManifold, Params, make
+
+FPS = 8
+
+
+class LatentManifoldVectorEnv(gymnasium.vector.VectorEnv):
+  """E environments in one compiled call a step.
+
+  The step after an episode's last frame begins the next one: its action is not done and its reward
+  is 0 (NEXT_STEP). Environments never terminate, so values are always bootstrapped.
+  """
+
+  metadata = {
+    'autoreset_mode': AutoresetMode.NEXT_STEP,
+    'render_modes': ['rgb_array'],
+    'render_fps': FPS,
+  }
+
+  def __init__(
+    self, num_envs: int = 1, render_mode: str | None = None, world: Any = None, **settings: Any
+  ):
+    """Takes `num_envs`, and a (LatentManifold, Params) as `world`, or the settings of `make`.
+
+    Raises:
+      UserError: what `make` refuses, or no environments.
+    """
+    if not 1 <= num_envs <= 1 << 20:
+      raise UserError(f'num_envs={num_envs}: expected 1 or more')
+    self.world: LatentManifold
+    self.params: Params
+    self.world, self.params = make(**settings) if world is None else world
+    self.num_envs = num_envs
+    self.render_mode = render_mode
+    self.single_action_space = action_space(self.world)
+    self.single_observation_space = observation_space(self.world)
+    self.action_space = batch_space(self.single_action_space, num_envs)
+    self.observation_space = batch_space(self.single_observation_space, num_envs)
+    self._ids = jnp.arange(num_envs)
+    self._reset = jax.jit(self._begin)
+    self._step = jax.jit(self._advance, donate_argnums=0)
+    self._key: jax.Array | None = None
+    self._state: Any = None
+    self._count = 0
+
+  def _begin(self, params, key):
+    return self.world.reset_all(environment.env_keys(key, self._ids), params)
+
+  def _advance(self, state, params, key, count, actions):
+    keys = environment.env_keys(jax.random.fold_in(key, count), self._ids)
+    return self.world.step_all(keys, state, actions, params)
+
+  def reset(
+    self, *, seed: int | None = None, options: dict[str, Any] | None = None
+  ) -> tuple[np.ndarray, dict[str, Any]]:
+    """Begins an episode in every environment; a seed makes all that follows the same again."""
+    del options
+    super().reset(seed=seed)
+    if seed is not None or self._key is None:
+      self._key = jax.random.key(_fresh(seed))
+    self._key, key = jax.random.split(self._key)
+    observations, self._state = self._reset(self.params, key)
+    self._count = 0
+    return np.asarray(observations), {}
+
+  def step(
+    self, actions: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    """One step of every environment.
+
+    Args:
+      actions: (E, z_dim) in [-1, 1].
+
+    Returns:
+      observations (E, ...), rewards (E,) float32, terminations (all False), truncations (E,), {}.
+
+    Raises:
+      UserError: before `reset`, or actions of another shape.
+    """
+    actions = _checked(actions, (self.num_envs, self.world.num_actions), self._state)
+    observations, self._state, rewards, truncated = self._step(
+      self._state, self.params, self._key, np.int32(self._count), actions
+    )
+    self._count += 1
+    never = np.zeros(self.num_envs, bool)
+    return np.asarray(observations), np.asarray(rewards), never, np.asarray(truncated), {}
+
+  def render(self) -> tuple[np.ndarray, ...] | None:
+    """The pictures that the environments show: (H, W, 3) uint8 each."""
+    if self.render_mode != 'rgb_array' or self._state is None:
+      return None
+    return tuple(_rgb(self.world, picture) for picture in np.asarray(self._state.seen))
+
+
+class LatentManifoldEnv(gymnasium.Env):
+  """One environment. It does not begin a next episode by itself: call `reset` where one is cut."""
+
+  metadata = {'render_modes': ['rgb_array'], 'render_fps': FPS}
+
+  def __init__(self, render_mode: str | None = None, world: Any = None, **settings: Any):
+    """As `LatentManifoldVectorEnv`."""
+    self._many = LatentManifoldVectorEnv(1, render_mode, world, **settings)
+    self.world, self.params = self._many.world, self._many.params
+    self.render_mode = render_mode
+    self.action_space = self._many.single_action_space
+    self.observation_space = self._many.single_observation_space
+
+  def reset(
+    self, *, seed: int | None = None, options: dict[str, Any] | None = None
+  ) -> tuple[np.ndarray, dict[str, Any]]:
+    """Begins an episode; a seed makes all that follows the same again."""
+    super().reset(seed=seed)
+    observations, info = self._many.reset(seed=seed, options=options)
+    return observations[0], info
+
+  def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+    """One step: observation, reward, terminated (never), truncated, {}.
+
+    Raises:
+      UserError: before `reset`, or an action of another shape.
+    """
+    observations, rewards, _, truncated, info = self._many.step(np.asarray(action)[None])
+    return observations[0], float(rewards[0]), False, bool(truncated[0]), info
+
+  def render(self) -> Any:
+    """(H, W, 3) uint8."""
+    pictures = self._many.render()
+    return None if pictures is None else pictures[0]
+
+
+def action_space(world: LatentManifold) -> gymnasium.spaces.Box:
+  """(z_dim,) float32 in [-1, 1]."""
+  return gymnasium.spaces.Box(-1.0, 1.0, (world.num_actions,), np.float32)
+
+
+def observation_space(world: LatentManifold) -> gymnasium.spaces.Box:
+  """Pictures (H, W, K * C) uint8, or (F,) float32 features."""
+  space = world.observation_space()
+  dtype = np.dtype(space.dtype).type
+  return gymnasium.spaces.Box(space.low, space.high, space.shape, dtype)
+
+
+def _fresh(seed):
+  return int(np.random.SeedSequence(seed).generate_state(1)[0])
+
+
+def _checked(actions, shape, state):
+  if state is None:
+    raise UserError('step before reset: call reset first')
+  actions = np.asarray(actions, np.float32)
+  if actions.shape != shape or not np.isfinite(actions).all():
+    raise UserError(f'actions of shape {actions.shape}: expected finite ones of shape {shape}')
+  return np.clip(actions, -1, 1)
+
+
+def _rgb(world, seen):
+  picture = seen[..., -world.generator.image_shape[-1] :]
+  return picture if picture.shape[-1] == 3 else picture[..., :1].repeat(3, -1)

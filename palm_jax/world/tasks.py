@@ -1,0 +1,195 @@
+"""What an agent is rewarded for in the latent world.
+
+A reward is of the picture that a step leads to. `optimum` is the largest reward of a step, whoever
+acts; what can be reached is less, since noise is added to each action: `oracle_action` is an agent
+that knows the goal's latent, whose return is the measure for others.
+"""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from palm_jax.base import checks
+from palm_jax.base.errors import UserError
+from palm_jax.reward import empty_memory, entropy_reward, remember
+
+TASKS = 'none', 'entropy', 'class', 'goal'
+
+
+class Task(Protocol):
+  """A reward of features.
+
+  Attributes:
+    name: of TASKS.
+    optimum: largest reward of a step; None where there is none.
+    sees: whether it reads features.
+  """
+
+  @property
+  def name(self) -> str: ...
+
+  @property
+  def optimum(self) -> float | None: ...
+
+  @property
+  def sees(self) -> bool: ...
+
+  def init(self, features: Any) -> Any:
+    """The memory at the start, for features (E, F)."""
+    ...
+
+  def reward(self, told: Any, memory: Any, features: Any, count: int) -> tuple[Any, jax.Array]:
+    """The memory after features (E, F), and their rewards (E,) float32; count is E."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Nothing:
+  """Reward 0, for agents that make their own."""
+
+  name: str = 'none'
+  optimum: float | None = 0.0
+  sees: bool = False
+
+  def init(self, features: Any) -> Any:
+    del features
+    return ()
+
+  def reward(self, told: Any, memory: Any, features: Any, count: int) -> tuple[Any, jax.Array]:
+    del told, features
+    return memory, jnp.zeros(count, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entropy:
+  """log(1 + mean distance) to the k nearest of the last features of all environments.
+
+  As PALM's reward (section 4.2, `reward.entropy_reward`), of a frozen encoder. 0 until there are
+  more than k. It has no optimum. Sparse: 1 where that is above `threshold`.
+  """
+
+  k: int = 12
+  memory: int = 2048
+  threshold: float | None = None
+  name: str = 'entropy'
+  optimum: float | None = None
+  sees: bool = True
+
+  def init(self, features: jax.Array) -> Any:
+    count = len(features)
+    rows = max(self.memory // count, -(-(self.k + 1) // count)) * count
+    return empty_memory(rows, features.shape[-1])
+
+  def reward(
+    self, told: Any, memory: Any, features: jax.Array, count: int
+  ) -> tuple[Any, jax.Array]:
+    del told
+    rows = len(memory.features)
+    after = remember(memory, features)
+    distances = entropy_reward(
+      features,
+      after.features,
+      self.k,
+      self_index=memory.total % rows + jnp.arange(count),
+      valid=jnp.arange(rows) < after.total,
+    )
+    rewards = jnp.where(after.total > self.k, distances, 0.0)
+    if self.threshold is not None:
+      rewards = rewards > self.threshold
+    return after, rewards.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Classify:
+  """How surely a linear head sees a class: its probability. Sparse: 1 where it is above threshold.
+
+  It is told {'kernel' (F, classes), 'bias' (classes,), 'target' ()}.
+  """
+
+  threshold: float | None = None
+  name: str = 'class'
+  optimum: float | None = 1.0
+  sees: bool = True
+
+  def init(self, features: Any) -> Any:
+    del features
+    return ()
+
+  def reward(
+    self, told: Any, memory: Any, features: jax.Array, count: int
+  ) -> tuple[Any, jax.Array]:
+    del count
+    logits = jnp.matmul(features, told['kernel'], precision='highest') + told['bias']
+    sure = jnp.take(jax.nn.softmax(logits), told['target'], axis=-1)
+    rewards = sure if self.threshold is None else sure > self.threshold
+    return memory, rewards.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+  """Cosine to the features of a goal picture, less `center`. Sparse: 1 where it is above threshold.
+
+  It is told {'features' (F,), 'center' (F,)}: features of any two pictures lie close together, so
+  their mean is taken away before directions are compared.
+  """
+
+  threshold: float | None = None
+  name: str = 'goal'
+  optimum: float | None = 1.0
+  sees: bool = True
+
+  def init(self, features: Any) -> Any:
+    del features
+    return ()
+
+  def reward(
+    self, told: Any, memory: Any, features: jax.Array, count: int
+  ) -> tuple[Any, jax.Array]:
+    del count
+    here, there = features - told['center'], told['features'] - told['center']
+    lengths = jnp.linalg.norm(here, axis=-1) * jnp.linalg.norm(there)
+    cosine = (here * there).sum(-1) / jnp.maximum(lengths, 1e-8)
+    rewards = cosine if self.threshold is None else cosine > self.threshold
+    return memory, rewards.astype(jnp.float32)
+
+
+def make_task(name: str, threshold: float | None = None, **settings: Any) -> Task:
+  """The task of a name, dense, or sparse with a threshold.
+
+  Raises:
+    UserError: an unknown name, or a setting that the task does not have.
+  """
+  checks.choice('task', name, TASKS)
+  kinds = {'none': Nothing, 'entropy': Entropy, 'class': Classify, 'goal': Goal}
+  if name != 'none' and threshold is not None:
+    settings['threshold'] = threshold
+  known = {field.name for field in dataclasses.fields(kinds[name])} - {'name', 'optimum', 'sees'}
+  for setting in settings:
+    if setting not in known:
+      raise UserError(
+        f'task {name!r} has no {setting}: it has {", ".join(sorted(known)) or "no settings"}'
+      )
+  return kinds[name](**settings)
+
+
+def check_head(kernel: np.ndarray, bias: np.ndarray, target: int, size: int) -> None:
+  """Raises UserError where a head of the task 'class' does not fit features of a size."""
+  if np.ndim(kernel) != 2 or np.shape(kernel)[0] != size or np.shape(bias) != np.shape(kernel)[1:]:
+    raise UserError(
+      f'a head of shape {np.shape(kernel)} with a bias of {np.shape(bias)}: expected ({size}, '
+      'classes) and (classes,)'
+    )
+  if not 0 <= target < np.shape(kernel)[1]:
+    raise UserError(f'target={target}: expected 0 to {np.shape(kernel)[1] - 1}')
+
+
+def oracle_action(z_goal: jax.Array) -> jax.Array:
+  """What an agent does that knows the goal's latent: (..., z_dim) in [-1, 1].
+
+  Pictures depend on a latent's direction alone, and the latent follows the mean of the actions. So
+  it acts in that direction, as far as actions go.
+  """
+  return z_goal / jnp.abs(z_goal).max(-1, keepdims=True)

@@ -1,0 +1,333 @@
+"""The latent world's doors: one world behind all of them, episodes, tasks, seeds, mistakes."""
+
+import importlib.util
+import warnings
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from jax.sharding import PartitionSpec as P
+
+from palm_jax import environment, pretrain, rollout, worlds
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
+from palm_jax.world import Features, goal_latent, make, spaces
+from palm_jax.world.gym import LatentManifoldVectorEnv
+from palm_jax.world.tasks import Classify, Entropy, Goal, make_task, oracle_action
+from tests.worlds import LinearGenerator, tiny_config
+
+ENVS, LENGTH = 5, 4
+GENERATOR = LinearGenerator()
+PIXELS = Features(
+  lambda variables, seen: seen.reshape(len(seen), -1)[:, ::7].astype(jnp.float32) / 255, (), 10
+)
+
+
+def small(**settings):
+  return make(GENERATOR, **dict(dict(episode_length=LENGTH), **settings))
+
+
+def actions_of(count, seed=0):
+  return np.random.default_rng(seed).uniform(-1, 1, (count, ENVS, 6)).astype(np.float32)
+
+
+# ---- one world
+
+
+def test_every_door_opens_on_the_world_of_pretraining():
+  """Frames of `rollout.collect`, from its state, actions and keys, bit for bit."""
+  config = tiny_config()
+  mesh = devices.make_mesh(1)
+  program = pretrain.make_program(config, GENERATOR, mesh)
+  world_of = worlds.make_world(config, GENERATOR, mesh)
+  state = program.init(jax.random.key(0), world_of)
+  key, steps, specs = jax.random.key(3), config.pretrain.rollout_length, pretrain.State.specs()
+  collect = jax.shard_map(
+    lambda s, w, k: rollout.collect(program.setup, s, w, k, jnp.bool_(True))[0],
+    mesh=mesh,
+    in_specs=(specs, P(), P()),
+    out_specs=specs,
+  )
+  ended = jax.jit(collect)(state, world_of, key)
+  world, params = make(
+    GENERATOR,
+    alpha=config.environment.alpha,
+    beta=config.environment.beta,
+    episode_length=config.environment.episode_length,
+  )
+  ids = jnp.arange(config.pretrain.num_envs)
+  begun = world.reset_all(environment.env_keys(key, ids), params)[1]
+  many = begun.replace(env=state.env, seen=state.frames)
+  one = jax.tree.map(lambda x: x[2:3], many)
+  for t in range(steps):
+    _, key_env = jax.random.split(jax.random.fold_in(key, t))
+    keys = environment.env_keys(key_env, ids)
+    np.testing.assert_array_equal(many.seen.reshape(len(ids), -1), ended.ring.frames[t])
+    done = jnp.asarray(ended.ring.actions[t], jnp.float32)
+    _, many, _, truncated = jax.jit(world.step_all)(keys, many, done, params)
+    observation, one, _, _, info = jax.jit(world.step_env)(keys[2], one, done[2], params)
+    np.testing.assert_array_equal(observation, many.seen[2])
+    assert info['truncated'] == truncated[2]
+  np.testing.assert_array_equal(many.seen, ended.frames)
+  jax.tree.map(np.testing.assert_array_equal, many.env, ended.env)
+
+
+def test_gymnasium_is_the_same_world():
+  vector = LatentManifoldVectorEnv(ENVS, world=small())
+  world, params = vector.world, vector.params
+  first, _ = vector.reset(seed=7)
+  key, key_reset = jax.random.split(
+    jax.random.key(int(np.random.SeedSequence(7).generate_state(1)[0]))
+  )
+  ids = jnp.arange(ENVS)
+  observations, state = world.reset_all(environment.env_keys(key_reset, ids), params)
+  np.testing.assert_array_equal(first, observations)
+  for t, actions in enumerate(actions_of(9)):
+    keys = environment.env_keys(jax.random.fold_in(key, t), ids)
+    observations, state, rewards, truncated = jax.jit(world.step_all)(keys, state, actions, params)
+    seen, reward, terminated, cut, _ = vector.step(actions)
+    np.testing.assert_array_equal(seen, observations)
+    np.testing.assert_array_equal(cut, truncated)
+    assert not terminated.any() and (reward == rewards).all()
+
+
+def test_an_episode_has_its_frames_and_no_step_crosses_its_end():
+  """Gymnasium's NEXT_STEP: the action after the last frame is not done, and not rewarded."""
+  kwargs = dict(world=small(task='goal', encoder=PIXELS, beta=0.0, alpha=1.0))
+  a, b = (LatentManifoldVectorEnv(ENVS, **kwargs) for _ in range(2))
+  np.testing.assert_array_equal(a.reset(seed=1)[0], b.reset(seed=1)[0])
+  for t, actions in enumerate(actions_of(3 * LENGTH), 1):
+    begins = t % LENGTH == 0
+    other = -actions if begins else actions  # what is done there does not matter
+    (seen, reward, _, cut, _), (again, *_) = a.step(actions), b.step(other)
+    assert cut.all() == cut.any() == (t % LENGTH == LENGTH - 1)
+    np.testing.assert_array_equal(seen, again)
+    assert (reward == 0).all() == begins
+
+
+# ---- gymnax's protocol
+
+
+def test_gymnax_begins_the_next_episode_at_once():
+  """Against a loop written out: the last picture is in info, the first of the next is observed."""
+  world, params = small(task='goal', encoder=PIXELS)
+  observation, state = world.reset(jax.random.key(0), params)
+  assert observation.shape == (8, 8, 1) and state.time.tolist() == [0]
+  expected = state
+  for t, action in enumerate(actions_of(2 * LENGTH)[:, 0], 1):
+    key = jax.random.fold_in(jax.random.key(9), t)
+    observation, state, reward, terminated, truncated, info = world.step(key, state, action, params)
+    key_step, key_reset = jax.random.split(key)
+    last, expected, r, _, _ = world.step_env(key_step, expected, action, params)
+    np.testing.assert_array_equal(info['final_observation'], last)
+    assert truncated == (t % (LENGTH - 1) == 0) and not terminated and np.isclose(reward, r)
+    if truncated:
+      last, begun = world.reset_env(key_reset, params)
+      expected = begun.replace(memory=expected.memory)
+    np.testing.assert_array_equal(observation, last)
+    assert state.time == expected.time
+
+
+def test_it_is_usable_under_jit_vmap_and_scan():
+  world, params = small()
+  keys = jax.random.split(jax.random.key(0), ENVS)
+
+  @jax.jit
+  def play(keys, params):
+    observations, states = jax.vmap(world.reset, (0, None))(keys, params)
+
+    def step(states, actions):
+      observations, states, *_ = jax.vmap(world.step, (0, 0, 0, None))(
+        keys, states, actions, params
+      )
+      return states, observations
+
+    return observations, jax.lax.scan(step, states, actions_of(3))[1]
+
+  before = play._cache_size()
+  first, pictures = play(keys, params)
+  assert first.shape == (ENVS, 8, 8, 1) and pictures.shape == (3, ENVS, 8, 8, 1)
+  other = play(keys, params.replace(alpha=jnp.float32(0.1), truncation_psi=jnp.float32(0.5)))
+  assert play._cache_size() == before + 1  # numbers are traced
+  assert (np.asarray(other[0]) != np.asarray(first)).any()
+
+
+@pytest.mark.skipif(importlib.util.find_spec('gymnax') is None, reason='gymnax is not installed')
+def test_gymnax_wrappers():
+  from gymnax.environments.spaces import Box
+  from gymnax.wrappers.purerl import FlattenObservationWrapper, LogWrapper
+
+  world, params = small(task='goal', encoder=PIXELS)
+  assert isinstance(world.observation_space(params), Box)
+  wrapped = LogWrapper(FlattenObservationWrapper(world))
+  observation, state = wrapped.reset(jax.random.key(0), params)
+  total = 0.0
+  for action in actions_of(LENGTH - 1)[:, 0]:
+    observation, state, reward, _, _, info = wrapped.step(jax.random.key(1), state, action, params)
+    total += reward
+  assert observation.shape == (64,) and info['returned_episode']
+  assert state.returned_episode_lengths == LENGTH - 1
+  assert np.isclose(state.returned_episode_returns, total)
+
+
+# ---- Gymnasium
+
+
+def test_check_env_has_nothing_to_say():
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    made = gymnasium.make('palm_jax/LatentManifold-v0', render_mode='rgb_array', world=small())
+    check_env(made.unwrapped)
+  made = gymnasium.make(
+    'palm_jax/LatentManifold-v0', world=small(observations='features', encoder=PIXELS)
+  )
+  assert made.observation_space == gymnasium.spaces.Box(-np.inf, np.inf, (10,), np.float32)
+  assert made.reset(seed=0)[0].dtype == np.float32
+
+
+def test_many_at_once_and_seeds():
+  vector = gymnasium.make_vec(
+    'palm_jax/LatentManifold-v0', num_envs=ENVS, vectorization_mode='vector_entry_point',
+    render_mode='rgb_array', world=small(),
+  )  # fmt: skip
+  runs = []
+  for seed in (3, 3, 4):
+    seen = [vector.reset(seed=seed)[0], *(vector.step(a)[0] for a in actions_of(5))]
+    again = vector.reset()[0]  # without a seed: another episode
+    assert (again != seen[0]).any()
+    runs.append(np.stack([*seen, again]))
+  np.testing.assert_array_equal(runs[0], runs[1])
+  assert (runs[0][0] != runs[2][0]).any()
+  assert vector.metadata['autoreset_mode'] == gymnasium.vector.AutoresetMode.NEXT_STEP
+  assert [p.shape for p in vector.render()] == [(8, 8, 3)] * ENVS
+
+
+def test_one_class_and_stacks():
+  world, params = small(label=2, stack=3)
+  state = world.reset_all(jax.random.split(jax.random.key(0), ENVS), params)[1]
+  assert (state.env.label == 2).all() and state.seen.shape == (ENVS, 8, 8, 3)
+  assert (state.seen[..., :2] == 0).all()
+  for t in range(6):
+    keys = jax.random.split(jax.random.key(t), ENVS)
+    state = world.step_all(keys, state, actions_of(1)[0], params)[1]
+    assert (state.env.label == 2).all()
+
+
+# ---- tasks
+
+
+def features(seed, count=ENVS, size=4):
+  return np.random.default_rng(seed).normal(size=(count, size)).astype(np.float32)
+
+
+@pytest.mark.parametrize('threshold', [None, 0.3])
+def test_goal_is_a_cosine(threshold):
+  told = dict(features=features(1)[0], center=features(2)[0])
+  h = features(3).astype(np.float64)
+  a, b = h - told['center'], told['features'] - told['center'].astype(np.float64)
+  expected = a @ b / np.linalg.norm(a, axis=1) / np.linalg.norm(b)
+  _, rewards = Goal(threshold).reward(told, (), jnp.asarray(h, jnp.float32), ENVS)
+  expected = expected if threshold is None else expected > threshold
+  np.testing.assert_allclose(rewards, expected, atol=1e-6)
+  at_goal = Goal().reward(told, (), jnp.asarray(told['features'][None]), 1)[1]
+  np.testing.assert_allclose(at_goal, Goal().optimum, atol=1e-6)
+
+
+def test_class_is_a_probability():
+  told = dict(kernel=features(1, 4, 3), bias=features(2, 1, 3)[0], target=np.int32(1))
+  h = features(3).astype(np.float64)
+  logits = h @ told['kernel'] + told['bias']
+  expected = np.exp(logits[:, 1]) / np.exp(logits).sum(1)
+  _, rewards = Classify().reward(told, (), jnp.asarray(h, jnp.float32), ENVS)
+  np.testing.assert_allclose(rewards, expected, atol=1e-6)
+
+
+def test_entropy_is_of_the_last_features_of_all_environments():
+  task = Entropy(k=3, memory=2 * ENVS)
+  memory, kept = task.init(features(0)), np.zeros((0, 4))
+  for t in range(4):
+    h = features(10 + t)
+    memory, rewards = task.reward((), memory, jnp.asarray(h), ENVS)
+    kept = np.concatenate([kept, h.astype(np.float64)])[-2 * ENVS :]
+    distances = np.sort(np.linalg.norm(h[:, None].astype(np.float64) - kept, axis=-1))[:, 1:4]
+    np.testing.assert_allclose(rewards, np.log1p(distances.mean(1)), rtol=1e-5)
+
+
+def test_nothing_is_rewarded_before_there_are_neighbours():
+  task = Entropy(k=3)
+  memory = task.init(features(0)[:2])
+  _, rewards = task.reward((), memory, jnp.asarray(features(1)[:2]), 2)
+  assert (rewards == 0).all()
+
+
+def test_who_knows_the_goal_is_rewarded_more():
+  settings = dict(task='goal', encoder=PIXELS, label=1, goal=5, alpha=0.9, beta=0.5)
+  world, params = make(GENERATOR, episode_length=32, **settings)
+  z, _ = goal_latent(world, 5)
+  action = np.asarray(oracle_action(z))
+  assert np.isclose(np.abs(action).max(), 1)
+
+  def play(actions):
+    vector = LatentManifoldVectorEnv(ENVS, world=(world, params))
+    vector.reset(seed=0)
+    return np.mean([vector.step(a)[1] for a in actions])
+
+  random = play(actions_of(31))
+  assert play(np.tile(action, (31, ENVS, 1))) > max(0.5, random + 0.3)
+  picture = np.asarray(world.picture(params, z, jnp.int32(1)))
+  by_picture = make(GENERATOR, **{**settings, 'goal': picture})[1]
+  np.testing.assert_allclose(by_picture.task['features'], params.task['features'], atol=1e-6)
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+  'settings, words',
+  [
+    (dict(task='gaol'), 'gaol'),
+    (dict(alpha=2.0), 'environment.alpha=2.0'),
+    (dict(beta=np.nan), 'environment.beta'),
+    (dict(episode_length=1), 'environment.episode_length=1'),
+    (dict(observations='sounds'), 'sounds'),
+    (dict(label=3), 'label=3: expected -1 or a class below 3'),
+    (dict(task='class'), 'without a head'),
+    (dict(task='class', encoder=PIXELS, head=(np.zeros((3, 2)), np.zeros(2))), 'expected (10, cl'),
+    (
+      dict(task='class', encoder=PIXELS, head=(np.zeros((10, 2)), np.zeros(2)), target=2),
+      'target=2',
+    ),
+    (dict(task='goal', encoder=PIXELS, goal=np.zeros((3, 3, 1), np.uint8)), 'a goal of uint8'),
+    (dict(task='goal', encoder=PIXELS, k=3), 'has no k'),
+    (dict(encoder='/nowhere'), 'cannot be read'),
+    (dict(start='never'), 'never'),
+  ],
+)
+def test_what_cannot_be_is_one_line(settings, words):
+  with pytest.raises(UserError) as caught:
+    small(**settings)
+  assert words in str(caught.value) and '\n' not in str(caught.value)
+
+
+def test_misuse_of_the_environments():
+  vector = LatentManifoldVectorEnv(ENVS, world=small())
+  with pytest.raises(UserError, match='call reset first'):
+    vector.step(actions_of(1)[0])
+  vector.reset(seed=0)
+  for wrong in (np.zeros((ENVS, 5)), np.zeros(6), np.full((ENVS, 6), np.nan)):
+    with pytest.raises(UserError, match='expected finite ones of shape'):
+      vector.step(wrong)
+  with pytest.raises(UserError, match='num_envs=0'):
+    LatentManifoldVectorEnv(0, world=small())
+  with pytest.raises(UserError, match='has no threshold|no settings'):
+    make_task('none', k=1)
+
+
+def test_spaces_without_gymnax():
+  space = spaces.Box(0, 255, (2, 2, 1), jnp.uint8)
+  sample = space.sample(jax.random.key(0))
+  assert sample.dtype == jnp.uint8 and space.contains(sample)
+  assert not spaces.Box(-1.0, 1.0, (2,)).contains(jnp.full(2, 1.5))
