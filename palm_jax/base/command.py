@@ -78,7 +78,9 @@ def exit_on_user_error(main: Callable) -> Callable:
       if remedy is None:
         raise
       where = e.filename or 'the file being written'
-      fail(f'{e.strerror}: {where}: {remedy}, or choose another --workdir')
+      # Libraries would try to write on their way out, and say so at length.
+      at_once = signals.watching() and not jax.distributed.is_initialized()
+      fail(f'{e.strerror}: {where}: {remedy}, or choose another --workdir', at_once=at_once)
     except (RuntimeError, ValueError) as e:  # of jaxlib, which names no kind
       if 'Gloo' in str(e) and jax.process_count() > 1:
         fail('another process of the run has ended or cannot be reached: its last line says why')
@@ -94,9 +96,11 @@ def exit_on_user_error(main: Callable) -> Callable:
   return wrapped
 
 
-def fail(message: object, code: int = 2) -> NoReturn:
-  """Ends the process with one line and an exit code."""
-  print(f'palm_jax: {message}', file=sys.stderr)
+def fail(message: object, code: int = 2, at_once: bool = False) -> NoReturn:
+  """Ends the process with one line and an exit code; at once: without Python's way out."""
+  print(f'palm_jax: {message}', file=sys.stderr, flush=True)
+  if at_once:
+    os._exit(code)
   processes.leave(code)
 
 

@@ -80,6 +80,8 @@ def watch(importing: bool = False) -> None:
   def end(kind, error, trace):
     if issubclass(kind, KeyboardInterrupt):  # while modules are imported, or at the very end
       end_at_once(getattr(error, 'number', signal.SIGINT))
+    if issubclass(kind, RuntimeError) and str(error) == 'Event loop is closed':
+      return  # of what orbax had still in flight when one of its writes failed, which is said
     before(kind, error, trace)
 
   def ignore(lost):
