@@ -12,11 +12,6 @@ Each file's metadata say from which checkpoint it is, how images are scaled, the
 results have it, and, under 'usage', the Python that runs it.
 """
 
-from palm_jax.base import signals
-
-if __name__ == '__main__':
-  signals.watch(importing=True)  # before imports that take seconds
-
 import functools
 import importlib.metadata
 import json

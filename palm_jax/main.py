@@ -3,11 +3,6 @@
 Any key of the config is a flag: --config.KEY=VALUE.
 """
 
-from palm_jax.base import signals
-
-if __name__ == '__main__':
-  signals.watch(importing=True)  # before imports that take seconds
-
 import json
 
 from absl import flags

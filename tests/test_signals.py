@@ -1,6 +1,7 @@
 """A signal ends a command in one line, whatever the main thread is doing."""
 
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -122,18 +123,24 @@ def test_an_interruption_in_a_chain_of_causes_is_raised(kind):
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize('module', ['main', 'export'])
-def test_a_signal_while_a_command_imports_is_one_line(module, number):
-  script = f"""
-import os, runpy, sys
+@pytest.mark.parametrize('module', ['main', 'export', 'generator.convert'])
+def test_a_signal_while_a_command_imports_is_one_line(module, number, tmp_path):
+  (tmp_path / 'sitecustomize.py').write_text(f"""
+import os, sys
 class Interrupting:
   def find_spec(self, name, *_):
     if name == 'absl':
       os.kill(os.getpid(), {int(number)})
 sys.meta_path.insert(0, Interrupting())
-runpy.run_module('palm_jax.{module}', run_name='__main__', alter_sys=True)
-"""
-  done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=60)
+""")
+  root = pathlib.Path(signals.__file__).parents[2]
+  done = subprocess.run(
+    [sys.executable, '-m', f'palm_jax.{module}'],
+    capture_output=True,
+    text=True,
+    timeout=60,
+    env={**os.environ, 'PYTHONPATH': f'{tmp_path}:{root}'},
+  )
   assert done.stderr == f'palm_jax: {signals.MESSAGE}\n' and done.returncode == 128 + number
 
 
