@@ -9,6 +9,8 @@ any size. The second merges two pictures: it fits the mean of their gradients.
 
 import dataclasses
 import functools
+import os
+import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -92,8 +94,8 @@ def fit(
   steps: int = 2000,
   width: int = 256,
   layers: int = 3,
-  lr: float = 5e-4,
-  batch: int = 8192,
+  lr: float = 1e-3,
+  batch: int = 4096,
   w0: float | None = None,
   seed: int = 0,
 ) -> Fitted:
@@ -152,10 +154,10 @@ def as_floats(image: np.ndarray) -> np.ndarray:
   """
   image = np.asarray(image)
   image = image[..., None] if image.ndim == 2 else image
-  sides_fit = image.ndim == 3 and all(2 <= n <= MAX_SIDE for n in image.shape[:2])
+  sides_fit = image.ndim == 3 and all(3 <= n <= MAX_SIDE for n in image.shape[:2])
   if not sides_fit or not 1 <= image.shape[-1] <= 4:
     raise UserError(
-      f'a picture of shape {image.shape}: expected (H, W, C) with sides of 2 to {MAX_SIDE} pixels '
+      f'a picture of shape {image.shape}: expected (H, W, C) with sides of 3 to {MAX_SIDE} pixels '
       'and 1 to 4 channels'
     )
   if image.dtype == np.uint8:
@@ -262,7 +264,9 @@ def read_picture(path: str) -> np.ndarray:
   """(H, W, 1 or 3) uint8. Raises UserError where it cannot be read."""
   try:
     with Image.open(path) as picture:
-      grey = picture.mode in ('1', 'L', 'LA', 'I;16')
+      if picture.mode.startswith(('I', 'F')):
+        raise ValueError(f'its mode is {picture.mode}, of more than 8 bits')
+      grey = picture.mode in ('1', 'L', 'LA')
       pixels = np.asarray(picture.convert('L' if grey else 'RGB'))
   except (OSError, ValueError, Image.DecompressionBombError) as e:
     raise UserError(f'{path} cannot be read as a picture ({e}): give a PNG or JPEG') from e
@@ -278,7 +282,7 @@ def parse_flags(argv: list[str]) -> list[str]:
   flags.DEFINE_integer('steps', 2000, 'Of Adam.')
   flags.DEFINE_integer('width', 256, 'Of the layers.')
   flags.DEFINE_integer('layers', 3, 'Of sines after the first.')
-  flags.DEFINE_float('lr', 5e-4, 'Rate of Adam at first.')
+  flags.DEFINE_float('lr', 1e-3, 'Rate of Adam at first.')
   flags.DEFINE_integer('seed', 0, 'Of the initialisation.')
   return command.parse_flags(argv)
 
@@ -292,6 +296,9 @@ def main(argv: list[str]) -> None:
     raise UserError(f'{argv[2]}: expected a name that ends in .png')
   if not 0 < f.scale <= 64:
     raise UserError(f'--scale={f.scale}: expected a number above 0, at most 64')
+  folder = pathlib.Path(argv[2]).absolute().parent
+  if not os.access(folder, os.W_OK):
+    raise UserError(f'{folder} is no folder that can be written to: make it, or name another')
   image = read_picture(argv[1])
   size = [max(1, round(n * f.scale)) for n in image.shape[:2]]
   if size[0] * size[1] > MAX_DRAWN:
