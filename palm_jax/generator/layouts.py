@@ -16,7 +16,7 @@ from palm_jax.formats.torch_files import MAX_NAME, modules, state_dict
 
 MAX_DEPTH = 4  # dicts in dicts around a network
 MAX_PLACES = 10_000  # in a file, to be looked at
-MAX_RESOLUTIONS = 10
+MAX_LISTED = 16  # things in a list that could be networks
 # The tensor that tells a layout, below whatever prefix.
 ANCHORS = {
   'stylegan2': 'synthesis.b4.const',
@@ -197,13 +197,15 @@ def _places(contents):
         places.append((label, value))
         return
       value = value.state
+    if type(value) in (list, tuple):
+      value = {f'{i}': inner for i, inner in enumerate(value[:MAX_LISTED])}
     if type(value) is not dict:
       return
     arrays = {k: x for k, x in value.items() if type(k) is str and isinstance(x, np.ndarray)}
     if arrays:
       places.append((label, arrays))
     for key, inner in value.items():
-      if type(key) is str and isinstance(inner, dict | Inert) and depth < MAX_DEPTH:
+      if type(key) is str and isinstance(inner, dict | list | tuple | Inert) and depth < MAX_DEPTH:
         visit(f'{label}.{key[:MAX_NAME]}' if label else key[:MAX_NAME], inner, depth + 1)
 
   visit('', contents, 0)

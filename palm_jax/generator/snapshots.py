@@ -27,7 +27,9 @@ from palm_jax.generator.stylegan3 import StyleGAN3
 # What a network does besides its tensors, and what is assumed where a file does not say.
 ASSUMED = dict(conv_clamp=None, lr_multiplier=LR_MULTIPLIER, activation='lrelu', mbstd_group=4)
 MAX_RESOLUTION = 2048
+MAX_WIDTH = 1 << 16  # of latents
 DRAWS = 10_000  # latents, of which a missing w_avg is the mean
+DRAWN_NUMBERS = 1 << 22  # at once
 
 
 def load_snapshot(
@@ -78,6 +80,8 @@ def load_snapshot(
     if average is not None:
       state = {'mapping.w_avg': average, **state}
     G, variables = generator_from_official(state, conv_clamp=settings['conv_clamp'])
+    if max(G.z_dim, G.w_dim) > MAX_WIDTH:
+      raise SnapshotError(f'z {G.z_dim}, w {G.w_dim}: expected at most {MAX_WIDTH}; it is damaged')
     if module is not None:
       parts.check_sizes(
         module,
@@ -141,21 +145,27 @@ def mean_w(
     G: the network.
     variables: {'params', 'buffers'}.
     each_class: whether each class has a mean of its own; else labels are drawn, too.
-    draws: number of latents (of each class), from a fixed key.
+    draws: number of latents (of each class) at least, from a fixed key.
 
   Returns:
     (w_dim,), or (num_classes, w_dim); float32.
   """
-  z = jax.random.normal(jax.random.key(0), (draws, G.z_dim))
+  count = max(1, min(draws, DRAWN_NUMBERS // G.z_dim))
 
   @jax.jit
-  def mean(variables, labels):
-    ws: Any = G.apply(variables, z, labels, method='mapping')
-    return ws[:, 0].mean(0)
+  def mean(variables, label):
+    def some(i):
+      z = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (count, G.z_dim))
+      drawn = (i * count + jnp.arange(count)) % max(G.num_classes, 1)
+      labels = jnp.where(label < 0, drawn, label)
+      ws: Any = G.apply(variables, z, labels, method='mapping')
+      return ws[:, 0].mean(0)
+
+    return jax.lax.map(some, jnp.arange(-(-draws // count))).mean(0)
 
   if not each_class:
-    return np.asarray(mean(variables, jnp.arange(draws) % max(G.num_classes, 1)))
-  return np.stack([mean(variables, jnp.full(draws, k)) for k in range(G.num_classes)])
+    return np.asarray(mean(variables, -1))
+  return np.stack([mean(variables, k) for k in range(G.num_classes)])
 
 
 @contextlib.contextmanager
