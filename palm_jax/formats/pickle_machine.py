@@ -113,6 +113,11 @@ def _is_size(x):
   return type(x) is int and x >= 0
 
 
+def _is_place(x):
+  """Whether it numbers a device."""
+  return type(x) is int and abs(x) < 1 << 16
+
+
 def _is_reconstructor(function):
   return type(function) is _Global and (function.module, function.name) in (
     ('copyreg', '_reconstructor'),
@@ -191,10 +196,10 @@ def _unfilled(kind, shape, code):
   return _Unfilled([])
 
 
-def _array(data, dtype, shape, order: Any = 'C'):
-  """A numpy array; Inert unless it is of numbers."""
-  if type(dtype) is Inert:
-    return dtype
+def _array(data, dtype, shape, order: Any = 'C', axis_order=None):
+  """A numpy array; Inert unless it is of numbers in an order of C or Fortran."""
+  if type(dtype) is Inert or axis_order is not None:
+    return Inert('numpy.ndarray', {})
   check(
     type(dtype) is _Dtype
     and isinstance(data, bytes | memoryview)
@@ -243,7 +248,8 @@ def _dict(default=None):
 
 def _text(*parts):
   """Paths and devices."""
-  check(all(type(x) in (str, int) for x in parts), 'a path or device in it is damaged')
+  few = len(parts) <= 64 and all(type(x) is str or _is_place(x) for x in parts)
+  check(few and sum(map(len, map(str, parts))) <= 4096, 'a path or device in it is damaged')
   return '/'.join(map(str, parts))
 
 
@@ -465,7 +471,7 @@ class Machine:
     check(type(args) is tuple, 'calls something without arguments')
     known = type(function) is _Global and (function.module, function.name) in self.calls
     items = sum(len(x) for x in args if type(x) is list)
-    letters = sum(len(x) for x in args if type(x) is str)
+    letters = sum(4 * len(x) for x in args if type(x) is str)
     self.budget.charge(CALL + SET_ITEM * items + letters)
     if not known:
       self.push(self.object_of(args[0] if _is_reconstructor(function) and args else function))

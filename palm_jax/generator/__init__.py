@@ -29,7 +29,8 @@ __all__ = [
 ]
 
 
-SUFFIXES = '.pkl', '.pt', '.pth', '.npz', '.safetensors'  # of files, if there is none
+# Of files, if there is none.
+SUFFIXES = '.pkl', '.pickle', '.pt', '.pth', '.ckpt', '.bin', '.npz', '.safetensors'
 
 
 def load_generator(path_or_name: str | os.PathLike, network: str = 'G_ema') -> LoadedGenerator:

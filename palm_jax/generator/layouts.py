@@ -74,12 +74,16 @@ def find(contents: Any, network: str) -> Found:
     SnapshotError: it is not there, is there twice, or is of another kind; says what is there.
   """
   places = _places(contents)
-  places = [place for place in places if _role(place[0]) == network] or places
-  found = [f for place in places for f in _networks(*place, alone=len(places) == 1)]
   kinds = ('discriminator',) if network == 'D' else ('stylegan2', 'stylegan3', 'rosinality')
-  right = [f for f in found if f.layout in kinds]
+  labelled = [place for place in places if _role(place[0]) == network]
+  right = []
+  for group in (labelled, places):
+    if not right:
+      found = [f for place in group for f in _networks(*place, alone=len(group) == 1)]
+      right = [f for f in found if f.layout in kinds]
   chosen = [f for f in right if _role(f.label) == network]
   chosen = chosen or [f for f in right if not _role(f.label)]
+  chosen = [f for f in chosen if f.label == network] or chosen
   if len(chosen) == 1:
     return chosen[0]
   if chosen:

@@ -89,8 +89,9 @@ class _Part:
 
   def wrong(self, attribute, expected):
     value = self.get(attribute)
-    few = isinstance(value, np.ndarray | list) and len(str(value)) < 80
-    shown = str(value) if few else short(value)
+    plain = isinstance(value, list) and all(type(x) in (int, float, str) for x in value[:8])
+    few = isinstance(value, np.ndarray) and value.size <= 8 or plain and len(value) <= 8
+    shown = str(value)[:80] if few else short(value)
     return UserError(f'weights: {self.name} has {attribute}={shown}, expected {expected}.')
 
   def expect(self, attribute, expected):

@@ -82,7 +82,11 @@ def check_sizes(module: Inert, **sizes: int) -> None:
   Raises:
     SnapshotError: they differ.
   """
-  for source in (module.state, module.state.get('_init_kwargs', {})):
+  for source in (module.state, module.state.get('_init_kwargs')):
+    if isinstance(source, Inert):
+      source = source.state
+    if type(source) is not dict:
+      continue
     for name, size in sizes.items():
       if source.get(name, size) != size:
         raise SnapshotError(

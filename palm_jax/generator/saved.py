@@ -103,7 +103,7 @@ def from_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray], fields: str) 
   try:
     network = network_of(json.loads(fields))
     expected = _shapes(network)
-  except (KeyError, TypeError, ValueError, RecursionError, UserError) as e:
+  except (ArithmeticError, KeyError, TypeError, ValueError, RecursionError, UserError) as e:
     raise SnapshotError(
       f'{path}: its description of the network is damaged ({type(e).__name__}); fetch it again'
     ) from e
@@ -184,6 +184,7 @@ def network_of(fields: dict[str, Any]) -> Network:
   sizes = [n for n in (*channels, *fields.values()) if type(n) is int]
   plausible = (
     all(0 <= n <= MAX_SIZE for n in sizes)
+    and all(n > 0 for n in channels)
     and len(channels) <= MAX_RESOLUTIONS
     and fields['mapping_layers'] <= MAX_MAPPING_LAYERS
     and fields.get('layers', 1) <= MAX_MAPPING_LAYERS

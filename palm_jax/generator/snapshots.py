@@ -65,6 +65,8 @@ def load_snapshot(
       _log(path, found.label or network, G3, G3.image_shape, _latents(G3), variables)
       return G3, variables
     average = layouts.latent_average(contents, state)
+    if average is not None:
+      check_numbers({'latent_avg': average})
     if found.layout == 'rosinality':
       module = None  # its objects are of other classes
       state = layouts.official_names(state)
@@ -80,8 +82,9 @@ def load_snapshot(
     if average is not None:
       state = {'mapping.w_avg': average, **state}
     G, variables = generator_from_official(state, conv_clamp=settings['conv_clamp'])
-    if max(G.z_dim, G.w_dim) > MAX_WIDTH:
-      raise SnapshotError(f'z {G.z_dim}, w {G.w_dim}: expected at most {MAX_WIDTH}; it is damaged')
+    sizes = G.z_dim, G.w_dim, G.image_channels, *G.channels
+    if not 0 < min(sizes) <= max(sizes) <= MAX_WIDTH:
+      raise SnapshotError(f'sizes of {sizes}: expected 1 to {MAX_WIDTH}; it is damaged')
     if module is not None:
       parts.check_sizes(
         module,
