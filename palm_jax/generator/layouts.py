@@ -224,6 +224,8 @@ def _networks(label, holder, alone):
     if alone:
       raise
     return []
+  of_parts = isinstance(holder, Inert) and '_modules' in holder.state
+  parts = dict(modules(holder)) if of_parts else {}
   found = []
   for layout, anchor in ANCHORS.items():
     for name in arrays:
@@ -234,16 +236,10 @@ def _networks(label, holder, alone):
       if prefix:
         whole = f'{label}.{prefix[:-1]}' if label else prefix[:-1]
       below = {n.removeprefix(prefix): x for n, x in arrays.items() if n.startswith(prefix)}
-      found.append(Found(whole, layout, below, _part(holder, prefix)))
+      found.append(Found(whole, layout, below, parts.get(prefix[:-1])))
   if found:
     _refuse_others(arrays, LOOKALIKES)
   return found
-
-
-def _part(holder, prefix):
-  if not isinstance(holder, Inert) or '_modules' not in holder.state:
-    return None
-  return dict(modules(holder)).get(prefix[:-1])
 
 
 def _role(label):
@@ -259,7 +255,7 @@ def _role(label):
 
 def _refuse(network, places, right):
   roles = sorted({_role(f.label) for f in right} | {_role(label) for label, _ in places} - {''})
-  roles = [role for role in roles if role and role != network]
+  roles = [role for role in roles if role != network]
   for _, holder in places:
     _refuse_others(_names(holder), LOOKALIKES + OTHERS)
   generators = [role for role in roles if role != 'D']

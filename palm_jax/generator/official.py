@@ -11,9 +11,10 @@ import numpy as np
 from flax import traverse_util
 
 from palm_jax.base.errors import UserError
+from palm_jax.formats.arrays import check_numbers
 from palm_jax.generator import ops
 from palm_jax.generator.discriminator import Discriminator
-from palm_jax.generator.stylegan2 import Generator, resolution_of
+from palm_jax.generator.stylegan2 import LR_MULTIPLIER, Generator, resolution_of
 
 
 def generator_from_official(
@@ -53,10 +54,7 @@ def generator_from_official(
   )
   z = np.zeros((1, generator.z_dim), np.float32)
   template = jax.eval_shape(generator.init, jax.random.key(0), z, np.zeros(1, np.int32))
-  renamed = {
-    re.sub('^(mapping|synthesis)[.](?!w_avg)', r'\1_network.', name): x for name, x in state.items()
-  }
-  renamed['w_avg'] = renamed.pop('mapping.w_avg')
+  renamed = our_names(state)
   return generator, as_variables(_with_noise(renamed, template), template)
 
 
@@ -142,6 +140,37 @@ def _mapping_fields(state, features) -> dict[str, Any]:
     embed_features=embed if embed != features else None,
     layer_features=hidden if hidden != features else None,
   )
+
+
+def our_names(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Official names of a generator's tensors as those below the collections of our networks."""
+  renamed = {
+    re.sub('^(mapping|synthesis)[.](?!w_avg)', r'\1_network.', name): x for name, x in state.items()
+  }
+  renamed['w_avg'] = renamed.pop('mapping.w_avg')
+  return renamed
+
+
+def rescaled(state: dict[str, np.ndarray], multipliers: dict[str, Any]) -> dict[str, np.ndarray]:
+  """The tensors with layers of the mapping rescaled to the learning rate multiplier of ours.
+
+  They are stored larger by 1 / lr_multiplier than they act.
+
+  Args:
+    state: {official name: array}.
+    multipliers: {layer: its learning rate multiplier}.
+
+  Raises:
+    SnapshotError: numbers that are not finite then.
+  """
+  scaled = {}
+  for name, multiplier in multipliers.items():
+    if multiplier != LR_MULTIPLIER:
+      factor = np.float64(multiplier / LR_MULTIPLIER)
+      for kind in ('weight', 'bias'):
+        scaled[f'{name}.{kind}'] = state[f'{name}.{kind}'] * factor
+  check_numbers(scaled)
+  return {**state, **scaled}
 
 
 def _with_noise(state, template):

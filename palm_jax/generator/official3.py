@@ -17,9 +17,8 @@ from palm_jax.formats.arrays import check_numbers
 from palm_jax.formats.pickle_machine import Inert, short
 from palm_jax.formats.torch_files import modules
 from palm_jax.generator.layers3 import MAX_NUMBER, Layer, misfit
-from palm_jax.generator.official import as_variables
+from palm_jax.generator.official import as_variables, our_names, rescaled
 from palm_jax.generator.parts import kind_of
-from palm_jax.generator.stylegan2 import LR_MULTIPLIER
 from palm_jax.generator.stylegan3 import StyleGAN3
 
 _LAYER = r'synthesis\.L\d{1,2}_\d{1,5}_\d{1,5}'
@@ -63,14 +62,10 @@ def stylegan3_from_official(
   if wrong:
     raise UserError(f'weights: {wrong}; it is damaged, or of a kind that is not supported.')
   _check_sizes(parts, network)
-  state = _common_multiplier(state, parts)
+  state = rescaled(state, _multipliers(state, parts))
   z = np.zeros((1, network.z_dim), np.float32)
   template = jax.eval_shape(network.init, jax.random.key(0), z, np.zeros(1, np.int32))
-  renamed = {
-    re.sub('^(mapping|synthesis)[.](?!w_avg)', r'\1_network.', name): x for name, x in state.items()
-  }
-  renamed['w_avg'] = renamed.pop('mapping.w_avg')
-  variables = as_variables(renamed, template)
+  variables = as_variables(our_names(state), template)
   for name, x in state.items():
     if name.endswith('.magnitude_ema') and not x > 0:
       raise UserError(f'weights: {name} is {x}, expected a positive number; it is damaged.')
@@ -280,14 +275,10 @@ def _check_sizes(parts, network):
       )
 
 
-def _common_multiplier(state, parts):
-  """State with layers of the mapping rescaled to the learning rate multiplier of our networks."""
-  scaled = {}
-  for name, part in parts.items():
-    if name.startswith('mapping.fc') and part.number('bias_gain') != LR_MULTIPLIER:
-      factor = np.float64(part.number('bias_gain') / LR_MULTIPLIER)
-      for tensor in (f'{name}.weight', f'{name}.bias'):
-        _shape(state, tensor, 2 if tensor.endswith('weight') else 1)
-        scaled[tensor] = state[tensor] * factor
-  check_numbers(scaled)
-  return {**state, **scaled}
+def _multipliers(state, parts):
+  """{layer of the mapping: its learning rate multiplier}, of layers that have both tensors."""
+  layers = [name for name in parts if name.startswith('mapping.fc')]
+  for name in layers:
+    _shape(state, f'{name}.weight', 2)
+    _shape(state, f'{name}.bias', 1)
+  return {name: parts[name].number('bias_gain') for name in layers}

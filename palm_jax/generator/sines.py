@@ -13,13 +13,7 @@ import numpy as np
 from flax import linen as nn
 
 from palm_jax.generator import ops
-from palm_jax.generator.stylegan2 import (
-  Generator,
-  MappingNetwork,
-  check_noise,
-  mapped,
-  truncated,
-)
+from palm_jax.generator.stylegan2 import Generator, LatentNetwork, MappingNetwork, check_noise
 
 W0 = 30.0  # vsitzmann/siren, modules.py
 
@@ -84,7 +78,7 @@ class Siren(nn.Module):
     )(x)
 
 
-class SirenGenerator(nn.Module):
+class SirenGenerator(LatentNetwork):
   """Many pictures, each a function of its coordinates: z, labels -> images of any size.
 
   StyleGAN2's mapping gives each layer of sines its frequencies and phases (FiLM, as pi-GAN,
@@ -135,37 +129,6 @@ class SirenGenerator(nn.Module):
     self.sines = [ModulatedSine(self.width, i == 0, w0, self.dtype) for i, w0 in enumerate(fastest)]
     self.to_rgb = ops.Dense(self.image_channels)
     self.w_avg = self.variable('buffers', 'w_avg', jnp.zeros, (self.w_dim,))
-
-  def __call__(
-    self,
-    z: jax.Array,
-    labels: jax.Array | None = None,
-    truncation_psi: float | jax.Array = 1.0,
-    truncation_cutoff: int | jax.Array | None = None,
-    noise: str = 'const',
-    noise_keys: jax.Array | None = None,
-    size: int | None = None,
-  ) -> jax.Array:
-    """z (N, z_dim), labels -> (N, size, size, C) images in at least float32, not clipped.
-
-    Further arguments are those of `mapping` and `synthesis`.
-    """
-    ws = self.mapping(z, labels, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
-    return self.synthesis(ws, noise, noise_keys, size)
-
-  def mapping(
-    self,
-    z: jax.Array,
-    labels: jax.Array | None = None,
-    *,
-    truncation_psi: float | jax.Array = 1.0,
-    truncation_cutoff: int | jax.Array | None = None,
-    update_w_avg: bool = False,
-    axis_name: str | None = None,
-  ) -> jax.Array:
-    """z (N, z_dim), labels -> ws (N, num_ws, w_dim), as `stylegan2.Generator.mapping`."""
-    w = mapped(self, z, labels, update_w_avg, axis_name)
-    return truncated(w, self.w_avg.value, self.num_ws, truncation_psi, truncation_cutoff)
 
   def synthesis(
     self,

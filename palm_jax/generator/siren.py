@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +23,7 @@ from PIL import Image
 
 from palm_jax.base import checks, command
 from palm_jax.base.errors import NonFiniteError, UserError
+from palm_jax.base.metrics import Progress
 from palm_jax.base.pictures import save_png
 from palm_jax.generator.sines import W0, Siren, coordinates
 
@@ -115,7 +115,7 @@ def fit(
     seed: of the initialisation and the places.
 
   Raises:
-    UserError: a picture or sizes that cannot be fitted.
+    UserError: an invalid picture or setting.
     NonFiniteError: the loss is not finite.
   """
   image = as_floats(image)
@@ -232,21 +232,14 @@ def _fit(network, image, of, positions, targets, steps, lr, batch, seed):
   call = jax.jit(functools.partial(jax.lax.scan, step), donate_argnums=0)
   params = network.init(jax.random.key(seed), np.zeros((1, 2), np.float32))['params']
   state = params, optimizer.init(params)
-  started = said = time.monotonic()
+  progress = Progress('siren', steps, 'steps')
   for first in range(0, steps, STEPS_PER_CALL):
     numbers = jnp.arange(first, min(first + STEPS_PER_CALL, steps))
     state, losses = call(state, numbers)
     loss, done = float(losses.mean()), int(numbers[-1]) + 1
     if not np.isfinite(loss):
       raise NonFiniteError(f'the loss is {loss} at step {done}: lower lr={lr}')
-    now = time.monotonic()
-    if now - said > 5:
-      said = now
-      rate = done / (now - started)
-      logging.info(
-        f'step {done} of {steps} ({done / steps:.0%}), {rate:.1f} steps/s, '
-        f"{(steps - done) / rate:.0f} s left, loss {loss:.3g} of the targets' mean square"
-      )
+    progress.update(done, {'loss': loss})  # in mean squares of the targets
   fitted = Fitted(network, jax.device_get(state[0]), image.shape)
   if of == 'values':
     return fitted

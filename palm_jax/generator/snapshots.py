@@ -19,7 +19,11 @@ from palm_jax.formats.pickle_machine import short
 from palm_jax.formats.torch_files import MAX_NAME, read
 from palm_jax.generator import layouts, parts
 from palm_jax.generator.discriminator import Discriminator
-from palm_jax.generator.official import discriminator_from_official, generator_from_official
+from palm_jax.generator.official import (
+  discriminator_from_official,
+  generator_from_official,
+  rescaled,
+)
 from palm_jax.generator.official3 import stylegan3_from_official
 from palm_jax.generator.stylegan2 import LR_MULTIPLIER, Generator
 from palm_jax.generator.stylegan3 import StyleGAN3
@@ -72,13 +76,13 @@ def load_snapshot(
       state = layouts.official_names(state)
     elif module is not None:
       settings = parts.check_generator(module, network)
-      state = _rescaled(state, parts.lr_multipliers(module))
+      state = rescaled(state, parts.lr_multipliers(module))
       state = _silenced(state, parts.without_noise(module))
     if module is None:
       if 'lr_multiplier' not in settings:
         _doubt_multiplier(path, state)
       settings = _settings(path, settings, 'conv_clamp', 'lr_multiplier', 'activation')
-      state = _rescaled(state, dict.fromkeys(_mapping_layers(state), settings['lr_multiplier']))
+      state = rescaled(state, dict.fromkeys(_mapping_layers(state), settings['lr_multiplier']))
     if average is not None:
       state = {'mapping.w_avg': average, **state}
     G, variables = generator_from_official(state, conv_clamp=settings['conv_clamp'])
@@ -118,10 +122,10 @@ def load_discriminator(path: str | os.PathLike) -> tuple[Discriminator, dict]:
     state, module = found.arrays, found.module
     if module is not None:
       settings = parts.check_discriminator(module, 'D')
-      state = _rescaled(state, parts.lr_multipliers(module))
+      state = rescaled(state, parts.lr_multipliers(module))
     else:
       settings = _settings(path, settings, *ASSUMED)
-      state = _rescaled(state, dict.fromkeys(_mapping_layers(state), settings['lr_multiplier']))
+      state = rescaled(state, dict.fromkeys(_mapping_layers(state), settings['lr_multiplier']))
     group = settings['mbstd_group']
     if type(group) is not int or not 0 < group < 1 << 31:
       raise SnapshotError(
@@ -255,25 +259,6 @@ def _doubt_multiplier(path, state):
 def _mapping_layers(state):
   names = (re.fullmatch(r'(mapping\.fc\d+)\.weight', name) for name in state)
   return [match[1] for match in names if match]
-
-
-def _rescaled(state, multipliers):
-  """The tensors with mapping layers rescaled to the learning rate multiplier of our networks.
-
-  They are stored larger by 1 / lr_multiplier than they act.
-
-  Args:
-    state: {name: array}.
-    multipliers: {layer: its learning rate multiplier}.
-  """
-  scaled = {}
-  for name, multiplier in multipliers.items():
-    if multiplier != LR_MULTIPLIER:
-      factor = np.float64(multiplier / LR_MULTIPLIER)
-      for kind in ('weight', 'bias'):
-        scaled[f'{name}.{kind}'] = state[f'{name}.{kind}'] * factor
-  check_numbers(scaled)
-  return {**state, **scaled}
 
 
 def _silenced(state, layers):

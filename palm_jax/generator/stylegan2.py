@@ -51,7 +51,70 @@ def resolution_of(channels: tuple[int, ...], base_size: int = 4) -> int:
   return base_size << len(channels) - 1
 
 
-class Generator(nn.Module):
+class LatentNetwork(nn.Module):
+  """z, labels -> images by way of w: what all generators here share.
+
+  A network has `mapping_network` ((z, labels) -> w (N, w_dim)), the variable `w_avg`, `num_ws` and
+  `synthesis`.
+  """
+
+  def __call__(
+    self,
+    z: jax.Array,
+    labels: jax.Array | None = None,
+    truncation_psi: float | jax.Array = 1.0,
+    truncation_cutoff: int | jax.Array | None = None,
+    noise: str = 'const',
+    noise_keys: jax.Array | None = None,
+    **drawing: Any,
+  ) -> jax.Array:
+    """z (N, z_dim), labels -> (N, H, W, C) images in at least float32, not clipped.
+
+    Further arguments are those of `mapping` and `synthesis`.
+    """
+    this: Any = self
+    ws = self.mapping(z, labels, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
+    return this.synthesis(ws, noise, noise_keys, **drawing)
+
+  def mapping(
+    self,
+    z: jax.Array,
+    labels: jax.Array | None = None,
+    *,
+    truncation_psi: float | jax.Array = 1.0,
+    truncation_cutoff: int | jax.Array | None = None,
+    update_w_avg: bool = False,
+    axis_name: str | None = None,
+  ) -> jax.Array:
+    """z (N, z_dim), labels -> ws (N, num_ws, w_dim).
+
+    Args:
+      truncation_psi: pulls the first truncation_cutoff (default: all) of the num_ws towards w_avg.
+        Both may be traced.
+      update_w_avg: moves w_avg, one for all classes, towards the batch mean; make 'buffers'
+        mutable.
+      axis_name: mesh axis over which that mean is taken.
+    """
+    this: Any = self
+    w = this.mapping_network(z, labels)
+    if update_w_avg and not self.is_initializing():
+      mean = jax.lax.stop_gradient(w).mean(0)
+      if axis_name is not None:
+        mean = jax.lax.pmean(mean, axis_name)
+      this.w_avg.value = mean + W_AVG_MOMENTUM * (this.w_avg.value - mean)
+    ws = jnp.repeat(w[:, None], this.num_ws, 1)
+    cutoff = this.num_ws if truncation_cutoff is None else truncation_cutoff
+    pull = jnp.where(jnp.arange(this.num_ws) < cutoff, 1 - truncation_psi, 0).astype(ws.dtype)
+    return ws + pull[:, None] * (this.average_w(labels) - ws)
+
+  def average_w(self, labels: Any) -> jax.Array:
+    """Where truncation pulls: of a shape that broadcasts against ws."""
+    del labels
+    this: Any = self
+    return this.w_avg.value
+
+
+class Generator(LatentNetwork):
   """z, labels -> images.
 
   Collections: 'params', and 'buffers' with w_avg and the constant noise pictures.
@@ -111,46 +174,12 @@ class Generator(nn.Module):
     classes = (self.num_classes,) if self.class_averages else ()
     self.w_avg = self.variable('buffers', 'w_avg', jnp.zeros, (*classes, self.w_dim))
 
-  def __call__(
-    self,
-    z: jax.Array,
-    labels: jax.Array | None = None,
-    truncation_psi: float | jax.Array = 1.0,
-    truncation_cutoff: int | jax.Array | None = None,
-    noise: str = 'const',
-    noise_keys: jax.Array | None = None,
-  ) -> jax.Array:
-    """z (N, z_dim), labels -> (N, H, W, C) images in at least float32, not clipped.
-
-    Further arguments are those of `mapping` and `synthesis`.
-    """
-    ws = self.mapping(z, labels, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
-    return self.synthesis(ws, noise, noise_keys)
-
-  def mapping(
-    self,
-    z: jax.Array,
-    labels: jax.Array | None = None,
-    *,
-    truncation_psi: float | jax.Array = 1.0,
-    truncation_cutoff: int | jax.Array | None = None,
-    update_w_avg: bool = False,
-    axis_name: str | None = None,
-  ) -> jax.Array:
-    """z (N, z_dim), labels -> ws (N, num_ws, w_dim).
-
-    Args:
-      truncation_psi: pulls the first truncation_cutoff (default: all) of the num_ws towards w_avg.
-        Both may be traced.
-      update_w_avg: moves w_avg, one for all classes, towards the batch mean; make 'buffers'
-        mutable.
-      axis_name: mesh axis over which that mean is taken.
-    """
-    w = mapped(self, z, labels, update_w_avg, axis_name)
-    w_avg = self.w_avg.value
-    if self.class_averages:
-      w_avg = _of_labels(w_avg, labels)[:, None]
-    return truncated(w, w_avg, self.num_ws, truncation_psi, truncation_cutoff)
+  def average_w(self, labels: Any) -> jax.Array:
+    """Of all classes, or (N, 1, w_dim) of the labels' classes or their mixtures."""
+    averages = self.w_avg.value
+    if not self.class_averages:
+      return averages
+    return (averages[labels] if labels.ndim == 1 else labels @ averages)[:, None]
 
   def synthesis(
     self, ws: jax.Array, noise: str = 'const', noise_keys: jax.Array | None = None
@@ -263,44 +292,6 @@ class SynthesisBlock(nn.Module):
     return x, rgb if image is None else ops.upsample(image) + rgb
 
 
-def mapped(
-  network: Any, z: jax.Array, labels: jax.Array | None, update_w_avg: bool, axis_name: str | None
-) -> jax.Array:
-  """z (N, z_dim), labels -> w (N, w_dim) of a network with `mapping_network` and `w_avg`.
-
-  The last arguments are those of `Generator.mapping`.
-  """
-  w = network.mapping_network(z, labels)
-  if update_w_avg and not network.is_initializing():
-    mean = jax.lax.stop_gradient(w).mean(0)
-    if axis_name is not None:
-      mean = jax.lax.pmean(mean, axis_name)
-    network.w_avg.value = mean + W_AVG_MOMENTUM * (network.w_avg.value - mean)
-  return w
-
-
-def truncated(
-  w: jax.Array,
-  w_avg: jax.Array,
-  num_ws: int,
-  psi: float | jax.Array,
-  cutoff: int | jax.Array | None,
-) -> jax.Array:
-  """w (N, w_dim) -> ws (N, num_ws, w_dim), of which the first `cutoff` (None: all) are pulled.
-
-  Args:
-    w: of the mapping.
-    w_avg: where psi=0 pulls them; any shape that broadcasts against ws.
-    num_ws: how often w is repeated.
-    psi: 1 leaves them as they are. Both psi and cutoff may be traced.
-    cutoff: 0 to num_ws.
-  """
-  ws = jnp.repeat(w[:, None], num_ws, 1)
-  cutoff = num_ws if cutoff is None else cutoff
-  pull = jnp.where(jnp.arange(num_ws) < cutoff, 1 - psi, 0).astype(ws.dtype)
-  return ws + pull[:, None] * (w_avg - ws)
-
-
 def check_noise(noise: str) -> None:
   """Raises UserError for what is no noise mode."""
   if noise not in NOISE_MODES:
@@ -310,11 +301,6 @@ def check_noise(noise: str) -> None:
 def _normalize(x):
   x = x.astype(ops.at_least_float32(x))
   return x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-8)
-
-
-def _of_labels(averages, labels):
-  """Rows of averages (num_classes, w_dim), or their mixtures where labels are vectors."""
-  return averages[labels] if labels.ndim == 1 else labels @ averages
 
 
 def _label_vectors(labels, num_classes):

@@ -18,11 +18,11 @@ from flax.linen.dtypes import promote_dtype
 from palm_jax.generator import ops
 from palm_jax.generator.layers3 import Layer, misfit
 from palm_jax.generator.ops3 import filtered_leaky_relu
-from palm_jax.generator.stylegan2 import MappingNetwork, check_noise, truncated
+from palm_jax.generator.stylegan2 import LatentNetwork, MappingNetwork, check_noise
 from palm_jax.layers.convolution import conv
 
 
-class StyleGAN3(nn.Module):
+class StyleGAN3(LatentNetwork):
   """z, labels -> images.
 
   Collections: 'params', and 'buffers' with w_avg, the filters, the Fourier features and the layers'
@@ -100,39 +100,6 @@ class StyleGAN3(nn.Module):
       self.layers, self.layer_names, self.sampling_rate, self.bandwidth, self.dtype
     )
     self.w_avg = self.variable('buffers', 'w_avg', jnp.zeros, (self.w_dim,))
-
-  def __call__(
-    self,
-    z: jax.Array,
-    labels: jax.Array | None = None,
-    truncation_psi: float | jax.Array = 1.0,
-    truncation_cutoff: int | jax.Array | None = None,
-    noise: str = 'const',
-    noise_keys: jax.Array | None = None,
-  ) -> jax.Array:
-    """z (N, z_dim), labels -> (N, H, W, C) images in at least float32, not clipped.
-
-    Further arguments are those of `mapping` and `synthesis`.
-    """
-    ws = self.mapping(z, labels, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
-    return self.synthesis(ws, noise, noise_keys)
-
-  def mapping(
-    self,
-    z: jax.Array,
-    labels: jax.Array | None = None,
-    *,
-    truncation_psi: float | jax.Array = 1.0,
-    truncation_cutoff: int | jax.Array | None = None,
-  ) -> jax.Array:
-    """z (N, z_dim), labels -> ws (N, num_ws, w_dim).
-
-    Args:
-      truncation_psi: pulls the first truncation_cutoff (default: all) of the num_ws towards w_avg.
-        Both may be traced.
-    """
-    w = self.mapping_network(z, labels)
-    return truncated(w, self.w_avg.value, self.num_ws, truncation_psi, truncation_cutoff)
 
   def synthesis(
     self, ws: jax.Array, noise: str = 'const', noise_keys: jax.Array | None = None

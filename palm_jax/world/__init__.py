@@ -1,5 +1,6 @@
 """The latent world for other people's agents: gymnax's protocol, Gymnasium, tasks."""
 
+import dataclasses
 import importlib.util
 import os
 from typing import Any
@@ -62,7 +63,7 @@ def make(
     (LatentManifold, Params).
 
   Raises:
-    UserError: settings that cannot be; says which, and what can.
+    UserError: an invalid setting; names it and what was expected.
   """
   if isinstance(generator, str | os.PathLike):
     generator = load_generator(generator)
@@ -89,9 +90,9 @@ def make(
     features=() if features is None else jax.device_put(features.variables),
     task=(),
   )
+  plain = LatentManifold(generator, Nothing(), features, 'pixels', params, dynamics, start, stack)
   told = ()
   if task == 'goal':
-    plain = LatentManifold(generator, Nothing(), features, 'pixels', params, dynamics, start, stack)
     told = _goal(plain, params, goal)
   elif task == 'class':
     if head is None or features is None:
@@ -99,9 +100,8 @@ def make(
     check_head(*head, target, features.size)
     told = dict(kernel=jnp.asarray(head[0]), bias=jnp.asarray(head[1]), target=jnp.int32(target))
   params = params.replace(task=told)
-  return LatentManifold(
-    generator, task_of, features, observations, params, dynamics, start, stack
-  ), params
+  world = dataclasses.replace(plain, task=task_of, observations=observations, params=params)
+  return world, params
 
 
 def _features(encoder, image_shape):

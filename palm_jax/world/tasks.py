@@ -46,17 +46,26 @@ class Task(Protocol):
     ...
 
 
+class _WithoutMemory:
+  """A task whose rewards are of one picture alone."""
+
+  def init(self, features: Any) -> Any:
+    del features
+    return ()
+
+
+def _paid(values, threshold):
+  """Values as rewards: dense, or 1 where they are above a threshold."""
+  return (values if threshold is None else values > threshold).astype(jnp.float32)
+
+
 @dataclasses.dataclass(frozen=True)
-class Nothing:
+class Nothing(_WithoutMemory):
   """Reward 0, for agents that make their own."""
 
   name: str = 'none'
   optimum: float | None = 0.0
   sees: bool = False
-
-  def init(self, features: Any) -> Any:
-    del features
-    return ()
 
   def reward(self, told: Any, memory: Any, features: Any, count: int) -> tuple[Any, jax.Array]:
     del told, features
@@ -96,14 +105,11 @@ class Entropy:
       self_index=memory.total % rows + jnp.arange(count),
       valid=jnp.arange(rows) < after.total,
     )
-    rewards = jnp.where(after.total > self.k, distances, 0.0)
-    if self.threshold is not None:
-      rewards = rewards > self.threshold
-    return after, rewards.astype(jnp.float32)
+    return after, _paid(jnp.where(after.total > self.k, distances, 0.0), self.threshold)
 
 
 @dataclasses.dataclass(frozen=True)
-class Classify:
+class Classify(_WithoutMemory):
   """How surely a linear head sees a class: its probability. Sparse: 1 where it is above threshold.
 
   It is told {'kernel' (F, classes), 'bias' (classes,), 'target' ()}.
@@ -114,22 +120,17 @@ class Classify:
   optimum: float | None = 1.0
   sees: bool = True
 
-  def init(self, features: Any) -> Any:
-    del features
-    return ()
-
   def reward(
     self, told: Any, memory: Any, features: jax.Array, count: int
   ) -> tuple[Any, jax.Array]:
     del count
     logits = jnp.matmul(features, told['kernel'], precision='highest') + told['bias']
     sure = jnp.take(jax.nn.softmax(logits), told['target'], axis=-1)
-    rewards = sure if self.threshold is None else sure > self.threshold
-    return memory, rewards.astype(jnp.float32)
+    return memory, _paid(sure, self.threshold)
 
 
 @dataclasses.dataclass(frozen=True)
-class Goal:
+class Goal(_WithoutMemory):
   """Cosine to the features of a goal picture, less `center`. Sparse: 1 where it is above threshold.
 
   It is told {'features' (F,), 'center' (F,)}: features of any two pictures lie close together, so
@@ -141,10 +142,6 @@ class Goal:
   optimum: float | None = 1.0
   sees: bool = True
 
-  def init(self, features: Any) -> Any:
-    del features
-    return ()
-
   def reward(
     self, told: Any, memory: Any, features: jax.Array, count: int
   ) -> tuple[Any, jax.Array]:
@@ -152,8 +149,7 @@ class Goal:
     here, there = features - told['center'], told['features'] - told['center']
     lengths = jnp.linalg.norm(here, axis=-1) * jnp.linalg.norm(there)
     cosine = (here * there).sum(-1) / jnp.maximum(lengths, 1e-8)
-    rewards = cosine if self.threshold is None else cosine > self.threshold
-    return memory, rewards.astype(jnp.float32)
+    return memory, _paid(cosine, self.threshold)
 
 
 def make_task(name: str, threshold: float | None = None, **settings: Any) -> Task:
