@@ -19,6 +19,7 @@ SECTIONS = {
   'pretrain': 'palm_jax.pretrain',
   'generator': 'palm_jax.generator.networks',
   'plan': 'palm_jax.speed.plan',
+  'world': 'palm_jax.world.config',
   'features': 'palm_jax.evaluate.features',
   'probe': 'palm_jax.evaluate.probe',
   'ood': 'palm_jax.evaluate.ood',
