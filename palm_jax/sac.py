@@ -182,6 +182,11 @@ def act(state: SAC, h: jax.Array, noise: jax.Array, config: ConfigDict) -> jax.A
   return sample(mean, log_std, noise)[0]
 
 
+def value(state: SAC, h: jax.Array, action: jax.Array, config: ConfigDict) -> jax.Array:
+  """(B,) smaller of both critics, for features (B, F) and actions (B, A)."""
+  return _critic(config).apply(state.critic, h, action).min(0)
+
+
 def action_moments(
   state: SAC, h: jax.Array, action_dim: int, config: ConfigDict
 ) -> tuple[jax.Array, jax.Array]:

@@ -20,6 +20,7 @@ SECTIONS = {
   'generator': 'palm_jax.generator.networks',
   'plan': 'palm_jax.speed.plan',
   'world': 'palm_jax.world.config',
+  'offline': 'palm_jax.offline.train',
   'features': 'palm_jax.evaluate.features',
   'probe': 'palm_jax.evaluate.probe',
   'ood': 'palm_jax.evaluate.ood',

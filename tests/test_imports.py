@@ -42,6 +42,7 @@ LAW = {
   'evaluate': JOB,
   'atari': JOB,
   'speed': JOB,
+  'offline': [*JOB, 'world'],
   'report': [*JOB, 'evaluate.features', 'workdir'],
   'study': [*JOB, 'workdir'],
   'settings': ['base'],

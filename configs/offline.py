@@ -1,0 +1,71 @@
+"""Learning from records without playing: BEAR beside cloning and SAC.
+
+  python -m palm_jax.main --config=configs/offline.py:smoke
+  python -m palm_jax.main --config=configs/offline.py:laptop
+  python -m palm_jax.main --config=configs/offline.py:pendulum
+
+SAC learns by playing in the environment and leaves three records: of random actions, of the first
+policy half way up, and of its best. Each method learns from each record alone. `laptop` plays for a
+goal in the bundled generator's world, `pendulum` in Gymnasium's Pendulum-v1; `smoke` shows in
+seconds that it works. They need Gymnasium: pip install -e '.[gym]'.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import cifar
+from palm_jax.base.errors import UserError
+from palm_jax.offline import train
+from palm_jax.world import config as world
+
+
+def get_config(variant: str = 'laptop') -> ConfigDict:
+  """The config of a variant; see above."""
+  if variant not in ('smoke', 'laptop', 'pendulum'):
+    raise UserError(
+      f'configs/offline.py:{variant} is unknown: variants are smoke, laptop, pendulum'
+    )
+  c = cifar.get_config('small,paper_fig5')
+  c.name = f'offline_{variant}'
+  c.jobs = ('offline',)
+  c.world = world.default_config()
+  c.offline = train.default_config()
+  c.environment.start = 'stationary'
+  c.sac.update(
+    dict(hidden=(256, 256), trunk=0, lr_actor=1e-3, lr_critic=1e-3, lr_alpha=1e-3, tau=0.005)
+  )
+  if variant == 'pendulum':
+    c.offline.environment = 'Pendulum-v1'
+    c.offline.bear.warmup_updates = 2000
+    return c
+  c.environment.episode_length = 64
+  c.sac.gamma = 0.9  # the latent forgets within some eight steps
+  c.sac.init_alpha = 0.2 / 64
+  c.offline.rollout_length = 64
+  c.offline.bear.warmup_updates = 2000
+  if variant == 'smoke':
+    c.environment.episode_length = 8
+    c.offline.update(
+      dict(
+        seeds=2,
+        num_envs=2,
+        behaviour_steps=64,
+        rollout_length=16,
+        record_steps=64,
+        updates=40,
+        batch_size=16,
+        updates_per_call=10,
+        judge_every=20,
+        episodes=2,
+      )
+    )
+    c.sac.hidden = (16, 16)
+    c.offline.bear.update(
+      dict(
+        hidden_actor=(16, 16),
+        hidden_critic=(16, 16),
+        hidden_behaviour=(16, 16),
+        samples=4,
+        warmup_updates=10,
+      )
+    )
+  return c

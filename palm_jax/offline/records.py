@@ -1,0 +1,172 @@
+"""Records of what an agent did, and the environments they come from."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from palm_jax.base.errors import UserError
+from palm_jax.base.files import replacing
+from palm_jax.base.signals import raise_if_interrupted
+
+WORLD = 'world'  # the latent world of the config
+LONGEST = 10_000  # steps of an episode
+
+
+class Record(NamedTuple):
+  """N steps, none of which crosses an episode's end.
+
+  Attributes:
+    observations, next_observations: (N, O) float32.
+    actions: (N, A) float32 in [-1, 1].
+    rewards: (N,) float32.
+    terminated: (N,) bool: a true end, after which nothing has a value.
+    episode: (N,) int32 number of the episode that a step is of.
+  """
+
+  observations: Any
+  actions: Any
+  rewards: Any
+  next_observations: Any
+  terminated: Any
+  episode: Any
+
+
+class Episode(NamedTuple):
+  """The first episode of each of E environments.
+
+  Attributes:
+    returns, discounted: (E,) sums of rewards, as they are and by gamma.
+    observations, actions: (E, O), (E, A) of their first steps.
+  """
+
+  returns: np.ndarray
+  discounted: np.ndarray
+  observations: np.ndarray
+  actions: np.ndarray
+
+
+def make_envs(config: ConfigDict, workdir: pathlib.Path, count: int) -> Any:
+  """Gymnasium environments, `count` at once, of flat float observations and actions in [-1, 1].
+
+  Raises:
+    UserError: gymnasium is missing, the environment is unknown or not of that kind, or the world
+      of the config is refused.
+  """
+  name = config.offline.environment
+  try:
+    import gymnasium
+    from gymnasium.wrappers.vector import FlattenObservation, RescaleAction
+  except ImportError as e:
+    raise UserError("--job=offline plays by Gymnasium: pip install 'gymnasium>=1.1'") from e
+  if name == WORLD:
+    from palm_jax.world.config import from_config
+    from palm_jax.world.gym import LatentManifoldVectorEnv
+
+    return LatentManifoldVectorEnv(count, world=from_config(config, workdir))
+  try:
+    envs = gymnasium.make_vec(name, num_envs=count, vectorization_mode='sync')
+  except (gymnasium.error.Error, ImportError, TypeError) as e:
+    raise UserError(
+      f'offline.environment={name!r} cannot be made ({e}): give {WORLD!r} or the id of a Gymnasium '
+      'environment that is installed'
+    ) from e
+  spaces = envs.single_observation_space, envs.single_action_space
+  if not all(isinstance(space, gymnasium.spaces.Box) for space in spaces):
+    raise UserError(
+      f'offline.environment={name!r} has observations {spaces[0]} and actions {spaces[1]}: both '
+      'must be boxes of numbers'
+    )
+  return RescaleAction(FlattenObservation(envs), -1.0, 1.0)
+
+
+class Player:
+  """Plays in environments, and remembers where it is.
+
+  Args:
+    envs: of `make_envs`, which begin an episode in the step after the last one's end.
+  """
+
+  def __init__(self, envs: Any):
+    self.envs = envs
+
+  def begin(self, seed: int) -> None:
+    """New episodes in all environments."""
+    self._seen, _ = self.envs.reset(seed=seed)
+    self._seen = np.array(self._seen, np.float32)  # an array of the environment may be reused
+    self._ended = np.zeros(self.envs.num_envs, bool)
+    self._episode = np.arange(self.envs.num_envs, dtype=np.int32)
+
+  def play(self, act: Callable, steps: int) -> Record:
+    """Plays on.
+
+    Args:
+      act: (observations (E, O), step) -> (E, A) in [-1, 1].
+      steps: of each environment.
+
+    Returns:
+      Record, without the steps that only begin an episode.
+    """
+    rows = []
+    for t in range(steps):
+      seen, ended, episode = self._seen, self._ended, self._episode
+      actions = np.asarray(act(seen, t), np.float32)
+      rewards, terminated = self._step(actions)
+      row = seen, actions, rewards, self._seen, terminated, episode
+      rows.append([x[~ended] for x in row])
+    return Record(*(np.concatenate(column) for column in zip(*rows, strict=True)))
+
+  def _step(self, actions):
+    seen, rewards, terminated, truncated, _ = self.envs.step(actions)
+    self._seen = np.array(seen, np.float32)
+    self._episode = self._episode + self.envs.num_envs * self._ended
+    self._ended = (terminated | truncated) & ~self._ended
+    return np.array(rewards, np.float32), np.array(terminated, bool)
+
+  def episode(self, act: Callable, seed: int, gamma: float, most: int = LONGEST) -> Episode:
+    """Plays one episode in each environment; those longer than `most` steps are cut there."""
+    self.begin(seed)
+    first, alive = self._seen, np.ones(self.envs.num_envs, bool)
+    total, discounted = np.zeros(len(first)), np.zeros(len(first))
+    for t in range(most):
+      actions = np.asarray(act(self._seen, t), np.float32)
+      done_first = actions if t == 0 else done_first
+      rewards, _ = self._step(actions)
+      total += np.where(alive, rewards, 0)
+      discounted += np.where(alive, gamma**t * rewards, 0)
+      alive &= ~self._ended
+      if not alive.any():
+        break
+    return Episode(total, discounted, first, done_first)
+
+
+def take(record: Record, count: int) -> Record:
+  """The first steps."""
+  return Record(*(x[:count] for x in record))
+
+
+def mean_return(record: Record) -> float:
+  """Of its longest episodes: those cut by the record's end are left out."""
+  _, numbers = np.unique(record.episode, return_inverse=True)
+  lengths = np.bincount(numbers)
+  return float(np.bincount(numbers, record.rewards)[lengths == lengths.max()].mean())
+
+
+def save(path: pathlib.Path, record: Record) -> None:
+  """Writes it whole, or nothing. Raises OSError."""
+  with replacing(path) as file:
+    np.savez(file, **record._asdict())
+
+
+def load(path: pathlib.Path) -> Record:
+  """What `save` wrote. Raises UserError where it is damaged."""
+  try:
+    with np.load(path) as file:
+      return Record(**file)
+  except Exception as e:  # numpy and zipfile raise a dozen kinds on damage
+    raise_if_interrupted(e)
+    raise UserError(
+      f'{path} is damaged ({type(e).__name__}): delete it, and it is recorded again'
+    ) from e

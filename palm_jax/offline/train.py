@@ -1,0 +1,279 @@
+"""The job of learning from records: who makes them, what is learned from each, and how it plays."""
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from palm_jax import sac
+from palm_jax.base import checks
+from palm_jax.base.errors import NonFiniteError, UserError
+from palm_jax.base.tables import aligned, protocol_line
+from palm_jax.base.training import Training
+from palm_jax.job import Job, Run, never
+from palm_jax.offline import bear, behaviours, records
+from palm_jax.offline.methods import METHODS
+
+JUDGE_SEED = 1 << 22  # of the environments in which what was learned is judged
+LEAST_STD = 1e-3
+
+
+def default_config() -> ConfigDict:
+  return ConfigDict(
+    dict(
+      environment=records.WORLD,  # that of the config, or the id of a Gymnasium environment
+      datasets=(),  # names of Minari data sets to learn from; else behaviours make the records
+      behaviours=behaviours.BEHAVIOURS,  # as in the paper
+      methods=('bc', 'sac', 'bear'),
+      seeds=3,  # of learning, at once; the record is the same
+      num_envs=8,
+      behaviour_steps=20_000,  # in which SAC learns by playing
+      rollout_length=200,  # steps an environment makes before all begin anew
+      block_length=8,  # of them, between which SAC learns as often as it has played
+      record_steps=20_000,
+      updates=20_000,
+      batch_size=100,  # BEAR algos.py
+      updates_per_call=500,
+      judge_every=2000,  # updates
+      episodes=10,  # a seed
+      bear=bear.default_config(),
+      checkpoint_minutes=5.0,
+    )
+  )
+
+
+RANGES = dict(
+  seeds=checks.Range(1, 1000),
+  num_envs=checks.Range(1, 10_000),
+  behaviour_steps=checks.COUNT,
+  rollout_length=checks.COUNT,
+  block_length=checks.COUNT,
+  record_steps=checks.COUNT,
+  updates=checks.COUNT,
+  batch_size=checks.SIZE,
+  updates_per_call=checks.COUNT,
+  judge_every=checks.COUNT,
+  episodes=checks.Range(1, 10_000),
+  bear=bear.RANGES,
+  checkpoint_minutes=checks.MINUTES,
+)
+
+
+def check(config: ConfigDict, num_devices: int) -> None:
+  """Raises UserError on settings that the job would refuse."""
+  del num_devices  # it computes on the first
+  if 'offline' not in config or 'world' not in config:
+    raise UserError('this config has no section offline: take --config=configs/offline.py')
+  c = config.offline
+  checks.ranges('offline', c, RANGES)
+  if not c.datasets:
+    checks.choices('offline.behaviours', c.behaviours, behaviours.BEHAVIOURS)
+  checks.choices('offline.methods', c.methods, METHODS)
+  checks.divisible('offline.rollout_length', c.rollout_length, c.block_length, 'block_length')
+  checks.divisible('offline.judge_every', c.judge_every, c.updates_per_call, 'updates_per_call')
+  checks.divisible('offline.updates', c.updates, c.judge_every, 'judge_every')
+  bear.check(c.bear)
+  sac.check(config.sac)
+  if jax.process_count() > 1:
+    raise UserError('--job=offline runs in one process: start it without several')
+  if c.environment == records.WORLD and config.world.observations != 'features':
+    raise UserError(
+      f'world.observations={config.world.observations!r} with --job=offline: it learns from '
+      "vectors; set 'features'"
+    )
+
+
+def run(this: Run) -> dict[str, Any]:
+  """The job: makes the records, or reads them, and learns from each by each method.
+
+  Returns:
+    What stands in results/offline.json.
+
+  Raises:
+    UserError: an environment or record that cannot be had.
+    NonFiniteError: something learned is NaN or infinite.
+    Stopped: by a signal; everything is saved.
+  """
+  c, folder = this.config.offline, this.workdir / 'offline'
+  sources, about = _records(this, folder)
+  judge = records.Player(records.make_envs(this.config, this.workdir, c.seeds * c.episodes))
+  rows = []
+  for name, record in sources.items():
+    own = records.mean_return(record)
+    for method in c.methods:
+      curve = _learn(this, folder / f'{name.replace("/", "_")}_{method}', record, method, judge)
+      last = curve[-1]
+      rows.append(
+        dict(
+          record=name,
+          record_return=own,
+          method=method,
+          returns=last['returns'],
+          mean=float(np.mean(last['returns'])),
+          stderr=_stderr(last['returns']),
+          q=last['q'],
+          discounted=last['discounted'],
+          curve=curve,
+        )
+      )
+  return dict(rows=rows, **about, protocol=_protocol(this.config))
+
+
+def _records(this, folder):
+  """{name: Record}, and what else is known of who made them."""
+  c = this.config.offline
+  if c.datasets:
+    from palm_jax.world.dataset import load_minari
+
+    return {name: load_minari(name) for name in c.datasets}, {}
+  made = {name: folder / 'records' / f'{name}.npz' for name in c.behaviours}
+  players = behaviours.train(this, folder / 'behaviours')
+  for name, path in made.items():
+    if not path.exists():
+      path.parent.mkdir(exist_ok=True)
+      records.save(path, behaviours.record(this, players, name))
+      logging.info('offline: recorded %s', path)
+  about = dict(behaviours=players.returns, behaviour_curve=players.curve)
+  return {name: records.load(path) for name, path in made.items()}, about
+
+
+def _learn(this, folder, record, method, judge):
+  """Learns from a record -> [dict] of what each judging found."""
+  config, c = this.config, this.config.offline
+  m = METHODS[method]
+  observations, actions = record.observations.shape[1], record.actions.shape[1]
+  moments = record.observations.mean(0), np.maximum(record.observations.std(0), LEAST_STD)
+  standard = lambda x: (x - moments[0]) / moments[1]
+  learned = record._replace(
+    observations=standard(record.observations), next_observations=standard(record.next_observations)
+  )
+  on_device = jax.device_put(behaviours.batch_of(learned, config.sac.gamma))
+  keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(config.seed), i))(
+    jnp.arange(c.seeds)
+  )
+  init = jax.jit(jax.vmap(lambda key: m.init(key, observations, actions, config)))
+  call = jax.jit(functools.partial(_call, m=m, config=config), donate_argnums=0)
+  act = jax.jit(jax.vmap(lambda s, o, key: m.act(s, o, key, actions, config)))
+  value = m.value and jax.jit(jax.vmap(lambda s, o, a: m.value(s, o, a, config)))
+  apart = lambda x: x.reshape(c.seeds, c.episodes, -1)
+  state, curve = init(keys), []
+  with Training(
+    f'offline {folder.name}',
+    folder,
+    c.updates,
+    unit='updates',
+    checkpoint_minutes=c.checkpoint_minutes,
+    keep=1,
+  ) as training:
+    restored = training.resume({'state': state})
+    if restored:
+      state, curve = restored.items['state'], list(restored.metadata['curve'])
+    while not training.over:
+      state, metrics = call(state, on_device, keys, training.step)
+      metrics = _finite(metrics, folder)
+      training.advance(c.updates_per_call)
+      if training.step % c.judge_every == 0:
+        key = jax.random.fold_in(jax.random.key(config.seed), training.step)
+        judged = judge.episode(
+          lambda o, t, s=state, k=key: act(
+            s, apart(standard(o)), jax.random.split(jax.random.fold_in(k, t), c.seeds)
+          ).reshape(len(o), -1),
+          JUDGE_SEED,
+          config.sac.gamma,
+        )
+        curve.append(_judged(training.step, judged, value, state, standard, apart))
+        metrics |= {'return': float(np.mean(curve[-1]['returns']))}
+      training.write(metrics)
+      training.show(metrics)
+      if training.should_save:
+        training.save({'state': state}, curve=curve)
+  return curve
+
+
+def _call(state, record, keys, step, m, config):
+  """updates_per_call updates of every seed -> state, means of their scalars."""
+  c = config.offline
+  rows = len(record.reward)
+
+  def one(state, i):
+    def of_seed(state, key):
+      key_rows, key = jax.random.split(jax.random.fold_in(key, step + i))
+      chosen = jax.random.randint(key_rows, (c.batch_size,), 0, rows)
+      return m.update(state, jax.tree.map(lambda x: x[chosen], record), key, config)
+
+    return jax.vmap(of_seed)(state, keys)
+
+  state, metrics = jax.lax.scan(one, state, jnp.arange(c.updates_per_call))
+  return state, jax.tree.map(jnp.mean, metrics)
+
+
+def _judged(step, episode, value, state, standard, apart):
+  """A point of the curve: returns a seed, and the critics' value of its first steps beside what
+  came of them."""
+  point = dict(
+    updates=step,
+    returns=apart(episode.returns)[..., 0].mean(1).tolist(),
+    discounted=apart(episode.discounted)[..., 0].mean(1).tolist(),
+    q=None,
+  )
+  if value:
+    q = value(state, apart(standard(episode.observations)), apart(episode.actions))
+    point['q'] = np.asarray(q, float).mean(1).tolist()
+  return point
+
+
+def _finite(metrics, folder):
+  values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+  for name, x in values.items():
+    if not np.isfinite(x):
+      raise NonFiniteError(
+        f'offline: {name} of {folder.name} is {x}: lower the learning rates (offline.bear.lr_*, '
+        'sac.lr_*), in another --workdir'
+      )
+  return values
+
+
+def _stderr(x):
+  return float(np.std(x, ddof=1) / np.sqrt(len(x))) if len(x) > 1 else None
+
+
+def _protocol(config):
+  c = config.offline
+  return dict(
+    environment=c.environment,
+    **({'world': config.world.to_dict()} if c.environment == records.WORLD else {}),
+    record_steps=c.record_steps,
+    updates=c.updates,
+    batch_size=c.batch_size,
+    seeds=c.seeds,
+    episodes=c.episodes,
+    gamma=config.sac.gamma,
+    **{f'bear.{name}': value for name, value in c.bear.items()},
+  )
+
+
+def table(result: dict[str, Any]) -> str:
+  """Returns by record and method."""
+  cells = [('record', 'its return', 'method', 'return', '+-', 'Q', 'came true')]
+  number = lambda x: '-' if x is None else f'{np.mean(x):.4g}'
+  for row in result['rows']:
+    cells.append(
+      (
+        row['record'],
+        number(row['record_return']),
+        row['method'],
+        number(row['mean']),
+        number(row['stderr']),
+        number(row['q']),
+        number(row['discounted']),
+      )
+    )
+  return '\n'.join([*aligned(cells), protocol_line(result['protocol'])])
+
+
+JOB = Job('offline', run, check, needs_data=never, table=table, reads=('generator',))
