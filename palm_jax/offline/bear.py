@@ -135,11 +135,11 @@ class Ensemble(nn.Module):
 
   @nn.compact
   def __call__(self, observation, action):
-    many = nn.vmap(
+    many: Any = nn.vmap(
       MLP,
       variable_axes={'params': 0},
       split_rngs={'params': True},
-      in_axes=None,
+      in_axes=None,  # pyright: ignore[reportArgumentType]
       out_axes=0,
       axis_size=self.size,
     )
@@ -186,6 +186,10 @@ def _actor(c, action_dim) -> Any:
   return Actor(action_dim, c.hidden_actor, trunk=0, log_std_min=-5.0, log_std_max=2.0)
 
 
+def _behaviour(c, action_dim) -> Any:
+  return Behaviour(action_dim, c.hidden_behaviour)
+
+
 def _critic(c) -> Any:
   return Ensemble(c.critics, c.hidden_critic)
 
@@ -195,7 +199,7 @@ def init(key: jax.Array, observation_dim: int, action_dim: int, config: ConfigDi
   c = config.bear
   keys = jax.random.split(key, 3)
   o, a = jnp.zeros((1, observation_dim)), jnp.zeros((1, action_dim))
-  behaviour = Behaviour(action_dim, c.hidden_behaviour).init(keys[0], o, a, jnp.concatenate([a, a], -1))
+  behaviour = _behaviour(c, action_dim).init(keys[0], o, a, jnp.concatenate([a, a], -1))
   actor, critic = _actor(c, action_dim).init(keys[1], o), _critic(c).init(keys[2], o, a)
   copy = lambda tree: jax.tree.map(jnp.copy, tree)
   return State(
@@ -257,7 +261,7 @@ def update(
   samples = count, c.samples, action_dim
   latents = jax.random.normal(keys[2], (count, c.samples, 2 * action_dim))
   # The draws of its latent stay near the mode, where the decoder has learned what to do.
-  of_record = Behaviour(action_dim, c.hidden_behaviour).apply(
+  of_record = _behaviour(c, action_dim).apply(
     behaviour.params, _repeat(batch.h, c.samples), jnp.clip(latents, -CLIP, CLIP), method='decode'
   )
   noise = jnp.clip(jax.random.normal(keys[3], samples), -CLIP, CLIP)
@@ -299,8 +303,7 @@ def _fit_behaviour(behaviour, batch, key, c):
   noise = jax.random.normal(key, (count, 2 * action_dim))
 
   def loss(params):
-    network = Behaviour(action_dim, c.hidden_behaviour)
-    raw, mean, log_std = network.apply(params, batch.h, batch.action, noise)
+    raw, mean, log_std = _behaviour(c, action_dim).apply(params, batch.h, batch.action, noise)
     error = jnp.mean((jnp.tanh(raw) - batch.action) ** 2)
     divergence = -0.5 * jnp.mean(1 + 2 * log_std - mean**2 - jnp.exp(2 * log_std))
     return error + 0.5 * divergence, error

@@ -125,7 +125,9 @@ def record(this: Run, behaviours: Behaviours, name: str) -> records.Record:
   player.begin(config.seed + RECORD_SEED + BEHAVIOURS.index(name))
   chosen = _random(actions, [config.seed, RECORD_SEED]) if state is None else by_policy
   steps = -(-c.record_steps // c.num_envs)
-  played = player.play(chosen, 2 * steps)  # more than is kept: those that begin an episode are no steps
+  played = player.play(
+    chosen, 2 * steps
+  )  # more than is kept: those that begin an episode are no steps
   return records.take(played, c.record_steps)
 
 

@@ -153,13 +153,11 @@ def _learn(this, folder, record, method, judge):
     observations=standard(record.observations), next_observations=standard(record.next_observations)
   )
   on_device = jax.device_put(behaviours.batch_of(learned, config.sac.gamma))
-  keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(config.seed), i))(
-    jnp.arange(c.seeds)
-  )
+  keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(config.seed), i))(jnp.arange(c.seeds))
   init = jax.jit(jax.vmap(lambda key: m.init(key, observations, actions, config)))
   call = jax.jit(functools.partial(_call, m=m, config=config), donate_argnums=0)
   act = jax.jit(jax.vmap(lambda s, o, key: m.act(s, o, key, actions, config)))
-  value = m.value and jax.jit(jax.vmap(lambda s, o, a: m.value(s, o, a, config)))
+  value = _vmapped_value(m, config)
   apart = lambda x: x.reshape(c.seeds, c.episodes, -1)
   state, curve = init(keys), []
   with Training(
@@ -193,6 +191,13 @@ def _learn(this, folder, record, method, judge):
       if training.should_save:
         training.save({'state': state}, curve=curve)
   return curve
+
+
+def _vmapped_value(m, config):
+  of_critics = m.value
+  if of_critics is None:
+    return None
+  return jax.jit(jax.vmap(lambda s, o, a: of_critics(s, o, a, config)))
 
 
 def _call(state, record, keys, step, m, config):
