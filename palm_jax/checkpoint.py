@@ -8,7 +8,18 @@ from palm_jax.base.checkpoints import Checkpoints, load_item
 from palm_jax.base.errors import UserError
 from palm_jax.base.steps import Restored, list_steps, one_line
 
-__all__ = ['Checkpoints', 'Restored', 'list_steps', 'load_encoder', 'load_item']
+__all__ = ['Checkpoints', 'Restored', 'list_steps', 'load_config', 'load_encoder', 'load_item']
+
+
+def load_config(workdir: str | pathlib.Path) -> dict[str, Any]:
+  """The config of a workdir. Raises UserError where there is none, or a damaged one."""
+  path = pathlib.Path(workdir) / 'config.json'
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError, RecursionError) as e:
+    raise UserError(
+      f'{path} cannot be read ({one_line(e)}): give the --workdir of a pretraining run'
+    ) from e
 
 
 def load_encoder(
@@ -23,12 +34,6 @@ def load_encoder(
     UserError: no or damaged config or checkpoint.
   """
   workdir = pathlib.Path(workdir)
-  try:
-    config = json.loads((workdir / 'config.json').read_text())
-  except (OSError, ValueError, RecursionError) as e:
-    raise UserError(
-      f'{workdir / "config.json"} cannot be read ({one_line(e)}): '
-      'give the --workdir of a pretraining run'
-    ) from e
+  config = load_config(workdir)
   step, variables = load_item(workdir / 'pretrain' / 'checkpoints', 'encoder', step)
   return config, variables, step

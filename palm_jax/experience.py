@@ -1,4 +1,4 @@
-"""The record of what an agent did: latents, labels and steps, in order and on disk.
+"""The record of what an agent did: latents, labels, steps and actions, in order and on disk.
 
 Its frames are drawn again from them, bit for bit where the pictures of a batch do not depend on its
 size. One file a call of pretraining and process; a run that is resumed after a kill writes the
@@ -30,11 +30,15 @@ class Experience(NamedTuple):
     z: (R, E, z_dim) latents.
     label: (R, E) int32.
     step: (R, E) int32 steps since the episode began; 0 in its first row.
+    action: (R, E, z_dim) what was done in that row, as replay.pack stores it (bfloat16 as float32);
+      not done where the next row begins an episode. () where it is unknown, and (R, E, 0) in the
+      files of versions that did not record it.
   """
 
   z: Any
   label: Any
   step: Any
+  action: Any = ()
 
 
 def write(folder: pathlib.Path, first_row: int, experience: Experience) -> None:
@@ -51,6 +55,7 @@ def write(folder: pathlib.Path, first_row: int, experience: Experience) -> None:
   shards = {
     field: sorted(x.addressable_shards, key=lambda s: s.index[1].start or 0)
     for field, x in experience._asdict().items()
+    if not isinstance(x, tuple)
   }
   first_env = shards['step'][0].index[1].start or 0
   local: dict[str, Any] = {
@@ -130,6 +135,10 @@ def _load(path):
   try:
     with np.load(path) as file:
       loaded = Experience(**file)
+    if isinstance(loaded.action, tuple):
+      loaded = loaded._replace(action=np.zeros((*loaded.step.shape, 0), np.float32))
+    if loaded.action.shape[:2] != loaded.step.shape:
+      raise ValueError('shapes')
     if loaded.z.shape[:2] != loaded.step.shape or loaded.label.shape != loaded.step.shape:
       raise ValueError('shapes')
     return loaded

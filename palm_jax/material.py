@@ -108,7 +108,7 @@ def _record(config, generator):
       f'{record.step.max() + 1} steps, expected {generator.z_dim}, {p.num_envs} and {length}: take '
       'the generator, pretrain.num_envs and environment.episode_length of that run'
     )
-  return Experience(*(x[: min(rows, wanted)] for x in record))
+  return Experience(*(x[: min(rows, wanted)] for x in record[:3]))
 
 
 def check_same_world(config: ConfigDict, record: pathlib.Path) -> None:

@@ -136,13 +136,16 @@ def collect(
 
   def step(carry, t):
     env, frames = carry
-    record = Experience(z=env.z, label=env.label, step=env.step) if p.record else ()
     key_policy, key_env = jax.random.split(jax.random.fold_in(key, t))
     keys, episodes = environment.env_keys(key_policy, ids), episode_numbers(play, ids, first + t)
     by_policy = lambda: act(play, state.ssl, state.agent, frames, keys, episodes)
     actions = jax.lax.cond(warm, lambda: at_random(keys), by_policy)
     packed = replay.pack(actions, play.action_dtype)
     taken = replay.unpack(packed, play.real)  # what is done is what the replay will hold
+    record = ()
+    if p.record:
+      exact = packed if packed.dtype == jnp.int8 else taken
+      record = Experience(z=env.z, label=env.label, step=env.step, action=exact)
     env = environment.step(
       env,
       taken,

@@ -164,7 +164,7 @@ def write_record(folder, rows=43, num_envs=6, length=LENGTH, rows_a_file=10):
   )
   for first in range(0, rows, rows_a_file):
     experience.write(
-      folder, first, Experience(*(jnp.asarray(x[first : first + rows_a_file]) for x in whole))
+      folder, first, Experience(*(jnp.asarray(x[first : first + rows_a_file]) for x in whole[:3]))
     )
   complete = [
     (e, start) for e in range(num_envs) for start in range(-e % length, rows - length + 1, length)
@@ -262,7 +262,7 @@ def saved(tmp_path_factory, mesh):
     np.repeat(rng.integers(0, 3, (5, 6)), LENGTH, 0)[:29],
     step % LENGTH,
   )
-  experience.write(workdir / 'pretrain' / 'experience', 0, Experience(*map(jnp.asarray, whole)))
+  experience.write(workdir / 'pretrain' / 'experience', 0, Experience(*map(jnp.asarray, whole[:3])))
   return workdir, program, generator, state
 
 

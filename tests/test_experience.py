@@ -49,7 +49,8 @@ def test_frames_are_drawn_again_bit_for_bit(recorded):
 def test_the_actions_taken_are_those_stored(recorded):
   """The world again, driven by the ring's rounded actions."""
   folder, ring, key, config = recorded
-  z, label, step = (np.concatenate(x) for x in zip(*experience.read(folder), strict=True))
+  z, label, step, action = (np.concatenate(x) for x in zip(*experience.read(folder), strict=True))
+  np.testing.assert_array_equal(action, ring.actions)
   dynamics = environment.Dynamics(
     np.float32(config.environment.alpha), np.float32(config.environment.beta)
   )
@@ -94,14 +95,15 @@ def test_processes_write_their_own_environments(tmp_path):
     z=np.arange(60.0).reshape(3, 4, 5),
     label=np.arange(12).reshape(3, 4),
     step=np.arange(12).reshape(3, 4),
+    action=np.arange(60.0).reshape(3, 4, 5),
   )
   np.savez(
     tmp_path / '0000000000_000000.npz',
-    **x._replace(z=x.z[:, :3], label=x.label[:, :3], step=x.step[:, :3])._asdict(),
+    **Experience(*(field[:, :3] for field in x))._asdict(),
   )
   np.savez(
     tmp_path / '0000000000_000003.npz',
-    **x._replace(z=x.z[:, 3:], label=x.label[:, 3:], step=x.step[:, 3:])._asdict(),
+    **Experience(*(field[:, 3:] for field in x))._asdict(),
   )
   (part,) = experience.read(tmp_path)
   jax.tree.map(np.testing.assert_array_equal, part, x)

@@ -222,7 +222,7 @@ def recorded(
   held: Any = None  # and z there
   for part in experience.read(folder):
     found = [kept or (part.z[0, :0], part.label[0, :0], np.empty(0))]
-    for z, label, step in zip(*part, strict=True):
+    for z, label, step in zip(*part[:3], strict=True):
       if chosen is None:
         chosen = np.full(step.shape, -1)  # it had begun before the record
         held = np.zeros_like(z)

@@ -39,7 +39,7 @@ def default_config() -> ConfigDict:
       lr_lagrange=1e-3,
       tau=0.005,
       critics=2,
-      spread=0.4,  # lambda: how far the actor's value is below the critics' mean, in their deviation
+      spread=0.4,  # lambda: how many of the critics' deviations a value is lowered by
       spread_share=0.1,  # delta
       samples=10,  # of actions: in targets, in the discrepancy, and when it acts
       kernel='laplacian',
@@ -92,7 +92,7 @@ def mmd(x: jax.Array, y: jax.Array, sigma: float, kernel: str = 'laplacian') -> 
   def mean_kernel(x, y):
     apart = x[:, :, None] - y[:, None]  # (B, N, M, A)
     size = jnp.abs(apart) if kernel == 'laplacian' else apart**2
-    return jnp.exp(-size.sum(-1) / (2 * sigma)).mean((1, 2))
+    return jnp.expm1(-size.sum(-1) / (2 * sigma)).mean((1, 2))  # less 1, which cancels below
 
   squared = mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y)
   return jnp.sqrt(jnp.maximum(squared, 0) + LEAST_SQUARED)

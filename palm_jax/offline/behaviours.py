@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from ml_collections import ConfigDict
 
 from palm_jax import sac
 from palm_jax.base.training import Training

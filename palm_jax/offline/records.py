@@ -79,7 +79,7 @@ def make_envs(config: ConfigDict, workdir: pathlib.Path, count: int) -> Any:
       f'offline.environment={name!r} has observations {spaces[0]} and actions {spaces[1]}: both '
       'must be boxes of numbers'
     )
-  return RescaleAction(FlattenObservation(envs), -1.0, 1.0)
+  return RescaleAction(FlattenObservation(envs), np.float32(-1), np.float32(1))
 
 
 class Player:
@@ -128,18 +128,18 @@ class Player:
   def episode(self, act: Callable, seed: int, gamma: float, most: int = LONGEST) -> Episode:
     """Plays one episode in each environment; those longer than `most` steps are cut there."""
     self.begin(seed)
-    first, alive = self._seen, np.ones(self.envs.num_envs, bool)
+    first, alive, begun = self._seen, np.ones(self.envs.num_envs, bool), None
     total, discounted = np.zeros(len(first)), np.zeros(len(first))
     for t in range(most):
       actions = np.asarray(act(self._seen, t), np.float32)
-      done_first = actions if t == 0 else done_first
+      begun = actions if begun is None else begun
       rewards, _ = self._step(actions)
       total += np.where(alive, rewards, 0)
       discounted += np.where(alive, gamma**t * rewards, 0)
       alive &= ~self._ended
       if not alive.any():
         break
-    return Episode(total, discounted, first, done_first)
+    return Episode(total, discounted, first, np.asarray(begun))
 
 
 def take(record: Record, count: int) -> Record:

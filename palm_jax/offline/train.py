@@ -1,7 +1,6 @@
 """The job of learning from records: who makes them, what is learned from each, and how it plays."""
 
 import functools
-import pathlib
 from typing import Any
 
 import jax
@@ -10,14 +9,16 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from palm_jax import sac
+from palm_jax import environment, sac
 from palm_jax.base import checks
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.tables import aligned, protocol_line
 from palm_jax.base.training import Training
 from palm_jax.job import Job, Run, never
-from palm_jax.offline import bear, behaviours, records
+from palm_jax.offline import bear, behaviours, datasets, records
 from palm_jax.offline.methods import METHODS
+from palm_jax.world import config as world
+from palm_jax.world.dataset import identity
 
 JUDGE_SEED = 1 << 22  # of the environments in which what was learned is judged
 LEAST_STD = 1e-3
@@ -79,6 +80,8 @@ def check(config: ConfigDict, num_devices: int) -> None:
   checks.divisible('offline.updates', c.updates, c.judge_every, 'judge_every')
   bear.check(c.bear)
   sac.check(config.sac)
+  world.check(config.world)
+  environment.check(config.environment)
   if jax.process_count() > 1:
     raise UserError('--job=offline runs in one process: start it without several')
   if c.environment == records.WORLD and config.world.observations != 'features':
@@ -100,8 +103,8 @@ def run(this: Run) -> dict[str, Any]:
     Stopped: by a signal; everything is saved.
   """
   c, folder = this.config.offline, this.workdir / 'offline'
-  sources, about = _records(this, folder)
   judge = records.Player(records.make_envs(this.config, this.workdir, c.seeds * c.episodes))
+  sources, about = _records(this, folder, judge.envs)
   rows = []
   for name, record in sources.items():
     own = records.mean_return(record)
@@ -124,13 +127,12 @@ def run(this: Run) -> dict[str, Any]:
   return dict(rows=rows, **about, protocol=_protocol(this.config))
 
 
-def _records(this, folder):
+def _records(this, folder, envs):
   """{name: Record}, and what else is known of who made them."""
   c = this.config.offline
   if c.datasets:
-    from palm_jax.world.dataset import load_minari
-
-    return {name: load_minari(name) for name in c.datasets}, {}
+    expected = identity(envs.world) if c.environment == records.WORLD else None
+    return {name: datasets.load(name, envs, expected) for name in c.datasets}, {}
   made = {name: folder / 'records' / f'{name}.npz' for name in c.behaviours}
   players = behaviours.train(this, folder / 'behaviours')
   for name, path in made.items():

@@ -151,8 +151,8 @@ class LatentManifold:
       self._dynamics(params),
     )
     seen = jnp.zeros((len(keys), *self.image_shape), jnp.uint8)
-    state = self._look(begun, seen, params)
-    return self._observe(state), state.replace(memory=self.task.init(state.features))
+    state = self.show(begun, seen, params)
+    return self.observe(state), state.replace(memory=self.task.init(state.features))
 
   def step_all(
     self, keys: jax.Array, state: State, actions: jax.Array, params: Params | None = None
@@ -180,11 +180,11 @@ class LatentManifold:
       params.episode_length,
       self.generator.num_classes,
     )
-    after = self._look(env, state.seen, params)
+    after = self.show(env, state.seen, params)
     memory, rewards = self.task.reward(params.task, state.memory, after.features, len(keys))
     rewards = jnp.where(env.step == 0, 0.0, rewards)
     truncated = env.step + 1 >= params.episode_length
-    return self._observe(after), after.replace(memory=memory), rewards, truncated
+    return self.observe(after), after.replace(memory=memory), rewards, truncated
 
   # ---- one environment: gymnax 1.0
 
@@ -242,7 +242,8 @@ class LatentManifold:
   def _dynamics(self, params):
     return environment.Dynamics(params.alpha, params.beta, self.kind, self.start)
 
-  def _look(self, env, seen, params):
+  def show(self, env: environment.EnvState, seen: jax.Array, params: Params) -> State:
+    """What environments show after `seen` (E, H, W, K * C) uint8 -> State without a memory."""
     label = jnp.where(params.label < 0, env.label, params.label).astype(env.label.dtype)
     env = env.replace(label=label)
     images = self.generator.apply(
@@ -252,5 +253,6 @@ class LatentManifold:
     features = () if self.features is None else self.features.apply(params.features, seen)
     return State(env=env, seen=seen, features=features)
 
-  def _observe(self, state):
+  def observe(self, state: State) -> jax.Array:
+    """(E, ...) observations of a State."""
     return state.seen if self.observations == 'pixels' else state.features

@@ -1,0 +1,79 @@
+"""Minari data sets as records to learn from."""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from palm_jax.base.errors import UserError
+from palm_jax.base.signals import raise_if_interrupted
+from palm_jax.base.steps import one_line
+from palm_jax.offline.records import Record
+from palm_jax.world.dataset import WORLD, import_minari
+
+
+def load(name: str, envs: Any, expected: dict[str, str] | None = None) -> Record:
+  """A Minari data set of vectors as a Record.
+
+  Args:
+    name: of `minari.load_dataset`, or a data set's folder.
+    envs: environments in which is played; observations and actions must have their sizes.
+    expected: `identity` of the world in which is played; data sets that name none fit any.
+
+  Raises:
+    UserError: Minari is missing, the data set is not there, damaged, empty, not of vectors and
+      actions in [-1, 1], or of another world.
+  """
+  minari = import_minari()
+  try:
+    folder = pathlib.Path(name)
+    found = minari.MinariDataset(folder / 'data') if folder.is_dir() else minari.load_dataset(name)
+    about = found.storage.metadata
+    episodes = list(found.iterate_episodes())
+  except Exception as e:  # h5py and Minari raise a dozen kinds
+    raise_if_interrupted(e)
+    raise UserError(
+      f'the data set {name!r} cannot be read ({one_line(e)}): give a name of `minari list local`, '
+      'or the folder of a data set'
+    ) from e
+  for key, value in (expected or {}).items():
+    if about.get(key, value) != value:
+      what = 'in the pictures of another generator' if key == WORLD else 'through another encoder'
+      raise UserError(
+        f'the data set {name!r} was recorded {what} (digest {about[key][:12]}, here {value[:12]}): '
+        'give that in the config, or another data set'
+      )
+  if not episodes:
+    raise UserError(f'the data set {name!r} holds no episodes: give another')
+  parts = [_record_of(i, episode, name, envs) for i, episode in enumerate(episodes)]
+  return Record(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def _record_of(number, episode, name, envs):
+  seen, done = np.asarray(episode.observations), np.asarray(episode.actions)
+  if seen.ndim != 2 or done.ndim != 2 or seen.dtype == np.uint8:
+    raise UserError(
+      f'the data set {name!r} has observations {seen.dtype}{seen.shape[1:]} and actions '
+      f'{done.shape[1:]}: expected vectors; write one with --observations=features'
+    )
+  sizes = seen.shape[1], done.shape[1]
+  expected = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+  if sizes != expected:
+    raise UserError(
+      f'the data set {name!r} has observations and actions of {sizes} numbers, the environment '
+      f'has {expected}: set offline.environment to the one it was recorded in'
+    )
+  if not np.isfinite(seen).all() or not np.abs(done).max(initial=0) <= 1:
+    raise UserError(
+      f'the data set {name!r} has actions outside [-1, 1] or observations that are not finite: '
+      'rescale its actions'
+    )
+  seen, done = seen.astype(np.float32), done.astype(np.float32)
+  return Record(
+    seen[:-1],
+    done,
+    np.asarray(episode.rewards, np.float32),
+    seen[1:],
+    np.asarray(episode.terminations, bool),
+    np.full(len(done), number, np.int32),
+  )

@@ -1,0 +1,130 @@
+"""What a run recorded as a Minari data set, and back."""
+
+import json
+import types
+
+import gymnasium
+import jax
+import numpy as np
+import pytest
+
+from palm_jax import experience, pretrain, replay, rollout, worlds
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
+from palm_jax.offline import datasets
+from palm_jax.world import dataset, make
+from tests.worlds import LinearGenerator, tiny_config
+
+minari = pytest.importorskip('minari')
+GENERATOR, LENGTH, ENVS = LinearGenerator(), 7, 16
+
+
+@pytest.fixture(scope='module')
+def recorded(tmp_path_factory):
+  """A pretraining's first rows -> its workdir, and the ring that holds all of them."""
+  workdir, config = tmp_path_factory.mktemp('recorded'), tiny_config()
+  config.pretrain.update(dict(record=True, iterations_per_call=3, warmup_steps=1024))
+  (workdir / 'config.json').write_text(config.to_json_best_effort())
+  mesh = devices.make_mesh(1)
+  program = pretrain.make_program(config, GENERATOR, mesh)
+  world = worlds.make_world(config, GENERATOR, mesh)
+  state, output = program.call(program.init(jax.random.key(0), world), world)
+  experience.write(workdir / 'pretrain' / 'experience', 0, output.experience)
+  return workdir, jax.device_get(state.ring)
+
+
+@pytest.fixture(autouse=True)
+def linear(monkeypatch):
+  monkeypatch.setattr(worlds, 'load_world_generator', lambda config, workdir: GENERATOR)
+
+
+@pytest.fixture(scope='module')
+def written(recorded, tmp_path_factory):
+  root = tmp_path_factory.mktemp('sets')
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(worlds, 'load_world_generator', lambda config, workdir: GENERATOR)
+    dataset.write(recorded[0], root, encoder='random', task='goal', goal=3)
+  return root
+
+
+def test_pictures_and_actions_are_those_of_the_run(recorded, written, monkeypatch):
+  """Bit for bit the frames of the ring, cut where episodes end."""
+  ring = recorded[1]
+  monkeypatch.setenv('MINARI_DATASETS_PATH', str(written))
+  found = minari.load_dataset('palm/explored-v0')
+  config = tiny_config()
+  first = np.asarray(rollout.environment.staggered_steps(np.arange(ENVS), ENVS, LENGTH))
+  rows = 12
+  step = (first + np.arange(rows)[:, None]) % LENGTH
+  expected = {}
+  for env in range(ENVS):
+    starts = [0, *(np.flatnonzero(step[1:, env] == 0) + 1), rows]
+    for begin, end in zip(starts, starts[1:], strict=False):
+      if end - begin > 1:
+        frames = ring.frames[begin:end, env].reshape(-1, 8, 8, 1)
+        actions = replay.unpack(ring.actions[begin : end - 1, env], np.float32)
+        expected[frames.tobytes()] = np.asarray(actions)
+  assert found.total_episodes == len(expected) > ENVS
+  for episode in found.iterate_episodes():
+    actions = expected.pop(np.asarray(episode.observations).tobytes())
+    np.testing.assert_array_equal(episode.actions, actions)
+    assert len(episode.observations) == len(episode.actions) + 1 == len(episode.rewards) + 1
+    assert not episode.terminations.any()
+    assert episode.truncations.tolist() == [False] * (len(actions) - 1) + [True]
+  assert not expected and config.environment.episode_length == LENGTH
+
+
+def test_rewards_are_the_tasks(written, monkeypatch):
+  monkeypatch.setenv('MINARI_DATASETS_PATH', str(written))
+  world, params = make(GENERATOR, task='goal', goal=3, encoder='random')
+  look = jax.jit(world.features.apply)
+  for episode in list(minari.load_dataset('palm/explored-v0').iterate_episodes())[:4]:
+    seen = look(params.features, np.asarray(episode.observations)[1:])
+    _, rewards = world.task.reward(params.task, (), seen, len(seen))
+    np.testing.assert_allclose(episode.rewards, rewards, atol=1e-5)
+
+
+def test_features_feed_the_offline_agents(recorded, tmp_path):
+  folder = dataset.write(recorded[0], tmp_path, encoder='random', observations='features')
+  world, _ = make(GENERATOR, observations='features')
+  envs = types.SimpleNamespace(
+    single_observation_space=gymnasium.spaces.Box(-9, 9, (128,)),
+    single_action_space=gymnasium.spaces.Box(-1, 1, (6,)),
+  )
+  record = datasets.load(str(folder), envs, dataset.identity(world))
+  assert record.observations.shape[1] == 128 and record.actions.shape[1] == 6
+  inside = record.episode[1:] == record.episode[:-1]
+  np.testing.assert_array_equal(
+    record.next_observations[:-1][inside], record.observations[1:][inside]
+  )
+  for key, words in (
+    (dataset.FEATURES, 'through another encoder'),
+    (dataset.WORLD, 'in the pictures of another generator'),
+  ):
+    with pytest.raises(UserError, match=words):
+      datasets.load(str(folder), envs, dataset.identity(world) | {key: 'f' * 64})
+  envs.single_action_space = gymnasium.spaces.Box(-1, 1, (5,))
+  with pytest.raises(UserError, match=r'\(128, 6\) numbers, the environment has \(128, 5\)'):
+    datasets.load(str(folder), envs)
+
+
+def test_mistakes_leave_nothing(recorded, written, tmp_path):
+  with pytest.raises(UserError, match='holds something already'):
+    dataset.write(recorded[0], written)
+  with pytest.raises(UserError, match='Minari refuses it'):
+    dataset.write(recorded[0], tmp_path / 'a', name='no version', encoder='random')
+  assert not list((tmp_path / 'a').iterdir())
+  (tmp_path / 'empty').mkdir()
+  with pytest.raises(UserError, match='config.json cannot be read'):
+    dataset.write(tmp_path / 'empty', tmp_path / 'b')
+  old = tmp_path / 'old'
+  (old / 'pretrain' / 'experience').mkdir(parents=True)
+  (old / 'config.json').write_text((recorded[0] / 'config.json').read_text())
+  for path in (recorded[0] / 'pretrain' / 'experience').iterdir():
+    with np.load(path) as file:
+      np.savez(
+        old / 'pretrain' / 'experience' / path.name, **{n: file[n] for n in ('z', 'label', 'step')}
+      )
+  with pytest.raises(UserError, match='holds no actions: it was recorded by an older version'):
+    dataset.write(old, tmp_path / 'b', encoder='random')
+  assert json.loads((old / 'config.json').read_text())['pretrain']['record']
