@@ -42,7 +42,7 @@ LAW = {
   'world.dataset': ['base', 'checkpoint', 'environment', 'experience', 'replay', 'worlds', 'world'],
   'evaluate': JOB,
   'atari': JOB,
-  'speed': JOB,
+  'speed': [*JOB, 'world'],
   'offline': [*JOB, 'world'],
   'report': [*JOB, 'evaluate.features', 'workdir'],
   'study': [*JOB, 'workdir'],

@@ -79,7 +79,8 @@ def make_envs(config: ConfigDict, workdir: pathlib.Path, count: int) -> Any:
       f'offline.environment={name!r} has observations {spaces[0]} and actions {spaces[1]}: both '
       'must be boxes of numbers'
     )
-  return RescaleAction(FlattenObservation(envs), np.float32(-1), np.float32(1))
+  edge = np.ones_like(envs.single_action_space.low, np.float32)
+  return RescaleAction(FlattenObservation(envs), -edge, edge)
 
 
 class Player:

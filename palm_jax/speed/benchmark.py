@@ -17,7 +17,7 @@ from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from palm_jax.generator import LoadedGenerator, PictureGenerator
 from palm_jax.job import Job, Run
-from palm_jax.speed import cost, drawing, generator_training, plan, timing, workload
+from palm_jax.speed import cost, doors, drawing, generator_training, plan, timing, workload
 
 ROWS = dict(  # of the table: a part's name in words
   generator='generator',
@@ -47,6 +47,7 @@ def run(this: Run) -> dict:
     generator = draw_weights(plan.make_generator(config, this.workdir))
     result['drawing'] = drawing.measure(generator, config.pretrain.num_envs)
     generator = worlds.as_world(config, generator)
+    result['doors'] = doors.measure(generator, config.pretrain.num_envs)
     result['pretrain'] = pretraining(config, generator, mesh)
   if not result.keys() & {'generator', 'pretrain'}:
     raise UserError(
