@@ -3,10 +3,10 @@
 import ast
 import errno
 import functools
+import importlib.util
 import logging as python_logging
 import os
 import pathlib
-import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -19,6 +19,12 @@ from ml_collections import ConfigDict, config_flags
 from palm_jax.base import checks, compiling, devices, processes, signals
 from palm_jax.base.errors import UserError
 
+try:
+  import resource
+except ImportError:  # Windows
+  resource = None
+
+SIGPIPE = 13
 LEAST_MEMORY = 3_000_000_000  # bytes of addresses: with fewer JAX aborts without a word
 # Of the disk, its server or permissions: the user can do something about them.
 REMEDIES = {
@@ -72,7 +78,7 @@ def exit_on_user_error(main: Callable) -> Callable:
       sys.exit(signals.exit_code(number))
     except BrokenPipeError:  # as by `| head`
       os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what Python still has to write goes nowhere
-      fail('whoever read the output has ended', signals.exit_code(signal.SIGPIPE))
+      fail('whoever read the output has ended', signals.exit_code(SIGPIPE))
     except OSError as e:
       remedy = next((each for each, numbers in REMEDIES.items() if e.errno in numbers), None)
       if remedy is None:
@@ -106,12 +112,13 @@ def fail(message: object, code: int = 2, at_once: bool = False) -> NoReturn:
 
 def start() -> None:
   """Settings of the process; call before anything touches a device. Raises UserError."""
-  limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-  if limit != resource.RLIM_INFINITY and limit < LEAST_MEMORY:
-    raise UserError(
-      f'this process may take {limit / 1e9:.1f} GB of addresses, of which JAX needs '
-      f'{LEAST_MEMORY / 1e9:.0f} GB: raise `ulimit -v`'
-    )
+  if resource:
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < LEAST_MEMORY:
+      raise UserError(
+        f'this process may take {limit / 1e9:.1f} GB of addresses, of which JAX needs '
+        f'{LEAST_MEMORY / 1e9:.0f} GB: raise `ulimit -v`'
+      )
   devices.configure()
   compiling.announce()
   # It tells of every backend that is not installed.
@@ -154,6 +161,8 @@ def parse_config_flags(argv: list[str], default: str) -> list[str]:
   Raises:
     UserError: an invalid flag, config file, variant, key or value; in one line.
   """
+  argv[:] = [_located(argument) for argument in argv]
+  default = find_config(default)
   define = functools.partial(
     config_flags.DEFINE_config_file,
     'config',
@@ -174,6 +183,48 @@ def parse_config_flags(argv: list[str], default: str) -> list[str]:
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
     message = lines[0] if len(lines) == 1 else f'{lines[0]} {lines[-1]}'  # between: a traceback
     raise UserError(_in_words(message)) from e
+
+
+def find_config(value: str) -> str:
+  """Path of the config file, with its variant, that `--config=` names.
+
+  Args:
+    value: path of a file, or the name of one of the package's: 'digits', 'cifar:small',
+      'configs/studies/figure3.py:laptop'. A file of the working folder comes first.
+  """
+  path, colon, variant = value.partition(':')
+  folder = _configs()
+  if folder is None or pathlib.Path(path).exists():
+    return value
+  own = folder / f'{path.removeprefix("configs/").removesuffix(".py")}.py'
+  return f'{own}{colon}{variant}' if own.exists() else value
+
+
+def _located(argument):
+  name, equals, value = argument.partition('=')
+  if name.lstrip('-') != 'config' or not equals:
+    return argument
+  return f'{name}={find_config(value)}'
+
+
+def _configs():
+  """The folder of the package's configs, which import each other as `configs`; None without."""
+  package = pathlib.Path(__file__).parents[1]
+  found = [
+    x for x in (package.parent / 'configs', package / 'configs') if (x / 'cifar.py').exists()
+  ]
+  if not found:
+    return None
+  if 'configs' not in sys.modules:  # it need not be on the path, where others may be
+    places = [str(found[0]), str(pathlib.Path('configs').resolve())]
+    spec = importlib.util.spec_from_file_location(
+      'configs', found[0] / '__init__.py', submodule_search_locations=places
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules['configs'] = module
+    spec.loader.exec_module(module)
+  return found[0]
 
 
 def _check_keys(argv, config, path, default):

@@ -2,7 +2,7 @@
 
 import contextlib
 import errno
-import fcntl
+import importlib
 import json
 import os
 import pathlib
@@ -15,6 +15,11 @@ from absl import logging
 
 from palm_jax.base import signals
 from palm_jax.base.errors import UserError
+
+try:
+  import fcntl
+except ImportError:  # Windows
+  fcntl = None
 
 UNKNOWN = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # to a file system
 
@@ -106,7 +111,8 @@ def locked(path: str | os.PathLike, patience: float = 0.0) -> Iterator[bool]:
           yield mine
         finally:
           if mine:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # Windows removes no file that is open
+              path.unlink(missing_ok=True)
         return
     logging.log_every_n_seconds(logging.INFO, '%s is held by another command: waiting', 30, path)
     time.sleep(min(1.0, patience))
@@ -123,12 +129,15 @@ def held(path: str | os.PathLike) -> bool:
 
 def _lock(path, file):
   try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if fcntl:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:
+      importlib.import_module('msvcrt').locking(file.fileno(), 2, 1)  # LK_NBLCK
     return os.path.samestat(path.stat(), os.fstat(file.fileno()))
   except (BlockingIOError, FileNotFoundError):  # another has it, or took it away just now
     return False
   except OSError:
-    return True
+    return fcntl is not None  # msvcrt says PermissionError where another has it
 
 
 def as_json(obj: Any) -> Any:

@@ -11,13 +11,15 @@ import os
 import pathlib
 import select
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import NoReturn
 
-SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+HANGUP = getattr(signal, 'SIGHUP', 0)  # Windows has none
+SIGNALS = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, HANGUP)))
 GRACE = 5.0  # seconds for the way out by an exception
 MESSAGE = 'interrupted: the same command resumes what was saved'
 
@@ -71,9 +73,9 @@ def watch(importing: bool = False) -> None:
   numbers = taken()
   for number in numbers:
     signal.signal(number, lambda number, frame: interrupt(number))
-  reader, writer = os.pipe()
-  os.set_blocking(writer, False)
-  signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+  reader, writer = socket.socketpair()  # Windows waits for nothing else
+  writer.setblocking(False)
+  signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
   threading.Thread(target=_end_when_late, args=(reader, numbers), daemon=True).start()
   before, unraisable = sys.excepthook, sys.unraisablehook
 
@@ -120,7 +122,7 @@ def _end_when_late(reader, numbers):
   while True:
     left = None if deadline is None else max(0.0, deadline - time.monotonic())
     if select.select([reader], [], [], left)[0]:
-      for number in os.read(reader, 64):
+      for number in reader.recv(64):
         if number in numbers:
           if number == signal.SIGINT and number in received:
             end_at_once(number)

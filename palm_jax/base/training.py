@@ -85,7 +85,7 @@ class Preemption:
 
   def stop(self) -> NoReturn:
     """Ends the work that was told to stop: Stopped after SIGTERM, else Interrupted."""
-    if self._agreed in (signal.SIGINT, signal.SIGHUP):
+    if self._agreed in (signal.SIGINT, signals.HANGUP):
       signals.interrupt(self._agreed, agreed=True)
     raise Stopped
 

@@ -79,7 +79,7 @@ def make_envs(config: ConfigDict, workdir: pathlib.Path, count: int) -> Any:
       f'offline.environment={name!r} has observations {spaces[0]} and actions {spaces[1]}: both '
       'must be boxes of numbers'
     )
-  edge = np.ones_like(envs.single_action_space.low, np.float32)
+  edge = np.ones(envs.single_action_space.shape or (), np.float32)
   return RescaleAction(FlattenObservation(envs), -edge, edge)
 
 
