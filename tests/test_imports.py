@@ -40,6 +40,7 @@ LAW = {
   'train': [*JOB, 'speed.cost'],
   'world': ['layers', 'base', 'environment', 'generator', 'encoder', 'reward', 'checkpoint'],
   'world.dataset': ['base', 'checkpoint', 'environment', 'experience', 'replay', 'worlds', 'world'],
+  'play': [*METHOD, 'world', 'evaluate.play'],
   'evaluate': JOB,
   'atari': JOB,
   'speed': [*JOB, 'world'],
