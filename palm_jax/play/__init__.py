@@ -13,8 +13,7 @@ from absl import flags
 
 from palm_jax.base import command, signals
 from palm_jax.base.errors import UserError
-
-GENERATOR = 'cifar10-small'
+from palm_jax.play.load import GENERATOR, load_game
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -40,9 +39,10 @@ def main(argv: list[str]) -> None:
   if importlib.util.find_spec('aiohttp') is None:
     raise UserError("the page is served by aiohttp: python -m pip install -e '.[play]'")
   command.start()
-  # Here, because --help and a mistake in a flag need neither aiohttp nor the whole method.
-  from palm_jax.play import server
-  from palm_jax.play.load import load_game
+  signals.watch(importing=True)
+  from palm_jax.play import server  # here, because aiohttp is optional
+
+  signals.watch()
 
   given = flags.FLAGS
   try:

@@ -156,6 +156,7 @@ def make_advance(world: LatentManifold, sac: ConfigDict | None = None) -> Callab
     return environment.random_actions(key[None], z_dim, jnp.float32)
 
   def trained(told, key, state, asked):
+    assert sac is not None
     noise = jax.random.normal(key, (1, z_dim))
     h = state.features
     return agents.act(told.policy, h, noise, asked.episode[None], sac).astype(jnp.float32)
@@ -215,7 +216,7 @@ def open_game(
   size, num_classes = world.features.size, world.generator.num_classes
   told = Told(params, policy, jnp.zeros(size), jnp.zeros((size, 2)))
   advance = make_advance(world, None if policy == () else sac)
-  start = Controls(*(float(x) for x in (params.alpha, params.beta, params.truncation_psi)))
+  start = Controls(float(params.alpha), float(params.beta), float(params.truncation_psi))
   h = _random_features(world, told, advance, start)
   center, axes, points = principal_plane(h)
   return Game(
@@ -244,13 +245,14 @@ def check_shape(data: Data, image_shape: tuple[int, int, int]) -> None:
 def principal_plane(h: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Mean (F,), two principal components (F, 2) and the coordinates (N, 2) of features (N, F).
 
-  The components are scaled so that no coordinate is beyond -1 or 1.
+  Each component is scaled so that no coordinate is beyond -1 or 1: of an untrained encoder the
+  first is far wider than all others.
   """
   center = h.mean(0)
   _, _, rows = np.linalg.svd(h - center, full_matrices=False)
   axes = np.zeros((h.shape[1], 2), np.float32)  # a single feature has one component
   axes[:, : len(rows[:2])] = rows[:2].T
-  axes /= max(np.abs((h - center) @ axes).max(), 1e-12)
+  axes /= np.maximum(np.abs((h - center) @ axes).max(0), 1e-12)
   return center, axes, (h - center) @ axes
 
 
@@ -268,7 +270,9 @@ def _random_features(world, told, advance, start):
       np.int32(count),
       np.int32(0),
       np.zeros(world.generator.z_dim, np.float32),
-      *(np.float32(x) for x in (start.alpha, start.beta, start.psi)),
+      alpha=np.float32(start.alpha),
+      beta=np.float32(start.beta),
+      psi=np.float32(start.psi),
       length=np.int32(0),
       label=np.int32(-1),
       episode=np.int32(0),

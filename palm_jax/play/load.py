@@ -26,11 +26,11 @@ from palm_jax.data.arrays import Data
 from palm_jax.data.load import load as load_data
 from palm_jax.evaluate import play
 from palm_jax.generator import load_generator
-from palm_jax.play import GENERATOR
 from palm_jax.play.game import Game, check_shape, open_game
 from palm_jax.world import make
 from palm_jax.world.views import pretrained
 
+GENERATOR = 'cifar10-small'
 # Sections of a run's config that its encoder, policy and world are made from.
 SECTIONS = dict(
   encoder=encoder,
@@ -134,7 +134,8 @@ def load_agent(
   config: ConfigDict, workdir: pathlib.Path, generator: Any, step: int
 ) -> tuple[Any, str]:
   """The agent of a run's checkpoint, as one that only acts, or (); and why there is none, or ''."""
-  if not pairs.SOURCES[config.pairs.source].learns_policy:
+  source = pairs.SOURCES.get(config.pairs.source)
+  if source is None or not source.learns_policy:
     return (), f'{workdir} has no agent: its pairs are of pairs.source={config.pairs.source}.'
   mesh = devices.make_mesh(1)
   try:
@@ -149,12 +150,13 @@ def load_agent(
 
 def _about_data(data: Data | None, image_shape):
   if data is not None:
-    return data.source
+    return data.source.partition(';')[0]  # the rest counts pictures
   height, width, channels = image_shape
   kind = {1: 'grey', 3: 'colour'}.get(channels, f'{channels}-channel')
+  known = {(8, 8, 1): ', or digits', (32, 32, 3): ', or cifar10'}.get(image_shape, '')
   return (
-    f'Start with --data= and {height}x{width} {kind} pictures (an .npz, a folder of class folders, '
-    'or a name such as digits or cifar10) to see which are nearest.'
+    f'Start with --data= of {height}x{width} {kind} pictures (an .npz, a folder of class '
+    f'folders{known}) to see which are nearest.'
   )
 
 

@@ -2,7 +2,8 @@
 // One tab: sends what the person does, draws what the server sends. Texts are set as text, never as HTML.
 
 const $ = id => document.getElementById(id);
-const KEEP = 240;  // steps of the chart and the path
+const KEEP = 240;  // steps of the chart
+const PATH = 120;  // and of the path
 const REACH = 0.4;  // of the picture's side: a drag of that length acts as far as one can
 const KEYS = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1]};
 const SLIDERS = ['alpha', 'beta', 'psi', 'rate'];
@@ -73,7 +74,7 @@ function frame(message, pixels) {
   if (message.step === 0) path.push(null);  // another episode: the line breaks
   if (message.x !== null && message.y !== null) path.push([message.x, message.y]);
   rewards.push(message.reward);
-  while (path.length > KEEP) path.shift();
+  while (path.length > PATH) path.shift();
   while (rewards.length > KEEP) rewards.shift();
   later();
 }
@@ -126,9 +127,9 @@ function begin(message) {
   $('about').textContent = `${message.about.generator}: latents of ${message.z_dim} numbers, ${message.width}x${message.height} pixels`;
   for (const element of document.querySelectorAll('.whose')) element.textContent = message.about.features;
   $('points').textContent = message.points.length;
-  $('data').textContent = message.real ? `By cosine of ${message.about.features}'s features less their mean, among ${message.real} of: ${message.about.data}.` : message.about.data;
+  $('data').textContent = message.real ? `Cosine of features less their mean, among ${message.real} pictures of ${message.about.data}.` : message.about.data;
   for (const name of SLIDERS) [$(name).min, $(name).max] = message.bounds[name];
-  const words = {person: 'I', random: 'random agent', trained: 'trained agent'};
+  const words = {person: 'me', random: 'random agent', trained: 'trained agent'};
   for (const who of ['person', 'random', 'trained']) {
     const button = choice($('players'), words[who], () => set({who}));
     button.dataset.who = who;
@@ -322,8 +323,8 @@ function drawMap() {
   const all = [...told.points, ...been];
   const bounds = axis => [Math.min(...all.map(p => p[axis])), Math.max(...all.map(p => p[axis]))];
   const [[left, right], [bottom, top]] = [bounds(0), bounds(1)];
-  const scale = Math.min((width - 24) / Math.max(right - left, 1e-6), (height - 24) / Math.max(top - bottom, 1e-6));
-  const put = ([x, y]) => [width / 2 + (x - (left + right) / 2) * scale, height / 2 - (y - (bottom + top) / 2) * scale];
+  const wide = (width - 20) / Math.max(right - left, 1e-6), high = (height - 20) / Math.max(top - bottom, 1e-6);
+  const put = ([x, y]) => [10 + (x - left) * wide, height - 10 - (y - bottom) * high];
   context.fillStyle = colour('dot');
   for (const point of told.points) {
     context.beginPath();
@@ -335,7 +336,7 @@ function drawMap() {
   path.forEach((point, i) => {
     const former = path[i - 1];
     if (!point || !former) return;
-    context.globalAlpha = .15 + .85 * i / path.length;  // what is long ago fades
+    context.globalAlpha = .08 + .92 * (i / path.length) ** 2;  // what is long ago fades
     context.lineWidth = 2;
     context.beginPath();
     context.moveTo(...put(former));

@@ -37,11 +37,12 @@ FILES = {'': ('page.html', 'text/html'), 'page.css': ('page.css', 'text/css')} |
 
 
 def listen(port: int) -> socket.socket:
-  """A socket bound to the loopback interface; port 0 is a free one. Raises UserError."""
+  """A socket that listens on the loopback interface; port 0 is a free one. Raises UserError."""
   bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
   try:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind((ADDRESS, port))
+    bound.listen()  # from now on no other has the port; who comes early waits
   except OSError as e:
     bound.close()
     raise UserError(
