@@ -529,15 +529,16 @@ def test_a_browser_plays():
     url = re.search(r'http://\S+', process.stdout.readline())[0]
     with api.sync_playwright() as driver:
       browser = driver.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
+      wrong = []
+      note = lambda what: wrong.append(str(what))
       for width in (1280, 400):
-        errors = []
         page = browser.new_page(viewport=dict(width=width, height=800))
-        page.on('pageerror', errors.append)
-        page.on('console', errors.append)
+        page.on('pageerror', note)
+        page.on('console', note)
         page.goto(url)
         play_in(page)
         assert page.evaluate('document.documentElement.scrollWidth') <= width
-        assert not errors
+        assert not wrong
         page.close()
       browser.close()
   finally:

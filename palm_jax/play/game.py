@@ -121,6 +121,7 @@ class Game:
     class_names: of the generator, none for an unconditional one.
     points: (N, 2) of the map's random pictures.
     real: Real, or None.
+    template: shapes of a state.
     about: words for the page: 'generator', 'features', 'trained', 'data'.
   """
 
@@ -132,11 +133,12 @@ class Game:
   class_names: tuple[str, ...]
   points: np.ndarray
   real: Real | None
+  template: State
   about: dict[str, str]
 
   def blank(self) -> State:
     """A state of nothing, which a step of length 0 begins an episode from."""
-    return _blank(self.world, self.told.params)
+    return blank(self.template)
 
   def nearest(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Cosines (K,) and rows (K,) of the real pictures that features (F,) are nearest to."""
@@ -217,7 +219,8 @@ def open_game(
   told = Told(params, policy, jnp.zeros(size), jnp.zeros((size, 2)))
   advance = make_advance(world, None if policy == () else sac)
   start = Controls(float(params.alpha), float(params.beta), float(params.truncation_psi))
-  h = _random_features(world, told, advance, start)
+  template = jax.eval_shape(world.reset_all, jax.random.split(jax.random.key(0), 1), params)[1]
+  h = _random_features(world, told, advance, start, blank(template))
   center, axes, points = principal_plane(h)
   return Game(
     world=world,
@@ -228,6 +231,7 @@ def open_game(
     class_names=class_names or tuple(str(i) for i in range(num_classes)),
     points=points,
     real=None if data is None else _real(world, params, data),
+    template=template,
     about=about or {},
   )
 
@@ -256,15 +260,14 @@ def principal_plane(h: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   return center, axes, (h - center) @ axes
 
 
-def _blank(world, params):
-  keys = jax.random.split(jax.random.key(0), 1)
-  shapes = jax.eval_shape(world.reset_all, keys, params)[1]
-  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+def blank(template: State) -> State:
+  """A state of nothing, by its shapes."""
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), template)
 
 
-def _random_features(world, told, advance, start):
+def _random_features(world, told, advance, start, state):
   """Features (N, F) of random pictures: the first of so many episodes, drawn by the one step."""
-  state, key, found, began = _blank(world, told.params), jax.random.key(1), [], None
+  key, found, began = jax.random.key(1), [], None
   for count in range(POINTS):
     asked = Asked(
       np.int32(count),

@@ -164,7 +164,8 @@ class Room:
       return socket
     self._tabs.add(socket)
     try:
-      await Tab(self, socket).run()
+      play = await self.compute(Session, self.game, secrets.randbits(31))
+      await Tab(self, socket, play).run()
     finally:
       self._tabs.discard(socket)
     return socket
@@ -173,10 +174,10 @@ class Room:
 class Tab:
   """One open page: what it sends is obeyed, what its session shows is sent."""
 
-  def __init__(self, room: Room, socket: web.WebSocketResponse):
+  def __init__(self, room: Room, socket: web.WebSocketResponse, play: Session):
     self.room = room
     self.socket = socket
-    self.session = Session(room.game, secrets.randbits(31))
+    self.session = play
     self._woken = asyncio.Event()
     self._film: asyncio.Task | None = None
 
