@@ -1,7 +1,7 @@
 """The page: what a session computes, what its server answers and refuses, a browser that plays."""
 
 import asyncio
-import dataclasses
+import functools
 import io
 import json
 import os
@@ -262,41 +262,45 @@ def test_a_film_has_the_frames(tab):
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  """(workdir, program, state) of a pretraining that has just begun, in the linear world."""
+  """(workdir, program, encoder, policy) of a pretraining with random numbers for weights."""
   path = tmp_path_factory.mktemp('run')
-  config, generator = nature_config(), LargeGenerator()
+  config, generator, rng = nature_config(), LargeGenerator(), np.random.default_rng(0)
   program = pretrain.make_program(config, generator, devices.make_mesh(1))
-  state = program.init(jax.random.key(0), worlds.host_world(config, generator))
+  world = worlds.host_world(config, generator)
+  shapes = jax.eval_shape(program.init, jax.random.key(0), world)  # to compile it takes long
+  draw = lambda x: (rng.normal(size=x.shape) / 20).astype(x.dtype)
+  encoder, policy = jax.tree.map(draw, (train.encoder_of(shapes), agent.acting(shapes.agent)))
   with Checkpoints(path / 'pretrain/checkpoints') as checkpoints:
-    checkpoints.save(1, {'state': state, 'encoder': train.encoder_of(state)}, {})
+    checkpoints.save(1, {'state': {'agent': policy}, 'encoder': encoder}, {})
   (path / 'config.json').write_text(config.to_json_best_effort())
-  return path, program, state
+  return path, program, encoder, policy
 
 
 def test_the_trained_agent_acts_as_in_its_run(run, monkeypatch):
-  workdir, program, state = run
+  """Against `rollout.act`, which plays in pretraining, and the formulas of T_com and T_ema."""
+  workdir, program, encoder, policy = run
   monkeypatch.setattr(worlds, 'load_world_generator', lambda config, workdir: LargeGenerator())
   monkeypatch.setattr(game, 'POINTS', 8)
   opened = load.load_game(workdir=workdir)
   assert opened.players == ('person', 'random', 'trained') and not opened.about['trained']
   one = session.Session(opened, 5)
   one.take(dict(do='set', who='trained'))
-  one.step()
-  before, key = one._state, jax.random.key(5)
-  env, seen = jax.tree.map(jnp.array, (before.env, before.seen))
-  key_act, key_step = jax.random.split(jax.random.fold_in(key, 1))
-  noise = jax.random.normal(key_act, (1, GENERATOR.z_dim))
-  h = rollout.encode(program.setup, state.ssl['params'], state.ssl['batch_stats'], seen)
-  action = agent.act(state.agent, h, noise, jnp.ones(1, jnp.int32), program.setup.config.sac)
-  eps = jax.random.normal(jax.random.split(key_step)[0], (GENERATOR.z_dim,))
+  frame, z = one.step().picture[None], np.array(one._state.env.z)
+  key_act, key_step = jax.random.split(jax.random.fold_in(jax.random.key(5), 1))
+  ssl = dict(params=dict(encoder=encoder['params']), batch_stats=dict(encoder={}))
+  acting = jax.jit(functools.partial(rollout.act, program.setup))
+  episodes = np.ones(1, np.int32)
+  action = acting(ssl, agent.only_acting(policy), frame, key_act[None], episodes)
+  assert np.abs(action).max() > 0.1
+  eps = jax.random.normal(jax.random.split(key_step)[0], z.shape[1:])
   one.step()
   alpha, beta = opened.start.alpha, opened.start.beta
-  wanted = beta * env.z + (1 - beta) * (alpha * action + (1 - alpha) * eps)
+  wanted = beta * z + (1 - beta) * (alpha * action + (1 - alpha) * eps)
   np.testing.assert_allclose(one._state.env.z, wanted, atol=1e-5)
 
 
 def test_a_run_without_a_readable_agent_is_played_all_the_same(run, tmp_path):
-  workdir, _, _ = run
+  workdir = run[0]
   shutil.copytree(workdir, tmp_path / 'run')
   config, step = load.run_config(tmp_path / 'run')
   config.sac.hidden = (3, 3)
@@ -329,11 +333,13 @@ def test_mistakes_are_said_before_anything_compiles(tmp_path, monkeypatch):
   assert len(COMPILED) == before
 
 
-def test_a_world_of_nan_is_refused(opened):
-  features = Features(lambda variables, seen: seen[:, 0, :5, 0] * jnp.nan, (), 5)
-  world = dataclasses.replace(opened.world, features=features)
+def test_a_world_of_nan_is_refused(opened, monkeypatch):
+  def advance(told, key, state, asked):
+    return state, game.Shown(*[np.full(3, np.nan)] * len(game.Shown._fields))
+
+  monkeypatch.setattr(game, 'make_advance', lambda world, sac: advance)
   with pytest.raises(NonFiniteError, match='give another generator'):
-    game.open_game(world, opened.told.params)
+    game.open_game(opened.world, opened.told.params)
 
 
 # ---- the server
