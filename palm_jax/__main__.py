@@ -1,6 +1,6 @@
 """palm [COMMAND] ...: `palm --config=digits` is `python -m palm_jax.main --config=digits`.
 
-Commands, each with --help: export, sample, convert, siren, dataset.
+Commands, each with --help: export, sample, convert, siren, dataset, play.
 """
 
 import importlib
@@ -13,6 +13,7 @@ COMMANDS = {
   'convert': 'palm_jax.generator.convert',
   'siren': 'palm_jax.generator.siren',
   'dataset': 'palm_jax.world.dataset',
+  'play': 'palm_jax.play',
 }
 
 

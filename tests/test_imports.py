@@ -40,6 +40,7 @@ LAW = {
   'train': [*JOB, 'speed.cost'],
   'world': ['layers', 'base', 'environment', 'generator', 'encoder', 'reward', 'checkpoint'],
   'world.dataset': ['base', 'checkpoint', 'environment', 'experience', 'replay', 'worlds', 'world'],
+  'play': [*METHOD, 'world', 'evaluate.play'],
   'evaluate': JOB,
   'atari': JOB,
   'speed': [*JOB, 'world'],
@@ -50,6 +51,7 @@ LAW = {
   'provenance': ['base', 'data', 'job', 'workdir'],
   'runner': ['base', 'data', 'job', 'workdir', 'provenance', 'settings'],
   'main': ['base', 'runner'],
+  '__main__': ['base'],  # commands by name
 }
 
 

@@ -123,7 +123,7 @@ def test_an_interruption_in_a_chain_of_causes_is_raised(kind):
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize('module', ['main', 'export', 'generator.convert'])
+@pytest.mark.parametrize('module', ['main', 'export', 'generator.convert', 'play'])
 def test_a_signal_while_a_command_imports_is_one_line(module, number, tmp_path):
   (tmp_path / 'sitecustomize.py').write_text(f"""
 import os, sys
