@@ -35,6 +35,7 @@ def get_config(variant: str = 'laptop') -> ConfigDict:
   )
   if variant == 'pendulum':
     c.offline.environment = 'Pendulum-v1'
+    c.offline.update(dict(updates=10_000, judge_every=1000))
     c.offline.bear.warmup_updates = 2000
     return c
   c.environment.episode_length = 64

@@ -1,19 +1,34 @@
 """The agent's networks (ProtoRL proto.py; URLB agent/ddpg.py)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
 
 NEUTRAL_STD = 0.87  # of a Gaussian whose tanh is nearest to uniform
 NEUTRAL_SCALE = 0.01  # of the actor's last layer
 
 
+def orthogonal(scale: float = 1.0) -> Callable:
+  """Flax's initialiser, one after the other under vmap.
+
+  jaxlib's QR of a batch waits on the CPU for threads that wait for it: agents of many seeds, made
+  by vmap, hung for ever now and then (jaxlib 0.10.2, two cores).
+  """
+  draw = nn.initializers.orthogonal(scale)
+
+  def init(key, shape, dtype=jnp.float32):
+    return sequential_vmap(lambda key: draw(key, shape, dtype))(key)
+
+  return init
+
+
 def _dense(features, dtype, scale=1.0):
   # ProtoRL utils.weight_init: gain 1
-  return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale), dtype=dtype)
+  return nn.Dense(features, kernel_init=orthogonal(scale), dtype=dtype)
 
 
 class Trunk(nn.Module):

@@ -135,15 +135,8 @@ class Ensemble(nn.Module):
 
   @nn.compact
   def __call__(self, observation, action):
-    many: Any = nn.vmap(
-      MLP,
-      variable_axes={'params': 0},
-      split_rngs={'params': True},
-      in_axes=None,  # pyright: ignore[reportArgumentType]
-      out_axes=0,
-      axis_size=self.size,
-    )
-    return many(self.hidden, 1)(jnp.concatenate([observation, action], -1))[..., 0]
+    x = jnp.concatenate([observation, action], -1)
+    return jnp.stack([MLP(self.hidden, 1, name=f'q{i}')(x)[..., 0] for i in range(self.size)])
 
 
 class Learner(flax.struct.PyTreeNode):
