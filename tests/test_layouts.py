@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from palm_jax.base.errors import UserError
 from palm_jax.formats.kinds import SnapshotError
-from palm_jax.generator import load_generator
+from palm_jax.generator import layouts, load_generator
 from palm_jax.generator.convert import convert
 from tests import snapshot_files as files
 from tests.test_torch_files import damaged
@@ -365,3 +365,17 @@ def test_files_of_the_original_programs(name, shared):
       noise = 'none' if noise == 'none' else 'const'
       images = drawing(G.network)(G.variables, z, None, float(psi), cutoff, noise=noise)
       assert np.abs(images - arrays[key]).max() < 1e-5 * np.ptp(arrays[key]), key
+
+
+def test_one_network_under_many_names_is_looked_at_once(monkeypatch):
+  """References make a small file large: each name would cost the whole network again."""
+  looked, whole = [], layouts.state_dict
+  monkeypatch.setattr(layouts, 'state_dict', lambda x: looked.append(1) or whole(x))
+  tensors = {'synthesis.b4.const': np.zeros((2, 4, 4), np.float32)}
+  found = layouts.find({f'k{i}': tensors for i in range(500)} | {'G_ema': tensors}, 'G_ema')
+  assert found.label == 'G_ema' and len(looked) == 1
+  with pytest.raises(SnapshotError, match='G is in it more than once'):
+    layouts.find({f'{i}': {'G': tensors} for i in range(500)}, 'G')
+  many = {f'n{i}.synthesis.b4.const': tensors['synthesis.b4.const'] for i in range(500)}
+  with pytest.raises(SnapshotError, match='more networks than a snapshot does'):
+    layouts.find({'G_ema': many}, 'G_ema')

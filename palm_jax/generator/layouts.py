@@ -76,10 +76,10 @@ def find(contents: Any, network: str) -> Found:
   places = _places(contents)
   kinds = ('discriminator',) if network == 'D' else ('stylegan2', 'stylegan3', 'rosinality')
   labelled = [place for place in places if _role(place[0]) == network]
-  right = []
+  right, known = [], {}
   for group in (labelled, places):
     if not right:
-      found = [f for place in group for f in _networks(*place, alone=len(group) == 1)]
+      found = [f for place in group for f in _networks(*place, len(group) == 1, known)]
       right = [f for f in found if f.layout in kinds]
   chosen = [f for f in right if _role(f.label) == network]
   chosen = chosen or [f for f in right if not _role(f.label)]
@@ -216,14 +216,30 @@ def _places(contents):
   return places
 
 
-def _networks(label, holder, alone):
-  """[Found] of a module or {name: array}. What is damaged among others has none."""
-  try:
-    arrays = state_dict(holder)
-  except SnapshotError:
+def _networks(label, holder, alone, known):
+  """[Found] of a module or {name: array}. What is damaged among others has none.
+
+  `known` keeps what was found in it: in a file it may stand under many names.
+  """
+  if id(holder) not in known:
+    try:
+      known[id(holder)] = _unlabelled(holder)
+    except SnapshotError as e:
+      known[id(holder)] = e
+  found = known[id(holder)]
+  if isinstance(found, SnapshotError):
     if alone:
-      raise
+      raise found
     return []
+  if found:
+    _refuse_others(found[0][1], LOOKALIKES)
+  join = lambda prefix: f'{label}.{prefix}' if label and prefix else label or prefix
+  return [Found(join(prefix), *rest) for prefix, _, *rest in found]
+
+
+def _unlabelled(holder):
+  """[(prefix, names of all tensors, layout, tensors below the prefix, module there)]."""
+  arrays = state_dict(holder)
   of_parts = isinstance(holder, Inert) and '_modules' in holder.state
   parts = dict(modules(holder)) if of_parts else {}
   found = []
@@ -232,13 +248,10 @@ def _networks(label, holder, alone):
       prefix = name.removesuffix(anchor)
       if prefix == name or (prefix and prefix[-1] not in './'):
         continue
-      whole = label
-      if prefix:
-        whole = f'{label}.{prefix[:-1]}' if label else prefix[:-1]
+      if len(found) == MAX_LISTED:
+        raise SnapshotError('it holds more networks than a snapshot does: save one alone')
       below = {n.removeprefix(prefix): x for n, x in arrays.items() if n.startswith(prefix)}
-      found.append(Found(whole, layout, below, parts.get(prefix[:-1])))
-  if found:
-    _refuse_others(arrays, LOOKALIKES)
+      found.append((prefix[:-1], arrays, layout, below, parts.get(prefix[:-1])))
   return found
 
 
@@ -256,7 +269,7 @@ def _role(label):
 def _refuse(network, places, right):
   roles = sorted({_role(f.label) for f in right} | {_role(label) for label, _ in places} - {''})
   roles = [role for role in roles if role != network]
-  for _, holder in places:
+  for holder in {id(holder): holder for _, holder in places}.values():
     _refuse_others(_names(holder), LOOKALIKES + OTHERS)
   generators = [role for role in roles if role != 'D']
   if network != 'D' and generators:
