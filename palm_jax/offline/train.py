@@ -18,7 +18,9 @@ from palm_jax.job import Job, Run, never
 from palm_jax.offline import bear, behaviours, datasets, records
 from palm_jax.offline.methods import METHODS
 from palm_jax.world import config as world
+from palm_jax.world import goal_latent
 from palm_jax.world.dataset import identity
+from palm_jax.world.tasks import oracle_action
 
 JUDGE_SEED = 1 << 22  # of the environments in which what was learned is judged
 LEAST_STD = 1e-3
@@ -105,7 +107,7 @@ def run(this: Run) -> dict[str, Any]:
   c, folder = this.config.offline, this.workdir / 'offline'
   judge = records.Player(records.make_envs(this.config, this.workdir, c.seeds * c.episodes))
   sources, about = _records(this, folder, judge.envs)
-  rows = []
+  rows, rest = [], dict[str, Any](about)
   for name, record in sources.items():
     own = records.mean_return(record)
     for method in c.methods:
@@ -124,7 +126,9 @@ def run(this: Run) -> dict[str, Any]:
           curve=curve,
         )
       )
-  return dict(rows=rows, **about, protocol=_protocol(this.config))
+  if c.environment == records.WORLD and this.config.world.task == 'goal':
+    rest['oracle'] = _oracle(judge, this.config)
+  return dict(rows=rows, **rest, protocol=_protocol(this.config))
 
 
 def _records(this, folder, envs):
@@ -142,6 +146,14 @@ def _records(this, folder, envs):
       logging.info('offline: recorded %s', path)
   about = dict(behaviours=players.returns, behaviour_curve=players.curve)
   return {name: records.load(path) for name, path in made.items()}, about
+
+
+def _oracle(judge, config):
+  """Mean return of who knows the goal's latent."""
+  z, _ = goal_latent(judge.envs.world, config.world.goal)
+  best = np.asarray(oracle_action(z))
+  act = lambda seen, t: np.broadcast_to(best, (len(seen), len(best)))
+  return float(judge.episode(act, JUDGE_SEED, config.sac.gamma).returns.mean())
 
 
 def _learn(this, folder, record, method, judge):
@@ -280,7 +292,11 @@ def table(result: dict[str, Any]) -> str:
         number(row['discounted']),
       )
     )
-  return '\n'.join([*aligned(cells), protocol_line(result['protocol'])])
+  measures = dict(
+    result.get('behaviours', {}), **{k: result[k] for k in ('oracle',) if k in result}
+  )
+  line = 'who plays: ' + ', '.join(f'{name} {value:.4g}' for name, value in measures.items())
+  return '\n'.join([*aligned(cells), line, protocol_line(result['protocol'])])
 
 
 JOB = Job('offline', run, check, needs_data=never, table=table, reads=('generator',))
