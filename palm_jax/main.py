@@ -8,7 +8,7 @@ import json
 from absl import flags
 
 from palm_jax import runner
-from palm_jax.base import checks, command, processes
+from palm_jax.base import checks, command, metrics, processes
 
 DEFAULT_CONFIG = 'configs/digits.py'
 
@@ -20,6 +20,7 @@ def parse_flags(argv: list[str]) -> list[str]:
   )
   flags.DEFINE_string('workdir', None, 'Where everything is written; default runs/<config.name>.')
   flags.DEFINE_bool('download', False, 'Allow published data to be fetched.')
+  flags.DEFINE_string('wandb', '', 'Project of Weights & Biases to which metrics go, too.')
   flags.DEFINE_string(
     'coordinator_address',
     None,
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> None:
   f = flags.FLAGS
   processes.initialize_distributed(f.coordinator_address, f.num_processes, f.process_id)
   processes.agree({'--job': f.job, **checks.flatten(json.loads(f.config.to_json_best_effort()))})
+  metrics.log_to_wandb(f.wandb)
   runner.run(f.config, f.job, f.workdir, f.download)
   processes.wait_for_all()
 

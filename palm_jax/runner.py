@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from palm_jax import provenance, settings
 from palm_jax import workdir as workdirs
-from palm_jax.base import checks, devices
+from palm_jax.base import checks, console, devices
 from palm_jax.base.errors import UserError
 from palm_jax.base.processes import is_first
 from palm_jax.base.results import write_result
@@ -148,6 +148,7 @@ def execute(job: Job, run: Run) -> dict | None:
       write_result(workdirs.result_path(run.workdir, job), result, origin, run.config.to_dict())
   finally:
     if job.table:
+      console.rest()
       print(job.table(result), flush=True)
   job.clean(run)
   return result

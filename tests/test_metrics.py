@@ -4,6 +4,8 @@ not happen."""
 import json
 import logging as python_logging
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -148,3 +150,61 @@ def test_progress_rate_follows_the_recent_pace(lines, monkeypatch):
     step += 10
     progress.update(step, {})
   assert '  100/s  left 2:46:40' in lines[-1]  # 10**6 images at 100 a second
+
+
+class FakeRun:
+  def __init__(self, **given):
+    self.given, self.lines, self.defined, self.finished = given, [], [], False
+
+  def define_metric(self, name, step_metric):
+    self.defined.append((name, step_metric))
+
+  def log(self, line):
+    self.lines.append(line)
+
+  def finish(self):
+    self.finished = True
+
+
+def test_weights_and_biases_goes_on_with_the_same_run(tmp_path, monkeypatch):
+  runs = []
+  fake = types.SimpleNamespace(
+    init=lambda **given: runs.append(FakeRun(**given)) or runs[-1],
+    Settings=lambda **given: given,
+  )
+  monkeypatch.setitem(sys.modules, 'wandb', fake)
+  monkeypatch.setattr(metrics, 'wandb_project', 'palm')
+  (tmp_path / 'config.json').write_text('{"seed": 3}')
+  for step in (0, 1):
+    with metrics.MetricWriter(tmp_path / 'pretrain', step, tensorboard=False) as writer:
+      writer.write(step + 1, dict(loss=0.5, bad=math.nan))
+  first, second = runs
+  assert first.given['id'] == second.given['id'] and second.given['resume'] == 'allow'
+  assert first.given['project'] == 'palm' and first.given['config'] == {'seed': 3}
+  assert first.given['name'] == f'{tmp_path.name}/pretrain'
+  assert [run.lines for run in runs] == [
+    [dict(step=1, loss=0.5, bad=None)],
+    [dict(step=2, loss=0.5, bad=None)],
+  ]
+  assert first.finished and first.defined == [('*', 'step')]
+
+
+def test_weights_and_biases_that_is_not_installed(monkeypatch):
+  monkeypatch.setattr(metrics.importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(UserError, match='--wandb needs its package'):
+    metrics.log_to_wandb('palm')
+  metrics.log_to_wandb('')
+
+
+@pytest.mark.slow
+def test_weights_and_biases_offline(tmp_path, monkeypatch):
+  """Its own package, which writes to the disk alone."""
+  pytest.importorskip('wandb')
+  monkeypatch.setenv('WANDB_MODE', 'offline')
+  monkeypatch.setattr(metrics, 'wandb_project', 'palm')
+  for step in (0, 1):
+    with metrics.MetricWriter(tmp_path / 'pretrain', step) as writer:
+      writer.write(step + 1, dict(loss=0.5))
+  files = list((tmp_path / 'pretrain' / 'wandb').glob('offline-run-*/run-*.wandb'))
+  run_id = (tmp_path / 'pretrain' / metrics.WANDB_ID).read_text()
+  assert len(files) == 2 and {path.stem for path in files} == {f'run-{run_id}'}

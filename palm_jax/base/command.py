@@ -16,7 +16,7 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from palm_jax.base import checks, compiling, devices, processes, signals
+from palm_jax.base import checks, compiling, console, devices, processes, signals
 from palm_jax.base.errors import UserError
 
 try:
@@ -104,6 +104,7 @@ def exit_on_user_error(main: Callable) -> Callable:
 
 def fail(message: object, code: int = 2, at_once: bool = False) -> NoReturn:
   """Ends the process with one line and an exit code; at once: without Python's way out."""
+  console.rest()
   print(f'palm_jax: {message}', file=sys.stderr, flush=True)
   if at_once:
     os._exit(code)
@@ -120,6 +121,7 @@ def start() -> None:
         f'{LEAST_MEMORY / 1e9:.0f} GB: raise `ulimit -v`'
       )
   devices.configure()
+  console.start()
   compiling.announce()
   # It tells of every backend that is not installed.
   python_logging.getLogger('jax').setLevel(python_logging.WARNING)

@@ -1,11 +1,13 @@
-"""Where a run's numbers go: JSON lines, TensorBoard's files, and lines of progress in the log."""
+"""Where a run's numbers go: JSON lines, TensorBoard, Weights & Biases, and lines of progress."""
 
 import collections
+import importlib.util
 import json
 import math
 import os
 import pathlib
 import re
+import secrets
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -13,12 +15,19 @@ from typing import Any, Self
 
 from absl import logging
 
+from palm_jax.base import console
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import replacing
+
+STEP = 'step'
+WANDB_ID = 'wandb_id'
+wandb_project = ''  # of `log_to_wandb`
 
 
 class MetricWriter:
   """Writes `<folder>/metrics.jsonl` and TensorBoard's event files, in the first process only.
+
+  After `log_to_wandb` it is a run of Weights & Biases, too.
 
   Args:
     folder: made if absent.
@@ -34,6 +43,7 @@ class MetricWriter:
     self._check = _drop_lines_after(self._path, step)
     self._lines = self._path.open('a')
     self._events = None
+    self._wandb = _wandb_run(folder) if wandb_project else None
     if tensorboard:
       from tensorboardX import SummaryWriter  # here, because it takes half a second
 
@@ -60,12 +70,55 @@ class MetricWriter:
     if self._events:
       for name, value in scalars.items():
         self._events.add_scalar(name, value, step)
+    if self._wandb:
+      self._wandb.log({STEP: step, **finite})
 
   def close(self) -> None:
-    """Flushes and closes both."""
+    """Flushes and closes all of them."""
     self._lines.close()
     if self._events:
       self._events.close()
+    if self._wandb:
+      self._wandb.finish()
+
+
+def log_to_wandb(project: str) -> None:
+  """From now on every MetricWriter also writes to a project of Weights & Biases; '' is none.
+
+  Raises:
+    UserError: its package is not installed.
+  """
+  global wandb_project
+  if project and importlib.util.find_spec('wandb') is None:
+    raise UserError("--wandb needs its package: pip install -e '.[wandb]'")
+  wandb_project = project
+
+
+def _wandb_run(folder) -> Any:
+  """The run of a folder, which goes on after a stop: its id stays in the folder."""
+  import wandb
+
+  path = folder / WANDB_ID
+  if not path.exists():
+    with replacing(path, 'w') as file:
+      file.write(secrets.token_hex(8))
+  try:
+    config = json.loads((folder.parent / 'config.json').read_text())
+  except (OSError, ValueError):
+    config = None
+  run = wandb.init(
+    project=wandb_project,
+    id=path.read_text(),
+    name=f'{folder.parent.name}/{folder.name}',
+    group=folder.parent.name,
+    config=config,
+    resume='allow',
+    dir=str(folder),
+    settings=wandb.Settings(silent=True),
+  )
+  # Steps after the last checkpoint come again, which wandb's own count of steps would refuse.
+  run.define_metric('*', step_metric=STEP)
+  return run
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -203,6 +256,7 @@ class Progress:
       '%s',
       f'{self._name}  {step:,}/{self._total:,} {self._unit}  {step / self._total:.1%}{pace}'
       f'{"  " if numbers else ""}{numbers}',
+      extra=console.PROGRESS if step < self._total else None,
     )
     return True
 

@@ -139,6 +139,9 @@ def say() -> None:
   global _said
   if not _said:
     _said = True
+    console = sys.modules.get('palm_jax.base.console')  # this module is imported before others
+    if console:
+      console.rest()
     os.write(2, f'palm_jax: {MESSAGE}\n'.encode())
 
 
