@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from palm_jax import encoder, environment, pairs, pretrain, replay, report, reward, sac, simsiam
 from palm_jax.base.errors import UserError
-from palm_jax.evaluate import diversity, features, ood, probe, quality
+from palm_jax.evaluate import concepts, diversity, features, ood, probe, quality
 from palm_jax.generator import train
 from palm_jax.speed import plan
 
@@ -56,6 +56,7 @@ def get_config(variant: str = '') -> ConfigDict:
   c.probe = probe.default_config()
   c.ood = ood.default_config()  # --job=ood
   c.diversity = diversity.default_config()  # --job=diversity: coverage of what was explored
+  c.concepts = concepts.default_config()  # --job=concepts: what its feature maps are made of
   c.report = report.default_config()  # --job=report: one page
   c.quality = quality.default_config()  # --job=quality: FID and its like of the generator
 

@@ -60,6 +60,25 @@ def preprocess(images: jax.Array, dtype: Any = None) -> jax.Array:
   return images.astype(dtype or images.dtype)
 
 
+def show_maps(module: nn.Module, maps: jax.Array) -> None:
+  """Called by an encoder: its last maps (B, h, w, F), for those who ask by `feature_maps`."""
+  if not module.is_initializing():
+    module.sow('intermediates', 'maps', maps)
+
+
+def feature_maps(network: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
+  """(B, h, w, F) float32: what an encoder shows by `show_maps`, batch statistics fixed.
+
+  Raises:
+    UserError: it shows none.
+  """
+  found: Any = network.apply(variables, images, train=False, mutable=['intermediates'])
+  shown = found[1]
+  if 'maps' not in shown.get('intermediates', {}):
+    raise UserError(f'the encoder {type(network).__name__} has no feature maps to look at')
+  return shown['intermediates']['maps'][0].astype(jnp.float32)
+
+
 class ResidualBlock(nn.Module):
   """Two 3x3 convolutions and a shortcut (He et al. 2015, figure 2)."""
 
@@ -128,6 +147,7 @@ class ResNet18(nn.Module):
           last_scale_init,
           name=f'stage{stage + 1}_block{block + 1}',
         )(x)
+    show_maps(self, x)
     return jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -162,6 +182,7 @@ class NatureCNN(nn.Module):
     x = nn.relu(conv(32, (8, 8), 4, name='conv1')(x))
     x = nn.relu(conv(64, (4, 4), 2, name='conv2')(x))
     x = nn.relu(conv(64, (3, 3), 1, name='conv3')(x))
+    show_maps(self, x)
     x = nn.relu(nn.Dense(self.features, dtype=self.dtype, name='dense')(x.reshape(x.shape[0], -1)))
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 

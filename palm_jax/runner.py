@@ -28,6 +28,7 @@ JOBS = {
   'ood': 'palm_jax.evaluate.ood',
   'diversity': 'palm_jax.evaluate.diversity',
   'quality': 'palm_jax.evaluate.quality',
+  'concepts': 'palm_jax.evaluate.concepts',
   'finetune': 'palm_jax.atari.finetune',
   'scratch': 'palm_jax.atari.finetune',
   'scores': 'palm_jax.atari.scores',

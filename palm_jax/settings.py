@@ -26,6 +26,7 @@ SECTIONS = {
   'ood': 'palm_jax.evaluate.ood',
   'diversity': 'palm_jax.evaluate.diversity',
   'quality': 'palm_jax.evaluate.quality',
+  'concepts': 'palm_jax.evaluate.concepts',
   'report': 'palm_jax.report',
   'collect': 'palm_jax.atari.collect',
   'finetune': 'palm_jax.atari.finetune',

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from palm_jax.report import (
+  concepts,
   curves,
   diversity,
   feature_map,
@@ -121,6 +122,7 @@ SECTIONS = (
   Section('diversity', 'Coverage of the data', diversity.section, diversity.ROWS, diversity.card),
   Section('quality', 'Quality of the generator', quality.section, quality.ROWS),
   Section('study', 'Arms of the study', study.section, study.ROWS),
+  Section('concepts', 'Concepts', concepts.section, concepts.ROWS),
   Section('map', 'Map of the features', feature_map.section),
   Section('pretrain-curves', 'Pretraining', functools.partial(_training, 'pretrain')),
   Section(
