@@ -31,6 +31,7 @@ JOBS = {
   'finetune': 'palm_jax.atari.finetune',
   'scratch': 'palm_jax.atari.finetune',
   'scores': 'palm_jax.atari.scores',
+  'meta': 'palm_jax.meta.train',
   'report': 'palm_jax.report',
   'study': 'palm_jax.study',
   'benchmark': 'palm_jax.speed.benchmark',

@@ -20,6 +20,7 @@ SECTIONS = {
   'generator': 'palm_jax.generator.networks',
   'plan': 'palm_jax.speed.plan',
   'world': 'palm_jax.world.config',
+  'meta': 'palm_jax.meta.train',
   'features': 'palm_jax.evaluate.features',
   'probe': 'palm_jax.evaluate.probe',
   'ood': 'palm_jax.evaluate.ood',

@@ -39,6 +39,7 @@ LAW = {
   'workdir': ['base', 'job'],
   'train': [*JOB, 'speed.cost'],
   'world': ['layers', 'base', 'environment', 'generator', 'encoder', 'reward', 'checkpoint'],
+  'meta': [*JOB, 'world'],
   'evaluate': JOB,
   'atari': JOB,
   'speed': JOB,
