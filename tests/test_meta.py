@@ -1,10 +1,15 @@
 """PEARL's parts: beliefs, who learns from what, the two replays, and who is never learned from."""
 
+import functools
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from palm_jax import sac
+from palm_jax.base import devices
 from palm_jax.meta import loop, pearl, play, replays, train
 from palm_jax.meta.pearl import Batch, Context
 from palm_jax.meta.replays import Record
@@ -32,7 +37,7 @@ def tiny(**changes):
       batch_size=B,
       context_size=C,
       latent_dim=Z,
-      hidden=(8, 8),
+      hidden=(8,),
       encoder_hidden=(8,),
       test_episodes=3,
       test_every=4,
@@ -102,15 +107,29 @@ def test_kl_is_the_closed_form():
 # ---- who learns from what
 
 
-def critic_gradient(c, changed=lambda agent: agent):
-  """Of the encoder, and the loss."""
+@functools.cache
+def agent_of(kind):
+  return jax.jit(lambda key: pearl.init(key, kind, (F, A, 2), tiny()))(jax.random.key(0))
+
+
+NOISE = normal(8, M, Z), normal(9, M, B, A)
+
+
+@jax.jit
+def critic_gradient(agent, kl_lambda):
+  """Of the encoder; all in one program."""
+  c = types.SimpleNamespace(**{**tiny(gamma=0.9), 'kl_lambda': kl_lambda})
   batch, context, descriptors = drawn()
-  agent = changed(pearl.init(jax.random.key(0), 'pearl', (F, A, 2), c))
-  noise = jnp.asarray(normal(8, M, Z)), jnp.asarray(normal(9, M, B, A))
-  (loss, _), grads = jax.value_and_grad(pearl.critic_loss, has_aux=True)(
-    (agent.critic, agent.encoder), agent, 'pearl', batch, context, descriptors, noise, c
+  grads, _ = jax.grad(pearl.critic_loss, has_aux=True)(
+    (agent.critic, agent.encoder), agent, 'pearl', batch, context, descriptors, NOISE, c
   )
-  return grads[1], loss
+  return grads[1]
+
+
+def z_of(encoder):
+  _, context, descriptors = drawn()
+  evidence = pearl.evidence_of(*pearl.encode('pearl', encoder, context, tiny()))
+  return pearl.latent('pearl', evidence, descriptors, NOISE[0])
 
 
 def size(tree):
@@ -118,83 +137,85 @@ def size(tree):
 
 
 def test_the_encoder_learns_from_bellman_error_and_kl_only():
-  blind_critic = lambda agent: agent.replace(critic=jax.tree.map(jnp.zeros_like, agent.critic))
-  assert size(critic_gradient(tiny(kl_lambda=0.0))[0]) > 0  # of the Bellman error
-  assert size(critic_gradient(tiny(kl_lambda=0.0), blind_critic)[0]) == 0
-  assert size(critic_gradient(tiny(), blind_critic)[0]) > 0  # of the KL
-  batch, context, descriptors = drawn()
-  c = tiny()
-  agent = pearl.init(jax.random.key(0), 'pearl', (F, A, 2), c)
+  agent = agent_of('pearl')
+  blind = agent.replace(critic=jax.tree.map(jnp.zeros_like, agent.critic))
+  assert size(critic_gradient(agent, 0.0)) > 0  # of the Bellman error
+  assert size(critic_gradient(blind, 0.0)) == 0
+  assert size(critic_gradient(blind, 0.1)) > 0  # of the KL
 
-  def loss(actor, encoder):
-    evidence = pearl.evidence_of(*pearl.encode('pearl', encoder, context, c))
-    z = pearl.latent('pearl', evidence, descriptors, jnp.asarray(normal(8, M, Z)))
-    return pearl.actor_loss(actor, agent, batch, z, jnp.asarray(normal(9, M, B, A)), c)[0]
+  @jax.jit
+  def of_both(actor, encoder):
+    loss = lambda actor, encoder: pearl.actor_loss(
+      actor, agent, drawn()[0], z_of(encoder), NOISE[1], tiny()
+    )
+    return jax.grad(loss, (0, 1), has_aux=True)(actor, encoder)[0]
 
-  of_actor, of_encoder = jax.grad(loss, (0, 1))(agent.actor, agent.encoder)
+  of_actor, of_encoder = of_both(agent.actor, agent.encoder)
   assert size(of_actor) > 0 and size(of_encoder) == 0
 
 
 def test_targets_are_constants():
-  """The gradient is that of a target written in numbers: the target critic does not change it by
-  more than the target's value, and z of s' has none."""
-  c = tiny(kl_lambda=0.0, gamma=0.9)
-  batch, context, descriptors = drawn()
-  agent = pearl.init(jax.random.key(0), 'pearl', (F, A, 2), c)
-  noise = jnp.asarray(normal(8, M, Z)), jnp.asarray(normal(9, M, B, A))
-  grads, _ = critic_gradient(c)
+  """The encoder's gradient is that of targets which are numbers, though they were made of z too."""
+  agent, c, (batch, _, _) = agent_of('pearl'), tiny(), drawn()
 
-  def z_of(encoder):
-    evidence = pearl.evidence_of(*pearl.encode('pearl', encoder, context, c))
-    return pearl.latent('pearl', evidence, descriptors, noise[0])
+  @jax.jit
+  def targets():
+    h = pearl.beside(batch.next_observation, z_of(agent.encoder)[:, None])
+    mean, log_std = pearl._actor(c, A).apply(agent.actor, h)
+    action, log_prob = sac.sample(mean, log_std, NOISE[1])
+    value = pearl._critic(c).apply(agent.target_critic, h, action).min(0) - 0.1 * log_prob
+    return 5.0 * batch.reward + 0.9 * value
 
-  z = z_of(agent.encoder)
-  h = pearl.beside(batch.next_observation, z[:, None])
-  mean, log_std = pearl._actor(c, A).apply(agent.actor, h)
-  action, log_prob = pearl.sac.sample(mean, log_std, noise[1])
-  value = pearl._critic(c).apply(agent.target_critic, h, action).min(0) - 0.1 * log_prob
-  target = np.asarray(5.0 * batch.reward + 0.9 * value)
+  numbers = np.asarray(targets())
 
+  @jax.jit
   def by_hand(encoder):
     h = pearl.beside(batch.observation, z_of(encoder)[:, None])
     q = pearl._critic(c).apply(agent.critic, h, batch.action)
-    return jnp.mean((q[0] - target) ** 2) + jnp.mean((q[1] - target) ** 2)
+    return jnp.mean((q[0] - numbers) ** 2) + jnp.mean((q[1] - numbers) ** 2)
 
-  expected = jax.grad(by_hand)(agent.encoder)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, expected)
+  expected = jax.jit(jax.grad(by_hand))(agent.encoder)
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+  jax.tree.map(close, critic_gradient(agent, 0.0), expected)
 
 
-@pytest.mark.parametrize('kind', pearl.AGENTS)
-def test_what_each_agent_is_given(kind):
-  c = tiny()
-  agent = pearl.init(jax.random.key(0), kind, (F, A, 2), c)
-  sees = agent.actor['params']['MLP_0']['Dense_0']['kernel'].shape[0]
-  assert sees == F + dict(pearl=Z, blind=0, told=2)[kind]
-  assert (agent.encoder == ()) == (kind != 'pearl')
+def test_what_each_agent_is_given():
+  for kind, more in dict(pearl=Z, blind=0, told=2).items():
+    init = functools.partial(pearl.init, kind=kind, sizes=(F, A, 2), c=tiny())
+    agent = jax.eval_shape(init, jax.random.key(0))
+    assert agent.actor['params']['MLP_0']['Dense_0']['kernel'].shape[0] == F + more
+    assert (agent.encoder == ()) == (kind != 'pearl')
+
+
+@pytest.mark.parametrize('kind', ['blind', 'told'])
+def test_only_who_is_told_knows_the_task(kind):
   batch, context, descriptors = drawn()
-  step = jax.jit(lambda d: pearl.update(agent, kind, batch, context, d, jax.random.key(1), c))
+  agent, key = agent_of(kind), jax.random.key(1)
+  step = jax.jit(lambda d: pearl.update(agent, kind, batch, context, d, key, tiny()))
   (after, metrics), (other, _) = step(descriptors), step(-descriptors)
   assert all(np.isfinite(x) for x in metrics.values())
-  differs = size(jax.tree.map(jnp.subtract, after.critic, other.critic)) > 0
-  assert differs == (kind == 'told')  # nobody else knows
+  differs = size(jax.tree.map(lambda x, y: x - y, after.critic, other.critic)) > 0
+  assert differs == (kind == 'told')
 
 
 # ---- replays
 
 
 def record_of(value, tasks=2, episodes=2, steps=3):
-  full = lambda *shape: jnp.full((tasks, episodes, *shape), float(value))
-  observation = full(steps + 1, F) + 0.1 * jnp.arange(steps + 1)[:, None]
+  full = lambda *shape: np.full((tasks, episodes, *shape), value, np.float32)
+  observation = full(steps + 1, F) + np.float32(0.1) * np.arange(steps + 1)[:, None]
   return Record(observation, full(steps, A), full(steps), full(steps))
 
 
 def test_a_context_holds_the_newest_play_only():
   contexts = replays.empty_context(3, 6, F, A)
-  contexts = replays.refill(contexts, jnp.array([0, 2]), record_of(1))
-  contexts = replays.refill(contexts, jnp.array([2, 1]), record_of(2))
+  refill = jax.jit(replays.refill)
+  contexts = refill(contexts, jnp.array([0, 2]), record_of(1))
+  contexts = refill(contexts, jnp.array([2, 1]), record_of(2))
   np.testing.assert_array_equal(contexts.hint.mean(1), [1, 2, 2])
   np.testing.assert_array_equal(contexts.hint.std(1), [0, 0, 0])
-  seen = replays.sample_context(contexts, jnp.array([2, 0]), 50, jax.random.key(0))
+  draw = jax.jit(lambda key: replays.sample_context(contexts, jnp.array([2, 0]), 50, key))
+  seen = draw(jax.random.key(0))
   np.testing.assert_array_equal(seen.hint, np.repeat([[2.0], [1.0]], 50, axis=1))
   assert seen.observation.max() < 2.25  # never an episode's last state
 
@@ -202,10 +223,11 @@ def test_a_context_holds_the_newest_play_only():
 def test_a_replay_holds_older_play_too_and_no_step_crosses_an_episode():
   replay = replays.empty_replay(3, 4, 3, F, A)
   for value in (1, 2, 3):
-    replay = replays.add(replay, jnp.array([0, 2]), record_of(value))
-  replay = replays.add(replay, jnp.array([1]), record_of(9, tasks=1))
+    replay = jax.jit(replays.add)(replay, jnp.array([0, 2]), record_of(value))
+  replay = jax.jit(replays.add)(replay, jnp.array([1]), record_of(9, tasks=1))
   assert replay.count.tolist() == [6, 2, 6]
-  batch = replays.sample(replay, jnp.array([2, 1]), 200, jax.random.key(0))
+  draw = jax.jit(lambda key: replays.sample(replay, jnp.array([2, 1]), 200, key))
+  batch = draw(jax.random.key(0))
   assert set(np.unique(batch.reward[0])) == {2, 3}  # of four episodes the oldest two are gone
   assert set(np.unique(batch.reward[1])) == {9}  # and what was never filled is not drawn
   np.testing.assert_allclose(batch.next_observation - batch.observation, 0.1, atol=1e-5)
@@ -219,9 +241,11 @@ def program():
   return loop.make_program(ROBOT, 'pearl', tiny())
 
 
-def after(program, count, tasks=TASKS):
-  """State and metrics after so many iterations."""
-  state, metrics = program.init(jax.random.key(0)), {}
+def after(program, count):
+  """State and metrics after so many iterations, on a mesh as in the job."""
+  mesh = devices.make_mesh(1)
+  state, tasks = devices.replicate(mesh, (program.init(jax.random.key(0)), TASKS))
+  metrics = {}
   for _ in range(count):
     state, metrics = program.call(state, tasks.variables, tasks.training)
   return state, metrics
@@ -255,27 +279,16 @@ def test_the_encoders_replay_is_recent_and_of_the_prior_alone(program):
       )
 
 
-def test_held_out_tasks_are_never_learned_from(tmp_path):
-  """A training whose held-out tasks are NaN is the same, bit for bit."""
-  c = tiny(iterations=3, test_every=1)
-  poisoned = TASKS._replace(held_out=jax.tree.map(lambda x: x * jnp.nan, TASKS.held_out))
-  ends = []
-  for name, tasks in (('a', TASKS), ('b', poisoned)):
-    mesh = jax.make_mesh((1,), ('data',), devices=jax.devices()[:1])
-    found = train.train('pearl', c, ROBOT, tasks, jax.random.key(0), tmp_path / name, mesh)
-    ends.append(found['returns'])
-  assert np.isfinite(ends[0]['held-out']).all() and np.isnan(ends[1]['held-out']).all()
-  np.testing.assert_array_equal(ends[0]['training'], ends[1]['training'])
-
-
 def test_adaptation_uses_the_prior_first_then_what_it_has_played(program):
   """Written out with the same keys: episode by episode."""
   c = tiny(test_prior_episodes=2, test_episodes=4)
   setup = play.Setup(ROBOT, 'pearl', c)
-  agent = pearl.init(jax.random.key(3), 'pearl', ROBOT.sizes, c)
+  agent = agent_of('pearl')
   key, tasks = jax.random.key(5), TASKS.held_out
   found = jax.jit(lambda agent: play.test(setup, agent, (), tasks, key))(agent)
   assert found.shape == (4, 2)
+  act = jax.jit(lambda place, z: pearl.act(agent.actor, place, z, jnp.zeros((2, A)), c))
+  encode = jax.jit(lambda context: pearl.encode('pearl', agent.encoder, context, c))
   seen = []
   for episode in range(4):
     keys = [jax.random.fold_in(jax.random.fold_in(key, episode), i) for i in range(2)]
@@ -283,14 +296,14 @@ def test_adaptation_uses_the_prior_first_then_what_it_has_played(program):
     mean, std = 0.0, 1.0
     if episode >= 2:
       context = Context(*(jnp.concatenate(x, 1) for x in zip(*seen, strict=True)))
-      mean, variance = pearl.encode('pearl', agent.encoder, context, c)
+      mean, variance = encode(context)
       precision = 1 / np.asarray(variance, np.float64)
       std = np.sqrt(1 / precision.sum(1))
       mean = (precision * mean).sum(1) / precision.sum(1)
     z = jnp.asarray(mean + std * noise, jnp.float32)
     place, places, actions, rewards = jnp.zeros((2, 2)), [], [], []
     for _ in range(3):
-      action = pearl.act(agent.actor, place, z, jnp.zeros((2, A)), c)
+      action = act(place, z)
       places.append(place)
       actions.append(action)
       place = place + 0.1 * action
@@ -304,7 +317,9 @@ def test_references_are_of_random_actions_and_the_oracle():
     jax.random.key(0)
   )
   goals = np.asarray(TASKS.held_out['goal'], np.float64)
-  ahead = goals / np.abs(goals).max(-1, keepdims=True)
-  best = -sum(np.linalg.norm(0.1 * t * ahead - goals, axis=-1) for t in (1, 2, 3))
+  place, best = np.zeros((2, 2)), 0.0
+  for _ in range(3):
+    place = place + np.clip(goals - place, -0.1, 0.1)
+    best = best - np.linalg.norm(place - goals, axis=-1)
   np.testing.assert_allclose(high, best, rtol=1e-5)
   assert (low < high).all()

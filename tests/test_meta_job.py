@@ -16,20 +16,35 @@ from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.metrics import read_jsonl
 from palm_jax.meta import loop, results, tasks, train
-from palm_jax.world import goal_latent
+from palm_jax.world import Features, goal_latent
 from palm_jax.world.config import from_config
 from palm_jax.world.tasks import oracle_action
 from tests.jobs import finish, saved_result
-from tests.robots import PointRobot, half_circle
 from tests.test_meta import tiny
 from tests.worlds import LinearGenerator
 
-ROBOT = PointRobot(steps=3)
+PIXELS = Features(
+  lambda variables, seen: seen.reshape(len(seen), -1)[:, ::7].astype(jnp.float32) / 255, (), 10
+)
 
 
-def robots(config, workdir):
-  del workdir
-  return ROBOT, half_circle(config.meta.train_goals, config.meta.test_goals)
+MAKE, PROGRAMS = loop.make_program, {}
+
+
+@pytest.fixture(autouse=True, scope='module')
+def linear_world():
+  """The tests' own generator and features; and one program for the same settings, which each start
+  would compile anew."""
+
+  def make(family, kind, c):
+    program = PROGRAMS.get((kind, c.to_json_best_effort()))
+    return PROGRAMS.setdefault((kind, c.to_json_best_effort()), program or MAKE(family, kind, c))
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr('palm_jax.world._features', lambda *_: PIXELS)
+    patch.setattr('palm_jax.world.config.load_generator', lambda path: LinearGenerator())
+    patch.setattr(loop, 'make_program', make)
+    yield
 
 
 @pytest.fixture(scope='module')
@@ -39,13 +54,14 @@ def mesh():
 
 def config_of(**changes):
   c = configs.get_config('smoke')
-  c.meta = tiny(**changes)
+  c.meta = tiny(agents=('pearl', 'told'), **changes)
+  c.environment.update(dict(alpha=0.9, beta=0.5, episode_length=4))
   return c
 
 
 def end_of(workdir, kind, c, mesh):
   """The last state of an agent, on the host."""
-  program = loop.make_program(ROBOT, kind, c)
+  program = loop.make_program(None, kind, c)  # it was made
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   template = devices.templates(jax.eval_shape(program.init, jax.random.key(0)), everywhere)
   with Checkpoints(workdir / 'meta' / kind / 'checkpoints') as checkpoints:
@@ -57,7 +73,7 @@ def end_of(workdir, kind, c, mesh):
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory, mesh):
   config, workdir = config_of(), tmp_path_factory.mktemp('meta')
-  finish(train.JOB, config, workdir, mesh=mesh, make_family=robots)
+  finish(train.JOB, config, workdir, mesh=mesh)
   return config, workdir
 
 
@@ -65,7 +81,7 @@ def test_the_result_has_every_agent_seed_and_episode(finished, capsys):
   config, workdir = finished
   result = json.loads((workdir / 'results' / 'meta.json').read_text())
   assert [(row['agent'], row['goals']) for row in result['rows']] == [
-    (kind, goals) for kind in ('pearl', 'blind', 'told') for goals in ('held-out', 'training')
+    (kind, goals) for kind in ('pearl', 'told') for goals in ('held-out', 'training')
   ]
   for row in result['rows']:
     low, high = result['random_return'][row['goals']], result['oracle_return'][row['goals']]
@@ -79,14 +95,14 @@ def test_the_result_has_every_agent_seed_and_episode(finished, capsys):
   assert result['env_steps'] == 6 * 2 * 3 * 3 and result['updates'] == 4 * 2
   assert result['protocol']['meta'] == json.loads(config.meta.to_json_best_effort())
   lines = train.table(result).splitlines()
-  assert len(lines) == 8 and lines[1].split()[:2] == ['pearl', 'held-out'] and '±' in lines[1]
+  assert len(lines) == 6 and lines[1].split()[:2] == ['pearl', 'held-out'] and '±' in lines[1]
   curve = read_jsonl(workdir / 'meta' / 'pearl' / 'metrics.jsonl')
   assert [line['step'] for line in curve] == list(range(1, 7))
   assert 'held_out_last' not in curve[2] and 'held_out_last' in curve[3] and 'kl' in curve[3]
 
 
 def test_a_stopped_job_ends_as_if_it_had_not_been(finished, tmp_path, mesh, monkeypatch):
-  """It is told to stop in the second agent's fourth iteration, later in its last."""
+  """It is told to stop in each agent's fourth iteration, and in the second's last."""
   config, workdir = finished
   make, calls = loop.make_program, []
 
@@ -104,14 +120,14 @@ def test_a_stopped_job_ends_as_if_it_had_not_been(finished, tmp_path, mesh, monk
 
     return counted
 
-  for number, done in ((10, 4), (12, 6)):
+  for number, done in ((4, 4), (10, 4), (12, 6)):
     monkeypatch.setattr(loop, 'make_program', stopping_in(number))
-    assert finish(train.JOB, config, tmp_path, mesh=mesh, make_family=robots) is None
-    state = end_of(tmp_path, 'blind', config.meta, mesh)
+    assert finish(train.JOB, config, tmp_path, mesh=mesh) is None
+    state = end_of(tmp_path, calls[-1], config.meta, mesh)
     assert state.iteration == done and not (tmp_path / 'results').exists()
   monkeypatch.setattr(loop, 'make_program', stopping_in(0))
-  assert finish(train.JOB, config, tmp_path, mesh=mesh, make_family=robots)
-  assert calls == ['pearl'] * 6 + ['blind'] * 6 + ['told'] * 6
+  assert finish(train.JOB, config, tmp_path, mesh=mesh)
+  assert calls == ['pearl'] * 6 + ['told'] * 6
   monkeypatch.undo()
   for kind in config.meta.agents:
     states = (end_of(folder, kind, config.meta, mesh) for folder in (workdir, tmp_path))
@@ -124,17 +140,38 @@ def test_a_stopped_job_ends_as_if_it_had_not_been(finished, tmp_path, mesh, monk
   assert once | dict(seconds=0) == again | dict(seconds=0)
 
 
+def poisoned(given, part):
+  """Tasks of which a part is NaN."""
+  return given._replace(**{part: jax.tree.map(lambda x: x * jnp.nan, getattr(given, part))})
+
+
+def test_held_out_tasks_are_never_learned_from(finished, tmp_path, mesh):
+  """A training whose held-out tasks are NaN ends the same, bit for bit."""
+  config, workdir = finished
+  family, given = tasks.latent_goals(config, tmp_path)
+  given = devices.replicate(mesh, poisoned(given, 'held_out'))
+  folder = tmp_path / 'meta' / 'pearl'
+  found = train.train('pearl', config.meta, family, given, jax.random.key(0), folder, mesh)
+  assert np.isnan(found['returns']['held-out']).all()
+  assert np.isfinite(found['returns']['training']).all()
+  states = (end_of(folder, 'pearl', config.meta, mesh) for folder in (workdir, tmp_path))
+  jax.tree.map(np.testing.assert_array_equal, *states)
+
+
 def test_it_is_not_resumed_with_other_tasks(finished, mesh):
   config, workdir = finished
-  other = lambda config, workdir: (ROBOT, half_circle(4, 2, seed=1))
+  other = config.copy_and_resolve_references()
+  other.world.goal = 1
   with pytest.raises(UserError, match='began with other tasks'):
-    finish(train.JOB, config, workdir, mesh=mesh, make_family=other)
+    finish(train.JOB, other, workdir, mesh=mesh)
 
 
-def test_what_is_not_finite_stops_it(tmp_path, mesh):
-  with pytest.raises(NonFiniteError, match='prior_return of pearl is not finite at iteration 0'):
-    broken = lambda config, workdir: (ROBOT, jax.tree.map(lambda x: x * jnp.nan, half_circle(4, 2)))
-    finish(train.JOB, config_of(), tmp_path, mesh=mesh, make_family=broken)
+def test_what_is_not_finite_stops_it(finished, tmp_path, mesh):
+  config, _ = finished
+  family, given = tasks.latent_goals(config, tmp_path)
+  broken = devices.replicate(mesh, poisoned(given, 'training'))
+  with pytest.raises(NonFiniteError, match='return of pearl is not finite at iteration 0'):
+    train.train('pearl', config.meta, family, broken, jax.random.key(0), tmp_path, mesh)
 
 
 @pytest.mark.parametrize(
@@ -181,63 +218,47 @@ def test_configs_without_its_sections_are_refused():
 # ---- goals of the latent world
 
 
-@pytest.fixture
-def linear(monkeypatch):
-  """A config whose generator is the tests' own."""
-  monkeypatch.setattr('palm_jax.world.config.load_generator', lambda path: LinearGenerator())
-  c = config_of()
-  c.meta.update(dict(train_goals=3, test_goals=2))
-  c.environment.update(dict(alpha=0.9, beta=0.5, episode_length=6))
-  return c
+@pytest.fixture(scope='module')
+def goals(linear_world):
+  """Family and tasks of the seeds 4 to 8, of which two are held out; worlds of two of them."""
+  c = config_of(train_goals=3)
+  c.world.goal = 4
+  return *tasks.latent_goals(c, None), {seed: from_config(c, None, goal=seed) for seed in (4, 8)}
 
 
-def test_goals_are_those_of_the_world(linear, tmp_path):
-  linear.world.goal = 4
-  family, found = tasks.latent_goals(linear, tmp_path)
-  assert family.sizes == (128, 6, 6) and family.steps == 5
-  for i in range(5):  # of the seeds 4 to 8
-    world, params = from_config(linear, tmp_path, goal=4 + i)
-    part, row = (found.training, i) if i < 3 else (found.held_out, i - 3)
-    np.testing.assert_allclose(part['z'][row], goal_latent(world, 4 + i)[0], rtol=1e-6)
+def test_goals_are_those_of_the_world(goals):
+  family, found, worlds = goals
+  assert family.sizes == (10, 6, 6) and family.steps == 3
+  for seed, (world, params) in worlds.items():
+    part, row = (found.training, 0) if seed == 4 else (found.held_out, 1)
+    np.testing.assert_allclose(part['z'][row], goal_latent(world, seed)[0], rtol=1e-6)
     np.testing.assert_allclose(part['features'][row], params.task['features'], rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose((family.describe(found.training) ** 2).mean(1), 1, rtol=1e-5)
-  np.testing.assert_array_equal(family.oracle(found.held_out), oracle_action(found.held_out['z']))
+  expected = oracle_action(found.held_out['z'])
+  np.testing.assert_array_equal(family.oracle(None, found.held_out), expected)
 
 
-def test_each_environment_has_the_reward_of_its_own_goal(linear, tmp_path):
-  family, found = tasks.latent_goals(linear, tmp_path)
-  keys = jax.random.split(jax.random.key(0), 3)
-  actions = jax.random.uniform(jax.random.key(1), (3, 6), minval=-1, maxval=1)
-  seen, state = jax.jit(family.reset)(found.variables, keys, found.training)
-  after, _, rewards, hints = jax.jit(family.step)(
-    found.variables, keys, state, actions, found.training
-  )
-  assert seen.shape == after.shape == (3, 128)
+def test_each_environment_has_the_reward_of_its_own_goal(goals):
+  family, found, worlds = goals
+  both = jax.tree.map(lambda a, b: jnp.stack([a[0], b[1]]), found.training, found.held_out)
+  keys = jax.random.split(jax.random.key(0), 2)
+  actions = jax.random.uniform(jax.random.key(1), (2, 6), minval=-1, maxval=1)
+  seen, state = jax.jit(family.reset)(found.variables, keys, both)
+  after, _, rewards, hints = jax.jit(family.step)(found.variables, keys, state, actions, both)
+  assert seen.shape == after.shape == (2, 10)
   np.testing.assert_array_equal(rewards, hints)
-  for goal in range(3):
-    world, params = from_config(linear, tmp_path, goal=goal)
-    _, begun = world.reset_all(keys, params)
-    features, _, expected, _ = world.step_all(keys, begun, actions, params)
-    np.testing.assert_allclose(rewards[goal], expected[goal], rtol=1e-3, atol=1e-4)
+  for row, (world, params) in enumerate(worlds.values()):
+    _, begun = jax.jit(world.reset_all)(keys, params)
+    features, _, expected, _ = jax.jit(world.step_all)(keys, begun, actions, params)
+    np.testing.assert_allclose(rewards[row], expected[row], rtol=1e-3, atol=1e-4)
     standard = (features - params.task['center']) / found.variables['deviation']
-    np.testing.assert_allclose(after[goal], standard[goal], rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(after[row], standard[row], rtol=1e-2, atol=1e-2)
 
 
-def test_goals_differ_in_the_first_coordinates_only(linear, tmp_path):
-  linear.meta.goal_dims = 2
-  family, found = tasks.latent_goals(linear, tmp_path)
-  assert family.sizes == (128, 6, 2) and family.describe(found.training).shape == (3, 2)
+def test_goals_differ_in_the_first_coordinates_only():
+  family, found = tasks.latent_goals(config_of(goal_dims=2), None)
+  assert family.sizes == (10, 6, 2) and family.describe(found.training).shape == (4, 2)
   assert (found.training['z'][:, 2:] == 0).all() and (found.training['z'][:, :2] != 0).all()
-
-
-def test_the_job_runs_in_the_latent_world(linear, tmp_path, mesh, capsys):
-  linear.meta.update(
-    dict(meta_batch=2, iterations=3, updates=1, agents=('pearl', 'told'), test_episodes=2)
-  )
-  result = finish(train.JOB, linear, tmp_path, mesh=mesh)
-  assert result and np.isfinite([row['mean'] for row in result['rows']]).all()
-  assert result['oracle_return']['held-out'] > result['random_return']['held-out']
-  assert 'told   held-out' in capsys.readouterr().out
 
 
 def test_a_single_seed_has_no_standard_error():

@@ -293,18 +293,15 @@ def update(
     Agent, and a dict of scalars: critic_loss, kl (a task), q, reward, actor_loss, alpha,
     entropy_per_dim (nats).
   """
-  keys = jax.random.split(key, 3)
-  noise = (
-    jax.random.normal(keys[0], (len(descriptors), belief_size(kind, c))),
-    jax.random.normal(keys[1], batch.action.shape),
-  )
+  key_z, key_actions = jax.random.split(key)
+  z_noise = jax.random.normal(key_z, (len(descriptors), belief_size(kind, c)))
+  noise = jax.random.normal(key_actions, (2, *batch.action.shape))
   (_, (z, metrics)), grads = jax.value_and_grad(critic_loss, has_aux=True)(
-    (agent.critic, agent.encoder), agent, kind, batch, context, descriptors, noise, c
+    (agent.critic, agent.encoder), agent, kind, batch, context, descriptors, (z_noise, noise[0]), c
   )
   agent = _step(_step(agent, 'critic', grads[0], c.lr), 'encoder', grads[1], c.lr)
-  noise = jax.random.normal(keys[2], batch.action.shape)
   (loss, log_prob), grad = jax.value_and_grad(actor_loss, has_aux=True)(
-    agent.actor, agent, batch, z, noise, c
+    agent.actor, agent, batch, z, noise[1], c
   )
   metrics |= dict(actor_loss=loss, alpha=jnp.exp(agent.log_alpha))
   metrics['entropy_per_dim'] = -log_prob / noise.shape[-1]

@@ -132,14 +132,17 @@ def test(setup: Setup, agent: Agent, variables: Any, tasks: Any, key: jax.Array)
 
 
 def references(family: Family, variables: Any, tasks: Any, key: jax.Array) -> jax.Array:
-  """Mean returns (2, N) in each of N tasks, of random actions and of who knows the task."""
+  """Mean returns (2, N) in each of N tasks, of random actions and of the oracle."""
   each = lambda tree: jax.tree.map(lambda x: jnp.repeat(x, REFERENCE_EPISODES, axis=0), tree)
   tasks = each(tasks)
-  best, actions = family.oracle(tasks), family.sizes[1]
-  keys = env_keys(key, jnp.arange(len(best)))
+  ids = jnp.arange(len(jax.tree.leaves(tasks)[0]))
+  keys = env_keys(key, ids)
 
   def one(knows):
-    act = lambda _, keys: jnp.where(knows, best, random_actions(keys, actions, best.dtype))
+    def act(observation, keys):
+      best = family.oracle(observation, tasks)
+      return jnp.where(knows, best, random_actions(keys, best.shape[1], best.dtype))
+
     returns = episodes(family, variables, tasks, keys, act).reward.sum(1)
     return returns.reshape(-1, REFERENCE_EPISODES).mean(1)
 

@@ -63,8 +63,8 @@ class Family(Protocol):
     """(E, D): what `told` is told."""
     ...
 
-  def oracle(self, tasks: Any) -> jax.Array:
-    """(E, A): what who knows the task does, at every step."""
+  def oracle(self, observations: jax.Array, tasks: Any) -> jax.Array:
+    """(E, A): what an agent does that knows the tasks, whose return is the measure for others."""
     ...
 
 
@@ -114,7 +114,8 @@ class LatentGoals:
     z = tasks['z'][:, : self.dims]
     return z / jnp.sqrt(jnp.mean(z**2, -1, keepdims=True))
 
-  def oracle(self, tasks: Any) -> jax.Array:
+  def oracle(self, observations: jax.Array, tasks: Any) -> jax.Array:
+    del observations
     return oracle_action(tasks['z'])
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -141,18 +140,11 @@ def check_section(c: ConfigDict) -> None:
   checks.at_least('meta.iterations', c.iterations, least, reason)
 
 
-def run(
-  this: Run,
-  make_family: Callable[[ConfigDict, pathlib.Path], tuple[Family, Tasks]] = latent_goals,
-) -> dict:
+def run(this: Run) -> dict:
   """The job: trains each of meta.agents with all seeds, and tests it on held-out tasks.
 
   Writes checkpoints and metrics under <workdir>/meta/<agent>, and resumes what is there. Every
   device computes the same.
-
-  Args:
-    this: what the job works on.
-    make_family: (whole config, workdir) -> Family, Tasks.
 
   Returns:
     What stands in results/meta.json.
@@ -163,7 +155,7 @@ def run(
     Stopped: by a signal; everything is saved.
   """
   config, c, mesh = this.config, this.config.meta, this.mesh
-  family, tasks = make_family(config, this.workdir)
+  family, tasks = latent_goals(config, this.workdir)
   tasks = devices.replicate(mesh, tasks)
   key = jax.random.key(config.seed)
   trained = {}
