@@ -323,3 +323,51 @@ def test_references_are_of_random_actions_and_the_oracle():
     best = best - np.linalg.norm(place - goals, axis=-1)
   np.testing.assert_allclose(high, best, rtol=1e-5)
   assert (low < high).all()
+
+
+# ---- the point robot
+
+
+@pytest.mark.slow
+def test_the_point_robot_finds_goals_it_was_never_trained_on():
+  """Three seeds, about seven minutes of one core. A context holds the dense reward.
+
+  Scores are 0 for random actions and 1 for who goes straight to the goal.
+  """
+  robot, tasks = PointRobot(), half_circle(40, 16)
+  c = train.default_config()
+  c.update(
+    dict(
+      train_goals=40,
+      tasks_per_iteration=10,
+      prior_episodes=4,
+      posterior_episodes=4,
+      replay_episodes=100,
+      updates=100,
+      meta_batch=10,
+      batch_size=64,
+      hidden=(64, 64),
+      encoder_hidden=(64, 64),
+      gamma=0.9,  # oyster, of this robot
+      lr=1e-3,
+      tau=0.02,
+      kl_lambda=0.03,
+      test_prior_episodes=2,
+      test_episodes=5,
+    )
+  )
+  low, high = np.asarray(play.references(robot, (), tasks.held_out, jax.random.key(1))).mean(1)
+  scores = {}
+  for kind in ('pearl', 'blind'):
+    program = loop.make_program(robot, kind, c)
+    state = program.init(jax.random.key(0))
+    for _ in range(100):
+      state, _ = program.call(state, (), tasks.training)
+    keys = jax.random.split(jax.random.key(2), c.seeds)
+    returns = np.asarray(program.test(state.players.agent, (), tasks.held_out, keys)).mean(-1)
+    scores[kind] = (returns - low) / (high - low)  # (seeds, episodes)
+    print(kind, scores[kind].round(3).tolist())
+  found = (high - low) * (1 - scores['pearl'][:, 2:].mean(1)) / robot.steps
+  assert (found < 0.2).all(), 'farther from the goal than who knew it by so much a step'
+  assert (scores['pearl'][:, 2:].mean(1) > scores['pearl'][:, :2].mean(1) + 0.3).all()
+  assert scores['blind'].max() < 0.6 < scores['pearl'][:, 2:].min()
