@@ -24,17 +24,18 @@ class PointRobot:
   sparse: bool = False
   sizes = 2, 2, 2
 
-  def reset(self, variables, keys, tasks):
+  def begin(self, variables, keys, tasks):
     del variables, tasks
-    place = jnp.zeros((len(keys), 2))
-    return place, place
+    return dict(place=jnp.zeros((len(keys), 2)), steps=jnp.zeros(len(keys)))
 
   def step(self, variables, keys, state, actions, tasks):
     del variables, keys
-    place = state + 0.1 * actions
+    moves = (state['steps'] > 0)[:, None]
+    place = state['place'] + jnp.where(moves, 0.1 * actions, 0.0)
+    state = dict(place=place, steps=state['steps'] + 1)
     distance = jnp.linalg.norm(place - tasks['goal'], axis=-1)
     hint = jnp.where(distance < 0.2, 1 - distance, 0.0) if self.sparse else -distance
-    return place, place, -distance, hint
+    return place, state, -distance, hint
 
   def describe(self, tasks):
     return tasks['goal']

@@ -29,9 +29,8 @@ def tiny(**changes):
       test_goals=2,
       iterations=6,
       tasks_per_iteration=2,
-      prior_episodes=2,
-      posterior_episodes=1,
-      replay_episodes=4,
+      episodes=2,
+      replay_episodes=5,
       updates=2,
       meta_batch=M,
       batch_size=B,
@@ -256,11 +255,11 @@ def test_play_comes_first_then_learning(program):
   begun = jax.device_get(begun.players.agent)  # before it is donated
   state, metrics = after(program, 2)
   jax.tree.map(np.testing.assert_array_equal, state.players.agent, begun)
-  assert state.players.replay.count.tolist() == [[3] * 4] * 2  # each task once
+  assert state.players.replay.count.tolist() == [[4] * 4] * 2  # each task once
   assert (metrics['critic_loss'] == 0).all()
   state, metrics = after(program, 3)
   assert state.iteration == 3 and (metrics['critic_loss'] > 0).all()
-  assert sorted(state.players.replay.count[0].tolist()) == [3, 3, 6, 6]
+  assert sorted(state.players.replay.count[0].tolist()) == [4, 4, 8, 8]
   one, two = (jax.tree.map(lambda x, s=s: x[s], state.players.agent.actor) for s in (0, 1))
   assert size(jax.tree.map(jnp.subtract, one, two)) > 0  # seeds differ
 
@@ -271,8 +270,8 @@ def test_the_encoders_replay_is_recent_and_of_the_prior_alone(program):
   replay, context = state.players.replay, state.players.context
   for seed in range(2):
     for task, count in enumerate(replay.count[seed].tolist()):
-      # Each play adds two prior episodes, then one of the posterior.
-      slots = [(count - 3) % 4, (count - 2) % 4]
+      # Each play adds two episodes of the prior, then two of the belief.
+      slots = [(count - 4) % 5, (count - 3) % 5]
       np.testing.assert_array_equal(
         context.observation[seed, task].reshape(2, 3, F),
         replay.observation[seed, task][np.array(slots), :-1],
@@ -340,8 +339,7 @@ def test_the_point_robot_finds_goals_it_was_never_trained_on():
     dict(
       train_goals=40,
       tasks_per_iteration=10,
-      prior_episodes=4,
-      posterior_episodes=4,
+      episodes=4,
       replay_episodes=100,
       updates=100,
       meta_batch=10,

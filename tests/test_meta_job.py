@@ -92,7 +92,7 @@ def test_the_result_has_every_agent_seed_and_episode(finished, capsys):
     np.testing.assert_allclose(row['mean'], scores.mean(0), rtol=1e-6)
     error = np.abs(scores[0] - scores[1]) / 2
     np.testing.assert_allclose(row['standard_error'], error, rtol=1e-5, atol=1e-8)
-  assert result['env_steps'] == 6 * 2 * 3 * 3 and result['updates'] == 4 * 2
+  assert result['env_steps'] == 6 * 2 * 4 * 3 and result['updates'] == 4 * 2
   assert result['protocol']['meta'] == json.loads(config.meta.to_json_best_effort())
   lines = train.table(result).splitlines()
   assert len(lines) == 6 and lines[1].split()[:2] == ['pearl', 'held-out'] and '±' in lines[1]
@@ -182,7 +182,7 @@ def test_what_is_not_finite_stops_it(finished, tmp_path, mesh):
     ('meta.agents', ('told', 'told'), 'names one twice'),
     ('meta.meta_batch', 5, 'meta.meta_batch=5'),
     ('meta.tasks_per_iteration', 5, 'or more meta.train_goals'),
-    ('meta.replay_episodes', 2, 'set it to 3 or more'),
+    ('meta.replay_episodes', 3, 'set it to 4 or more'),
     ('meta.test_episodes', 1, 'leaves none to adapt in'),
     ('meta.iterations', 2, 'set it to 3 or more'),
     ('meta.latent_dim', 0, 'meta.latent_dim=0'),
@@ -243,13 +243,18 @@ def test_each_environment_has_the_reward_of_its_own_goal(goals):
   both = jax.tree.map(lambda a, b: jnp.stack([a[0], b[1]]), found.training, found.held_out)
   keys = jax.random.split(jax.random.key(0), 2)
   actions = jax.random.uniform(jax.random.key(1), (2, 6), minval=-1, maxval=1)
-  seen, state = jax.jit(family.reset)(found.variables, keys, both)
-  after, _, rewards, hints = jax.jit(family.step)(found.variables, keys, state, actions, both)
-  assert seen.shape == after.shape == (2, 10)
+  step = jax.jit(family.step)
+  begun = family.begin(found.variables, keys, both)
+  seen, state, *_ = step(found.variables, keys, begun, actions, both)
+  assert state.env.step.tolist() == [0, 0]
+  after, state, rewards, hints = step(found.variables, keys, state, actions, both)
+  assert seen.shape == after.shape == (2, 10) and state.env.step.tolist() == [1, 1]
   np.testing.assert_array_equal(rewards, hints)
   for row, (world, params) in enumerate(worlds.values()):
-    _, begun = jax.jit(world.reset_all)(keys, params)
-    features, _, expected, _ = jax.jit(world.step_all)(keys, begun, actions, params)
+    step = jax.jit(world.step_all)
+    begun = family.begin(dict(params=params), keys, both)
+    _, begun, _, _ = step(keys, begun, actions, params)
+    features, _, expected, _ = step(keys, begun, actions, params)
     np.testing.assert_allclose(rewards[row], expected[row], rtol=1e-3, atol=1e-4)
     standard = (features - params.task['center']) / found.variables['deviation']
     np.testing.assert_allclose(after[row], standard[row], rtol=1e-2, atol=1e-2)

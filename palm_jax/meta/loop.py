@@ -23,7 +23,7 @@ class Player(flax.struct.PyTreeNode):
   Attributes:
     key: typed key.
     agent: pearl.Agent.
-    context: pearl.Context of all training tasks, (M, prior_episodes * T, ...): the encoder's
+    context: pearl.Context of all training tasks, (M, episodes * T, ...): the encoder's
       replay.
     replay: replays.Replay of all training tasks: the learner's.
   """
@@ -90,9 +90,8 @@ def iteration_of(
   at_random = jax.random.permutation(keys[0], c.train_goals)[rows]
   ids = jnp.where(warm, in_order, at_random)
   played = jax.tree.map(lambda x: x[ids], tasks)
-  prior, posterior = play.collect(
-    setup, player.agent, variables, played, descriptors[ids], keys[1], ids
-  )
+  record = play.collect(setup, player.agent, variables, played, descriptors[ids], keys[1], ids)
+  prior, posterior = (jax.tree.map(lambda x, i=i: x[i], record) for i in range(2))
   replay = replays.add(replays.add(player.replay, ids, prior), ids, posterior)
   context = replays.refill(player.context, ids, prior)
 
@@ -127,7 +126,7 @@ def make_program(family: Family, kind: str, c: ConfigDict) -> Program:
       key=key,
       agent=pearl.init(key_weights, kind, family.sizes, c),
       context=replays.empty_context(
-        c.train_goals, c.prior_episodes * family.steps, observations, actions
+        c.train_goals, c.episodes * family.steps, observations, actions
       ),
       replay=replays.empty_replay(
         c.train_goals, c.replay_episodes, family.steps, observations, actions

@@ -49,18 +49,20 @@ def episodes(
   Returns:
     Record (E, ...), without the axis of episodes.
   """
-  observation, state = family.reset(variables, keys, tasks)
 
   def step(carry, t):
     observation, state = carry
-    drawn = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, t + 1)))(keys)  # (E, 2)
+    drawn = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, t)))(keys)  # (E, 2)
     action = act(observation, drawn[:, 0])
     after, state, reward, hint = family.step(variables, drawn[:, 1], state, action, tasks)
-    return (after, state), Record(observation, action, reward, hint)
+    return (after, state), Record(after, action, reward, hint)
 
-  (last, _), steps = jax.lax.scan(step, (observation, state), jnp.arange(family.steps))
-  record = jax.tree.map(lambda x: x.swapaxes(0, 1), steps)  # (E, T, ...)
-  return record._replace(observation=jnp.concatenate([record.observation, last[:, None]], 1))
+  nowhere = jnp.zeros((len(keys), family.sizes[0]))
+  begun = nowhere, family.begin(variables, keys, tasks)
+  steps = jax.lax.scan(step, begun, jnp.arange(family.steps + 1))[1]  # (T + 1, E, ...)
+  steps = jax.tree.map(lambda x: x.swapaxes(0, 1), steps)
+  # The first step only begins the episode.
+  return Record(steps.observation, *(x[:, 1:] for x in steps[1:]))
 
 
 def collect(
@@ -71,8 +73,8 @@ def collect(
   descriptors: jax.Array,
   key: jax.Array,
   ids: jax.Array,
-) -> tuple[Record, Record]:
-  """Episodes with z from the prior, then others with z from the belief that these left.
+) -> Record:
+  """Episodes with z from the prior, then as many with z from the belief that these left.
 
   Args:
     setup: Setup.
@@ -84,24 +86,21 @@ def collect(
     ids: (n,) int32.
 
   Returns:
-    Records of prior_episodes and posterior_episodes of each task.
+    Record (2, n, P, ...): of the prior and of the belief, P = c.episodes.
   """
-  c = setup.c
-  key_prior, key_posterior = jax.random.split(key)
-  size = pearl.belief_size(setup.kind, c)
+  count, size = setup.c.episodes, pearl.belief_size(setup.kind, setup.c)
+  each = lambda tree: jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), tree)
+  many, told = each(tasks), each(descriptors)
 
-  def play(evidence, count, key):
-    each = lambda tree: jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), tree)
-    keys = env_keys(key, (ids[:, None] * count + jnp.arange(count)).ravel())
-    z = pearl.latent(setup.kind, each(evidence), each(descriptors), _normal(keys, size))
-    act = _policy(setup, agent, z, 1.0)
-    record = episodes(setup.family, variables, each(tasks), keys, act)
-    return jax.tree.map(lambda x: x.reshape(len(ids), count, *x.shape[1:]), record)
+  def play(evidence, phase):
+    env_ids = (ids[:, None] * count + jnp.arange(count)).ravel()
+    keys = env_keys(jax.random.fold_in(key, phase), env_ids)
+    z = pearl.latent(setup.kind, each(evidence), told, _normal(keys, size))
+    record = episodes(setup.family, variables, many, keys, _policy(setup, agent, z, 1.0))
+    record = jax.tree.map(lambda x: x.reshape(len(ids), count, *x.shape[1:]), record)
+    return _evidence(setup, agent, record), record
 
-  prior = play(pearl.nothing(len(ids), size), c.prior_episodes, key_prior)
-  context = replays.context_of(prior)
-  evidence = pearl.evidence_of(*pearl.encode(setup.kind, agent.encoder, context, c))
-  return prior, play(evidence, c.posterior_episodes, key_posterior)
+  return jax.lax.scan(play, pearl.nothing(len(ids), size), jnp.arange(2))[1]
 
 
 def test(setup: Setup, agent: Agent, variables: Any, tasks: Any, key: jax.Array) -> jax.Array:
@@ -123,8 +122,7 @@ def test(setup: Setup, agent: Agent, variables: Any, tasks: Any, key: jax.Array)
     z = pearl.latent(setup.kind, used, descriptors, _normal(keys, size))
     act = _policy(setup, agent, z, 0.0)
     record = episodes(setup.family, variables, tasks, keys, act)
-    context = replays.context_of(jax.tree.map(lambda x: x[:, None], record))
-    new = pearl.evidence_of(*pearl.encode(setup.kind, agent.encoder, context, c))
+    new = _evidence(setup, agent, jax.tree.map(lambda x: x[:, None], record))
     return Evidence(*jax.tree.map(jnp.add, evidence, new)), record.reward.sum(1)
 
   none = pearl.nothing(len(ids), size)
@@ -147,6 +145,12 @@ def references(family: Family, variables: Any, tasks: Any, key: jax.Array) -> ja
     return returns.reshape(-1, REFERENCE_EPISODES).mean(1)
 
   return jax.lax.map(one, jnp.array([False, True]))
+
+
+def _evidence(setup, agent, record):
+  """What all transitions of a record say of its tasks."""
+  context = replays.context_of(record)
+  return pearl.evidence_of(*pearl.encode(setup.kind, agent.encoder, context, setup.c))
 
 
 def _policy(setup, agent, z, scale):

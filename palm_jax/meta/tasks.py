@@ -1,6 +1,7 @@
 """Families of tasks: one world, many rewards. That of the latent world: pictures to go to."""
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any, NamedTuple, Protocol
 
@@ -8,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from palm_jax import environment
+from palm_jax.layers.pixels import to_uint8
 from palm_jax.world import goal_latent
 from palm_jax.world.config import from_config
-from palm_jax.world.manifold import LatentManifold
+from palm_jax.world.manifold import LatentManifold, State
 from palm_jax.world.tasks import Nothing, Task, oracle_action
 
 PICTURES = 256  # by whose features observations are standardised
@@ -46,14 +49,18 @@ class Family(Protocol):
   @property
   def steps(self) -> int: ...
 
-  def reset(self, variables: Any, keys: jax.Array, tasks: Any) -> tuple[jax.Array, Any]:
-    """Begins episodes, by (E,) keys and E rows of tasks: observations (E, F), state."""
+  def begin(self, variables: Any, keys: jax.Array, tasks: Any) -> Any:
+    """The state of E environments, by (E,) keys and rows of tasks, before their first episode.
+
+    The first step begins it, whatever the actions: so there is one place where the world is drawn,
+    which is what compiling takes longest for.
+    """
     ...
 
   def step(
     self, variables: Any, keys: jax.Array, state: Any, actions: jax.Array, tasks: Any
   ) -> tuple[jax.Array, Any, jax.Array, jax.Array]:
-    """Does actions (E, A): observations, state, rewards (E,), and hints (E,).
+    """Does actions (E, A): observations (E, F), state, rewards (E,), and hints (E,).
 
     A hint is the reward that a context holds: the same, or another.
     """
@@ -92,14 +99,17 @@ class LatentGoals:
     assert self.world.features is not None
     return self.world.features.size, self.world.num_actions, self.dims
 
-  def reset(self, variables: Any, keys: jax.Array, tasks: Any) -> tuple[jax.Array, Any]:
+  def begin(self, variables: Any, keys: jax.Array, tasks: Any) -> State:
     del tasks
-    features, state = self.world.reset_all(keys, variables['params'])
-    return _standardised(features, variables), state
+    params, world = variables['params'], self.world
+    last = jnp.full(len(keys), params.episode_length - 1, jnp.int32)
+    dynamics = environment.Dynamics(params.alpha, params.beta, world.kind, world.start)
+    env = environment.begin(keys, last, world.num_actions, world.generator.num_classes, dynamics)
+    return State(env, jnp.zeros((len(keys), *world.image_shape), jnp.uint8))
 
   def step(
-    self, variables: Any, keys: jax.Array, state: Any, actions: jax.Array, tasks: Any
-  ) -> tuple[jax.Array, Any, jax.Array, jax.Array]:
+    self, variables: Any, keys: jax.Array, state: State, actions: jax.Array, tasks: Any
+  ) -> tuple[jax.Array, State, jax.Array, jax.Array]:
     params = variables['params']
     features, state, _, _ = self.world.step_all(keys, state, actions, params)
 
@@ -107,7 +117,8 @@ class LatentGoals:
       return self.goal.reward(dict(params.task, features=there), (), here[None], 1)[1][0]
 
     rewards = jax.vmap(reward)(tasks['features'], features)
-    return _standardised(features, variables), state, rewards, rewards
+    observations = (features - params.task['center']) / variables['deviation']
+    return observations, state.replace(features=()), rewards, rewards
 
   def describe(self, tasks: Any) -> jax.Array:
     """The goal's latent, of which only the direction counts, at the length of a random one."""
@@ -117,10 +128,6 @@ class LatentGoals:
   def oracle(self, observations: jax.Array, tasks: Any) -> jax.Array:
     del observations
     return oracle_action(tasks['z'])
-
-
-def _standardised(features, variables):
-  return (features - variables['params'].task['center']) / variables['deviation']
 
 
 def latent_goals(config: ConfigDict, workdir: pathlib.Path) -> tuple[LatentGoals, Tasks]:
@@ -138,25 +145,34 @@ def latent_goals(config: ConfigDict, workdir: pathlib.Path) -> tuple[LatentGoals
   dims = c.goal_dims or world.num_actions
   family = LatentGoals(plain, world.task, int(params.episode_length) - 1, dims)
   seeds = jnp.arange(first, first + c.train_goals + c.test_goals)
-  goals = jax.jit(lambda seeds, params: _goals(plain, params, seeds, dims))(seeds, params)
-
-  @jax.jit
-  def deviation(params):
-    features, _ = plain.reset_all(jax.random.split(jax.random.key(1), PICTURES), params)
-    return jnp.maximum(features.std(0), 1e-6)
-
-  variables = dict(params=params, deviation=deviation(params))
+  look = jax.jit(functools.partial(_look, plain, dims))
+  goals, deviation = look(params, seeds)
   split = lambda part: jax.tree.map(lambda x: x[part], goals)
   training, held_out = split(slice(c.train_goals)), split(slice(c.train_goals, None))
-  return family, Tasks(variables, training, held_out)
+  return family, Tasks(dict(params=params, deviation=deviation), training, held_out)
 
 
-def _goals(world, params, seeds, dims):
-  """{'features', 'z'} of the goals of seeds (N,)."""
+def _look(world, dims, params, seeds):
+  """{'features', 'z'} of the goals of seeds (N,), and the deviation (F,) of random features."""
   z, labels = jax.vmap(lambda seed: goal_latent(world, seed))(seeds)
   z = z.at[:, dims:].set(0)
+  keys = jax.random.split(jax.random.key(1), PICTURES)
+  others = environment.first_latent_and_label(
+    keys, world.num_actions, world.generator.num_classes, z.dtype
+  )
+  labels = jnp.concatenate([labels, others[1]])
   labels = jnp.where(params.label < 0, labels, params.label)
-  pictures = jax.vmap(lambda z, label: world.picture(params, z, label))(z, labels)
-  seen = jnp.zeros((len(seeds), *world.image_shape), jnp.uint8)
+  pictures = to_uint8(
+    world.generator.apply(
+      params.variables,
+      jnp.concatenate([z, others[0]]),
+      labels,
+      truncation_psi=params.truncation_psi,
+    )
+  )
+  # As an episode's first picture: what came before is black.
+  seen = jnp.zeros((len(pictures), *world.image_shape), jnp.uint8)
   seen = seen.at[..., -pictures.shape[-1] :].set(pictures)
-  return dict(features=world.features.apply(params.features, seen), z=z)
+  features = world.features.apply(params.features, seen)
+  deviation = jnp.maximum(features[len(seeds) :].std(0), 1e-6)
+  return dict(features=features[: len(seeds)], z=z), deviation

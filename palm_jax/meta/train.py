@@ -36,10 +36,9 @@ def default_config() -> ConfigDict:
       goal_dims=0,  # coordinates of the latent in which goals differ; 0: all
       iterations=500,  # oyster
       tasks_per_iteration=5,  # oyster
-      # of each task that is played, all at once; oyster: 400 steps with z from the prior, then 600
-      # with z from the posterior
-      prior_episodes=2,
-      posterior_episodes=3,
+      # of each task that is played, all at once, with z from the prior, and then as many with z
+      # from the belief; oyster: 2 of 200 steps, then 3
+      episodes=2,
       replay_episodes=200,  # newest of each task, to learn from
       updates=2000,  # an iteration; oyster
       meta_batch=16,  # tasks of an update; oyster
@@ -73,8 +72,7 @@ RANGES = dict(
   goal_dims=checks.SIZE_OR_0,
   iterations=checks.COUNT,
   tasks_per_iteration=checks.Range(1, 10**5),
-  prior_episodes=checks.Range(1, 10**4),
-  posterior_episodes=checks.Range(1, 10**4),
+  episodes=checks.Range(1, 10**4),
   replay_episodes=checks.Range(1, 10**6),
   updates=checks.Range(1, 10**6),
   meta_batch=checks.Range(1, 10**5),
@@ -130,8 +128,9 @@ def check_section(c: ConfigDict) -> None:
   checks.between('meta.log_std_min', c.log_std_min, -100, c.log_std_max)
   for name in ('tasks_per_iteration', 'meta_batch'):
     checks.between(f'meta.{name}', c[name], 1, c.train_goals, hint='or more meta.train_goals')
-  least = c.prior_episodes + c.posterior_episodes
-  checks.at_least('meta.replay_episodes', c.replay_episodes, least, 'holds less than is played')
+  checks.at_least(
+    'meta.replay_episodes', c.replay_episodes, 2 * c.episodes, 'holds less than is played'
+  )
   checks.at_least(
     'meta.test_episodes', c.test_episodes, c.test_prior_episodes + 1, 'leaves none to adapt in'
   )
@@ -186,7 +185,7 @@ def run(this: Run) -> dict:
 
 def env_steps(c: ConfigDict, family: Family) -> int:
   """That one seed plays in an iteration."""
-  return c.tasks_per_iteration * (c.prior_episodes + c.posterior_episodes) * family.steps
+  return c.tasks_per_iteration * 2 * c.episodes * family.steps
 
 
 def shown_tasks(tasks: Tasks) -> dict[str, Any]:
