@@ -328,10 +328,12 @@ def test_references_are_of_random_actions_and_the_oracle():
 
 
 @pytest.mark.slow
-def test_the_point_robot_finds_goals_it_was_never_trained_on():
-  """Three seeds, about seven minutes of one core. A context holds the dense reward.
+@pytest.mark.parametrize('kind', ['pearl', 'blind'])
+def test_the_point_robot_finds_goals_it_was_never_trained_on(kind):
+  """Three seeds, about four minutes of one core each. A context holds the dense reward.
 
-  Scores are 0 for random actions and 1 for who goes straight to the goal.
+  Scores are 0 for random actions and 1 for who goes straight to the goal. Two episodes are of the
+  prior, three of the belief.
   """
   robot, tasks = PointRobot(), half_circle(40, 16)
   c = train.default_config()
@@ -355,17 +357,17 @@ def test_the_point_robot_finds_goals_it_was_never_trained_on():
     )
   )
   low, high = np.asarray(play.references(robot, (), tasks.held_out, jax.random.key(1))).mean(1)
-  scores = {}
-  for kind in ('pearl', 'blind'):
-    program = loop.make_program(robot, kind, c)
-    state = program.init(jax.random.key(0))
-    for _ in range(100):
-      state, _ = program.call(state, (), tasks.training)
-    keys = jax.random.split(jax.random.key(2), c.seeds)
-    returns = np.asarray(program.test(state.players.agent, (), tasks.held_out, keys)).mean(-1)
-    scores[kind] = (returns - low) / (high - low)  # (seeds, episodes)
-    print(kind, scores[kind].round(3).tolist())
-  found = (high - low) * (1 - scores['pearl'][:, 2:].mean(1)) / robot.steps
-  assert (found < 0.2).all(), 'farther from the goal than who knew it by so much a step'
-  assert (scores['pearl'][:, 2:].mean(1) > scores['pearl'][:, :2].mean(1) + 0.3).all()
-  assert scores['blind'].max() < 0.6 < scores['pearl'][:, 2:].min()
+  program = loop.make_program(robot, kind, c)
+  state = program.init(jax.random.key(0))
+  for _ in range(100):
+    state, _ = program.call(state, (), tasks.training)
+  keys = jax.random.split(jax.random.key(2), c.seeds)
+  returns = np.asarray(program.test(state.players.agent, (), tasks.held_out, keys)).mean(-1)
+  scores = (returns - low) / (high - low)  # (seeds, episodes)
+  print(kind, scores.round(3).tolist())
+  if kind == 'blind':
+    assert scores.max() < 0.6
+    return
+  before, after = scores[:, :2].mean(1), scores[:, 2:].mean(1)
+  away = (high - low) * (1 - after) / robot.steps  # from where the best would be, a step
+  assert (away < 0.2).all() and (after > before + 0.3).all() and scores[:, 2:].min() > 0.6

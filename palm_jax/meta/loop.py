@@ -135,7 +135,9 @@ def make_program(family: Family, kind: str, c: ConfigDict) -> Program:
 
   def init(key):
     keys = jax.vmap(lambda seed: jax.random.fold_in(key, seed))(jnp.arange(c.seeds))
-    return State(jnp.int32(0), jax.vmap(player)(keys))
+    # One after the other: XLA:CPU on two threads hangs in the QR of several batches at once, by
+    # which weights are made orthogonal.
+    return State(jnp.int32(0), jax.lax.map(player, keys))
 
   def call(state, variables, tasks):
     one = lambda player: iteration_of(setup, state.iteration, player, variables, tasks)
