@@ -7,9 +7,9 @@ The variants:
   smoke    seconds of compiled work: that everything runs
   laptop   two CPU cores
 
-`laptop` was not run to its end so far, and its settings are not tuned. Both play in the bundled generator and see features of the random encoder, in episodes of one class
+Both play in the bundled generator and see features of the random encoder, in episodes of one class
 (automobiles). Goals of `laptop` differ in two coordinates of the latent, as the point robot's lie
-on a circle.
+on a circle. It was not run to its end so far, and its settings are not tuned.
 """
 
 from ml_collections import ConfigDict
