@@ -33,6 +33,7 @@ JOBS = {
   'scratch': 'palm_jax.atari.finetune',
   'scores': 'palm_jax.atari.scores',
   'offline': 'palm_jax.offline.train',
+  'meta': 'palm_jax.meta.train',
   'report': 'palm_jax.report',
   'study': 'palm_jax.study',
   'benchmark': 'palm_jax.speed.benchmark',

@@ -21,6 +21,7 @@ SECTIONS = {
   'plan': 'palm_jax.speed.plan',
   'world': 'palm_jax.world.config',
   'offline': 'palm_jax.offline.train',
+  'meta': 'palm_jax.meta.train',
   'features': 'palm_jax.evaluate.features',
   'probe': 'palm_jax.evaluate.probe',
   'ood': 'palm_jax.evaluate.ood',

@@ -41,6 +41,7 @@ LAW = {
   'world': ['layers', 'base', 'environment', 'generator', 'encoder', 'reward', 'checkpoint'],
   'world.dataset': ['base', 'checkpoint', 'environment', 'experience', 'replay', 'worlds', 'world'],
   'play': [*METHOD, 'world', 'evaluate.play'],
+  'meta': [*JOB, 'world'],
   'evaluate': JOB,
   'atari': JOB,
   'speed': [*JOB, 'world'],

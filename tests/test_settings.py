@@ -57,7 +57,7 @@ def test_every_number_of_every_config_has_a_range_and_is_in_it():
     assert not without, f'{name}: say in RANGES of their modules what {without} may be'
 
 
-@pytest.mark.parametrize('name', ['cifar', 'atari', 'studies.figure4'])
+@pytest.mark.parametrize('name', ['cifar', 'atari', 'meta', 'studies.figure4'])
 def test_numbers_are_refused_in_one_line_or_in_their_range(name):
   config = configs()[f'configs.{name}']
   jobs = [runner.find(job) for job in runner.JOBS if job != 'benchmark' and config.get(job)]
