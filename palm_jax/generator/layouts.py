@@ -79,7 +79,8 @@ def find(contents: Any, network: str) -> Found:
   right, known = [], {}
   for group in (labelled, places):
     if not right:
-      found = [f for place in group for f in _networks(*place, len(group) == 1, known)]
+      alone = len(group) == 1
+      found = [f for label, x in group for f in _networks(label, x, alone, known)]
       right = [f for f in found if f.layout in kinds]
   chosen = [f for f in right if _role(f.label) == network]
   chosen = chosen or [f for f in right if not _role(f.label)]
