@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 
 from palm_jax import encoder, environment, pairs, pretrain, replay, report, reward, sac, simsiam
 from palm_jax.base.errors import UserError
+from palm_jax.data import load
 from palm_jax.evaluate import concepts, diversity, features, ood, probe, quality
 from palm_jax.generator import train
 from palm_jax.speed import plan
@@ -40,7 +41,7 @@ def get_config(variant: str = '') -> ConfigDict:
   c.name = 'cifar'
   c.seed = 0
   c.jobs = ('generator', 'pretrain', 'probe')
-  c.data = ConfigDict(dict(name='cifar10', dir=''))  # names: see palm_jax/data/load.py
+  c.data = load.default_config()
 
   c.generator = train.default_config()  # StyleGAN2-ADA's --cfg=cifar
   c.environment = environment.default_config()

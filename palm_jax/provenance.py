@@ -54,7 +54,7 @@ def data_digest(config: ConfigDict, jobs: Sequence[Job]) -> str | None:
   read = any(job.claims and job.needs_data(config) for job in jobs)
   if not read or config.data.name in ('', COLLECTED):
     return None
-  return fingerprint(str(config.data.name), config.data.dir or None)
+  return fingerprint(str(config.data.name), config.data.dir or None, config.data.get('size', 0))
 
 
 def _generator(path):

@@ -15,6 +15,7 @@ from palm_jax.base.errors import UserError
 from palm_jax.base.processes import is_first
 from palm_jax.base.results import write_result
 from palm_jax.base.training import Stopped
+from palm_jax.data import collected
 from palm_jax.data.collected import COLLECTED, load_collected
 from palm_jax.data.load import load as load_data
 from palm_jax.job import Job, Run
@@ -76,6 +77,7 @@ def run(
     UserError: invalid settings, data or workdir, before anything is computed or written.
   """
   settings.check(config)
+  collected.check(config.data.name, config.data.get('size', 0))
   jobs = _wanted(config, job)
   workdir, mesh = workdirs.locate(config, workdir), devices.make_mesh()
   for each in jobs:
@@ -88,7 +90,8 @@ def run(
   this = dataclasses.replace(this, runner=sys.modules[__name__], data_digest=digest)
   waiting = provenance.waiting(jobs, this)
   if config.data.name != COLLECTED and any(each.needs_data(config) for each in waiting):
-    data = load_data(config.data.name, download=download, data_dir=config.data.dir or None)
+    where = dict(data_dir=config.data.dir or None, size=config.data.get('size', 0))
+    data = load_data(config.data.name, download=download, **where)
     this = dataclasses.replace(this, data=data)
     logging.info('data: %s', data.source)
     for each in waiting:

@@ -9,6 +9,7 @@ from palm_jax.base import checks
 
 # section: the module that reads it, and says in RANGES what its numbers may be
 SECTIONS = {
+  'data': 'palm_jax.data.load',
   'environment': 'palm_jax.environment',
   'replay': 'palm_jax.replay',
   'pairs': 'palm_jax.pairs',

@@ -25,6 +25,8 @@ from palm_jax.job import Job
 PATIENCE = 120  # seconds: so long a file server may hold what a lost machine had
 FREE = 'name', 'jobs', 'plan', 'features', 'report'  # sections that may change at any time
 ABSENT = '(absent)'
+# Settings that came later: what was made without them was made as with these values.
+ADDED = {'data.size': 0}
 CONFIG = 'config.json'
 RESTORE = 'restore it or choose another --workdir (each of results/*.json has it as "config")'
 COMPILED = 'compilation_cache'
@@ -210,7 +212,7 @@ def _refuse_differences(workdir, saved, wanted, jobs):
   free = [*FREE, *(job.name for job in judges if not result_path(workdir, job).exists())]
   differ = {}
   for key in sorted(saved.keys() | wanted.keys()):
-    there, now = saved.get(key, ABSENT), wanted.get(key, ABSENT)
+    there, now = (config.get(key, ADDED.get(key, ABSENT)) for config in (saved, wanted))
     if there != now and _section(key) not in free:
       differ[key] = f'{key}: {there} there, {now} now'
   if not differ:

@@ -653,8 +653,8 @@ def test_unknown_names(tmp_path, monkeypatch):
   refused('no such file', str(tmp_path / 'nothing'))
   refused('two .npz or two .mat files', 'a.npz,b.mat')
   refused('a.npz: no such file', 'a.npz,b.npz')
-  (tmp_path / 'x.zip').write_bytes(b'')
-  refused('what a .zip holds', tmp_path / 'x.zip')
+  (tmp_path / 'x.rar').write_bytes(b'')
+  refused('what a .rar holds', tmp_path / 'x.rar')
   refused("label_set is 'rough'", 'digits', label_set='rough')
   refused('only CIFAR-100 has coarse', 'digits', label_set='coarse')
 

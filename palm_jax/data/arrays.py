@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.io
+from absl import logging
 
 from palm_jax.base.errors import UserError, one_line
 from palm_jax.base.signals import raise_if_interrupted
@@ -16,7 +17,8 @@ from palm_jax.data import published
 # What `load` understands, for messages.
 FORMS = (
   'digits, cifar10, cifar100, svhn, tfds:<name>, x.npz, train.npz,test.npz, train.mat,test.mat, '
-  'a CIFAR archive or folder as published, or a folder of class folders'
+  'a CIFAR archive or folder as published, x.parquet or a folder of such files, or a folder, .zip '
+  'or .tar of class folders or with a dataset.json'
 )
 _MAX_CLASSES = 2**16  # only bounds the names made up for a set without names
 LARGE = 1 << 30  # bytes of an .npz, unpacked
@@ -83,8 +85,24 @@ def check(name: str, found: Found, stacks: bool = False) -> Data:
   names = found.class_names
   if names is None:
     names = range(max(train.labels.max(), test.labels.max()) + 1)
+  _log_gaps(name, train.labels, test.labels, len(names))
   source = f'{found.source}; {len(train.labels)} train, {len(test.labels)} test{how}'
   return Data(train, test, tuple(str(name) for name in names), source)
+
+
+def _log_gaps(name, train_labels, test_labels, num_classes):
+  """Says which classes have no image: their numbers stay, and networks have outputs for them."""
+  there = np.union1d(train_labels, test_labels)
+  absent = np.setdiff1d(np.arange(num_classes), there)
+  if len(absent):
+    shown = ', '.join(map(str, absent[:3])) + (', ...' if len(absent) > 3 else '')
+    logging.warning(
+      '%s: %d of %d classes have no image (%s); labels stay as they are',
+      name,
+      len(absent),
+      num_classes,
+      shown,
+    )
 
 
 def check_split(
@@ -202,6 +220,11 @@ def check_expansion(path: pathlib.Path) -> None:
   """Raises UserError where a small .npz would fill the memory; what zipfile raises on damage."""
   with zipfile.ZipFile(path) as file:
     size = sum(member.file_size for member in file.infolist())
+  refuse_expansion(path, size)
+
+
+def refuse_expansion(path: pathlib.Path, size: int) -> None:
+  """Raises UserError where a file that holds `size` bytes is much too small for them."""
   if size > LARGE and size > MAX_EXPANSION * path.stat().st_size:
     raise UserError(
       f'{path} of {path.stat().st_size / 1e6:.1f} MB says that it holds {size / 1e9:.1f} GB: no '

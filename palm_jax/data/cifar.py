@@ -5,10 +5,8 @@ Source: https://www.cs.toronto.edu/~kriz/cifar.html.
 
 import collections
 import gzip
-import io
+import itertools
 import pathlib
-import pickle
-import pickletools
 import tarfile
 from typing import NamedTuple
 
@@ -16,7 +14,7 @@ import numpy as np
 
 from palm_jax.base.errors import UserError, one_line
 from palm_jax.base.signals import raise_if_interrupted
-from palm_jax.data import published
+from palm_jax.data import published, safe_pickle
 from palm_jax.data.arrays import Found, Split
 
 
@@ -29,6 +27,7 @@ class _Layout(NamedTuple):
 
 
 _LARGEST = 1 << 30  # bytes of a file; the published ones have 154 MB at most
+_FIRST_MEMBERS = 1000  # among which CIFAR's folder is to be found
 _LAYOUTS = {
   'cifar-10-batches-bin': _Layout(
     train=tuple(f'data_batch_{i}.bin' for i in range(1, 6)),
@@ -62,8 +61,19 @@ _LAYOUTS = {
 
 
 def matches(path: pathlib.Path) -> bool:
-  """Whether the path is an archive, or a folder with CIFAR's files."""
-  return path.name.endswith(('.tar.gz', '.tgz')) or bool(_folder_kind(path))
+  """Whether the path is an archive with CIFAR's folder, or a folder with CIFAR's files.
+
+  So is a damaged archive, of which `read` says that it is.
+  """
+  if not path.is_file() or not path.name.endswith(('.tar.gz', '.tgz')):
+    return bool(_folder_kind(path))
+  try:
+    with tarfile.open(path, 'r|gz') as tar:
+      first = itertools.islice(tar, _FIRST_MEMBERS)
+      return any(member.name.removeprefix('./').partition('/')[0] in _LAYOUTS for member in first)
+  except Exception as error:  # gzip, zlib and tarfile each have their own.
+    raise_if_interrupted(error)
+    return True
 
 
 def read(path: pathlib.Path, label_set: str) -> Found:
@@ -162,13 +172,14 @@ def _unpack(path):
 def _key(layout, label_set, name):
   """A key of the python version; CIFAR-100 has one for each label set."""
   prefix = f'{label_set}_' if len(layout.label_sets) > 1 else ''
-  return f'{prefix}{name}'.encode()
+  return f'{prefix}{name}'
 
 
 def _class_names(layout, label_set, raw, where):
   if layout.label_bytes:
     return raw.decode().split()
-  return [name.decode() for name in _unpickle(raw, where)[_key(layout, label_set, 'label_names')]]
+  names = _item(_unpickle(raw, where), _key(layout, label_set, 'label_names'))
+  return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
 
 
 def _batch(layout, label_set, raw, where):
@@ -199,43 +210,21 @@ def _binary_batch(layout, label_set, raw, where):
 
 def _python_batch(raw, where, key):
   batch = _unpickle(raw, where)
-  _, shape, dtype, fortran, pixels = batch[b'data'].state
-  if dtype.args[0] not in (b'u1', 'u1'):
-    raise UserError(
-      f'{where} has pixels of type {dtype.args[0]!r}, expected u1; fetch the archive again'
-    )
-  planes = np.frombuffer(pixels, np.uint8).reshape(shape, order='F' if fortran else 'C')
-  return planes, np.asarray(batch[key])
+  data = _item(batch, 'data')
+  kind = safe_pickle.kind(data)
+  if kind not in (b'u1', 'u1'):
+    raise UserError(f'{where} has pixels of type {kind!r}, expected u1; fetch the archive again')
+  return safe_pickle.to_numpy(data), safe_pickle.to_numpy(_item(batch, key))
 
 
-class _Inert:
-  """Stands for numpy's classes in a pickle: keeps what the file says of an array, runs nothing."""
-
-  def __init__(self, *args):
-    self.args = args
-
-  def __setstate__(self, state):
-    self.state = state
-
-
-class _Unpickler(pickle.Unpickler):
-  def find_class(self, module, name):
-    if (module, name) in (
-      ('numpy.core.multiarray', '_reconstruct'),
-      ('numpy', 'ndarray'),
-      ('numpy', 'dtype'),
-    ):
-      return _Inert
-    raise pickle.UnpicklingError(f'it asks for {module}.{name}, which was not run')
+def _item(content, key):
+  """Of a dict whose keys are bytes, as Python 2 wrote them, or texts."""
+  return content[key if key in content else key.encode()]
 
 
 def _unpickle(raw, where):
   try:
-    for operation, argument, _ in pickletools.genops(raw):
-      # Python takes memory for as many values as the number says.
-      if operation.name in ('PUT', 'LONG_BINPUT') and int(argument or 0) > len(raw):
-        raise pickle.UnpicklingError(f'it numbers a value {argument}')
-    return _Unpickler(io.BytesIO(raw), encoding='bytes').load()
+    return safe_pickle.load(raw)
   except Exception as error:  # The pickle module's own documentation: any exception may be raised.
     raise_if_interrupted(error)
     raise UserError(

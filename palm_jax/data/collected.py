@@ -11,6 +11,20 @@ from palm_jax.data.load import load
 COLLECTED = 'collect'  # as config.data.name; and the folder of that job
 
 
+def check(name: str, size: int) -> None:
+  """Raises UserError where `collect` is to be resized: its frames have the size that it was told.
+
+  Args:
+    name: config.data.name.
+    size: config.data.size.
+  """
+  if name == COLLECTED and size:
+    raise UserError(
+      f'data.size={size} with data.name={COLLECTED}: frames are collected at the size that plays; '
+      'set data.size to 0'
+    )
+
+
 def load_collected(workdir: pathlib.Path, newest: bool = False) -> Data:
   """The stacks, or the newest frame of each.
 

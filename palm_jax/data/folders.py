@@ -1,188 +1,196 @@
-"""Folders of pictures: a folder for each class, or the labels in a dataset.json."""
+"""Pictures in folders or archives: a folder for each class, or the labels in a dataset.json.
 
-import collections
+The classes are the first level of folders at which there are several: a folder that holds one
+folder and no picture is passed through. Pictures lie at any depth below their class.
+"""
+
 import json
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from absl import logging
 
 from palm_jax.base.errors import UserError, one_line
-from palm_jax.base.signals import raise_if_interrupted
-from palm_jax.data import published
+from palm_jax.data import decoding, published
 from palm_jax.data.arrays import FORMS, Found, Split
+from palm_jax.data.decoding import SHOWN_SUFFIXES
+from palm_jax.data.trees import LISTED, Tree, is_archive, is_listed, open_tree
 
-IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp')
+PARTS = 'train', 'test', 'val'
+SHOWN = 3  # names in a line about many
 
 
-def read(root: pathlib.Path) -> Found:
-  """The pictures of a folder.
+class _Levels:
+  """The folders of a Tree, each by its path with a '/' at the end; '' is the root."""
+
+  def __init__(self, tree: Tree):
+    self.subfolders: dict[str, list[str]] = {}
+    self.with_pictures = set()
+    for folder in tree.folders:
+      parent, _, name = folder.rpartition('/')
+      self.subfolders.setdefault(parent and parent + '/', []).append(name)
+    for file in tree.files:
+      if decoding.is_picture(pathlib.PurePosixPath(file)):
+        self.with_pictures.add(file[: file.rfind('/') + 1])
+
+  def of(self, folder: str) -> list[str]:
+    return self.subfolders.get(folder, [])
+
+  def descend(self, folder: str, stop: set[str]) -> str:
+    """The first folder from there down with several in it, or with pictures, or in `stop`."""
+    while folder not in stop and len(self.of(folder)) == 1:
+      below = f'{folder}{self.of(folder)[0]}/'
+      passable = below in stop or self.of(below)
+      if self.of(folder)[0] in PARTS or below in self.with_pictures - stop or not passable:
+        break
+      folder = below
+    return folder
+
+
+def read(path: pathlib.Path, size: int = 0) -> Found:
+  """The pictures of a folder or archive.
 
   Args:
-    root: holds class folders; or `train/` and `test/` (or `val/`) folders of class folders; or a
+    path: holds class folders; or `train/` and `test/` (or `val/`) folders of class folders; or a
       dataset.json.
+    size: see `decoding.read_all`.
 
   Raises:
     UserError: no classes, no pictures, damaged ones, or several sizes.
   """
-  if (root / 'dataset.json').is_file():
-    return _read_listed(root)
-  train_folder = root
+  with open_tree(path) as tree:
+    levels = _Levels(tree)
+    listed = {file[: -len(LISTED)] for file in tree.files if is_listed(file)}
+    if not is_archive(path):  # a folder with pictures of its own may be a class
+      listed -= levels.with_pictures - {''}
+    top = '' if levels.of('train/') else levels.descend('', listed)
+    if top in listed:
+      return _read_listed(tree, top, size)
+    return _read_classes(tree, levels, top, size)
+
+
+def _read_classes(tree, levels, top, size):
+  train_folder = top
   test_folder = None
-  if _subfolders(root / 'train'):
-    train_folder = root / 'train'
-    parts = [root / part for part in ('test', 'val') if (root / part).is_dir()]
-    test_folder = parts[0] if parts else None
-  names = [folder.name for folder in _subfolders(train_folder)]
+  if levels.of(f'{top}train/'):
+    train_folder = levels.descend(f'{top}train/', set())
+    inner = train_folder.removeprefix(f'{top}train/')
+    tests = [part for part in ('test', 'val') if part in levels.of(top)]
+    test_folder = f'{top}{tests[0]}/{inner}' if tests else None
+  names = levels.of(train_folder)
   if not names:
+    nothing = 'has no folders' if tree.root.is_dir() else 'holds no CIFAR folder and no folders'
     raise UserError(
-      f'{train_folder} has no folders; expected one folder of images per class; or data may be '
-      f'{FORMS}'
+      f'{tree.where(train_folder)} {nothing}; expected one folder of images per class, and '
+      f'pictures without labels in one folder; or data may be {FORMS}'
     )
-  if set(names) <= {'train', 'test', 'val'}:
+  if set(names) <= set(PARTS):
     raise UserError(
-      f'{root} would have the classes {", ".join(names)}; expected a folder per class, also '
-      'within those of train and test; pictures without labels go into one folder with another '
-      'name'
+      f'{tree.where(top)} would have the classes {", ".join(names)}; expected a folder per class, '
+      'also within those of train and test; pictures without labels go into one folder with '
+      'another name'
     )
-  parts = [_list_classes(part, names) for part in (train_folder, test_folder) if part]
-  both = f', train and {test_folder.name}' if test_folder else ''
-  source = f'{published.describe(root)}: {len(names)} class folders{both}'
-  train, test = _read_pictures(parts)
-  return Found(train, test, names, source)
+  folders = [train_folder] if test_folder is None else [train_folder, test_folder]
+  parts = [_list_classes(tree, levels, folder, names) for folder in folders]
+  both = f', train and {test_folder[len(top) :].partition("/")[0]}' if test_folder else ''
+  source = f'{published.describe(tree.root)}: {len(names)} class folders{both}'
+  return _read_pictures(tree, parts, names, source, size)
 
 
-def is_picture(path: pathlib.Path) -> bool:
-  """Whether the name is that of a picture file."""
-  return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith('.')
-
-
-def read_pixels(file: pathlib.Path, mode: str) -> np.ndarray:
-  """(H, W) or (H, W, 3) uint8 of a picture file.
-
-  Args:
-    file: path of it.
-    mode: Pillow's: 'L' grey, 'RGB' colour.
-
-  Raises:
-    UserError: not readable, or transparent.
-  """
-  try:
-    with Image.open(file) as image:
-      see_through = False
-      if image.has_transparency_data:
-        see_through = np.asarray(image.convert('RGBA'))[..., 3].min() < 255
-      pixels = np.asarray(image.convert(mode))
-  except Exception as error:  # Pillow raises whatever the damaged bytes lead to.
-    raise_if_interrupted(error)
+def _list_classes(tree, levels, folder, names):
+  """(files, labels) of a folder of class folders; labels are places in `names`."""
+  place = {name: i for i, name in enumerate(names)}
+  there = levels.of(folder)
+  for name in there:
+    if name not in place:
+      raise UserError(
+        f'{tree.where(folder + name)}: class {name} is not among the train classes; expected the '
+        'same folder names'
+      )
+  files = []
+  labels = []
+  for file in tree.files:
+    name, below, _ = file[len(folder) :].partition('/')
+    if file.startswith(folder) and below and decoding.is_picture(pathlib.PurePosixPath(file)):
+      files.append(file)
+      labels.append(place[name])
+  found = set(labels)
+  for name in there:
+    if place[name] not in found:
+      raise UserError(
+        f'{tree.where(folder + name)} holds no image; expected {SHOWN_SUFFIXES} files '
+        'in the class folder; fill or remove it'
+      )
+  if not files:
     raise UserError(
-      f'{file}: not a readable image ({one_line(error)}); replace or remove it'
-    ) from error
-  if see_through:
-    raise UserError(
-      f'{file} has transparent pixels, whose colour means nothing; paint it onto a background first'
+      f'{tree.where(folder)} has no class folders; expected the same folder names as in train'
     )
-  return pixels
+  return files, labels
 
 
-def _read_listed(root):
+def _read_listed(tree, top, size):
   """What stylegan2-ada's dataset_tool.py makes: pictures at any depth, labels in dataset.json.
 
   There are no labels where all pictures are of one kind.
   """
+  where = tree.where(f'{top}{LISTED}')
   try:
-    listed = json.loads((root / 'dataset.json').read_text())['labels']
+    listed = json.loads(tree.read(f'{top}{LISTED}'))['labels']
     labels = {name: int(label) for name, label in listed} if listed else {}
   except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
     raise UserError(
-      f'{root / "dataset.json"} cannot be read ({one_line(error)}); expected "labels": [[file, '
-      'class], ...] or null; fix it, or remove it if folders are classes'
+      f'{where} cannot be read ({one_line(error)}); expected "labels": [[file, class], ...] or '
+      'null; fix it, or remove it if folders are classes'
     ) from error
-  files = sorted(path for path in root.rglob('*') if is_picture(path))
+  files = [
+    file
+    for file in tree.files
+    if file.startswith(top) and decoding.is_picture(pathlib.PurePosixPath(file))
+  ]
   if not files:
-    raise UserError(f'{root}: no image in it; make the folder again')
-  source = f'{published.describe(root)}: labels of dataset.json'
+    raise UserError(f'{tree.where(top)}: no image in it; make it again')
+  source = f'{published.describe(tree.root)}: labels of {LISTED}'
   if labels:
-    names = [path.relative_to(root).as_posix() for path in files]
+    names = [file[len(top) :] for file in files]
     missing = [name for name in names if name not in labels]
     if missing:
-      raise UserError(f'{root}: {missing[0]} has no label in dataset.json; make the folder again')
+      raise UserError(f'{tree.root}: {missing[0]} has no label in {LISTED}; make it again')
+    absent = sorted(labels.keys() - set(names))
+    if absent:
+      raise UserError(
+        f'{where} names {_some(absent)}, which {"is" if len(absent) == 1 else "are"} not there; '
+        'make it again, or remove those lines'
+      )
     numbers = [labels[name] for name in names]
   else:
     numbers = [0] * len(files)
-    source = f'{published.describe(root)}: one class, as dataset.json has no labels'
-  train, test = _read_pictures([(files, numbers)])
-  return Found(train, test, None, source)
+    source = f'{published.describe(tree.root)}: one class, as {LISTED} has no labels'
+  return _read_pictures(tree, [(files, numbers)], None, source, size)
 
 
-def _read_pictures(parts):
-  """[(files, labels)] of train, and of test where there is one -> (Split, Split or None)."""
-  headers = [_header(file) for files, _ in parts for file in files]
-  size = collections.Counter(header[1] for header in headers).most_common(1)[0][0]
-  for file, its_size, mode in headers:
-    if its_size != size:
-      raise UserError(
-        f'{file} is {its_size[0]}x{its_size[1]}, most images are {size[0]}x{size[1]}; '
-        'expected one size: resize or remove it'
-      )
-    if mode.startswith(('I', 'F')):
-      raise UserError(f'{file} has pixels of type {mode}, expected 8 bits a channel; convert it')
-  mode = 'L' if all(header[2] in ('1', 'L', 'LA') for header in headers) else 'RGB'
-  splits = []
-  for files, labels in parts:
-    images = np.empty((len(files), size[1], size[0], len(mode)), np.uint8)
-    for image, file in zip(images, files, strict=True):
-      image[:] = read_pixels(file, mode).reshape(image.shape)
-    splits.append(Split(images, np.asarray(labels)))
-  train = splits[0]
-  test = splits[1] if len(splits) == 2 else None
-  return train, test
-
-
-def _subfolders(root):
-  if not root.is_dir():
-    return []
-  return sorted(
-    path for path in root.iterdir() if path.is_dir() and not path.name.startswith(('.', '__MACOSX'))
+def _read_pictures(tree, parts, class_names, source, size):
+  """[(files, labels)] of train, and of test where there is one -> Found."""
+  arrays, how = decoding.read_all([[tree.source(x) for x in files] for files, _ in parts], size)
+  splits = [
+    Split(images, np.asarray(labels)) for images, (_, labels) in zip(arrays, parts, strict=True)
+  ]
+  read_now = {file for files, _ in parts for file in files}
+  log_skipped(
+    tree.root,
+    [x for x in tree.files if x not in read_now and not is_listed(x)],
+    'no pictures of a class',
   )
+  test = splits[1] if len(splits) == 2 else None
+  return Found(splits[0], test, class_names, source + how)
 
 
-def _list_classes(root, names):
-  """(files, labels) of a folder of class folders; labels are places in `names`."""
-  files = []
-  labels = []
-  for folder in _subfolders(root):
-    if folder.name not in names:
-      raise UserError(
-        f'{folder}: class {folder.name} is not among the train classes; expected the same folder '
-        'names'
-      )
-    images = sorted(path for path in folder.iterdir() if is_picture(path))
-    if not images:
-      raise UserError(
-        f'{folder} holds no image; expected {", ".join(IMAGE_SUFFIXES)} files directly in the '
-        'class folder; fill or remove it'
-      )
-    files += images
-    labels += [names.index(folder.name)] * len(images)
-  if not files:
-    raise UserError(f'{root} has no class folders; expected the same folder names as in train')
-  return files, labels
+def log_skipped(root: pathlib.Path, names: Sequence[str], what: str) -> None:
+  """One line about files that are not read, where there are any."""
+  if names:
+    logging.warning('%s: %d files skipped, %s: %s', root, len(names), what, _some(names))
 
 
-def _header(file):
-  """(file, (width, height), Pillow's mode)."""
-  try:
-    with Image.open(file) as image:
-      frames, depth = getattr(image, 'n_frames', 1), str([tile[3] for tile in image.tile])
-      size, mode = image.size, image.mode
-  except Exception as error:  # Pillow raises whatever the damaged bytes lead to.
-    raise_if_interrupted(error)
-    raise UserError(
-      f'{file}: not a readable image ({one_line(error)}); replace or remove it'
-    ) from error
-  if frames > 1:
-    raise UserError(f'{file} has {frames} frames, expected one; save those wanted one by one')
-  if '16' in depth and not mode.startswith('I'):  # Pillow would cut them
-    raise UserError(f'{file} has 16 bits a channel, expected 8; convert it')
-  return file, size, mode
+def _some(names):
+  more = len(names) - SHOWN
+  return ', '.join(names[:SHOWN]) + (f' and {more} more' if more > 0 else '')

@@ -7,15 +7,28 @@ import stat
 
 from palm_jax.base.digests import file_digest
 from palm_jax.base.errors import UserError
-from palm_jax.data import published
+from palm_jax.data import decoding, folders, published
 from palm_jax.data.load import find
+from palm_jax.data.trees import LISTED
 
 
-def fingerprint(name: str, data_dir: str | os.PathLike | None = None) -> str | None:
+def fingerprint(name: str, data_dir: str | os.PathLike | None = None, size: int = 0) -> str | None:
   """A digest of what `load(name)` reads: of files their bytes, of folders names and sizes.
 
   None where there is nothing of that name, or it cannot be told.
+
+  Args:
+    name: of the data.
+    data_dir: where bare names lie.
+    size: that pictures are resized to; 0 where they are not.
   """
+  found = _of_name(name, data_dir)
+  if not found or not size:
+    return found
+  return hashlib.sha256(f'{found} at {size}'.encode()).hexdigest()
+
+
+def _of_name(name, data_dir):
   if name == 'digits' or name.startswith('tfds:'):  # with a version of their own, said in results
     return hashlib.sha256(name.encode()).hexdigest()
   try:
@@ -29,9 +42,31 @@ def _of_path(path):
   if not path.is_dir():
     return file_digest(path) if stat.S_ISREG(path.stat().st_mode) else path.name
   sizes = []
-  for folder, folders, files in os.walk(path):
-    folders.sort()
+  new = _read_only_now(path)
+  for folder, below, files in os.walk(path):
+    below.sort()
     for name in sorted(files):
       file = pathlib.Path(folder, name)
-      sizes.append(f'{file.relative_to(path)} {file.stat().st_size}')
+      relative = file.relative_to(path)
+      sizes.append(f'{relative} {file.stat().st_size}{" read" if new(relative) else ""}')
   return hashlib.sha256('\n'.join(sizes).encode()).hexdigest()
+
+
+def _read_only_now(root):
+  """Whether a file is a picture that older versions skipped: then the data are not as before."""
+  listed = (root / LISTED).is_file()
+  train = root / 'train'
+  in_parts = train.is_dir() and any(x.is_dir() and x.name[0] != '.' for x in train.iterdir())
+  depth = 3 if in_parts else 2  # of a picture directly in its class folder
+
+  def new(relative):
+    if not decoding.is_picture(relative):
+      return False
+    skipped = relative.suffix.lower() not in decoding.FIRST_SUFFIXES
+    if listed:
+      return skipped
+    if in_parts and relative.parts[0] not in folders.PARTS:
+      return False
+    return len(relative.parts) > depth or (skipped and len(relative.parts) == depth)
+
+  return new

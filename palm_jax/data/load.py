@@ -9,10 +9,25 @@ import pathlib
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from palm_jax.base import checks
 from palm_jax.base.errors import UserError
-from palm_jax.data import arrays, cifar, folders, published, tfds
+from palm_jax.data import arrays, cifar, decoding, folders, parquet, published, tfds, trees
 from palm_jax.data.arrays import Data, Found, Split
+
+RANGES = dict(size=checks.SIZE_OR_0)
+
+
+def default_config() -> ConfigDict:
+  """The section `data` of a config."""
+  return ConfigDict(
+    dict(
+      name='cifar10',  # see `load`
+      dir='',  # where bare names lie
+      size=0,  # side of the squares that pictures are cropped and resized to; 0: as they are
+    )
+  )
 
 
 def load(
@@ -22,6 +37,7 @@ def load(
   data_dir: str | os.PathLike | None = None,
   label_set: str = 'fine',
   stacks: bool = False,
+  size: int = 0,
 ) -> Data:
   """Reads a labelled image set.
 
@@ -31,8 +47,11 @@ def load(
       `x.npz`: `images` (N, H, W, C) uint8 and `labels` (N,) integer, or `train_images`,
         `train_labels`, `test_images`, `test_labels`; optionally `class_names`.
       `train.npz,test.npz`: two files with `images` and `labels`.
-      A folder of class folders of PNG/JPEG/WEBP, or `train/` and `test/` (or `val/`) folders of
-        class folders, or pictures with a dataset.json of stylegan2-ada.
+      A folder of class folders of pictures, or `train/` and `test/` (or `val/`) folders of class
+        folders, or pictures with a dataset.json of stylegan2-ada; or a .zip or .tar (.gz, .bz2,
+        .xz) of such a folder.
+      `x.parquet`, or a folder of `train-*.parquet` and `test-*.parquet`, as of the Hugging Face
+        Hub.
       A CIFAR-10/100 `.tar.gz` or folder as published, python or binary version.
       `train.mat,test.mat`: SVHN format 2; a folder with train_32x32.mat and test_32x32.mat, or
         either of the two.
@@ -43,6 +62,8 @@ def load(
       tensorflow-datasets' own folder.
     label_set: 'fine', or 'coarse' for CIFAR-100's 20 superclasses.
     stacks: whether four channels are a stack of grey frames.
+    size: pictures are cropped to their central square and resized to this side; 0 leaves them as
+      they are, and refuses several sizes.
 
   Returns:
     Data. A source without a test part gives a stratified fifth of its images, the same on every
@@ -55,7 +76,8 @@ def load(
   if label_set not in ('fine', 'coarse'):
     raise UserError(f"label_set is {label_set!r}, expected 'fine' or 'coarse'")
   if name.startswith('tfds:'):
-    return arrays.check(name, tfds.read(name.removeprefix('tfds:'), data_dir, label_set))
+    found = tfds.read(name.removeprefix('tfds:'), data_dir, label_set, size)
+    return _resized(arrays.check(name, found), size)
   if name == 'digits':
     paths = ()
   elif name in published.SETS:
@@ -66,12 +88,15 @@ def load(
     if not path.is_file() and not path.is_dir():
       raise UserError(f'{path} is neither a file nor a folder: data may be {arrays.FORMS}')
   if len(paths) == 1 and cifar.matches(paths[0]):
-    return arrays.check(name, cifar.read(paths[0], label_set))
+    return _resized(arrays.check(name, cifar.read(paths[0], label_set)), size)
+  if len(paths) == 1 and parquet.matches(paths[0]):
+    return arrays.check(name, parquet.read(paths[0], label_set, size))
   if label_set == 'coarse':
     raise UserError(
       f"label_set 'coarse' with {name}: only CIFAR-100 has coarse labels; leave label_set at 'fine'"
     )
-  return arrays.check(name, _read_paths(paths) if paths else _read_digits(), stacks)
+  found = _read_paths(paths, size) if paths else _read_digits()
+  return _resized(arrays.check(name, found, stacks), size)
 
 
 def find(name: str) -> tuple[pathlib.Path, ...]:
@@ -97,15 +122,28 @@ def find(name: str) -> tuple[pathlib.Path, ...]:
   raise UserError(f'unknown data {name!r}: {hint}expected {arrays.FORMS}')
 
 
-def _read_paths(paths):
+def _resized(data, size):
+  """Squares of that side, where size is not 0."""
+  height, width = data.train.images.shape[1:3]
+  how = decoding.fitted({(width, height)}, size) if size else ''
+  if not how:
+    return data
+  fit = lambda images: np.stack([decoding.fit_array(image, size) for image in images])
+  train, test = (split._replace(images=fit(split.images)) for split in (data.train, data.test))
+  return data._replace(train=train, test=test, source=data.source + how)
+
+
+def _read_paths(paths, size):
   """A folder, a file, or the two files of train and test."""
   first = paths[0]
   names = published.SETS['svhn'].download
   if first.is_dir():
     svhn = tuple(first / name for name in names)
     if not all(file.is_file() for file in svhn):
-      return folders.read(first)
+      return folders.read(first, size)
     paths = svhn
+  elif len(paths) == 1 and trees.is_archive(first):
+    return folders.read(first, size)
   elif len(paths) == 1 and first.name in names:
     svhn = tuple(first.with_name(name) for name in names)
     if all(file.is_file() for file in svhn):

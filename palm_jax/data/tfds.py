@@ -9,17 +9,19 @@ import numpy as np
 
 from palm_jax.base.errors import UserError, one_line
 from palm_jax.base.signals import raise_if_interrupted
+from palm_jax.data import decoding
 from palm_jax.data.arrays import Found, Split
 from palm_jax.data.published import PREPARE_NEEDS, prepare_command
 
 
-def read(name: str, data_dir: str | os.PathLike | None, label_set: str) -> Found:
+def read(name: str, data_dir: str | os.PathLike | None, label_set: str, size: int = 0) -> Found:
   """A prepared set, its `test` or `validation` part as test.
 
   Args:
     name: what tensorflow-datasets calls it, without 'tfds:'.
     data_dir: its folder; None: its default.
     label_set: 'fine' reads the feature `label`, 'coarse' `coarse_label`.
+    size: images of several sizes become squares of it; 0 refuses them.
 
   Raises:
     UserError: not installed, unknown, not prepared, damaged, or without images and labels.
@@ -29,7 +31,7 @@ def read(name: str, data_dir: str | os.PathLike | None, label_set: str) -> Found
   key = 'coarse_label' if label_set == 'coarse' else 'label'
   if 'image' not in features or key not in features:
     raise UserError(f'tfds:{name} has the features {", ".join(features)}; expected image and {key}')
-  train = _read_split(builder, 'train', key)
+  train = _read_split(builder, 'train', key, size)
   if train is None:
     raise UserError(
       f'tfds:{name} {builder.info.version} is not prepared in {builder.data_dir}; run: '
@@ -38,7 +40,7 @@ def read(name: str, data_dir: str | os.PathLike | None, label_set: str) -> Found
   source = f'{builder.info.full_name} of tensorflow-datasets, {key}'
   names = getattr(features[key], 'names', None)
   for part in ('test', 'validation'):
-    test = _read_split(builder, part, key)
+    test = _read_split(builder, part, key, size)
     if test is not None:
       return Found(train, test, names, f'{source}, its {part} part as test')
   return Found(train, None, names, source)
@@ -76,7 +78,7 @@ def _open(name, data_dir) -> Any:
     raise UserError(f'tfds:{name} cannot be opened ({one_line(error)}); run: {command}') from error
 
 
-def _read_split(builder, part, key):
+def _read_split(builder, part, key, size):
   """None where the set has no such part."""
   try:
     examples = builder.as_data_source(split=part)
@@ -91,6 +93,11 @@ def _read_split(builder, part, key):
     raise UserError(
       f'{where}: damaged ({one_line(error)}); remove {builder.data_dir} and prepare it again'
     ) from error
+  if size and len({image.shape[:2] for image, _ in pairs}) > 1:
+    pairs = [(decoding.fit_array(image, size), label) for image, label in pairs]
   if len({image.shape for image, _ in pairs}) != 1:
-    raise UserError(f'{where} has images of several sizes or none; expected one size')
+    raise UserError(
+      f'{where} has images of several sizes or none; expected one size: --config.data.size=64, for '
+      'example, crops and resizes them'
+    )
   return Split(*(np.stack(column) for column in zip(*pairs, strict=True)))

@@ -10,7 +10,7 @@ from PIL import Image
 from palm_jax.base.errors import UserError, one_line
 from palm_jax.base.metrics import Progress
 from palm_jax.base.signals import raise_if_interrupted
-from palm_jax.data import arrays, folders, published
+from palm_jax.data import arrays, decoding, published
 from palm_jax.data.arrays import Split
 from palm_jax.data.load import load as load_data
 
@@ -81,7 +81,7 @@ def load_images(
 
   Args:
     path_or_name: `x.npz` with `images` (all are taken, whatever `labels` are) or `test_images`; a
-      folder with PNG/JPEG/WEBP files at any depth, of which `test/` or `val/` is taken if `train/`
+      folder with pictures at any depth, of which `test/` or `val/` is taken if `train/`
       is beside it; `celeba:FOLDER`, the same with the central 178x178 pixels, of the test part if
       list_eval_partition.txt is in the folder or beside it; or anything that palm_jax.data.load
       understands, its test part.
@@ -103,7 +103,7 @@ def load_images(
     images, description = _read_folder(path, files, size, channels, celeba)
   elif celeba:
     raise UserError(
-      f'{path} holds no {", ".join(folders.IMAGE_SUFFIXES)} files: name the folder of the aligned '
+      f'{path} holds no {decoding.SHOWN_SUFFIXES} files: name the folder of the aligned '
       'CelebA pictures'
     )
   elif path.suffix == '.npz' and ',' not in path_or_name:
@@ -192,7 +192,7 @@ def _read_data(name, path, data_dir):
   except UserError as error:
     if path.is_dir():
       raise UserError(
-        f'{path} holds no {", ".join(folders.IMAGE_SUFFIXES)} files, nor labelled data: {error}'
+        f'{path} holds no {decoding.SHOWN_SUFFIXES} files, nor labelled data: {error}'
       ) from error
     raise
   return data.test.images, f'test part of {data.source}'
@@ -220,7 +220,7 @@ def _image_files(root):
   return sorted(
     path
     for path in root.rglob('*')
-    if folders.is_picture(path)
+    if decoding.is_picture(path)
     and path.is_file()
     and not any(part.startswith(('.', '__MACOSX')) for part in path.relative_to(root).parts)
   )
@@ -235,7 +235,7 @@ def _read_folder(root, files, size, channels, celeba):
   sides = set()
   progress = Progress(f'reading {root.name}', len(files), 'pictures')
   for i, file in enumerate(files):
-    pixels = folders.read_pixels(file, mode)
+    pixels = decoding.read_pixels(file, mode)
     side = CELEBA_SIDE if celeba else min(pixels.shape[:2])
     if side > min(pixels.shape[:2]):
       raise UserError(

@@ -173,8 +173,8 @@ def _tasks(config, data, images):
   """Every task of every set of labels."""
   sets = {'fine': data}
   if config.probe.coarse:
-    folder = config.data.dir or None
-    sets['coarse'] = load_data(config.data.name, data_dir=folder, label_set='coarse')
+    where = dict(data_dir=config.data.dir or None, size=config.data.get('size', 0))
+    sets['coarse'] = load_data(config.data.name, label_set='coarse', **where)
   tasks = []
   for name, labelled in sets.items():
     train_y, test_y = labelled.train.labels[images.rest], labelled.test.labels
