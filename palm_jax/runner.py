@@ -90,8 +90,8 @@ def run(
   this = dataclasses.replace(this, runner=sys.modules[__name__], data_digest=digest)
   waiting = provenance.waiting(jobs, this)
   if config.data.name != COLLECTED and any(each.needs_data(config) for each in waiting):
-    where = dict(data_dir=config.data.dir or None, size=config.data.get('size', 0))
-    data = load_data(config.data.name, download=download, **where)
+    c = config.data
+    data = load_data(c.name, download=download, data_dir=c.dir or None, size=c.get('size', 0))
     this = dataclasses.replace(this, data=data)
     logging.info('data: %s', data.source)
     for each in waiting:

@@ -15,7 +15,7 @@ import stat
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from palm_jax.base.errors import UserError, one_line
 from palm_jax.base.signals import raise_if_interrupted
@@ -189,13 +189,18 @@ def _unpacked(path):
   return kinds.get(path.name.lower()[-2:], open)(path, 'rb')
 
 
+def _opened_tar(unpacked):
+  bounded: Any = _Bounded(unpacked)  # all that is used of a file
+  return tarfile.open(fileobj=bounded, mode='r:')
+
+
 def _of_tar(path):
   """Its pictures are held as they are packed: a .tar.gz can only be read from first to last."""
   members = {}
   held = {}
   total = 0
   try:
-    with _unpacked(path) as unpacked, tarfile.open(fileobj=_Bounded(unpacked), mode='r:') as tar:
+    with _unpacked(path) as unpacked, _opened_tar(unpacked) as tar:
       for member in tar:
         if not (member.isfile() or member.isdir()):
           _check_member(path, member.name, 0, stat.S_IFLNK)

@@ -173,8 +173,10 @@ def _tasks(config, data, images):
   """Every task of every set of labels."""
   sets = {'fine': data}
   if config.probe.coarse:
-    where = dict(data_dir=config.data.dir or None, size=config.data.get('size', 0))
-    sets['coarse'] = load_data(config.data.name, label_set='coarse', **where)
+    c = config.data
+    sets['coarse'] = load_data(
+      c.name, data_dir=c.dir or None, label_set='coarse', size=c.get('size', 0)
+    )
   tasks = []
   for name, labelled in sets.items():
     train_y, test_y = labelled.train.labels[images.rest], labelled.test.labels
