@@ -328,9 +328,7 @@ def test_invalid_npz(tmp_path, make, message):
 
 def test_invalid_folders(tmp_path):
   (tmp_path / 'empty').mkdir()
-  with pytest.raises(
-    UserError, match='empty holds no .png, .jpg.* files, nor labelled data'
-  ):
+  with pytest.raises(UserError, match='empty holds no .png, .jpg.* files, nor labelled data'):
     load_images(str(tmp_path / 'empty'), 32)
   with pytest.raises(UserError, match='name the folder of the aligned CelebA'):
     load_images(f'celeba:{tmp_path / "empty"}', 32)
