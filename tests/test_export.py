@@ -20,6 +20,7 @@ from palm_jax.base import digests
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
 from palm_jax.evaluate import features
+from palm_jax.resnet import ResNet
 from tests.test_encoder import numpy_resnet, random_variables
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -32,7 +33,7 @@ def resnet():
   """(settings, variables, images (2, 10, 10, 3) uint8, features in float64); the odd 5 pads unlike
   'SAME' would."""
   images = np.random.default_rng(0).integers(0, 256, (2, 10, 10, 3), np.uint8)
-  variables = random_variables(encoder.ResNet18(3), images.shape)
+  variables = random_variables(ResNet(3), images.shape)
   return RESNET, variables, images, numpy_resnet(variables, images, train=False)[0]
 
 
@@ -331,9 +332,9 @@ def test_features_in_torchvision_by_the_lines_of_usage(resnet, tmp_path, width):
   if width == 64:  # torchvision's own resnet18()
     settings, variables = (
       dict(settings, width=64),
-      random_variables(encoder.ResNet18(64), images.shape),
+      random_variables(ResNet(64), images.shape),
     )
-    expected = np.asarray(encoder.ResNet18(64).apply(variables, images, train=False))
+    expected = np.asarray(ResNet(64).apply(variables, images, train=False))
   export.save(tmp_path / 'e.safetensors', 'torchvision', settings, variables, 0)
   usage = metadata_of(tmp_path / 'e.safetensors')['usage']
   assert ('resnet18()' in usage) == (width == 64)
