@@ -61,7 +61,7 @@ def check_picture(c: ConfigDict, shape: tuple[int, ...]) -> None:
   if c.name == 'nature':
     _check_nature(*shape[:2])
   if c.name in VITS:
-    check_patches(*shape[:2], c.patch)
+    check_patches(shape, c.patch)
 
 
 def _check_nature(height, width):

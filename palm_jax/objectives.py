@@ -56,7 +56,7 @@ def target_rate(tau: float, total_updates: int) -> optax.Schedule:
   return optax.cosine_decay_schedule(1 - tau, total_updates)
 
 
-def follow(target: Any, params: Any, rate: jax.Array) -> Any:
+def follow(target: Any, params: Any, rate: jax.typing.ArrayLike) -> Any:
   """The target's parameters after a step: tau target + (1 - tau) params, rate = 1 - tau.
 
   Networks of `params` that the target has not, such as the predictor, are left out.
@@ -110,7 +110,8 @@ def barlow(
     lambda_: weight of what is not on the diagonal.
     axis_name: mesh axis over which the batch is split; None where it is whole.
   """
-  matrix = _products(*(_standardise(_wide(z), axis_name) for z in (z1, z2)), axis_name)
+  z1, z2 = (_standardise(_wide(z), axis_name) for z in (z1, z2))
+  matrix = _products(z1, z2, axis_name)
   return jnp.sum((1 - jnp.diagonal(matrix)) ** 2) + lambda_ * _off_diagonal(matrix)
 
 

@@ -12,7 +12,7 @@ from palm_jax.layers.pixels import preprocess
 
 KAIMING = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')  # torchvision/models/resnet.py
 # Both sides by one, as in torch; 'SAME' would pad only bottom and right when the stride is 2.
-PADDING = ((1, 1), (1, 1))
+PADDING: Any = ((1, 1), (1, 1))
 STEM_PADDING = ((3, 3), (3, 3))  # of ImageNet's 7x7
 STEMS = 'cifar', 'imagenet'
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}  # in the four stages

@@ -37,7 +37,7 @@ class Setup(rollout.Play):
   warmup_iterations: int
   num_calls: int
 
-  def next_target(self, ssl: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
+  def next_target(self, ssl: dict[str, Any], params: Any) -> dict[str, Any]:
     """{'target': BYOL's target network} after an update of State.ssl to `params`, or {}."""
     if 'target' not in ssl:
       return {}

@@ -167,7 +167,7 @@ def loss(
     a scalar, the mean over these B rows, in at least float32.
   """
   forward_loss = -objectives.cosine(p1, jax.lax.stop_gradient(z2))
-  if not symmetric:
+  if not symmetric or p2 is None:
     return forward_loss
   return (forward_loss - objectives.cosine(p2, jax.lax.stop_gradient(z1))) / 2
 
@@ -227,7 +227,7 @@ def forward(
   h = apply('encoder', s)  # (B, F)
   z = apply('projector', h)  # (B, D)
   predicts = objective in PREDICTING
-  p = apply('predictor', z) if predicts else None  # (B, D)
+  p: Any = apply('predictor', z) if predicts else None  # (B, D)
   h_next = apply('encoder', s_next)
   z_next = apply('projector', h_next)
   p_next = apply('predictor', z_next) if predicts and symmetric else None

@@ -18,8 +18,9 @@ SMALL = nn.initializers.normal(0.02)  # the same; its truncation is at 100 stand
 PATCHES = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')  # torch's nn.Conv2d
 
 
-def check_patches(height: int, width: int, patch: int) -> None:
-  """Raises UserError where pictures of so many pixels are no whole number of patches."""
+def check_patches(shape: tuple[int, ...], patch: int) -> None:
+  """Raises UserError where pictures of a shape (H, W, ...) are no whole number of patches."""
+  height, width = shape[:2]
   if height % patch or width % patch:
     near = [n for n in range(1, min(height, width) + 1) if not (height % n or width % n)]
     best = min(near, key=lambda n: abs(n - patch))
@@ -88,7 +89,7 @@ class ViT(nn.Module):
       UserError: a patch that does not divide H and W.
     """
     del train  # all encoders are called alike
-    check_patches(*images.shape[1:3], self.patch)
+    check_patches(images.shape[1:], self.patch)
     size, side = self.heads * self.width, (self.patch, self.patch)
     x = nn.Conv(
       size,
@@ -106,7 +107,7 @@ class ViT(nn.Module):
       x = jnp.concatenate([jnp.broadcast_to(token, (len(x), 1, size)).astype(x.dtype), x], axis=1)
     x += self.param('position', SMALL, (1, *x.shape[1:])).astype(x.dtype)
     blocks = nn.scan(Block, variable_axes={'params': 0}, split_rngs={'params': True}, length=DEPTH)
-    x, _ = blocks(self.heads, self.dtype, name='blocks')(x, None)
+    x, _ = blocks(heads=self.heads, dtype=self.dtype, name='blocks')(x, None)
     x = x[:, 0] if self.pool == 'token' else x.mean(axis=1)
     x = layer_norm(self.dtype, 'norm')(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

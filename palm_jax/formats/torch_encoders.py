@@ -147,9 +147,9 @@ def torch_state(variables: dict[str, Any]) -> dict[str, np.ndarray]:
   """
   if 'patch' in variables['params']:
     return _vit_state(variables['params'])
-  state = {}
-  for path, x in traverse_util.flatten_dict(variables, sep='/').items():
-    _, *modules, leaf = path.split('/')
+  state: dict[str, Any] = {}
+  flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(variables)
+  for (_, *modules, leaf), x in flat.items():
     module = '.'.join(MODULES.get(name, name) for name in modules)
     if x.ndim == 4:
       x = x.transpose(3, 2, 0, 1)
