@@ -45,11 +45,22 @@ class Block(nn.Module):
 
     y = layer_norm(self.dtype, 'norm1')(x)
     y = dense(3 * size, 'qkv')(y).reshape(batch, length, 3, self.heads, -1)
-    y = jax.nn.dot_product_attention(y[:, :, 0], y[:, :, 1], y[:, :, 2])  # (B, N, heads, D / heads)
+    y = attention(y[:, :, 0], y[:, :, 1], y[:, :, 2])
     x = x + dense(size, 'proj')(y.reshape(x.shape))
     y = dense(4 * size, 'fc1')(layer_norm(self.dtype, 'norm2')(x))
     x = x + dense(size, 'fc2')(nn.gelu(y, approximate=False))
     return x, None
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """softmax(q k / sqrt(d)) v for (B, N, heads, d) each; logits and shares are at least float32.
+
+  jax.nn.dot_product_attention would round the shares of float64 to float32.
+  """
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  logits = jnp.einsum('bqhd,bkhd->bhqk', q, k, preferred_element_type=wide)
+  shares = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
+  return jnp.einsum('bhqk,bkhd->bqhd', shares, v)
 
 
 def layer_norm(dtype, name):
