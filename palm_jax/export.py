@@ -4,8 +4,8 @@
 
 The formats:
   safetensors   our own names; `load` gives settings and variables back, bit for bit
-  torchvision   .safetensors with the names of torchvision's ResNet-18, or, for the encoder nature,
-                of a torch.nn.Sequential
+  torchvision   .safetensors with the names of torchvision's ResNets, for a vision transformer of
+                timm's, and for the encoder nature of a torch.nn.Sequential
   onnx          a graph from images (N, H, W, C) uint8, scaled inside, to features (N, F) float32
 
 Each file's metadata say from which checkpoint it is, how images are scaled, the encoder's sha256 as
@@ -33,8 +33,9 @@ from palm_jax.base.errors import UserError
 from palm_jax.base.files import replacing
 from palm_jax.checkpoint import load_encoder
 from palm_jax.encoder import make_encoder
-from palm_jax.formats import onnx_file
+from palm_jax.formats import onnx_file, torch_encoders
 from palm_jax.formats.arrays import read_arrays
+from palm_jax.formats.torch_encoders import torch_state
 
 # Format: the file's name where --out gives none.
 FORMATS = {
@@ -43,22 +44,6 @@ FORMATS = {
   'onnx': 'encoder.onnx',
 }
 ENCODER_KEY = 'palm_jax_encoder'  # of the metadata: the encoder's settings as JSON
-
-# Our modules and leaves -> torchvision/models/resnet.py and torch.nn; other names are the same.
-MODULES = {
-  'stem_conv': 'conv1',
-  'stem_norm': 'bn1',
-  'norm1': 'bn1',
-  'norm2': 'bn2',
-  'shortcut_conv': 'downsample.0',
-  'shortcut_norm': 'downsample.1',
-  **{
-    f'stage{stage}_block{block}': f'layer{stage}.{block - 1}'
-    for stage in range(1, 5)
-    for block in (1, 2)
-  },
-}
-LEAVES = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}
 
 # ---- 'usage' of the metadata; `path` and `images`, (N, H, W, C) uint8 numpy, are the reader's
 
@@ -69,51 +54,6 @@ from palm_jax.export import load
 
 settings, variables, metadata = load(path)
 features = make_encoder(ConfigDict(settings)).apply(variables, images, train=False)
-"""
-RESNET_USAGE = """\
-import torch
-from safetensors.torch import load_file
-from torchvision.models import resnet18
-
-model = resnet18()
-"""
-# torchvision's width_per_group is for bottleneck blocks only: with BasicBlock the planes are fixed
-# in the constructor.
-NARROW_RESNET_USAGE = """\
-import torch
-from safetensors.torch import load_file
-from torchvision.models.resnet import BasicBlock, ResNet
-
-class ResNet18(ResNet):  # of width {width}; torchvision's own is 64
-  def _make_layer(self, block, planes, *args, **kwargs):
-    if planes == 64:
-      self.inplanes = {width}
-    return super()._make_layer(block, planes * {width} // 64, *args, **kwargs)
-
-model = ResNet18(BasicBlock, [2, 2, 2, 2])
-model.bn1 = torch.nn.BatchNorm2d({width})
-"""
-CIFAR_STEM_USAGE = """\
-model.conv1 = torch.nn.Conv2d({channels}, {width}, 3, 1, 1, bias=False)
-model.maxpool = torch.nn.Identity()
-model.fc = torch.nn.Identity()
-"""
-NATURE_USAGE = """\
-from collections import OrderedDict
-import torch
-from safetensors.torch import load_file
-
-model = torch.nn.Sequential(OrderedDict(
-  conv1=torch.nn.Conv2d({channels}, 32, 8, 4), relu1=torch.nn.ReLU(), \
-conv2=torch.nn.Conv2d(32, 64, 4, 2), relu2=torch.nn.ReLU(),
-  conv3=torch.nn.Conv2d(64, 64, 3), relu3=torch.nn.ReLU(), flatten=torch.nn.Flatten(),
-  dense=torch.nn.Linear({flat}, {features}), relu4=torch.nn.ReLU()))
-"""
-TORCH_USAGE = """\
-model.load_state_dict(load_file(path))
-model.eval()
-with torch.no_grad():
-  features = model(torch.as_tensor(images).permute(0, 3, 1, 2) / 127.5 - 1)
 """
 ONNX_USAGE = """\
 import onnxruntime
@@ -195,21 +135,27 @@ def save(
     UserError: settings and variables that do not belong together, or no onnx package.
     OSError: the file cannot be written.
   """
-  (size, _, channels), features = _sizes(settings, variables)
-  sides = f'H and W {size} to {size + 7}' if settings['name'] == 'nature' else 'any H and W'
+  shape, features = _sizes(settings, variables)
+  side, _, channels = shape
+  sides = 'any H and W'
+  if 'patch' in variables['params']:
+    sides = f'H and W {side}'
+  elif settings['name'] == 'nature':
+    sides = f'H and W {side} to {side + 7}'
+  normalised = ', batch normalisation in eval mode' if 'batch_stats' in variables else ''
   metadata = {
     ENCODER_KEY: json.dumps(settings),
     'format': format,
     'checkpoint_step': str(step),
     'preprocessing': f'images (N, H, W, {channels}) uint8, {sides}; uint8 / 127.5 - 1 in float32',
-    'features': f'(N, {features}), batch normalisation in eval mode',
+    'features': f'(N, {features}){normalised}',
     'sha256': digest(variables, settings),
     'palm_jax_version': _version(),
-    'usage': _usage(format, settings, variables, channels, features),
+    'usage': _usage(format, settings, variables, shape, features),
   }
   if format == 'onnx':
     state = torch_state(variables)
-    content = onnx_file.build(settings['name'], state, channels, features, metadata)
+    content = onnx_file.build(settings, state, shape, features, metadata)
   else:
     tensors = torch_state(variables) if format == 'torchvision' else _flat(variables)
     arrays = {name: np.array(x, order='C') for name, x in tensors.items()}
@@ -218,20 +164,11 @@ def save(
     file.write(content)
 
 
-def _usage(format, settings, variables, channels, features):
+def _usage(format, settings, variables, image_shape, features):
   """The Python that runs an encoder of this format."""
-  if format == 'safetensors':
-    return FLAX_USAGE
-  if format == 'onnx':
-    return ONNX_USAGE
-  if settings['name'] == 'nature':
-    flat = variables['params']['dense']['kernel'].shape[0]
-    model = NATURE_USAGE.format(channels=channels, features=features, flat=flat)
-  else:
-    width = settings['width']
-    model = RESNET_USAGE if width == 64 else NARROW_RESNET_USAGE
-    model = (model + CIFAR_STEM_USAGE).format(channels=channels, width=width)
-  return model + TORCH_USAGE
+  if format == 'torchvision':
+    return torch_encoders.usage(settings, variables, image_shape, features)
+  return FLAX_USAGE if format == 'safetensors' else ONNX_USAGE
 
 
 def load(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
@@ -260,31 +197,9 @@ def load(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any], dict[
   return settings, variables, metadata
 
 
-def torch_state(variables: dict[str, Any]) -> dict[str, np.ndarray]:
-  """The variables under torch's names and in its layouts: {name: array}, convolutions OIHW.
-
-  Running variances stay divided by n, as torch's eval mode takes them. The rows of the dense layer
-  of nature are put into the order of a flattened (C, H, W).
-  """
-  state = {}
-  for path, x in _flat(variables).items():
-    _, *modules, leaf = path.split('/')
-    module = '.'.join(MODULES.get(name, name) for name in modules)
-    if x.ndim == 4:
-      x = x.transpose(3, 2, 0, 1)
-    elif x.ndim == 2:
-      channels = variables['params']['conv3']['kernel'].shape[-1]
-      side = math.isqrt(len(x) // channels)
-      x = x.reshape(side, side, channels, -1).transpose(3, 2, 0, 1).reshape(x.shape[::-1])
-    state[f'{module}.{LEAVES.get(leaf, leaf)}'] = x
-    if leaf == 'mean':
-      # Unused: torch's running averages have a fixed momentum.
-      state[f'{module}.num_batches_tracked'] = np.zeros((), np.int64)
-  return state
-
-
 def _sizes(settings, variables):
-  """(H, W, C) of the smallest images that the encoder surely takes, and its number of features.
+  """(H, W, C) of the smallest images that the encoder surely takes, for a transformer of those that
+  it takes, and its number of features.
 
   Raises:
     UserError: settings and variables that do not belong together.
@@ -297,6 +212,10 @@ def _sizes(settings, variables):
       side = math.isqrt(params['dense']['kernel'].shape[0] // params['conv3']['kernel'].shape[-1])
       # Strides 4, 2 and 1 without padding; generators draw squares.
       shape = (8 * side + 28, 8 * side + 28, params['conv1']['kernel'].shape[2])
+    elif 'patch' in params:
+      side, _, channels, _ = params['patch']['kernel'].shape
+      count = params['position'].shape[1] - ('class_token' in params)
+      shape = (math.isqrt(count) * side, math.isqrt(count) * side, channels)  # squares again
     else:
       shape = (8, 8, params['stem_conv']['kernel'].shape[2])
     images = jax.ShapeDtypeStruct((1, *shape), np.uint8)

@@ -30,10 +30,9 @@ from palm_jax import (
   simsiam,
   worlds,
 )
+from palm_jax import encoder as encoders
 from palm_jax.base import checks, devices
 from palm_jax.base.errors import UserError
-from palm_jax.encoder import check as check_encoder
-from palm_jax.encoder import make_encoder
 from palm_jax.experience import Experience
 from palm_jax.rollout import World
 from palm_jax.setup import Setup, make_setup
@@ -88,7 +87,7 @@ class State(flax.struct.PyTreeNode):
     env: environment.EnvState.
     frames: (E, H, W, C) uint8, what the agent sees now.
     ring: replay.Replay.
-    ssl: {'params', 'batch_stats', 'opt_state'} of encoder, projector and predictor.
+    ssl: {'params', 'batch_stats', 'opt_state'} of encoder, projector, predictor; BYOL's 'target'.
     agent: agent.Agent.
   """
 
@@ -180,10 +179,9 @@ def learn_representation(
       ssl['batch_stats'],
       setup.views(keys[:, 0], batch.frames),
       setup.views(keys[:, 1], batch.next_frames),
-      symmetric=c.symmetric,
       axis_name='data',
-      objective=c.objective,
-      temperature=c.temperature,
+      target=ssl.get('target'),
+      **simsiam.options(c),
       labels=batch.episodes if batch.labels is None else batch.labels,
       related=batch.episodes if c.mask_episode else None,
     )
@@ -191,7 +189,8 @@ def learn_representation(
   (_, seen), grads = jax.value_and_grad(loss_fn, has_aux=True)(ssl['params'])
   updates, opt_state = setup.optimizer.update(grads, ssl['opt_state'], ssl['params'])
   params = optax.apply_updates(ssl['params'], updates)
-  ssl = dict(params=params, batch_stats=seen.batch_stats, opt_state=opt_state)
+  target = setup.next_target(ssl, params)
+  ssl = dict(params=params, batch_stats=seen.batch_stats, opt_state=opt_state, **target)
   return ssl, seen, dict(seen.metrics, ssl_grad_norm=optax.tree.norm(grads))
 
 
@@ -268,10 +267,11 @@ def init(setup: Setup, key: jax.Array, world: World) -> State:
     h = jax.eval_shape(encode, pictures)
     projected = config.simsiam.proj_dim
     parts['agent'] = cast(agents.init(key_agent, h.shape[1], projected, generator.z_dim, config))
+  opt_state, target = setup.optimizer.init(params), simsiam.first_target(params, config.simsiam)
   return State(
     iteration=jnp.zeros((), jnp.int32),
     key=key,
-    ssl=dict(params=params, batch_stats=batch_stats, opt_state=setup.optimizer.init(params)),
+    ssl=dict(params=params, batch_stats=batch_stats, opt_state=opt_state, **target),
     **parts,
   )
 
@@ -329,7 +329,7 @@ def check(config: ConfigDict, num_devices: int) -> None:
   """Raises UserError on settings that cannot work, before anything is compiled."""
   p, r = config.pretrain, config.replay
   checks.ranges('pretrain', p, RANGES)
-  check_encoder(config.encoder)
+  encoders.check(config.encoder)
   checks.choice('pretrain.dtype', p.dtype, rollout.DTYPES)
   if p.dtype == 'float64' and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
     raise UserError(
@@ -342,7 +342,7 @@ def check(config: ConfigDict, num_devices: int) -> None:
   pairs.check(config)
   simsiam.check(config.simsiam)
   augment.make_augment(config.simsiam.augment)
-  simsiam.make_modules(make_encoder(config.encoder), config.simsiam)
+  simsiam.make_modules(encoders.make_encoder(config.encoder), config.simsiam)
   least = max(p.batch_size, 3 * p.num_envs)
   checks.at_least(
     'pretrain.warmup_steps', p.warmup_steps, least, 'gives the first update too few frames'

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from palm_jax import augment, pairs, replay, rollout, simsiam, worlds
+from palm_jax import augment, objectives, pairs, replay, rollout, simsiam, worlds
 from palm_jax.base.errors import UserError
 from palm_jax.encoder import make_encoder
 
@@ -23,6 +23,7 @@ class Setup(rollout.Play):
     source: where pairs come from.
     modules: encoder, projector, predictor.
     optimizer: of their parameters.
+    target_rate: updates so far -> share of the way that BYOL's target goes to them.
     views: (keys, frames) -> augmented frames.
     warmup_iterations: with random actions and no update.
     num_calls: of the whole run, pretrain.iterations_per_call iterations each.
@@ -31,9 +32,17 @@ class Setup(rollout.Play):
   source: pairs.Source
   modules: simsiam.Modules
   optimizer: optax.GradientTransformation
+  target_rate: optax.Schedule
   views: Callable[[jax.Array, jax.Array], jax.Array]
   warmup_iterations: int
   num_calls: int
+
+  def next_target(self, ssl: dict[str, Any], params: Any) -> dict[str, Any]:
+    """{'target': BYOL's target network} after an update of State.ssl to `params`, or {}."""
+    if 'target' not in ssl:
+      return {}
+    rate = self.target_rate(optax.tree.get(ssl['opt_state'], 'count'))
+    return {'target': objectives.follow(ssl['target'], params, rate)}
 
   @property
   def per_shard(self) -> int:
@@ -74,6 +83,7 @@ def make_setup(config: ConfigDict, generator: Any, num_devices: int) -> Setup:
     source=pairs.SOURCES[config.pairs.source],
     modules=simsiam.make_modules(encoder, c, 'data', dtype),
     optimizer=simsiam.make_optimizer(c, num_updates, p.batch_size),
+    target_rate=objectives.target_rate(c.tau, num_updates),
     views=augment.make_augment(c.augment),
     warmup_iterations=warmup_iterations,
     num_calls=num_calls,

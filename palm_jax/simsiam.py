@@ -1,5 +1,5 @@
-"""SimSiam (Chen and He, arXiv 2011.10566): heads, loss, optimiser, and the monitors that see a
-collapse."""
+"""SimSiam (Chen and He, arXiv 2011.10566) and other objectives on its networks: loss, optimiser,
+and the monitors that see a collapse."""
 
 import math
 from typing import Any, NamedTuple
@@ -10,13 +10,16 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from palm_jax.base import checks
+from palm_jax import objectives
+from palm_jax.base import checks, devices
 from palm_jax.base.errors import UserError
 from palm_jax.contrastive import normalize, supcon
+from palm_jax.heads import Predictor, Projector
 
-OBJECTIVES = 'simsiam', 'simclr', 'supcon'
-# torch's nn.Linear: uniform within 1 / sqrt(fan_in).
-LINEAR = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+OBJECTIVES = 'simsiam', 'simclr', 'supcon', 'byol', 'vicreg', 'barlow'
+PREDICTING = 'simsiam', 'byol'  # the others leave the predictor out
+# BYOL 3.3 and VICReg 4.2: "not batch normalized"; else VICReg's variance could not shrink.
+WITHOUT_OUTPUT_NORM = 'byol', 'vicreg'
 
 
 def default_config() -> ConfigDict:
@@ -29,11 +32,15 @@ def default_config() -> ConfigDict:
       pred_hidden=512,  # SimSiam 4
       output_bn_affine=False,  # facebookresearch/simsiam simsiam/builder.py
       symmetric=True,  # SimSiam equation 2; PALM 4.2 writes one direction only
-      # or 'simclr', 'supcon' (contrastive.py), on the projections and without the predictor. Of
-      # 'supcon' positives are all frames of an episode where someone plays, of a label elsewhere
+      # or 'byol', 'vicreg', 'barlow' (objectives.py), 'simclr', 'supcon' (contrastive.py); all but
+      # 'byol' on the projections and without the predictor. Of 'supcon' positives are all frames of
+      # an episode where someone plays, of a label elsewhere
       objective='simsiam',
       # of the contrastive objectives: SimCLR appendix B.9 on CIFAR; SupCon has 0.1
       temperature=0.5,
+      tau=0.996,  # byol: what the target keeps in the first update; a cosine brings it to 1
+      vicreg_weights=objectives.VICREG_WEIGHTS,  # of invariance, variance, covariance
+      barlow_lambda=objectives.BARLOW_LAMBDA,
       mask_episode=False,  # simclr: other frames of a frame's episode are no negatives of it
       augment='none',  # PALM 4.2: consecutive frames are the views; 'simsiam' for "PALM + data aug"
       lr=0.03,  # for 256 samples, scaled with the batch; PatrickHua/SimSiam
@@ -48,84 +55,25 @@ def default_config() -> ConfigDict:
 RANGES = dict(proj_layers=checks.Range(1, 64), proj_hidden=checks.SIZE, proj_dim=checks.SIZE)
 RANGES |= dict(pred_hidden=checks.SIZE, temperature=checks.Range(0, 1000, above=True))
 RANGES |= dict(lr=checks.RATE, momentum=checks.SHARE, weight_decay=checks.SHARE)
-RANGES |= dict(warmup_updates=checks.COUNT_OR_0)
+RANGES |= dict(warmup_updates=checks.COUNT_OR_0, tau=checks.SHARE, barlow_lambda=checks.AMOUNT)
+RANGES |= dict(vicreg_weights=checks.AMOUNT._replace(many=True))
 
 
 def check(c: ConfigDict) -> None:
   """Raises UserError on invalid settings of the config's section `simsiam`."""
   checks.choice('simsiam.objective', c.objective, OBJECTIVES)
   checks.ranges('simsiam', c, RANGES)
-
-
-class Projector(nn.Module):
-  """(Linear, BatchNorm, ReLU) `layers - 1` times, then Linear, BatchNorm; no biases.
-
-  Attributes:
-    output_affine: learn scale and offset in the last BatchNorm.
-    axis_name: mesh axis over which batch statistics are averaged in training; None keeps them
-      local.
-    dtype: compute type; None follows parameters and input. Batch statistics are at least float32.
-  """
-
-  layers: int = 2
-  hidden: int = 2048
-  dim: int = 2048
-  output_affine: bool = False
-  axis_name: str | None = None
-  dtype: Any = None
-
-  @nn.compact
-  def __call__(self, h, train: bool):
-    """h (B, F) -> z (B, dim)."""
-    x = h
-    for layer in range(1, self.layers + 1):
-      last = layer == self.layers
-      x = nn.Dense(
-        self.dim if last else self.hidden,
-        use_bias=False,
-        kernel_init=LINEAR,
-        dtype=self.dtype,
-        name=f'linear{layer}',
-      )(x)
-      affine = self.output_affine or not last
-      x = nn.BatchNorm(
-        not train,
-        momentum=0.9,
-        epsilon=1e-5,
-        axis_name=self.axis_name,
-        dtype=self.dtype,
-        use_scale=affine,
-        use_bias=affine,
-        name=f'norm{layer}',
-      )(x)
-      if not last:
-        x = nn.relu(x)
-    return x
-
-
-class Predictor(nn.Module):
-  """Linear without bias, BatchNorm, ReLU, Linear with bias. Attributes as in `Projector`."""
-
-  hidden: int = 512
-  dim: int = 2048
-  axis_name: str | None = None
-  dtype: Any = None
-
-  @nn.compact
-  def __call__(self, z, train: bool):
-    """z (B, dim) -> p (B, dim)."""
-    x = nn.Dense(self.hidden, use_bias=False, kernel_init=LINEAR, dtype=self.dtype, name='linear1')(
-      z
+  if len(c.vicreg_weights) != 3:
+    raise UserError(
+      f'simsiam.vicreg_weights={tuple(c.vicreg_weights)}: expected three, of invariance, variance '
+      'and covariance'
     )
-    x = nn.BatchNorm(
-      not train,
-      momentum=0.9,
-      epsilon=1e-5,
-      axis_name=self.axis_name,
-      dtype=self.dtype,
-      name='norm1',
-    )(x)
-    return nn.Dense(self.dim, kernel_init=LINEAR, dtype=self.dtype, name='linear2')(nn.relu(x))
+
+
+def options(c: ConfigDict) -> dict[str, Any]:
+  """What `forward` takes of the config's section `simsiam`."""
+  names = 'symmetric', 'objective', 'temperature', 'vicreg_weights', 'barlow_lambda'
+  return {name: c[name] for name in names}
 
 
 class Modules(NamedTuple):
@@ -169,6 +117,7 @@ def make_modules(
       config.output_bn_affine,
       axis_name,
       dtype,
+      output_norm=config.objective not in WITHOUT_OUTPUT_NORM,
     ),
     Predictor(config.pred_hidden, config.proj_dim, axis_name, dtype),
   )
@@ -188,8 +137,15 @@ def init(modules: Modules, key: jax.Array, images: jax.Array) -> tuple[Any, Any]
   return jax.jit(init_all)(key, images)
 
 
-def _cosine(a, b):
-  return jnp.mean(jnp.sum(normalize(a) * normalize(b), axis=-1))
+def first_target(params: dict[str, Any], config: ConfigDict) -> dict[str, Any]:
+  """{'target': BYOL's target network at the start}, or {} of another objective.
+
+  These are the parameters of encoder and projector as they are. There are no running statistics:
+  the target sees every batch with the batch's own.
+  """
+  if config.objective != 'byol':
+    return {}
+  return {'target': {name: params[name] for name in ('encoder', 'projector')}}
 
 
 def loss(
@@ -210,10 +166,10 @@ def loss(
   Returns:
     a scalar, the mean over these B rows, in at least float32.
   """
-  forward_loss = -_cosine(p1, jax.lax.stop_gradient(z2))
-  if not symmetric:
+  forward_loss = -objectives.cosine(p1, jax.lax.stop_gradient(z2))
+  if not symmetric or p2 is None:
     return forward_loss
-  return (forward_loss - _cosine(p2, jax.lax.stop_gradient(z1))) / 2
+  return (forward_loss - objectives.cosine(p2, jax.lax.stop_gradient(z1))) / 2
 
 
 def forward(
@@ -229,6 +185,9 @@ def forward(
   temperature: float = 0.5,
   labels: jax.Array | None = None,
   related: jax.Array | None = None,
+  target: dict[str, Any] | None = None,
+  vicreg_weights: tuple[float, float, float] = objectives.VICREG_WEIGHTS,
+  barlow_lambda: float = objectives.BARLOW_LAMBDA,
 ) -> tuple[jax.Array, Aux]:
   """SimSiam, or another objective on the same networks, over a batch of pairs.
 
@@ -244,51 +203,69 @@ def forward(
     s, s_next: (B, H, W, C) uint8, or floats in [-1, 1] after augmentation.
     train: batch statistics (True) or running statistics, which then stay as they are (False).
     axis_name: mesh axis of the batch, the one the modules were made with.
-    objective: 'simsiam', 'simclr' or 'supcon'; the last two leave the predictor out.
-    temperature: of the last two.
+    objective: one of OBJECTIVES.
+    temperature: of 'simclr' and 'supcon'.
     labels: (B,) integers, for 'supcon'.
-    related: (B,) integers; samples that share one are no negatives in the last two.
+    related: (B,) integers; samples that share one are no negatives in 'simclr' and 'supcon'.
+    target: parameters of the target network, for 'byol'; see `first_target`.
+    vicreg_weights, barlow_lambda: see objectives.py.
   Returns:
-    (loss, Aux). Metrics: `loss`; `z_std`, the standard deviation of the l2-normalised z of s over
-    the batch, mean over dimensions; `z_std_ratio`, the same times sqrt(proj_dim), healthy 1,
-    collapsed 0; `h_cosine`, mean cosine between the representations of a pair.
+    (loss, Aux). Metrics: `loss`; `z_std` and `z_std_ratio`, see `spread`; `h_cosine`, mean cosine
+    between the representations of a pair.
   """
   stats = dict(batch_stats)
 
-  def apply(name, x):
+  def apply(name, x, params=params):
     module, variables = getattr(modules, name), {'params': params[name], 'batch_stats': stats[name]}
     if not train:
       return module.apply(variables, x, train=False)
     y, updated = module.apply(variables, x, train=True, mutable=['batch_stats'])
-    stats[name] = updated.get('batch_stats', {})
+    if params is not target:
+      stats[name] = updated.get('batch_stats', {})
     return y
-
-  def mean(x):
-    return jax.lax.pmean(x, axis_name) if axis_name else x
 
   h = apply('encoder', s)  # (B, F)
   z = apply('projector', h)  # (B, D)
-  p = apply('predictor', z) if objective == 'simsiam' else None  # (B, D)
+  predicts = objective in PREDICTING
+  p: Any = apply('predictor', z) if predicts else None  # (B, D)
   h_next = apply('encoder', s_next)
   z_next = apply('projector', h_next)
-  if p is not None:
-    p_next = apply('predictor', z_next) if symmetric else None
-    value = mean(loss(p, z, p_next, z_next, symmetric))
+  p_next = apply('predictor', z_next) if predicts and symmetric else None
+  if objective == 'simsiam':
+    value = devices.mean(loss(p, z, p_next, z_next, symmetric), axis_name)
+  elif objective == 'byol':
+    t, t_next = (apply('projector', apply('encoder', x, target), target) for x in (s, s_next))
+    value = objectives.byol(p, t, p_next, t_next, axis_name)
+  elif objective == 'vicreg':
+    value = objectives.vicreg(z, z_next, vicreg_weights, axis_name)
+  elif objective == 'barlow':
+    value = objectives.barlow(z, z_next, barlow_lambda, axis_name)
   else:
     kinds = labels if objective == 'supcon' else None
-    value = mean(supcon(z, z_next, kinds, temperature, axis_name, related))
+    value = devices.mean(supcon(z, z_next, kinds, temperature, axis_name, related), axis_name)
 
   h, h_next, z, z_next, detached_loss = jax.lax.stop_gradient((h, h_next, z, z_next, value))
-  unit = normalize(z)
-  variance = mean(jnp.mean((unit - mean(jnp.mean(unit, axis=0))) ** 2, axis=0))  # (D,)
-  z_std = jnp.mean(jnp.sqrt(variance))
-  metrics = {
-    'loss': detached_loss,
-    'z_std': z_std,
-    'z_std_ratio': z_std * math.sqrt(z.shape[-1]),
-    'h_cosine': mean(_cosine(h, h_next)),
-  }
+  alike = devices.mean(objectives.cosine(h, h_next), axis_name)
+  metrics = dict(loss=detached_loss, **spread(z, objective, axis_name), h_cosine=alike)
   return value, Aux(h, h_next, z, z_next, stats, metrics)
+
+
+def spread(z: jax.Array, objective: str, axis_name: str | None) -> dict[str, jax.Array]:
+  """How far projections z (B, D) of the global batch are apart: what a collapse takes away.
+
+  Returns:
+    `z_std`, the standard deviation over the batch of the l2-normalised z, mean over dimensions;
+    `z_std_ratio`, the same times sqrt(D), healthy 1, collapsed 0. VICReg compares lengths, not
+    directions, and leaves the mean of z free: there both are of z as it is, and the ratio is to the
+    deviation that its loss asks for, counted up to that in each dimension.
+  """
+  x = z.astype(jnp.promote_types(z.dtype, jnp.float32)) if objective == 'vicreg' else normalize(z)
+  centred = x - devices.mean(x, axis_name, axis=0)
+  stds = jnp.sqrt(devices.mean(centred**2, axis_name, axis=0))  # (D,)
+  z_std = jnp.mean(stds)
+  if objective == 'vicreg':
+    return dict(z_std=z_std, z_std_ratio=jnp.mean(jnp.minimum(stds / objectives.GAMMA, 1)))
+  return dict(z_std=z_std, z_std_ratio=z_std * math.sqrt(z.shape[-1]))
 
 
 def learning_rate(config: ConfigDict, total_updates: int, batch_size: int) -> optax.Schedule:

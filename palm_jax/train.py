@@ -9,7 +9,7 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from palm_jax import experience, monitors, pairs, pretrain, worlds
+from palm_jax import encoder, experience, monitors, pairs, pretrain, worlds
 from palm_jax.base import devices, pictures
 from palm_jax.base.digests import digest
 from palm_jax.base.errors import NonFiniteError, UserError
@@ -238,9 +238,12 @@ def check_data(this: Run) -> None:
         f'environment.crop={crop} of pictures of {side}x{side}, which the generator will draw, '
         'leaves nothing: it is the margin that generator.pad adds'
       )
+    grown = 2 * (config.generator.pad - crop)
+    encoder.check_picture(config.encoder, (given[0] + grown, given[1] + grown))
     return
   generator = worlds.load_world_generator(config, this.workdir)
   seen = worlds.seen_shape(config, generator)
+  encoder.check_picture(config.encoder, given)  # by what it will be judged
   if seen[2] != given[2]:
     raise UserError(
       f'the pictures of generator.path={config.generator.path} have {seen[2]} channels, those of '

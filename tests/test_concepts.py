@@ -15,6 +15,7 @@ from palm_jax import encoder
 from palm_jax.base.errors import UserError
 from palm_jax.data.arrays import Data, Split
 from palm_jax.evaluate import concepts
+from palm_jax.layers.maps import feature_maps
 from palm_jax.report import concepts as section
 from palm_jax.report.read import Report, read_runs
 from tests.jobs import finish
@@ -64,7 +65,7 @@ def test_maps_are_what_the_features_average():
   images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 1), np.uint8)
   variables = network.init(jax.random.key(0), images, train=False)
   assert set(variables) == {'params', 'batch_stats'}
-  maps = encoder.feature_maps(network, variables, images)
+  maps = feature_maps(network, variables, images)
   h = network.apply(variables, images, train=False)
   assert maps.shape == (3, 2, 2, 32) and (maps >= 0).all()
   np.testing.assert_allclose(maps.mean((1, 2)), h, rtol=1e-5)
@@ -76,7 +77,7 @@ def test_maps_are_what_the_features_average():
 
   blind = Blind().init(jax.random.key(0), images, train=False)
   with pytest.raises(UserError, match='Blind has no feature maps'):
-    encoder.feature_maps(Blind(), blind, images)
+    feature_maps(Blind(), blind, images)
 
 
 @pytest.fixture(scope='module')

@@ -20,7 +20,8 @@ from palm_jax.base import digests
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
 from palm_jax.evaluate import features
-from tests.test_encoder import numpy_resnet, random_variables
+from palm_jax.resnet import ResNet
+from tests.test_encoder import numpy_resnet, numpy_vit, random_variables
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESNET = dict(encoder.default_config(), width=3)
@@ -32,7 +33,7 @@ def resnet():
   """(settings, variables, images (2, 10, 10, 3) uint8, features in float64); the odd 5 pads unlike
   'SAME' would."""
   images = np.random.default_rng(0).integers(0, 256, (2, 10, 10, 3), np.uint8)
-  variables = random_variables(encoder.ResNet18(3), images.shape)
+  variables = random_variables(ResNet(3), images.shape)
   return RESNET, variables, images, numpy_resnet(variables, images, train=False)[0]
 
 
@@ -173,10 +174,10 @@ def test_load_refuses_damage_and_other_files(resnet, tmp_path):
 # ---- torch's names
 
 
-def torchvision_shapes(width, channels):
-  """The state of torchvision's ResNet-18 without fc, by its module tree: conv1, bn1, layer1-4 of
-  two BasicBlocks."""
-  shapes = {'conv1.weight': (width, channels, 3, 3)}
+def torchvision_shapes(width, channels, counts=(2, 2, 2, 2), bottleneck=False, stem=3):
+  """The state of torchvision's ResNets without fc, by its module tree: conv1, bn1, layer1-4 of
+  BasicBlocks or Bottlenecks."""
+  shapes = {'conv1.weight': (width, channels, stem, stem)}
 
   def norm(name, planes):
     shapes.update(
@@ -187,17 +188,91 @@ def torchvision_shapes(width, channels):
   norm('bn1', width)
   inplanes = width
   for layer, planes in enumerate([width, 2 * width, 4 * width, 8 * width], 1):
-    for block in range(2):
+    out = 4 * planes if bottleneck else planes
+    for block in range(counts[layer - 1]):
       name = f'layer{layer}.{block}'
-      shapes[f'{name}.conv1.weight'] = (planes, inplanes, 3, 3)
-      norm(f'{name}.bn1', planes)
-      shapes[f'{name}.conv2.weight'] = (planes, planes, 3, 3)
-      norm(f'{name}.bn2', planes)
-      if inplanes != planes:
-        shapes[f'{name}.downsample.0.weight'] = (planes, inplanes, 1, 1)
-        norm(f'{name}.downsample.1', planes)
-      inplanes = planes
+      convs = [(planes, inplanes, 3), (planes, planes, 3)]
+      if bottleneck:
+        convs = [(planes, inplanes, 1), (planes, planes, 3), (out, planes, 1)]
+      for i, (to, of, side) in enumerate(convs, 1):
+        shapes[f'{name}.conv{i}.weight'] = (to, of, side, side)
+        norm(f'{name}.bn{i}', to)
+      if inplanes != out:
+        shapes[f'{name}.downsample.0.weight'] = (out, inplanes, 1, 1)
+        norm(f'{name}.downsample.1', out)
+      inplanes = out
   return shapes
+
+
+def timm_shapes(size, patch, channels, length, token):
+  """The state of timm's VisionTransformer without head."""
+  last = 'norm' if token else 'fc_norm'
+  shapes = {'cls_token': (1, 1, size)} if token else {}
+  shapes |= {
+    'pos_embed': (1, length, size),
+    'patch_embed.proj.weight': (size, channels, patch, patch),
+    'patch_embed.proj.bias': (size,),
+    f'{last}.weight': (size,),
+    f'{last}.bias': (size,),
+  }
+  for i in range(12):
+    for name in ('norm1', 'norm2'):
+      shapes |= {f'blocks.{i}.{name}.{leaf}': (size,) for leaf in ('weight', 'bias')}
+    linear = {'attn.qkv': (3, 1), 'attn.proj': (1, 1), 'mlp.fc1': (4, 1), 'mlp.fc2': (1, 4)}
+    for name, (out, of) in linear.items():
+      shapes[f'blocks.{i}.{name}.weight'] = (out * size, of * size)
+      shapes[f'blocks.{i}.{name}.bias'] = (out * size,)
+  return shapes
+
+
+@pytest.fixture(scope='module')
+def others():
+  """{name: (settings, variables, images, features in float64)} of the other encoders, narrow."""
+  rng, found = np.random.default_rng(0), {}
+  for name, side, changes in (
+    ('resnet50', 10, {}),
+    ('resnet34', 38, dict(stem='imagenet')),
+    ('vit_tiny', 8, dict(width=4, patch=2)),
+    ('vit_small', 6, dict(width=2, patch=3, pool='mean')),
+  ):
+    settings = dict(encoder.default_config(), name=name, **(dict(width=2) | changes))
+    images = rng.integers(0, 256, (2, side, side, 3), np.uint8)
+    variables = random_variables(encoder.make_encoder(ConfigDict(settings)), images.shape)
+    if name.startswith('vit'):
+      h = numpy_vit(variables, images, encoder.VITS[name])
+    else:
+      h = numpy_resnet(variables, images, train=False)[0]
+    found[name] = settings, variables, images, h
+  return found
+
+
+def test_names_and_shapes_of_the_others(others):
+  """Full sizes differ in the width alone, and their parameters are counted in test_encoder."""
+  counts = 3, 4, 6, 3
+  expected = {
+    'resnet50': torchvision_shapes(2, 3, counts, True),
+    'resnet34': torchvision_shapes(2, 3, counts, stem=7),
+    'vit_tiny': timm_shapes(12, 2, 3, 17, True),
+    'vit_small': timm_shapes(12, 3, 3, 4, False),
+  }
+  for name, (_, variables, _, _) in others.items():
+    state = export.torch_state(variables)
+    assert {key: x.shape for key, x in state.items()} == expected[name]
+
+
+def test_round_trip_of_a_transformer(others, tmp_path):
+  path = tmp_path / 'e.safetensors'
+  settings, variables, images, expected = others['vit_small']
+  export.save(path, 'safetensors', settings, variables, 0)
+  config, loaded, metadata = export.load(path)
+  assert config == settings and same_bits(loaded, variables)
+  assert 'H and W 6;' in metadata['preprocessing'] and metadata['features'] == '(N, 12)'
+  assert_close(follow(metadata['usage'], path, images), expected)
+  export.save(path, 'torchvision', settings, variables, 0)
+  usage = metadata_of(path)['usage']
+  compile(usage, 'usage', 'exec')
+  assert "'vit_small_patch16_224', img_size=6, patch_size=3, in_chans=3," in usage
+  assert 'embed_dim=12, num_heads=6, num_classes=0, class_token=False' in usage
 
 
 def test_torchvision_names_shapes_and_values(resnet, tmp_path):
@@ -261,42 +336,144 @@ def test_dense_layer_of_nature_takes_torchs_order(nature):
   )
 
 
-def plain_resnet(width):
-  """torchvision's module tree with the CIFAR stem, in torch alone."""
+def plain_resnet(width, counts=(2, 2, 2, 2), bottleneck=False, stem=3):
+  """torchvision's module tree in torch alone."""
   import torch
   from torch import nn
 
-  class BasicBlock(nn.Module):
+  class Block(nn.Module):
     def __init__(self, inplanes, planes, stride):
       super().__init__()
-      self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, 1, bias=False)
-      self.bn1 = nn.BatchNorm2d(planes)
-      self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
-      self.bn2 = nn.BatchNorm2d(planes)
-      self.downsample = nn.Identity()
-      if inplanes != planes:
+      sides = [1, 3, 1] if bottleneck else [3, 3]
+      out = 4 * planes if bottleneck else planes
+      self.count, self.downsample = len(sides), nn.Identity()
+      for i, side in enumerate(sides, 1):
+        step = stride if i == len(sides) - 1 else 1
+        to = out if i == len(sides) else planes
+        of = inplanes if i == 1 else planes
+        setattr(self, f'conv{i}', nn.Conv2d(of, to, side, step, side // 2, bias=False))
+        setattr(self, f'bn{i}', nn.BatchNorm2d(to))
+      if inplanes != out:
         self.downsample = nn.Sequential(
-          nn.Conv2d(inplanes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes)
+          nn.Conv2d(inplanes, out, 1, stride, bias=False), nn.BatchNorm2d(out)
         )
 
     def forward(self, x):
-      y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+      y = x
+      for i in range(1, self.count + 1):
+        y = getattr(self, f'bn{i}')(getattr(self, f'conv{i}')(y))
+        y = torch.relu(y) if i < self.count else y
       return torch.relu(y + self.downsample(x))
 
   class ResNet(nn.Module):
     def __init__(self):
       super().__init__()
-      self.conv1, self.bn1 = nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
-      planes = [width, width, 2 * width, 4 * width, 8 * width]
-      for i in range(1, 5):
-        first = BasicBlock(planes[i - 1], planes[i], 1 if i == 1 else 2)
-        setattr(self, f'layer{i}', nn.Sequential(first, BasicBlock(planes[i], planes[i], 1)))
+      self.conv1 = nn.Conv2d(3, width, stem, 1 if stem == 3 else 2, stem // 2, bias=False)
+      self.bn1 = nn.BatchNorm2d(width)
+      self.maxpool = nn.Identity() if stem == 3 else nn.MaxPool2d(3, 2, 1)
+      inplanes = width
+      for i, count in enumerate(counts):
+        blocks, planes = [], width * 2**i
+        for block in range(count):
+          blocks.append(Block(inplanes, planes, 2 if i and not block else 1))
+          inplanes = 4 * planes if bottleneck else planes
+        setattr(self, f'layer{i + 1}', nn.Sequential(*blocks))
 
     def forward(self, x):
-      x = torch.relu(self.bn1(self.conv1(x)))
+      x = self.maxpool(torch.relu(self.bn1(self.conv1(x))))
       return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((2, 3))
 
   return ResNet().eval()
+
+
+def plain_vit(size, heads, patch, length, token):
+  """timm's module tree in torch alone."""
+  import torch
+  from torch import nn
+
+  class Attention(nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.qkv, self.proj = nn.Linear(size, 3 * size), nn.Linear(size, size)
+
+    def forward(self, x):
+      b, n, _ = x.shape
+      q, k, v = self.qkv(x).reshape(b, n, 3, heads, size // heads).permute(2, 0, 3, 1, 4)
+      shares = (q @ k.transpose(2, 3) / (size // heads) ** 0.5).softmax(-1)
+      return self.proj((shares @ v).transpose(1, 2).reshape(b, n, size))
+
+  class Mlp(nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.fc1, self.fc2 = nn.Linear(size, 4 * size), nn.Linear(4 * size, size)
+
+    def forward(self, x):
+      return self.fc2(nn.functional.gelu(self.fc1(x)))
+
+  class Block(nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.norm1, self.norm2 = nn.LayerNorm(size, 1e-6), nn.LayerNorm(size, 1e-6)
+      self.attn, self.mlp = Attention(), Mlp()
+
+    def forward(self, x):
+      x = x + self.attn(self.norm1(x))
+      return x + self.mlp(self.norm2(x))
+
+  class ViT(nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.patch_embed = nn.Module()
+      self.patch_embed.proj = nn.Conv2d(3, size, patch, patch)
+      self.pos_embed = nn.Parameter(torch.zeros(1, length, size))
+      self.blocks = nn.Sequential(*[Block() for _ in range(12)])
+      if token:
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, size))
+        self.norm = nn.LayerNorm(size, 1e-6)
+      else:
+        self.fc_norm = nn.LayerNorm(size, 1e-6)
+
+    def forward(self, x):
+      x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)
+      if token:
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+      x = self.blocks(x + self.pos_embed)
+      return self.norm(x)[:, 0] if token else self.fc_norm(x.mean(1))
+
+  return ViT().eval()
+
+
+@pytest.mark.slow
+def test_features_of_the_others_in_torch(others, tmp_path):
+  torch = pytest.importorskip('torch')
+  from safetensors.torch import load_file
+
+  counts = 3, 4, 6, 3
+  models = {
+    'resnet50': plain_resnet(2, counts, True),
+    'resnet34': plain_resnet(2, counts, stem=7),
+    'vit_tiny': plain_vit(12, 3, 2, 17, True),
+    'vit_small': plain_vit(12, 6, 3, 4, False),
+  }
+  for name, model in models.items():
+    settings, variables, images, expected = others[name]
+    export.save(tmp_path / 'e.safetensors', 'torchvision', settings, variables, 0)
+    model.load_state_dict(load_file(tmp_path / 'e.safetensors'), strict=True)
+    with torch.no_grad():
+      h = model(torch.as_tensor(images).permute(0, 3, 1, 2) / 127.5 - 1).numpy()
+    assert_close(h, expected)
+    ours = encoder.make_encoder(ConfigDict(settings)).apply(variables, images, train=False)
+    assert_close(h, np.asarray(ours))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['resnet50', 'resnet34', 'vit_tiny', 'vit_small'])
+def test_features_of_the_others_by_the_lines_of_usage(others, tmp_path, name):
+  pytest.importorskip('timm' if name.startswith('vit') else 'torchvision')
+  settings, variables, images, expected = others[name]
+  export.save(tmp_path / 'e.safetensors', 'torchvision', settings, variables, 0)
+  usage = metadata_of(tmp_path / 'e.safetensors')['usage']
+  assert_close(follow(usage, tmp_path / 'e.safetensors', images), expected)
 
 
 @pytest.mark.slow
@@ -331,9 +508,9 @@ def test_features_in_torchvision_by_the_lines_of_usage(resnet, tmp_path, width):
   if width == 64:  # torchvision's own resnet18()
     settings, variables = (
       dict(settings, width=64),
-      random_variables(encoder.ResNet18(64), images.shape),
+      random_variables(ResNet(64), images.shape),
     )
-    expected = np.asarray(encoder.ResNet18(64).apply(variables, images, train=False))
+    expected = np.asarray(ResNet(64).apply(variables, images, train=False))
   export.save(tmp_path / 'e.safetensors', 'torchvision', settings, variables, 0)
   usage = metadata_of(tmp_path / 'e.safetensors')['usage']
   assert ('resnet18()' in usage) == (width == 64)
@@ -368,10 +545,10 @@ def test_onnx_graph_holds_the_numbers_of_the_checkpoint(resnet, tmp_path):
   )
 
 
-def test_features_in_onnxruntime_by_the_lines_of_usage(resnet, nature, tmp_path):
+def test_features_in_onnxruntime_by_the_lines_of_usage(resnet, nature, others, tmp_path):
   onnx = pytest.importorskip('onnx')
   pytest.importorskip('onnxruntime')
-  for settings, variables, images, expected in (resnet, nature):
+  for settings, variables, images, expected in (resnet, nature, *others.values()):
     path = tmp_path / 'e.onnx'
     export.save(path, 'onnx', settings, variables, 0)
     usage = {entry.key: entry.value for entry in onnx.load(path).metadata_props}['usage']

@@ -6,9 +6,10 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).parents[1]
 # A module imports from its own room and from those named. A longer name is the stricter rule.
-PARTS = 'environment replay encoder simsiam contrastive augment reward sac experience'.split()
+PARTS = 'environment replay resnet vit heads contrastive augment reward sac experience'.split()
+SEEING = ['encoder', 'objectives', 'simsiam']
 PLAYER = ['agent', 'curiosity', 'actor_critic']
-WORK = [*PARTS, *PLAYER, 'material', 'rollout', 'pairs', 'setup', 'worlds', 'monitors']
+WORK = [*PARTS, *SEEING, *PLAYER, 'material', 'rollout', 'pairs', 'setup', 'worlds', 'monitors']
 METHOD = ['base', 'layers', 'formats', 'data', 'checkpoint', 'generator', *WORK, 'pretrain']
 JOB = [*METHOD, 'job']
 LAW = {
@@ -18,7 +19,9 @@ LAW = {
   'data': ['base'],
   'checkpoint': ['base'],
   **{part: ['layers', 'base'] for part in PARTS},
-  'simsiam': ['layers', 'base', 'contrastive'],
+  'encoder': ['layers', 'base', 'resnet', 'vit'],
+  'objectives': ['base', 'contrastive'],
+  'simsiam': ['base', 'contrastive', 'heads', 'objectives'],
   'reward': ['layers', 'base', 'contrastive'],
   'actor_critic': [],
   'sac': ['base', 'actor_critic'],
@@ -31,7 +34,7 @@ LAW = {
   'generator.sample': ['layers', 'base', 'environment', 'rollout', 'generator'],
   'generator.train': ['base', 'generator', 'job'],
   'worlds': ['base', 'data', 'generator', 'environment', 'material', 'pairs', 'rollout'],
-  'setup': ['base', 'worlds', 'encoder', 'rollout', 'pairs', 'replay', 'simsiam', 'augment'],
+  'setup': ['base', 'worlds', 'rollout', 'pairs', 'replay', 'augment', *SEEING],
   'monitors': ['environment', 'rollout', 'setup'],
   'pretrain': METHOD,
   'export': ['base', 'formats', 'checkpoint', 'encoder'],

@@ -232,9 +232,9 @@ def test_objectives_that_cannot_work():
   unconditional.num_classes = 0
   with pytest.raises(UserError, match="'supcon' with a generator without classes"):
     pretrain.make_program(c, unconditional, devices.make_mesh())
-  c.simsiam.objective = 'byol'
+  c.simsiam.objective = 'moco'
   with pytest.raises(
-    UserError, match="simsiam.objective='byol' is unknown: choose one of simsiam, simclr, supcon"
+    UserError, match="simsiam.objective='moco' is unknown: choose one of simsiam, simclr, supcon"
   ):
     pretrain.check(c, 8)
   c.simsiam.update(dict(objective='simclr', mask_episode=True))

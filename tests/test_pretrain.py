@@ -32,6 +32,7 @@ EVERYTHING = {
   ),
 }
 EPISODES = {'pairs': dict(group=2), 'simsiam': dict(objective='supcon')}
+BYOL = {'simsiam': dict(objective='byol', lr=0.3), 'encoder': dict(name='vit_tiny')}
 KINDS = [{'reward': dict(kind=kind, hidden=8)} for kind in ('rnd', 'icm', 'disagreement')]
 
 
@@ -65,6 +66,7 @@ def compilations():
   [
     ((1, 8), {}),
     pytest.param((1, 2), {}, marks=pytest.mark.slow),
+    pytest.param((1, 8), BYOL, marks=pytest.mark.slow),
     *(
       pytest.param((1, 2, 8), changes, marks=pytest.mark.slow)
       for changes in (EVERYTHING, EPISODES, *KINDS)
@@ -89,7 +91,7 @@ def test_any_number_of_devices_computes_the_same_in_float64(counts, changes):
   assert (
     int(want.iteration) == 24 and int(want.ring.total) == 96 > want.ring.frames.shape[0]
   )  # the ring wrapped
-  assert want.ssl['params']['encoder']['stem_conv']['kernel'].dtype == np.float64
+  assert {x.dtype for x in jax.tree.leaves(want.ssl['params'])} == {np.dtype('float64')}
   for state, metrics in others:
     np.testing.assert_array_equal(state.ring.frames, want.ring.frames)
     np.testing.assert_array_equal(state.frames, want.frames)
@@ -100,6 +102,27 @@ def test_any_number_of_devices_computes_the_same_in_float64(counts, changes):
       np.testing.assert_allclose(
         metrics[name], want_metrics[name], rtol=1e-7, atol=1e-9, err_msg=name
       )
+
+
+def test_a_transformer_learns_by_byol():
+  """Without batch statistics in the encoder; the target is part of the state, and lags behind."""
+  changes = BYOL | {'pretrain': dict(warmup_steps=64, iterations_per_call=2, batch_size=16)}
+  changes['pairs'] = dict(source='jahanian_gaussian')  # nobody plays: compiled in half the time
+  program, state, world = start(1, changes=changes)
+  assert program.setup.warmup_iterations == 1
+  before = jax.device_get(state.ssl)
+  state, (metrics, _) = program.call(state, world)
+  after, metrics = jax.device_get((state.ssl, metrics))
+  assert after['batch_stats']['encoder'] == {} and set(after['target']) == {'encoder', 'projector'}
+  assert all(np.isfinite(x).all() for x in metrics.values()) and 0 < metrics['loss'][1] < 8
+  tree = lambda ssl, part: {name: ssl[part][name] for name in after['target']}
+  moved = lambda part: sum(
+    np.abs(a - b).sum()
+    for a, b in zip(
+      jax.tree.leaves(tree(after, part)), jax.tree.leaves(tree(before, part)), strict=True
+    )
+  )
+  assert 0 < moved('target') < 0.02 * moved('params')  # two updates at 1 - tau = 0.004
 
 
 @pytest.fixture(scope='module')
@@ -138,7 +161,7 @@ def test_world_parameters_do_not_recompile(eight):
     assert not count
 
 
-def test_a_crop_that_leaves_nothing_is_told_before_the_generator_trains():
+def test_pictures_that_cannot_be_seen_are_told_before_the_generator_trains():
   config = tiny_config()
   config.environment.crop = 5
   pictures = Split(np.zeros((4, 8, 8, 1), np.uint8), np.zeros(4, np.int64))
@@ -148,3 +171,6 @@ def test_a_crop_that_leaves_nothing_is_told_before_the_generator_trains():
     train.check_data(run)
   config.generator.pad = 2
   train.check_data(run)
+  config.encoder.update(dict(name='vit_tiny', patch=4))
+  with pytest.raises(UserError, match='encoder.patch=4 does not divide pictures of 2x2: set it to'):
+    train.check_data(run)

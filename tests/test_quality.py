@@ -17,9 +17,9 @@ from palm_jax.base import devices
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.data.arrays import Data, Split
-from palm_jax.encoder import ResNet18
 from palm_jax.evaluate import classifier, distances, extractors, features, quality
 from palm_jax.generator.stylegan2 import Generator
+from palm_jax.resnet import ResNet
 from tests.jobs import finish, saved_result
 
 FIELDS = dict(z_dim=8, w_dim=8, num_classes=3, channels=(4, 4), image_channels=1, mapping_layers=1)
@@ -399,7 +399,7 @@ def test_the_proxy_does_not_depend_on_the_number_of_devices(data, mesh, tmp_path
   )  # these few steps cost far less than their compilation
   try:
     with jax.enable_x64(True):
-      network = classifier.Classifier(ResNet18(2, 'data'), 3)
+      network = classifier.Classifier(ResNet(2, 'data'), 3)
       c = classifier.default_config()
       c.update(dict(epochs=1, batch_size=config.quality.proxy_batch_size))
       draw = lambda: jax.tree.map(

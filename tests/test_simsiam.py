@@ -66,6 +66,7 @@ def test_parameter_counts():
   assert count(simsiam.Projector(), 512) == 512 * 2048 + 2 * 2048 + 2048 * 2048
   assert count(simsiam.Projector(layers=3), 512) == 512 * 2048 + 2 * (2048 * 2048 + 2 * 2048)
   assert count(simsiam.Projector(output_affine=True), 512) == 512 * 2048 + 2048 * 2048 + 4 * 2048
+  assert count(simsiam.Projector(output_norm=False), 512) == count(simsiam.Projector(), 512)
   assert count(simsiam.Predictor(), 2048) == 2048 * 512 + 2 * 512 + 512 * 2048 + 2048
   with pytest.raises(UserError, match='proj_layers=4'):
     simsiam.make_modules(TinyEncoder(), small_config(proj_layers=4))
@@ -127,7 +128,9 @@ def numpy_forward(params, batch_stats, views):
     x = np.einsum('byxcij,ijco->byxo', windows, params['encoder']['conv']['kernel'])
     h = np.maximum(norm(x, 'encoder', 'norm', (0, 1, 2)), 0).mean((1, 2))
     x = np.maximum(norm(h @ params['projector']['linear1']['kernel'], 'projector', 'norm1'), 0)
-    z = norm(x @ params['projector']['linear2']['kernel'], 'projector', 'norm2')
+    z = x @ params['projector']['linear2']['kernel']
+    if 'norm2' in stats['projector']:
+      z = norm(z, 'projector', 'norm2')
     x = np.maximum(norm(z @ params['predictor']['linear1']['kernel'], 'predictor', 'norm1'), 0)
     out.append(
       (h, z, x @ params['predictor']['linear2']['kernel'] + params['predictor']['linear2']['bias'])

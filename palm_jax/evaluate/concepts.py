@@ -22,9 +22,10 @@ from palm_jax.base.errors import UserError
 from palm_jax.base.pictures import grid, save_png
 from palm_jax.base.processes import is_first
 from palm_jax.base.tables import aligned, protocol_line
-from palm_jax.encoder import feature_maps, make_encoder
+from palm_jax.encoder import make_encoder
 from palm_jax.evaluate import features
 from palm_jax.job import Job, Run
+from palm_jax.layers.maps import feature_maps
 
 LOSSES = 'frobenius', 'kullback-leibler'
 HEAT = np.array([255, 40, 0], np.float32)  # where a concept fires

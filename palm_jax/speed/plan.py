@@ -178,11 +178,12 @@ def activation_bytes(
   modules = simsiam.make_modules(encoder, config.simsiam, None, dtype)
   count = config.pretrain.batch_size // num_devices
   frames = jax.ShapeDtypeStruct((count, *worlds.seen_shape(config, generator)), jnp.uint8)
-  batch_stats = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), ssl['batch_stats'])
-  symmetric = config.simsiam.symmetric
+  zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+  options = simsiam.options(config.simsiam)
 
   def loss(params, *views):
-    return simsiam.forward(modules, params, batch_stats, *views, symmetric=symmetric)[0]
+    batch_stats, target = zeros(ssl['batch_stats']), zeros(ssl.get('target'))
+    return simsiam.forward(modules, params, batch_stats, *views, target=target, **options)[0]
 
   return cost.residual_bytes(loss, ssl['params'], frames, frames)
 

@@ -89,7 +89,7 @@ def make_parts(setup: Setup, mesh: Mesh) -> dict[str, Part]:
 
   ring = State.specs().ring
   of_encoder = lambda state, name: state.ssl[name]['encoder']
-  without_optimizer = lambda ssl: {name: ssl[name] for name in ('params', 'batch_stats')}
+  without_optimizer = lambda ssl: {name: ssl[name] for name in ssl if name != 'opt_state'}
   transitions = 'h', 'action', 'reward', 'h_next', 'noise'
   return dict(
     generator=part(
@@ -164,10 +164,9 @@ def learn(setup: Setup, ssl: dict[str, Any], s: jax.Array, s_next: jax.Array) ->
         jax.lax.pcast(params, 'data', to='varying'),
         ssl['batch_stats'],
         *views,
-        symmetric=c.symmetric,
         axis_name='data',
-        objective=c.objective,
-        temperature=c.temperature,
+        target=ssl.get('target'),
+        **simsiam.options(c),
       )
 
     return optax.tree.norm(jax.grad(loss, has_aux=True)(ssl['params'])[0])
