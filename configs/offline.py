@@ -39,6 +39,7 @@ def get_config(variant: str = 'laptop') -> ConfigDict:
     c.offline.bear.warmup_updates = 2000
     return c
   c.environment.episode_length = 64
+  c.world.label = 1  # one class: the oracle knows a latent, and whose it is
   c.sac.gamma = 0.9  # the latent forgets within some eight steps
   c.sac.init_alpha = 0.2 / 64
   c.offline.rollout_length = 64

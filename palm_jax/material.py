@@ -94,7 +94,7 @@ def _record(config, generator):
   wanted = max(3, -(-c.samples // p.num_envs)) if c.samples else math.inf
   parts, held = [], 0
   for part in experience.read(folder):
-    parts.append(part)
+    parts.append(part[:3])  # actions are not read
     held += len(part.step)
     if held >= wanted:
       break

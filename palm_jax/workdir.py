@@ -26,7 +26,15 @@ PATIENCE = 120  # seconds: so long a file server may hold what a lost machine ha
 FREE = 'name', 'jobs', 'plan', 'features', 'report'  # sections that may change at any time
 ABSENT = '(absent)'
 # Settings that came later: what was made without them was made as with these values.
-ADDED = {'data.size': 0}
+ADDED = {
+  'data.size': 0,
+  'encoder.stem': 'cifar',
+  'encoder.patch': 4,
+  'encoder.pool': 'token',
+  'simsiam.tau': 0.996,
+  'simsiam.vicreg_weights': [25.0, 25.0, 1.0],
+  'simsiam.barlow_lambda': 0.0051,
+}
 CONFIG = 'config.json'
 RESTORE = 'restore it or choose another --workdir (each of results/*.json has it as "config")'
 COMPILED = 'compilation_cache'

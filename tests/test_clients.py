@@ -18,6 +18,7 @@ GOAL = dict(
   generator='cifar10-small',
   task='goal',
   goal=0,
+  label=1,  # else the oracle's latent is drawn in other classes, too
   observations='features',
   alpha=0.95,
   beta=0.75,
