@@ -362,6 +362,7 @@ def test_two_rounds_have_the_gradients_of_one():
       np.testing.assert_allclose(rounds[name], whole[name], rtol=1e-9, err_msg=name)
 
 
+@pytest.mark.slow
 def test_latents_average_moves_every_round():
   """0 -> m at first, by the share .005; four rounds in an iteration of G and D, of nearly the same
   means."""
@@ -370,6 +371,7 @@ def test_latents_average_moves_every_round():
   np.testing.assert_allclose(ratio, (1 - 0.995**4) / (1 - 0.995**2), rtol=0.05)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_and_stays_out_of_the_state():
   exact, rough = plain(), plain(dtype='bfloat16')
   assert [np.asarray(x).dtype for x in jax.tree.leaves(exact)] == [

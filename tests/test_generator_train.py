@@ -191,6 +191,7 @@ def test_nan_stops_the_job_and_is_named(job):
 # ---- starting from trained networks
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_networks_of_another(job, tmp_path):
   stopped, _, _, config, data, mesh = job
   _, before = checkpointed(stopped, config, data, mesh)

@@ -290,6 +290,7 @@ def test_heads_may_learn_from_augmented_images(finished, run, data, mesh):
   assert results['rows'][0]['trials'] == 2
 
 
+@pytest.mark.slow
 def test_fine_tuning(finished, run, data, mesh):
   config = job_config(protocol='finetune', scores=('msp', 'knn'), finetune=dict(epochs=4, lr=0.05))
   results = finish(ood.JOB, config, run, data, mesh)

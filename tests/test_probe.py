@@ -322,6 +322,7 @@ def test_settings_are_checked_before_any_work(changes, message):
     probe.check(c, 8)
 
 
+@pytest.mark.slow
 def test_the_two_granularities_of_cifar100(tmp_path):
   """Pixels and their own labels: the vote of one neighbour among the training images is right in
   both label sets."""

@@ -495,6 +495,7 @@ class TestNetworks:
     ).sum()
     assert jax.eval_shape(jax.grad(r1), tiny.images).dtype == jnp.float32
 
+  @pytest.mark.slow
   def test_float64_and_devices(self, tiny):
     """In float64 eight devices and one compute the same images, w_avg and gradients of R1 through
     both networks."""
