@@ -199,7 +199,8 @@ def action_moments(
   return jnp.sum(weights * actions, axis=0), jnp.sum(weights * actions**2, axis=0)
 
 
-def _adam(lr, grads, opt_state, params) -> Any:
+def adam_step(lr: Any, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+  """One step of Adam -> parameters, its state."""
   updates, opt_state = optax.adam(lr).update(grads, opt_state)
   return optax.apply_updates(params, updates), opt_state
 
@@ -240,7 +241,9 @@ def update(
     return 2 * average((q - target_q) ** 2), average(q)  # the sum of the two values' errors
 
   (critic_loss, q), critic_grads = jax.value_and_grad(critic_loss_fn, has_aux=True)(state.critic)
-  critic_params, critic_opt = _adam(config.lr_critic, critic_grads, state.critic_opt, state.critic)
+  critic_params, critic_opt = adam_step(
+    config.lr_critic, critic_grads, state.critic_opt, state.critic
+  )
 
   def actor_loss_fn(params):
     mean, log_std = actor.apply(params, batch.h)
@@ -249,13 +252,13 @@ def update(
     return average(alpha * log_prob - value), average(log_prob)
 
   (actor_loss, log_prob), actor_grads = jax.value_and_grad(actor_loss_fn, has_aux=True)(state.actor)
-  actor_params, actor_opt = _adam(config.lr_actor, actor_grads, state.actor_opt, state.actor)
+  actor_params, actor_opt = adam_step(config.lr_actor, actor_grads, state.actor_opt, state.actor)
 
   target_entropy = -config.target_entropy_scale * noise.shape[-1]
   alpha_loss, alpha_grad = jax.value_and_grad(lambda x: jnp.exp(x) * (-log_prob - target_entropy))(
     state.log_alpha
   )
-  log_alpha, alpha_opt = _adam(config.lr_alpha, alpha_grad, state.alpha_opt, state.log_alpha)
+  log_alpha, alpha_opt = adam_step(config.lr_alpha, alpha_grad, state.alpha_opt, state.log_alpha)
 
   metrics = dict(
     critic_loss=critic_loss,

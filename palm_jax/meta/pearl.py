@@ -314,6 +314,5 @@ def update(
 
 
 def _step(agent, part, grads, lr):
-  updates, opt = optax.adam(lr).update(grads, agent.opt[part])
-  params = optax.apply_updates(getattr(agent, part), updates)
+  params, opt = sac.adam_step(lr, grads, agent.opt[part], getattr(agent, part))
   return agent.replace(**{part: params}, opt=agent.opt | {part: opt})

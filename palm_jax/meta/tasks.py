@@ -103,8 +103,8 @@ class LatentGoals:
     del tasks
     params, world = variables['params'], self.world
     last = jnp.full(len(keys), params.episode_length - 1, jnp.int32)
-    dynamics = environment.Dynamics(params.alpha, params.beta, world.kind, world.start)
-    env = environment.begin(keys, last, world.num_actions, world.generator.num_classes, dynamics)
+    num_classes, dynamics = world.generator.num_classes, world.dynamics(params)
+    env = environment.begin(keys, last, world.num_actions, num_classes, dynamics)
     return State(env, jnp.zeros((len(keys), *world.image_shape), jnp.uint8))
 
   def step(

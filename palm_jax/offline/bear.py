@@ -147,8 +147,7 @@ class Learner(flax.struct.PyTreeNode):
 
   def step(self, lr: float, grads: Any) -> 'Learner':
     """One step of Adam."""
-    updates, opt_state = optax.adam(lr).update(grads, self.opt_state)
-    return Learner(optax.apply_updates(self.params, updates), opt_state)
+    return Learner(*sac.adam_step(lr, grads, self.opt_state, self.params))
 
 
 def learner(params: Any) -> Learner:

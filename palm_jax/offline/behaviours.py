@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from ml_collections import ConfigDict
 
 from palm_jax import sac
 from palm_jax.base.training import Training
-from palm_jax.job import Run
 from palm_jax.offline import records
 from palm_jax.offline.methods import act_sac, update_sac
 
@@ -34,20 +34,19 @@ class Behaviours(NamedTuple):
   curve: list[tuple[int, float]]
 
 
-def train(this: Run, folder: pathlib.Path) -> Behaviours:
-  """Trains SAC in the environment of the config, or resumes it.
+def train(
+  config: ConfigDict, folder: pathlib.Path, player: records.Player, judge: records.Player
+) -> Behaviours:
+  """Trains SAC in the environments of a player, or resumes it; another judges it.
 
   It begins new episodes with each round of offline.rollout_length steps, so that a checkpoint
   between two rounds holds all there is. 'trained' is the best of the policies after each round,
   'half' the first whose return has passed the middle between random and that.
 
   Raises:
-    UserError: see records.make_envs.
     Stopped: by a signal; everything is saved.
   """
-  config, c = this.config, this.config.offline
-  player = records.Player(records.make_envs(config, this.workdir, c.num_envs))
-  judge = records.Player(records.make_envs(config, this.workdir, c.episodes))
+  c = config.offline
   observations, actions = sizes(player.envs)
   per_round = c.num_envs * c.rollout_length
   rounds = max(1, round(c.behaviour_steps / per_round))
@@ -112,10 +111,11 @@ def _chosen(state, actors, curve, at_random):
   )
 
 
-def record(this: Run, behaviours: Behaviours, name: str) -> records.Record:
+def record(
+  config: ConfigDict, player: records.Player, behaviours: Behaviours, name: str
+) -> records.Record:
   """What a behaviour does in offline.record_steps steps, by draws of its policy."""
-  config, c = this.config, this.config.offline
-  player = records.Player(records.make_envs(config, this.workdir, c.num_envs))
+  c = config.offline
   _, actions = sizes(player.envs)
   key = jax.random.fold_in(jax.random.key(config.seed), RECORD_SEED + BEHAVIOURS.index(name))
   state = behaviours.states[name]
@@ -123,11 +123,13 @@ def record(this: Run, behaviours: Behaviours, name: str) -> records.Record:
   by_policy = lambda seen, t: act(state, seen, jax.random.fold_in(key, t))
   player.begin(config.seed + RECORD_SEED + BEHAVIOURS.index(name))
   chosen = _random(actions, [config.seed, RECORD_SEED]) if state is None else by_policy
-  steps = -(-c.record_steps // c.num_envs)
-  played = player.play(
-    chosen, 2 * steps
-  )  # more than is kept: those that begin an episode are no steps
-  return records.take(played, c.record_steps)
+  blocks, played, held = [], 0, 0
+  while held < c.record_steps:  # steps that begin an episode are not kept
+    more = -(-(c.record_steps - held) // c.num_envs)
+    blocks.append(player.play(lambda seen, t, before=played: chosen(seen, before + t), more))
+    played += more
+    held += len(blocks[-1].rewards)
+  return records.take(records.join(blocks), c.record_steps)
 
 
 def batch_of(record: records.Record, gamma: float) -> sac.Batch:

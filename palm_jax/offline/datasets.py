@@ -8,7 +8,7 @@ import numpy as np
 from palm_jax.base.errors import UserError
 from palm_jax.base.signals import raise_if_interrupted
 from palm_jax.base.steps import one_line
-from palm_jax.offline.records import Record
+from palm_jax.offline.records import Record, join
 from palm_jax.world.dataset import WORLD, import_minari
 
 
@@ -46,7 +46,7 @@ def load(name: str, envs: Any, expected: dict[str, str] | None = None) -> Record
   if not episodes:
     raise UserError(f'the data set {name!r} holds no episodes: give another')
   parts = [_record_of(i, episode, name, envs) for i, episode in enumerate(episodes)]
-  return Record(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+  return join(parts)
 
 
 def _record_of(number, episode, name, envs):

@@ -1,7 +1,7 @@
 """Records of what an agent did, and the environments they come from."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import replacing
 from palm_jax.base.signals import raise_if_interrupted
+from palm_jax.world.config import from_config
 
 WORLD = 'world'  # the latent world of the config
 LONGEST = 10_000  # steps of an episode
@@ -48,12 +49,25 @@ class Episode(NamedTuple):
   actions: np.ndarray
 
 
-def make_envs(config: ConfigDict, workdir: pathlib.Path, count: int) -> Any:
-  """Gymnasium environments, `count` at once, of flat float observations and actions in [-1, 1].
+def make_world(config: ConfigDict, workdir: pathlib.Path) -> Any:
+  """(LatentManifold, Params) that all environments of a job share; None with Gymnasium's own.
 
   Raises:
-    UserError: gymnasium is missing, the environment is unknown or not of that kind, or the world
-      of the config is refused.
+    UserError: what `world.make` or `load_generator` refuse.
+  """
+  return from_config(config, workdir) if config.offline.environment == WORLD else None
+
+
+def make_envs(config: ConfigDict, world: Any, count: int) -> Any:
+  """Gymnasium environments, `count` at once, of flat float observations and actions in [-1, 1].
+
+  Args:
+    config: the whole config.
+    world: of `make_world`.
+    count: how many.
+
+  Raises:
+    UserError: gymnasium is missing, or the environment is unknown or not of that kind.
   """
   name = config.offline.environment
   try:
@@ -62,10 +76,9 @@ def make_envs(config: ConfigDict, workdir: pathlib.Path, count: int) -> Any:
   except ImportError as e:
     raise UserError("--job=offline plays by Gymnasium: pip install 'gymnasium>=1.1'") from e
   if name == WORLD:
-    from palm_jax.world.config import from_config
     from palm_jax.world.gym import LatentManifoldVectorEnv
 
-    return LatentManifoldVectorEnv(count, world=from_config(config, workdir))
+    return LatentManifoldVectorEnv(count, world=world)
   try:
     envs = gymnasium.make_vec(name, num_envs=count, vectorization_mode='sync')
   except (gymnasium.error.Error, ImportError, TypeError) as e:
@@ -117,7 +130,7 @@ class Player:
       rewards, terminated = self._step(actions)
       row = seen, actions, rewards, self._seen, terminated, episode
       rows.append([x[~ended] for x in row])
-    return Record(*(np.concatenate(column) for column in zip(*rows, strict=True)))
+    return join([Record(*row) for row in rows])
 
   def _step(self, actions):
     seen, rewards, terminated, truncated, _ = self.envs.step(actions)
@@ -141,6 +154,11 @@ class Player:
       if not alive.any():
         break
     return Episode(total, discounted, first, np.asarray(begun))
+
+
+def join(parts: Sequence[Record]) -> Record:
+  """One record of several, in their order."""
+  return Record(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 def take(record: Record, count: int) -> Record:

@@ -17,7 +17,7 @@ from palm_jax.base.training import Training
 from palm_jax.job import Job, Run, never
 from palm_jax.offline import bear, behaviours, datasets, records
 from palm_jax.offline.methods import METHODS
-from palm_jax.world import config as world
+from palm_jax.world import config as worlds
 from palm_jax.world import goal_latent
 from palm_jax.world.dataset import identity
 from palm_jax.world.tasks import oracle_action
@@ -82,7 +82,7 @@ def check(config: ConfigDict, num_devices: int) -> None:
   checks.divisible('offline.updates', c.updates, c.judge_every, 'judge_every')
   bear.check(c.bear)
   sac.check(config.sac)
-  world.check(config.world)
+  worlds.check(config.world)
   environment.check(config.environment)
   if jax.process_count() > 1:
     raise UserError('--job=offline runs in one process: start it without several')
@@ -100,13 +100,14 @@ def run(this: Run) -> dict[str, Any]:
     What stands in results/offline.json.
 
   Raises:
-    UserError: an environment or record that cannot be had.
+    UserError: an environment or record that is missing, damaged or refused.
     NonFiniteError: something learned is NaN or infinite.
     Stopped: by a signal; everything is saved.
   """
   c, folder = this.config.offline, this.workdir / 'offline'
-  judge = records.Player(records.make_envs(this.config, this.workdir, c.seeds * c.episodes))
-  sources, about = _records(this, folder, judge.envs)
+  world = records.make_world(this.config, this.workdir)
+  judge = records.Player(records.make_envs(this.config, world, c.seeds * c.episodes))
+  sources, about = _records(this, folder, world, judge.envs)
   rows, rest = [], dict[str, Any](about)
   for name, record in sources.items():
     own = records.mean_return(record)
@@ -126,25 +127,27 @@ def run(this: Run) -> dict[str, Any]:
           curve=curve,
         )
       )
-  if c.environment == records.WORLD and this.config.world.task == 'goal':
+  if world and this.config.world.task == 'goal':
     rest['oracle'] = _oracle(judge, this.config)
   return dict(rows=rows, **rest, protocol=_protocol(this.config))
 
 
-def _records(this, folder, envs):
+def _records(this, folder, world, envs):
   """{name: Record}, and what else is known of who made them."""
   c = this.config.offline
   if c.datasets:
-    expected = identity(envs.world) if c.environment == records.WORLD else None
+    expected = identity(world[0]) if world else None
     return {name: datasets.load(name, envs, expected) for name in c.datasets}, {}
   made = {name: folder / 'records' / f'{name}.npz' for name in c.behaviours}
-  players = behaviours.train(this, folder / 'behaviours')
+  player = records.Player(records.make_envs(this.config, world, c.num_envs))
+  judge = records.Player(records.make_envs(this.config, world, c.episodes))
+  found = behaviours.train(this.config, folder / 'behaviours', player, judge)
   for name, path in made.items():
     if not path.exists():
       path.parent.mkdir(exist_ok=True)
-      records.save(path, behaviours.record(this, players, name))
+      records.save(path, behaviours.record(this.config, player, found, name))
       logging.info('offline: recorded %s', path)
-  about = dict(behaviours=players.returns, behaviour_curve=players.curve)
+  about = dict(behaviours=found.returns, behaviour_curve=found.curve)
   return {name: records.load(path) for name, path in made.items()}, about
 
 

@@ -37,6 +37,12 @@ def check(c: ConfigDict) -> None:
   checks.choice('world.observations', c.observations, OBSERVATIONS)
 
 
+def settings_of(e: ConfigDict) -> dict[str, Any]:
+  """A config's section `environment` as settings of `world.make`."""
+  names = 'alpha', 'beta', 'truncation_psi', 'episode_length', 'dynamics', 'start', 'stack'
+  return {name: e[name] for name in names}
+
+
 def from_config(
   config: ConfigDict, workdir: pathlib.Path, **others: Any
 ) -> tuple[LatentManifold, Params]:
@@ -50,19 +56,13 @@ def from_config(
   Raises:
     UserError: what `make` or `load_generator` refuse.
   """
-  w, e = config.world, config.environment
+  w = config.world
   settings = dict(
     task=w.task,
     observations=w.observations,
     encoder=w.encoder,
     label=w.label,
-    alpha=e.alpha,
-    beta=e.beta,
-    truncation_psi=e.truncation_psi,
-    episode_length=e.episode_length,
-    dynamics=e.dynamics,
-    start=e.start,
-    stack=e.stack,
+    **settings_of(config.environment),
   )
   if w.task == 'goal':
     settings['goal'] = w.goal

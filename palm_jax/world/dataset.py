@@ -29,6 +29,7 @@ from palm_jax.base.errors import UserError
 from palm_jax.base.steps import one_line
 from palm_jax.checkpoint import load_config
 from palm_jax.world import NAME, LatentManifold, make
+from palm_jax.world.config import settings_of
 from palm_jax.world.manifold import OBSERVATIONS
 from palm_jax.world.tasks import TASKS
 
@@ -79,18 +80,11 @@ def write(
     raise UserError(f'{target} holds something already: choose another --name, or delete it')
   config = ConfigDict(load_config(workdir))
   generator = worlds.load_world_generator(config, workdir)
-  e = config.environment
   needs = task != 'none' or observations == 'features'
   settings: dict[str, Any] = dict(
     task=task,
     observations=observations,
-    alpha=e.alpha,
-    beta=e.beta,
-    truncation_psi=e.truncation_psi,
-    episode_length=e.episode_length,
-    dynamics=e.dynamics,
-    start=e.start,
-    stack=e.stack,
+    **settings_of(config.environment),
     encoder=(encoder or str(workdir)) if needs else None,
   )
   if task == 'goal':
@@ -105,7 +99,7 @@ def write(
   try:
     with _minari_in(part):
       named = _named_env(world, dict(settings, generator=str(config.generator.path or workdir)))
-      with _from_run(f'{workdir}: '):
+      with _refusals_of_minari(f'{workdir}: '):
         made = minari.create_dataset_from_buffers(
           name, first, env=named, algorithm_name='PALM', jpeg_encoding=False
         )
@@ -206,7 +200,7 @@ def _minari_in(root):
 
 
 @contextlib.contextmanager
-def _from_run(words):
+def _refusals_of_minari(words):
   """What Minari refuses, such as a name, in one line; it warns of all that is left out."""
   try:
     with warnings.catch_warnings(action='ignore', category=UserWarning):

@@ -148,7 +148,7 @@ class LatentManifold:
       jnp.zeros(len(keys), jnp.int32),
       self.generator.z_dim,
       self.generator.num_classes,
-      self._dynamics(params),
+      self.dynamics(params),
     )
     seen = jnp.zeros((len(keys), *self.image_shape), jnp.uint8)
     state = self.show(begun, seen, params)
@@ -176,7 +176,7 @@ class LatentManifold:
       state.env,
       actions,
       keys,
-      self._dynamics(params),
+      self.dynamics(params),
       params.episode_length,
       self.generator.num_classes,
     )
@@ -239,7 +239,8 @@ class LatentManifold:
 
   # ---- what both have
 
-  def _dynamics(self, params):
+  def dynamics(self, params: Params) -> environment.Dynamics:
+    """Those of params."""
     return environment.Dynamics(params.alpha, params.beta, self.kind, self.start)
 
   def show(self, env: environment.EnvState, seen: jax.Array, params: Params) -> State:
