@@ -28,6 +28,7 @@ from palm_jax.evaluate import play
 from palm_jax.generator import load_generator
 from palm_jax.play.game import Game, check_shape, open_game
 from palm_jax.world import make
+from palm_jax.world.config import settings_of
 from palm_jax.world.views import pretrained
 
 GENERATOR = 'cifar10-small'
@@ -84,16 +85,13 @@ def load_game(
     height, width, channels = used.image_shape
     features = pretrained(workdir, (height, width, channels * e.stack), step)
     policy, why_not = load_agent(config, pathlib.Path(workdir), used, step)
+  settings: dict[str, Any] = settings_of(e)
+  settings['episode_length'] = None  # the page has its own
   world, params = make(
     used,
     'entropy',
     encoder=features,
-    alpha=e.alpha,
-    beta=e.beta,
-    truncation_psi=e.truncation_psi,
-    dynamics=e.dynamics,
-    start=e.start,
-    stack=e.stack,
+    **settings,
     memory=MEMORY,
   )
   about = dict(
