@@ -1,42 +1,47 @@
-r"""Compiles pretraining for a TPU slice without having one, and prints what a chip would do.
+r"""Compiles pretraining for accelerators that are not here, and prints what a chip would do.
 
   python -m launch.compile_for --topology=v5e:16x16 --config=configs/cifar.py \
     --config.pretrain.dtype=bfloat16 --scale_from=8
+  python -m launch.compile_for --topology=h200:1 --config=configs/cifar.py \
+    --config.pretrain.dtype=bfloat16 --parts
 
 It is the program that palm_jax.main would run there: the donated scan over whole iterations,
-compiled by libtpu from shapes alone. No array is made and no generator is read: its pictures are
-those of config.plan. No TPU is needed, only `pip install 'palm_jax[tpu]'`. The compiler takes
-minutes, and for large slices more stack than usual: `ulimit -s unlimited` (with 8 MB it ended in a
-segmentation fault on v6e:16x16). Topologies are named as Google Cloud names them: v5e:2x4,
-v5e:16x16, v6e:16x16, v5p:4x4x4.
+compiled from shapes alone. No array is made and no generator is read: its pictures are those of
+config.plan. No chip is needed, only the compiler: `pip install 'palm_jax[tpu]'` or
+'palm_jax[cuda12]'. It takes minutes, and for large slices of TPUs more stack than usual: `ulimit -s
+unlimited` (with 8 MB it ended in a segmentation fault on v6e:16x16). TPU slices are named as Google
+Cloud names them: v5e:2x4, v5e:16x16, v6e:16x16, v5p:4x4x4. GPUs have their number in one machine:
+h200:1, h100:8.
 
 --scale_from=8 takes the sizes of the config as those of 8 chips. It multiplies num_envs,
 batch_size, warmup_steps, num_shards and capacity, so that every chip keeps its share whatever the
 slice, and prints the flags of palm_jax.main for that. Without it the sizes stay, and must be
 divisible by the number of chips. Only the reward grows with the slice: each sample has its
 neighbours in the whole batch.
+
+--parts, of a GPU, also prints the time by part, and the kernels that move and compute most.
 """
 
 import importlib.metadata
-import importlib.util
 import math
-import os
 import pathlib
 import re
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from absl import flags
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from launch.chips import CHIPS, Chip, is_gpu, make_mesh, parse_topology
 from launch.compiled_counts import analyse
 from launch.compiled_text import parse
+from launch.described import describe, gigabytes
+from launch.kernels import Kernel, kernels, table_of_kernels, table_of_parts
 from palm_jax import pretrain, worlds
 from palm_jax.base import command
 from palm_jax.base.errors import UserError
@@ -44,7 +49,6 @@ from palm_jax.base.files import write_json
 from palm_jax.generator.protocol import PictureGenerator
 from palm_jax.speed import plan
 
-HOP_SECONDS = 1e-6  # jax-ml.github.io/scaling-book, chapter 3: about a microsecond a hop
 SCALED = (
   'pretrain.num_envs',
   'pretrain.batch_size',
@@ -56,66 +60,6 @@ REMEDY = (
   'lower replay.capacity, pretrain.num_envs or pretrain.batch_size, set '
   'pretrain.dtype=bfloat16, or take more chips'
 )
-# Without these libtpu looks for the machine's own TPUs, and lets only one process in.
-ENVIRONMENT = dict(
-  TPU_SKIP_MDS_QUERY='1',
-  TPU_ACCELERATOR_TYPE='v5litepod-8',
-  TPU_WORKER_HOSTNAMES='localhost',
-  TPU_WORKER_ID='0',
-  ALLOW_MULTIPLE_LIBTPU_LOAD='1',
-  TF_CPP_MIN_LOG_LEVEL='2',
-)
-
-
-class Chip(NamedTuple):
-  """Peaks of one chip."""
-
-  flops: float  # bf16 FLOP/s
-  hbm: float  # bytes/s
-  ici: float  # bytes/s sent over all links; half of what is documented as bidirectional
-  memory: float  # bytes
-
-
-CHIPS = {  # docs.cloud.google.com/tpu/docs/v5e, v5p, v6e
-  'v5e': Chip(197e12, 819e9, 200e9, 16 * 2**30),
-  'v5p': Chip(459e12, 2765e9, 600e9, 95 * 2**30),
-  'v6e': Chip(918e12, 1600e9, 400e9, 32 * 2**30),
-}
-
-
-def parse_topology(topology: str) -> tuple[str, tuple[int, ...]]:
-  """'v5e:16x16' -> ('v5e', (16, 16)). UserError for a generation that is not in CHIPS."""
-  generation, _, layout = topology.partition(':')
-  if generation not in CHIPS or not re.fullmatch(r'\d+(x\d+)+', layout):
-    raise UserError(
-      f'--topology={topology} is unknown: expected a generation ({", ".join(CHIPS)}) and a '
-      'layout, such as v5e:2x4'
-    )
-  return generation, tuple(map(int, layout.split('x')))
-
-
-def make_mesh(topology: str) -> Mesh:
-  """The mesh of a TPU slice that need not exist.
-
-  Raises:
-    UserError: an unknown generation, no libtpu, or a layout that libtpu refuses.
-  """
-  parse_topology(topology)
-  if importlib.util.find_spec('libtpu') is None:
-    raise UserError(
-      "libtpu is not installed, and it is the compiler for TPUs: pip install 'palm_jax[tpu]'"
-    )
-  for name, value in ENVIRONMENT.items():
-    os.environ.setdefault(name, value)
-  try:
-    devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
-  except jax.errors.JaxRuntimeError as e:
-    raise UserError(
-      f'--topology={topology} is refused by libtpu ({str(e).splitlines()[0]}): if it is the '
-      'layout, choose one that Google Cloud offers, such as v5e:2x4, v5e:16x16, v6e:16x16, '
-      'v5p:4x4x4'
-    ) from e
-  return Mesh(devices, ('data',), axis_types=(AxisType.Auto,))
 
 
 def scale(config: ConfigDict, chips: int, scale_from: int) -> None:
@@ -168,30 +112,41 @@ def compile_program(lowered: jax.stages.Lowered, topology: str, chip: Chip) -> j
 
 
 def roofline(
-  chip: Chip, layout: Sequence[int], total: Counter, iterations: int
+  chip: Chip,
+  layout: Sequence[int],
+  total: Counter,
+  iterations: int,
+  launched: Sequence[Kernel] = (),
 ) -> dict[str, float]:
   """Seconds of an iteration at a chip's peaks.
 
-  Arithmetic and HBM traffic overlap fully, the network with neither. Every collective sends over
-  all links at once, and takes half the way around the torus on top.
+  Arithmetic and memory traffic overlap fully, the network with neither. Every collective sends over
+  all links at once, and takes half the way around the torus on top. GPUs take one kernel after the
+  other, so that only within each the two overlap.
 
   Args:
     chip: its peaks.
     layout: chips along each side of the slice.
     total: of `analyse`.
     iterations: that the program runs.
+    launched: of `kernels`, where the chip is a GPU.
 
   Returns:
-    {'compute', 'memory', 'network', 'iteration': seconds}.
+    {'compute', 'memory', 'network', 'iteration', of GPUs 'kernels': seconds}.
   """
   count = sum(n for key, n in total.items() if key[1:] == ('count',))
   sent = sum(n for key, n in total.items() if key[1:] == ('sent',))
   seconds = dict(
     compute=total['passes'] / chip.flops,
     memory=total['bytes'] / chip.hbm,
-    network=sent / chip.ici + count * HOP_SECONDS * sum(layout) / 2,
+    network=sent / chip.ici + count * chip.hop * sum(layout) / 2,
   )
-  seconds['iteration'] = max(seconds['compute'], seconds['memory']) + seconds['network']
+  if launched:
+    seconds['compute'] = sum(k.count * k.flops for k in launched) / chip.flops
+    seconds['memory'] = sum(k.count * k.bytes for k in launched) / chip.hbm
+    seconds['kernels'] = sum(k.seconds(chip) for k in launched)
+  busy = seconds.get('kernels', max(seconds['compute'], seconds['memory']))
+  seconds['iteration'] = busy + seconds['network']
   return {name: s / iterations for name, s in seconds.items()}
 
 
@@ -202,8 +157,8 @@ def study(config: ConfigDict, topology: str, generator: PictureGenerator) -> dic
     UserError: invalid sizes or topology, no libtpu, or a program that does not fit the chip.
   """
   mesh = make_mesh(topology)
-  generation, layout = parse_topology(topology)
-  chip = CHIPS[generation]
+  kind, layout = parse_topology(topology)
+  chip = CHIPS[kind]
   started = time.monotonic()
   program, lowered = lower(config, generator, mesh)
   lowered_at = time.monotonic()
@@ -212,8 +167,7 @@ def study(config: ConfigDict, topology: str, generator: PictureGenerator) -> dic
   compiled_at = time.monotonic()
   module = parse(compiled.as_text())
   total, unknown = analyse(module, mesh.size)
-  once, _ = analyse(module, mesh.size, once=True)
-  cost = compiled.cost_analysis()
+  launched = kernels(module) if is_gpu(kind) else ()
   memory = compiled.memory_analysis()
   iterations = config.pretrain.iterations_per_call
   parts = dict(
@@ -222,7 +176,7 @@ def study(config: ConfigDict, topology: str, generator: PictureGenerator) -> dic
     temporaries=memory.temp_size_in_bytes,
     code=memory.generated_code_size_in_bytes,
   )
-  seconds = roofline(chip, layout, total, iterations)
+  seconds = roofline(chip, layout, total, iterations, launched)
   num_iterations = math.ceil(config.pretrain.env_steps / program.env_steps_per_iteration)
   kinds = sorted({key[0] for key in total if isinstance(key, tuple)})
   return dict(
@@ -238,78 +192,50 @@ def study(config: ConfigDict, topology: str, generator: PictureGenerator) -> dic
     lower_seconds=lowered_at - started,
     compile_seconds=compiled_at - lowered_at,
     memory=dict(parts, total=sum(parts.values()), chip=chip.memory),
-    flops=total['flops'] / iterations,
-    hbm_bytes=total['bytes'] / iterations,
-    cycles=total['cycles'] / iterations,
+    **(_of_gpu(launched, iterations) if launched else _of_tpu(compiled, module, total, iterations)),
     loops_of_unknown_length=unknown,
     collectives={
       kind: {what: total[kind, what] / iterations for what in ('count', 'sent')} for kind in kinds
     },
-    counted_once=dict(
-      flops=once['flops'], xla_flops=cost['flops'], xla_bytes=cost['bytes accessed']
-    ),
     seconds=seconds,
     hours=num_iterations * seconds['iteration'] / 3600,
-    versions={name: importlib.metadata.version(name) for name in ('jax', 'libtpu')},
+    versions={
+      name: importlib.metadata.version(name)
+      for name in ('jax', 'jax-cuda12-plugin' if launched else 'libtpu')
+    },
   )
 
 
-def gigabytes(n: float) -> str:
-  """A number of bytes as text."""
-  return f'{n / 2**30:.2f} GiB'
+def _of_gpu(launched, iterations):
+  """What an iteration does, from its kernels."""
+  each = [k._replace(count=k.count / iterations) for k in launched]
+  return dict(
+    flops=sum(k.count * k.flops for k in each),
+    hbm_bytes=sum(k.count * k.bytes for k in each),
+    launches=sum(k.count for k in each),
+    fused_convolutions=sum(k.count for k in each if 'convBiasActivation' in k.kind),
+    kernels=each,
+  )
 
 
-def describe(s: dict[str, Any]) -> str:
-  """The numbers of `study` in words."""
-  memory = s['memory']
-  seconds = s['seconds']
-  chip = CHIPS[parse_topology(s['topology'])[0]]
-  percent = lambda part: f'{100 * part / memory["total"]:.0f}%'
-  lines = [
-    f'{s["topology"]}: {s["chips"]} chips ({s["device_kind"]}), config {s["config"]}, '
-    f'{s["dtype"]}; lowered in {s["lower_seconds"]:.0f} s, compiled in '
-    f'{s["compile_seconds"]:.0f} s',
-    'sizes           ' + ' '.join(f'--config.{name}={value}' for name, value in s['sizes'].items()),
-    '',
-    'On each chip:',
-    f'memory          {gigabytes(memory["total"])} of {gigabytes(memory["chip"])}: '
-    + ', '.join(
-      f'{name.replace("_", " ")} {gigabytes(n)} ({percent(n)})'
-      for name, n in memory.items()
-      if name not in ('total', 'chip')
+def _of_tpu(compiled, module, total, iterations):
+  """The same from the counts of the whole program, beside XLA's own."""
+  once, _ = analyse(module, 1, once=True)
+  cost = compiled.cost_analysis()
+  return dict(
+    flops=total['flops'] / iterations,
+    hbm_bytes=total['bytes'] / iterations,
+    cycles=total['cycles'] / iterations,
+    counted_once=dict(
+      flops=once['flops'], xla_flops=cost['flops'], xla_bytes=cost['bytes accessed']
     ),
-    f'arithmetic      {s["flops"] / 1e9:.1f} GFLOP an iteration, in products and convolutions',
-    f"                (each loop's body counted once: {s['counted_once']['flops'] / 1e9:.1f}, and "
-    f'{s["counted_once"]["xla_flops"] / 1e9:.1f} by XLA, which counts so and adds what is '
-    'elementwise)',
-    f'HBM traffic     {s["hbm_bytes"] / 1e9:.2f} GB an iteration',
-  ]
-  for kind, c in s['collectives'].items():
-    lines.append(f'{kind:15s} {c["sent"] / 1e6:.2f} MB sent an iteration, in {c["count"]:.4g}')
-  if s['loops_of_unknown_length']:
-    lines.append(
-      f'counted once, because their length is unknown: {", ".join(s["loops_of_unknown_length"])}'
-    )
-  lines += [
-    '',
-    f'An iteration of {s["env_steps_per_iteration"]} env steps, at the peaks of the chip:',
-    f'time            {1e3 * seconds["iteration"]:.2f} ms = max(compute '
-    f'{1e3 * seconds["compute"]:.2f}, HBM {1e3 * seconds["memory"]:.2f}) + network '
-    f'{1e3 * seconds["network"]:.2f}',
-    f'{s["env_steps"] / 1e6:.4g}M steps  {s["hours"]:.3g} hours: a floor, not a forecast; the '
-    f'compiler itself reckons with {s["cycles"] / 1e6:.1f}M cycles an iteration without the '
-    'network',
-    f'assumed         {chip.flops / 1e12:.0f} TFLOP/s bf16, HBM {chip.hbm / 1e9:.0f} GB/s, '
-    f'{chip.ici / 1e9:.0f} GB/s sent over all links (docs.cloud.google.com/tpu/docs),',
-    f'                {1e6 * HOP_SECONDS:.0f} us a hop; every chip one mesh position, no host in '
-    'between',
-  ]
-  return '\n'.join(lines)
+  )
 
 
 def parse_flags(argv: list[str]) -> list[str]:
   """Reads the command line; returns what absl leaves of it."""
-  flags.DEFINE_string('topology', None, 'TPU slice, such as v5e:16x16.')
+  flags.DEFINE_string('topology', None, 'Chips, such as v5e:16x16 or h200:1.')
+  flags.DEFINE_bool('parts', False, 'Of a GPU: also the time by part, and the dearest kernels.')
   flags.DEFINE_integer(
     'scale_from', None, 'Chips that the sizes of the config are for; they grow with the slice.', 1
   )
@@ -322,16 +248,20 @@ def main(argv: list[str]) -> None:
   command.no_arguments(argv)
   f = flags.FLAGS
   if f.topology is None:
-    raise UserError('--topology is missing: give a TPU slice, such as v5e:2x4 or v5e:16x16')
+    raise UserError('--topology is missing: give a TPU slice or GPUs, such as v5e:2x4 or h200:1')
   jax.config.update('jax_platforms', 'cpu')
   if f.scale_from:
     scale(f.config, math.prod(parse_topology(f.topology)[1]), f.scale_from)
   result = study(
     f.config, f.topology, worlds.as_world(f.config, plan.untrained_generator(f.config))
   )
+  launched = result.pop('kernels', [])
   if f.json:
     write_json(pathlib.Path(f.json), result)
   print(describe(result))
+  if f.parts and launched:
+    chip = CHIPS[parse_topology(f.topology)[0]]
+    print(f'\n{table_of_parts(launched, chip)}\n\n{table_of_kernels(launched, chip)}')
   check_memory(result)
 
 

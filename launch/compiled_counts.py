@@ -6,7 +6,7 @@ XLA's own counts take a loop's body once, whatever its length. These take it as 
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ FREE = frozenset(
   'slice-done async-update async-done opt-barrier while conditional call all-reduce-done '
   'all-gather-done collective-permute-done'.split()
 )
+WORKSPACE = re.compile(r', [us]8\[\d+\]\{0\}\)$')  # of XLA:GPU's calls of cuDNN and cuBLAS
 PASSES = {'highest': 6, 'high': 3}  # bf16 products that make one of float32: jax.lax.Precision
 SLICES = ('dynamic-slice', 'slice', 'gather', 'slice-start')
 
@@ -33,10 +34,13 @@ def product_flops(computation: Computation, instruction: Instruction) -> int:
   if instruction.opcode == 'dot':
     contracted = group(r'lhs_contracting_dims=\{([\d,]*)\}', instruction.attributes)
     return 2 * math.prod(out) * math.prod(left[int(i)] for i in contracted.split(',') if i)
-  return _convolution_flops(left, right, out, instruction.attributes)
+  return convolution_flops(left, right, out, instruction.attributes)
 
 
-def _convolution_flops(left, right, out, attributes):
+def convolution_flops(
+  left: Sequence[int], right: Sequence[int], out: Sequence[int], attributes: str
+) -> int:
+  """FLOPs of a convolution of arrays with these sizes; their axes are named in the attributes."""
   left_names, right_names, out_names = re.findall(r'dim_labels=(\w+)_(\w+)->(\w+)', attributes)[0]
   window = dict(item.split('=') for item in group(r'window=\{([^}]*)\}', attributes).split())
   spatial = lambda key, default: window.get(key, 'x'.join([default] * (len(out) - 2))).split('x')
@@ -65,8 +69,8 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
   if instruction.opcode in FREE:
     return 0
   results = arrays(instruction.shape)
-  if instruction.opcode.endswith('-start'):
-    results = results[:1]  # the operand and a handle follow
+  if instruction.opcode.endswith('-start') or WORKSPACE.search(instruction.shape):
+    results = results[:1]  # the operand and a handle follow, or what a library writes notes on
   outer = [
     sum(array.hbm for array in arrays(computation[name].shape)) if name in computation else 0
     for name in instruction.operands

@@ -4,6 +4,8 @@ from typing import Any
 
 import flax.linen as nn
 
+from palm_jax.layers.normalization import EPSILON, MOMENTUM
+
 # torch's nn.Linear: uniform within 1 / sqrt(fan_in).
 LINEAR = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
@@ -45,8 +47,8 @@ class Projector(nn.Module):
       affine = self.output_affine or not last
       x = nn.BatchNorm(
         not train,
-        momentum=0.9,
-        epsilon=1e-5,
+        momentum=MOMENTUM,
+        epsilon=EPSILON,
         axis_name=self.axis_name,
         dtype=self.dtype,
         use_scale=affine,
@@ -74,8 +76,8 @@ class Predictor(nn.Module):
     )
     x = nn.BatchNorm(
       not train,
-      momentum=0.9,
-      epsilon=1e-5,
+      momentum=MOMENTUM,
+      epsilon=EPSILON,
       axis_name=self.axis_name,
       dtype=self.dtype,
       name='norm1',

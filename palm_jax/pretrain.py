@@ -236,11 +236,20 @@ def learn_policy(
 def iterations(setup: Setup, state: State, world: World) -> tuple[State, Output]:
   """The iterations of one compiled call. Metrics also say which of them `updated`."""
   count, first = setup.config.pretrain.iterations_per_call, state.iteration
-  step = lambda state, _: iteration(setup, state, world)
+  world = rollout.prepared(setup, world)
+  names = []
+
+  def step(state, _):
+    state, output = iteration(setup, state, world)
+    names[:] = sorted(output.metrics)
+    # As one array: a loop on an accelerator launches a kernel for each that it hands out.
+    return state, output._replace(metrics=jnp.stack([output.metrics[name] for name in names]))
+
   state, output = jax.lax.scan(step, state, length=count)
   updated = first + jnp.arange(count) >= setup.warmup_iterations
+  metrics = dict(zip(names, output.metrics.T, strict=True), updated=updated)  # (I,) each
   rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output.experience)  # (I * T, E, ...)
-  return state, Output(dict(output.metrics, updated=updated), rows)
+  return state, Output(metrics, rows)
 
 
 def init(setup: Setup, key: jax.Array, world: World) -> State:

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from palm_jax import agent as agents
 from palm_jax import environment, replay
+from palm_jax.base import devices
 from palm_jax.experience import Experience
 from palm_jax.layers.pixels import to_uint8
 
@@ -86,6 +87,27 @@ def encode(play: Play, params: Any, batch_stats: Any, frames: jax.Array) -> jax.
   return play.encoder.apply(variables, frames, train=False)
 
 
+def prepared(play: Play, world: World) -> World:
+  """The same world for many draws; on accelerators, what is made of kernels alone is made here."""
+  if devices.platform() == 'cpu' or not hasattr(play.generator, 'prepared'):
+    return world
+  # Held here: XLA would move it to where it is used, into the loops.
+  ready = jax.lax.optimization_barrier(play.generator.prepared(world.variables))
+  return world._replace(variables=ready)
+
+
+def folded(play: Play, ssl: dict[str, Any]) -> tuple[Play, dict[str, Any]]:
+  """The same eyes for many looks, on accelerators with the batch statistics folded in."""
+  if devices.platform() == 'cpu' or not hasattr(play.encoder, 'fold'):
+    return play, ssl
+  variables = {'params': ssl['params']['encoder'], 'batch_stats': ssl['batch_stats']['encoder']}
+  encoder, variables = play.encoder.fold(variables)
+  # Held here: XLA would move it to where it is used, into the loop over steps.
+  params = jax.lax.optimization_barrier(variables['params'])
+  seeing = dict(params={'encoder': params}, batch_stats={'encoder': {}})
+  return dataclasses.replace(play, encoder=encoder), seeing
+
+
 def act(
   play: Play,
   ssl: dict[str, Any],
@@ -132,13 +154,14 @@ def collect(
     State, and with pretrain.record the Experience (T, E, ...), else ().
   """
   ids, p, first = play.local_env_ids(), play.config.pretrain, state.ring.total
+  actor, seeing = folded(play, state.ssl) if isinstance(state.agent, agents.Agent) else (play, ())
   at_random = lambda keys: environment.random_actions(keys, play.generator.z_dim, play.real)
 
   def step(carry, t):
     env, frames = carry
     key_policy, key_env = jax.random.split(jax.random.fold_in(key, t))
     keys, episodes = environment.env_keys(key_policy, ids), episode_numbers(play, ids, first + t)
-    by_policy = lambda: act(play, state.ssl, state.agent, frames, keys, episodes)
+    by_policy = lambda: act(actor, seeing, state.agent, frames, keys, episodes)
     actions = jax.lax.cond(warm, lambda: at_random(keys), by_policy)
     packed = replay.pack(actions, play.action_dtype)
     taken = replay.unpack(packed, play.real)  # what is done is what the replay will hold

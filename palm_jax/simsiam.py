@@ -1,7 +1,9 @@
 """SimSiam (Chen and He, arXiv 2011.10566) and other objectives on its networks: loss, optimiser,
 and the monitors that see a collapse."""
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,6 +17,7 @@ from palm_jax.base import checks, devices
 from palm_jax.base.errors import UserError
 from palm_jax.contrastive import normalize, supcon
 from palm_jax.heads import Predictor, Projector
+from palm_jax.layers.normalization import MOMENTUM
 
 OBJECTIVES = 'simsiam', 'simclr', 'supcon', 'byol', 'vicreg', 'barlow'
 PREDICTING = 'simsiam', 'byol'  # the others leave the predictor out
@@ -191,7 +194,7 @@ def forward(
 ) -> tuple[jax.Array, Aux]:
   """SimSiam, or another objective on the same networks, over a batch of pairs.
 
-  The views go through the networks one after the other, each with the statistics of its own batch;
+  The views go through each network in turn, each with the statistics of its own batch;
   running statistics see s first, then s_next (facebookresearch/simsiam simsiam/builder.py). Not
   symmetric leaves the predictor out for s_next. Differentiate the returned loss as it is: it is
   already the mean over `axis_name`, and so its gradient needs no further collective under
@@ -215,26 +218,31 @@ def forward(
   """
   stats = dict(batch_stats)
 
-  def apply(name, x, params=params):
-    module, variables = getattr(modules, name), {'params': params[name], 'batch_stats': stats[name]}
-    if not train:
-      return module.apply(variables, x, train=False)
-    y, updated = module.apply(variables, x, train=True, mutable=['batch_stats'])
-    if params is not target:
-      stats[name] = updated.get('batch_stats', {})
-    return y
+  def apply(name, views, params=params):
+    """The module's results of the views."""
+    module = getattr(modules, name)
+    run = lambda stats, x: module.apply(
+      {'params': params[name], 'batch_stats': stats}, x, train=train, mutable=['batch_stats']
+    )
+    results, after = in_turn(run, stats[name], views, train)
+    if train and params is not target:
+      stats[name] = after
+    return results
 
-  h = apply('encoder', s)  # (B, F)
-  z = apply('projector', h)  # (B, D)
+  views = s, s_next
+  h, h_next = apply('encoder', views)  # (B, F) each
+  z, z_next = apply('projector', (h, h_next))  # (B, D) each
   predicts = objective in PREDICTING
-  p: Any = apply('predictor', z) if predicts else None  # (B, D)
-  h_next = apply('encoder', s_next)
-  z_next = apply('projector', h_next)
-  p_next = apply('predictor', z_next) if predicts and symmetric else None
+  p: Any = None
+  p_next: Any = None
+  if predicts and symmetric:
+    p, p_next = apply('predictor', (z, z_next))  # (B, D) each
+  elif predicts:
+    (p,) = apply('predictor', (z,))
   if objective == 'simsiam':
     value = devices.mean(loss(p, z, p_next, z_next, symmetric), axis_name)
   elif objective == 'byol':
-    t, t_next = (apply('projector', apply('encoder', x, target), target) for x in (s, s_next))
+    t, t_next = apply('projector', apply('encoder', views, target), target)
     value = objectives.byol(p, t, p_next, t_next, axis_name)
   elif objective == 'vicreg':
     value = objectives.vicreg(z, z_next, vicreg_weights, axis_name)
@@ -248,6 +256,41 @@ def forward(
   alike = devices.mean(objectives.cosine(h, h_next), axis_name)
   metrics = dict(loss=detached_loss, **spread(z, objective, axis_name), h_cosine=alike)
   return value, Aux(h, h_next, z, z_next, stats, metrics)
+
+
+def in_turn(
+  run: Callable[[Any, jax.Array], tuple[Any, Any]],
+  stats: Any,
+  views: Sequence[jax.Array],
+  train: bool,
+) -> tuple[list[jax.Array], Any]:
+  """The views through a network one after the other, as far as its running statistics can tell.
+
+  Accelerators take them at once, each with the statistics of its own batch: half as many kernels
+  and, on several devices, half as many sums over them. On CPU that would be two copies more.
+
+  Args:
+    run: (statistics, view (B, ...)) -> (result, {'batch_stats': statistics after it}), in training
+      a step of normalization.MOMENTUM from those before.
+    stats: running statistics before.
+
+  Returns:
+    (results of the views, statistics after all of them).
+  """
+  if devices.platform() == 'cpu' or len(views) == 1:
+    results = []
+    for view in views:
+      result, updated = run(stats, view)
+      results.append(result)
+      stats = updated.get('batch_stats', {})
+    return results, stats
+  # In training only the step reads them. From zero it is what each batch adds.
+  before = jax.tree.map(jnp.zeros_like, stats) if train else stats
+  results, added = jax.vmap(run, (None, 0))(before, jnp.stack(views))
+  if train:
+    follow = lambda old, steps: functools.reduce(lambda x, step: MOMENTUM * x + step, steps, old)
+    stats = jax.tree.map(follow, stats, added.get('batch_stats', {}))
+  return list(results), stats
 
 
 def spread(z: jax.Array, objective: str, axis_name: str | None) -> dict[str, jax.Array]:

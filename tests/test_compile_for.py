@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from configs import cifar
-from launch import compile_for
+from launch import chips, compile_for, described
 from palm_jax import pretrain, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
@@ -25,7 +25,7 @@ NEEDS_LIBTPU = pytest.mark.skipif(
 
 
 def test_roofline():
-  chip = compile_for.Chip(flops=1e12, hbm=1e9, ici=1e8, memory=1)
+  chip = chips.Chip(flops=1e12, hbm=1e9, ici=1e8, memory=1)
   total = {
     'flops': 1e12,
     'passes': 6e12,
@@ -46,12 +46,12 @@ def test_scaled_sizes_keep_each_chips_share():
   config = cifar.get_config()
   compile_for.scale(config, 256, 8)  # chips, of which the config was for
   assert (config.pretrain.num_envs, config.pretrain.batch_size, config.replay.num_shards) == (
-    64 * 32,
+    512 * 32,
     512 * 32,
     256,
   )
   pretrain.check(config, 256)
-  with pytest.raises(UserError, match='pretrain.num_envs=2048 .*multiple of 3000'):
+  with pytest.raises(UserError, match='pretrain.num_envs=16384 .*multiple of 3000'):
     compile_for.scale(config, 8, 3000)
 
 
@@ -63,18 +63,18 @@ def test_the_generator_takes_no_memory():
   assert generator.image_shape == (32, 32, 3) and generator.num_classes == 10
 
 
-@pytest.mark.parametrize('topology', ['v9z:2x4', 'v5e', 'v5e:', 'v5e:2y4', ''])
+@pytest.mark.parametrize('topology', ['v9z:2x4', 'v5e', 'v5e:', 'v5e:2y4', 'v5e:8', ''])
 def test_unknown_topologies(topology):
   with pytest.raises(
-    UserError, match=f'^--topology={topology} is unknown: .*v5e, v5p, v6e.*v5e:2x4$'
+    UserError, match=f'^--topology={topology} is unknown: .*v5e, v5p, v6e.*v5e:2x4, '
   ):
-    compile_for.make_mesh(topology)
+    chips.make_mesh(topology)
 
 
 def test_missing_libtpu(monkeypatch):
   monkeypatch.setitem(sys.modules, 'libtpu', None)  # as where it is not installed
   with pytest.raises(UserError, match=r"libtpu is not installed.*pip install 'palm_jax\[tpu\]'"):
-    compile_for.make_mesh('v5e:2x4')
+    chips.make_mesh('v5e:2x4')
 
 
 def test_too_large_for_the_chip():
@@ -99,7 +99,7 @@ def test_mistakes_on_the_command_line_are_one_line():
 @NEEDS_LIBTPU
 def test_layouts_that_are_none():
   with pytest.raises(UserError, match='--topology=v5e:3x5 is refused by libtpu'):
-    compile_for.make_mesh('v5e:3x5')
+    chips.make_mesh('v5e:3x5')
 
 
 @NEEDS_LIBTPU
@@ -109,7 +109,7 @@ def test_a_slice_of_eight():
   result = compile_for.study(config, 'v5e:2x4', LinearGenerator())
   assert result['chips'] == 8 and not result['loops_of_unknown_length']
   json.dumps(result)
-  assert 'v5e:2x4: 8 chips' in compile_for.describe(result)
+  assert 'v5e:2x4: 8 chips' in described.describe(result)
   memory = result['memory']
   assert 0 < memory['total'] < 1e9
   # The rollout's scan and the updates' lie within that over iterations.

@@ -21,7 +21,7 @@ LAW = {
   **{part: ['layers', 'base'] for part in PARTS},
   'encoder': ['layers', 'base', 'resnet', 'vit'],
   'objectives': ['base', 'contrastive'],
-  'simsiam': ['base', 'contrastive', 'heads', 'objectives'],
+  'simsiam': ['base', 'contrastive', 'heads', 'objectives', 'layers'],
   'reward': ['layers', 'base', 'contrastive'],
   'actor_critic': [],
   'sac': ['base', 'actor_critic'],

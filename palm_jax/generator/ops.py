@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
+from palm_jax.base.devices import platform
 from palm_jax.layers.convolution import conv
 
 TAPS = (1 / 8, 3 / 8, 3 / 8, 1 / 8)
@@ -29,6 +30,8 @@ def fir(x: jax.Array, pad: tuple[int, int], stride: int = 1, gain: float = 1.0) 
     stride: on both axes.
     gain: per axis.
   """
+  if platform() == 'gpu' and stride == 1:
+    return _fir_at_once(x, pad, gain)
   for axis in (1, 2):
     x = _pad(x, axis, pad)
     last = x.shape[axis] - len(TAPS)
@@ -36,6 +39,17 @@ def fir(x: jax.Array, pad: tuple[int, int], stride: int = 1, gain: float = 1.0) 
     terms = [tap * gain * y for tap, y in zip(TAPS, shifted, strict=True)]
     x = sum(terms)  # pyright: ignore[reportAssignmentType]  # 0 only without terms
   return x
+
+
+def _fir_at_once(x, pad, gain):
+  """Both axes in one expression, which XLA:GPU makes one kernel; its 16 reads meet in the cache."""
+  height, width = (n + sum(pad) - len(TAPS) + 1 for n in x.shape[1:3])
+  x = _pad(_pad(x, 1, pad), 2, pad)
+  return sum(
+    a * b * gain**2 * x[:, i : i + height, j : j + width]
+    for i, a in enumerate(TAPS)
+    for j, b in enumerate(TAPS)
+  )
 
 
 def upsample(x: jax.Array) -> jax.Array:
@@ -61,6 +75,16 @@ def up_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
   convolutions do the work of nine taps.
   """
   kernel = kernel[::-1, ::-1]
+  if platform() == 'gpu':  # cuDNN has a kernel for it, and one of its result is read, not four
+    y = lax.conv_general_dilated(
+      x,
+      kernel,
+      (1, 1),
+      ((2, 2), (2, 2)),
+      lhs_dilation=(2, 2),
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+    return fir(y, (1, 1), gain=2.0)
   padded = _pad(_pad(x, 1, (1, 1)), 2, (1, 1))
   rows = []
   for i in (0, 1):
@@ -80,6 +104,11 @@ def down_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
   size = x.shape[1] - 2, x.shape[2] - 2
   patches = [x[:, i : i + size[0] : 2, j : j + size[1] : 2] for i in range(3) for j in range(3)]
   return jnp.concatenate(patches, -1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def energy(kernel: jax.Array) -> jax.Array:
+  """Sum of squares over a kernel's taps: (h, w, I, O) -> (I, O)."""
+  return (kernel**2).sum((0, 1))
 
 
 class Dense(nn.Module):
@@ -122,7 +151,11 @@ class StyleLayer(nn.Module):
     picture = self.variable(
       'buffers', 'noise_const', lambda: jax.random.normal(self.make_rng('params'), size)
     )
-    demodulation = jax.lax.rsqrt(style**2 @ (kernel**2).sum((0, 1)) + 1e-8)
+    if self.has_variable('prepared', 'kernel'):  # Generator.prepared
+      kernel, weight = (self.get_variable('prepared', name) for name in ('kernel', 'energy'))
+    else:
+      weight = energy(kernel)
+    demodulation = jax.lax.rsqrt(style**2 @ weight + 1e-8)
 
     x, kernel, style, demodulation, bias = promote_dtype(
       x, kernel, style, demodulation, bias, dtype=self.dtype
@@ -149,6 +182,13 @@ class ToRGB(nn.Module):
     style = Dense(x.shape[-1], bias_init=1.0, name='affine')(w) / np.sqrt(x.shape[-1]).item()
     kernel = self.param('kernel', nn.initializers.normal(1.0), (1, 1, x.shape[-1], self.features))
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    if platform() == 'gpu':
+      # Few outputs: sums over channels, which XLA joins with what made x. For a product x would be
+      # written to memory twice.
+      wide = x.astype(at_least_float32(x))
+      weights = style[:, :, None] * kernel[0, 0]  # (N, C, features)
+      x = (wide[..., None] * weights[:, None, None]).sum(-2)
+      return _clamp(x + bias, self.conv_clamp)
     x, kernel, style = promote_dtype(x, kernel, style, dtype=self.dtype)
     x = jnp.matmul(
       x * style[:, None, None], kernel[0, 0], preferred_element_type=at_least_float32(x)

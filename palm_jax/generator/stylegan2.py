@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import traverse_util
 
 from palm_jax.base.errors import UserError
 from palm_jax.generator import ops
@@ -173,6 +174,16 @@ class Generator(LatentNetwork):
     )
     classes = (self.num_classes,) if self.class_averages else ()
     self.w_avg = self.variable('buffers', 'w_avg', jnp.zeros, (*classes, self.w_dim))
+
+  def prepared(self, variables: Any) -> Any:
+    """Variables with what `synthesis` makes of its kernels alone, in the collection 'prepared'."""
+    params = traverse_util.flatten_dict(variables['params']['synthesis_network'])
+    ready = {}
+    for path, x in params.items():
+      if path[-1] == 'kernel' and x.ndim == 4 and (*path[:-1], 'noise_strength') in params:
+        ready[path] = x.astype(self.dtype or x.dtype)
+        ready[*path[:-1], 'energy'] = ops.energy(x)
+    return dict(variables, prepared={'synthesis_network': traverse_util.unflatten_dict(ready)})
 
   def average_w(self, labels: Any) -> jax.Array:
     """Of all classes, or (N, 1, w_dim) of the labels' classes or their mixtures."""

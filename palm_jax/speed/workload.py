@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from palm_jax import agent as agents
-from palm_jax import replay, reward, sac, simsiam
+from palm_jax import replay, reward, rollout, sac, simsiam
 from palm_jax.base import devices
 from palm_jax.layers.pixels import to_uint8
 from palm_jax.pretrain import State
@@ -140,6 +140,7 @@ def one_by_one(f: Callable, *arrays: Any) -> Any:
 def draw(setup: Setup, variables: Any, z: jax.Array, labels: jax.Array) -> jax.Array:
   """The rollout's frames."""
   psi = setup.config.environment.truncation_psi
+  variables = rollout.prepared(setup, rollout.World(variables, ())).variables
 
   def pictures(z, labels):
     return to_uint8(setup.generator.apply(variables, z, labels, truncation_psi=psi))
@@ -149,8 +150,10 @@ def draw(setup: Setup, variables: Any, z: jax.Array, labels: jax.Array) -> jax.A
 
 def look(setup: Setup, params: Any, batch_stats: Any, frames: jax.Array) -> jax.Array:
   """The encoder's features of the rollout's frames, as the policy sees them."""
-  variables = {'params': params, 'batch_stats': batch_stats}
-  return one_by_one(lambda x: setup.encoder.apply(variables, x, train=False), frames)
+  ssl = dict(params={'encoder': params}, batch_stats={'encoder': batch_stats})
+  play, ssl = rollout.folded(setup, ssl)
+  see = functools.partial(rollout.encode, play, ssl['params'], ssl['batch_stats'])
+  return one_by_one(see, frames)
 
 
 def learn(setup: Setup, ssl: dict[str, Any], s: jax.Array, s_next: jax.Array) -> jax.Array:
