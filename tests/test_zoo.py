@@ -1,6 +1,7 @@
 """The zoo: encoders that can be called, their files and cards, and the way to the hub and back."""
 
 import dataclasses
+import importlib
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 
 import palm_jax
 from palm_jax import encoder, export
-from palm_jax.base import digests
+from palm_jax.base import digests, files
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
 from palm_jax.base.results import write_result
@@ -412,9 +413,11 @@ def server(monkeypatch, tmp_path):
   """A hub on this machine that knows us; nothing is asked of any other."""
   constants = pytest.importorskip('huggingface_hub.constants')
   with fake_hub.running() as found:
-    monkeypatch.setattr(constants, 'ENDPOINT', found.url)
     template = found.url + '/{repo_id}/resolve/{revision}/{filename}'
-    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
+    for module in (constants, importlib.import_module('huggingface_hub.file_download')):
+      # Versions before 1 have copies in the second.
+      monkeypatch.setattr(module, 'ENDPOINT', found.url, raising=False)
+      monkeypatch.setattr(module, 'HUGGINGFACE_CO_URL_TEMPLATE', template, raising=False)
     monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True, raising=False)
     monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path / 'no token'))
     monkeypatch.setenv('HF_TOKEN', fake_hub.TOKEN)
@@ -559,6 +562,20 @@ def test_files_in_the_way_stay(server, shared, folder):
       hub.pull('me/palm', out=out)
 
 
+def test_a_full_disk_leaves_nothing(server, shared, folder, monkeypatch):
+  """Full when the second file is written."""
+
+  def full(path):
+    if path.suffix == '.json':
+      raise OSError(28, 'No space left on device', str(path))
+    return files.replacing(path)
+
+  monkeypatch.setattr(hub, 'replacing', full)
+  with pytest.raises(OSError, match='No space left'):
+    hub.pull('me/palm')
+  assert not list(folder.iterdir())
+
+
 def test_names_that_no_repository_has(workdir):
   for repo in ('palm', 'a/b/c', '../x', 'hf:a/b', ''):
     with pytest.raises(UserError, match='expected user/name'):
@@ -578,13 +595,13 @@ def run(server, folder):
   """Runs a command in a process of its own, by the environment that a user sets."""
   environment = os.environ | dict(HF_ENDPOINT=server.url, HF_TOKEN=fake_hub.TOKEN)
   environment |= dict(HF_HUB_DISABLE_XET='1', HF_HOME=str(folder.parent), PYTHONPATH=str(ROOT))
-  return lambda *words: subprocess.run(
+  return lambda *words, **more: subprocess.run(
     [sys.executable, '-m', 'palm_jax', *words],
     cwd=folder,
     capture_output=True,
     text=True,
     timeout=120,
-    env=environment,
+    env=environment | more,
   )
 
 
@@ -610,9 +627,10 @@ def test_the_other_commands(run, server, workdir, folder):
   assert len({json.loads(about)['encoder_sha256'] for about in same}) == 1
   for words, message in (
     (('pull',), '--repo is missing'),
+    (('pull', '--repo=a/b'), 'HF_HUB_OFFLINE is set'),
     (('push', '--repo=a/b'), '--workdir and --repo are needed'),
     (('zoo', '--name=e'), '--workdir and --name are needed'),
   ):
-    done = run(*words)
+    done = run(*words, HF_HUB_OFFLINE='1')
     assert done.returncode == 2 and done.stderr.startswith(f'palm_jax: {message}'), done.stderr
     assert done.stderr.count('\n') == 1

@@ -222,14 +222,24 @@ def pull(
       ]
     contents = [file.read_bytes() for file in got]
     _check(repo, kind, *got)
-  targets = [target, target.with_suffix('.json')][: len(contents)]
-  for path, content in zip(targets, contents, strict=True):
+  _write_all(dict(zip((target, target.with_suffix('.json')), contents, strict=False)))
+  return target, found.sha
+
+
+def _write_all(contents):
+  """Writes {path: bytes}: all, or none. Raises UserError where another file is in the way."""
+  for path, content in contents.items():
     if path.exists() and not (path.is_file() and path.read_bytes() == content):
       raise UserError(f'{path} is there and differs: choose another --out, or remove it')
-  for path, content in zip(targets, contents, strict=True):
-    with replacing(path) as file:
-      file.write(content)
-  return target, found.sha
+  new = [path for path in contents if not path.exists()]
+  try:
+    for path in new:
+      with replacing(path) as file:
+        file.write(contents[path])
+  except BaseException:
+    for path in new:
+      path.unlink(missing_ok=True)
+    raise
 
 
 def _check(repo, kind, weights, card=None):
