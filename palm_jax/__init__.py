@@ -4,7 +4,10 @@ encoder that learns from it."""
 import importlib
 import pathlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from palm_jax.zoo import load_encoder as load_encoder
 
 __version__ = '0.1.0'
 
@@ -15,8 +18,13 @@ if pathlib.Path(sys.argv[0] if sys.argv else '').stem in ('-m', 'palm'):
   signals.watch(importing=True)
 
 
+FUNCTIONS = {'load_encoder': 'palm_jax.zoo'}  # that stand here, too, and where they are
+
+
 def __getattr__(name: str) -> Any:
-  """A module of the package, imported when it is first asked for: `palm_jax.checkpoint`."""
+  """A module of the package, or one of FUNCTIONS, imported when it is first asked for."""
+  if name in FUNCTIONS:
+    return getattr(importlib.import_module(FUNCTIONS[name]), name)
   try:
     return importlib.import_module(f'palm_jax.{name}')
   except ModuleNotFoundError as e:

@@ -1,6 +1,6 @@
 """palm [COMMAND] ...: `palm --config=digits` is `python -m palm_jax.main --config=digits`.
 
-Commands, each with --help: export, sample, convert, siren, dataset, play.
+Commands, each with --help: export, zoo, push, pull, sample, convert, siren, dataset, play.
 """
 
 import importlib
@@ -9,6 +9,9 @@ import sys
 COMMANDS = {
   'main': 'palm_jax.main',
   'export': 'palm_jax.export',
+  'zoo': 'palm_jax.zoo',
+  'push': 'palm_jax.zoo.push',
+  'pull': 'palm_jax.zoo.pull',
   'sample': 'palm_jax.generator.sample',
   'convert': 'palm_jax.generator.convert',
   'siren': 'palm_jax.generator.siren',

@@ -18,7 +18,8 @@ import json
 import math
 import os
 import pathlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -43,6 +44,7 @@ FORMATS = {
   'torchvision': 'encoder.torchvision.safetensors',
   'onnx': 'encoder.onnx',
 }
+ANY = 'any H and W'  # of images
 ENCODER_KEY = 'palm_jax_encoder'  # of the metadata: the encoder's settings as JSON
 
 # ---- 'usage' of the metadata; `path` and `images`, (N, H, W, C) uint8 numpy, are the reader's
@@ -99,12 +101,7 @@ def export(
       )
   if format == 'onnx':
     onnx_file.import_onnx()
-  config, variables, step = load_encoder(workdir, step)
-  if not isinstance(config, dict) or not isinstance(config.get('encoder'), dict):
-    raise UserError(
-      f'{workdir}/config.json has no settings of an encoder: give the --workdir of a pretraining '
-      'run'
-    )
+  config, variables, step = load_run(workdir, step)
   path = pathlib.Path(out or pathlib.Path(workdir) / FORMATS[format])
   try:
     save(path, format, config['encoder'], variables, step)
@@ -115,12 +112,30 @@ def export(
   return path, step
 
 
+def load_run(
+  workdir: str | os.PathLike, step: int | None = None
+) -> tuple[dict[str, Any], dict[str, Any], int]:
+  """`checkpoint.load_encoder` of a run whose config has the encoder's settings, at 'encoder'.
+
+  Raises:
+    UserError: no or damaged config or checkpoint, or a config without an encoder.
+  """
+  config, variables, step = load_encoder(pathlib.Path(workdir), step)
+  if not isinstance(config, dict) or not isinstance(config.get('encoder'), dict):
+    raise UserError(
+      f'{workdir}/config.json has no settings of an encoder: give the --workdir of a pretraining '
+      'run'
+    )
+  return config, variables, step
+
+
 def save(
   path: str | os.PathLike,
   format: str,
   settings: dict[str, Any],
   variables: dict[str, Any],
   step: int,
+  about: Mapping[str, str] | None = None,
 ) -> None:
   """Writes an encoder to a file that is whole or as it was before.
 
@@ -130,24 +145,20 @@ def save(
     settings: dict with the keys of `encoder.default_config`.
     variables: {'params', 'batch_stats'} of arrays; the second where the encoder has them.
     step: of the checkpoint, for the metadata.
+    about: more of the metadata.
 
   Raises:
     UserError: settings and variables that do not belong together, or no onnx package.
     OSError: the file cannot be written.
   """
-  shape, features = _sizes(settings, variables)
-  side, _, channels = shape
-  sides = 'any H and W'
-  if 'patch' in variables['params']:
-    sides = f'H and W {side}'
-  elif settings['name'] == 'nature':
-    sides = f'H and W {side} to {side + 7}'
+  shape, sides, features = sizes(settings, variables)
   normalised = ', batch normalisation in eval mode' if 'batch_stats' in variables else ''
   metadata = {
+    **(about or {}),
     ENCODER_KEY: json.dumps(settings),
     'format': format,
     'checkpoint_step': str(step),
-    'preprocessing': f'images (N, H, W, {channels}) uint8, {sides}; uint8 / 127.5 - 1 in float32',
+    'preprocessing': f'images (N, H, W, {shape[2]}) uint8, {sides}; uint8 / 127.5 - 1 in float32',
     'features': f'(N, {features}){normalised}',
     'sha256': digest(variables, settings),
     'palm_jax_version': _version(),
@@ -197,9 +208,27 @@ def load(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any], dict[
   return settings, variables, metadata
 
 
-def _sizes(settings, variables):
-  """(H, W, C) of the smallest images that the encoder surely takes, for a transformer of those that
-  it takes, and its number of features.
+class Sizes(NamedTuple):
+  """What an encoder takes and gives.
+
+  Attributes:
+    image_shape: (H, W, C) of the smallest images that it surely takes; a transformer takes no
+      others.
+    sides: H and W that it takes, in words.
+    features: F of its (N, F).
+  """
+
+  image_shape: tuple[int, int, int]
+  sides: str
+  features: int
+
+  @property
+  def any_size(self) -> bool:
+    return self.sides == ANY
+
+
+def sizes(settings: dict[str, Any], variables: dict[str, Any]) -> Sizes:
+  """What the encoder takes and gives that settings and variables make.
 
   Raises:
     UserError: settings and variables that do not belong together.
@@ -233,7 +262,12 @@ def _sizes(settings, variables):
         f'{name} is {found.get(name, "absent")}, expected {expected.get(name, "absent")} for an '
         f'encoder of {settings}: give the config and the checkpoint of one run'
       )
-  return shape, h.shape[-1]
+  sides = ANY
+  if 'patch' in params:
+    sides = f'H and W {shape[0]}'
+  elif settings['name'] == 'nature':
+    sides = f'H and W {shape[0]} to {shape[0] + 7}'
+  return Sizes(shape, sides, h.shape[-1])
 
 
 def _flat(variables) -> dict[str, Any]:

@@ -38,6 +38,10 @@ LAW = {
   'monitors': ['environment', 'rollout', 'setup'],
   'pretrain': METHOD,
   'export': ['base', 'formats', 'checkpoint', 'encoder'],
+  # Who calls an encoder computes as evaluations do; a card's pictures are of the run's world.
+  'zoo': ['base', 'formats', 'checkpoint', 'encoder', 'export', 'evaluate.features'],
+  'zoo.bundle': ['layers', 'base', 'generator', 'environment', 'worlds', 'export', 'zoo'],
+  'zoo.hub': ['base', 'generator', 'zoo'],
   'job': ['base', 'data'],
   'workdir': ['base', 'job'],
   'train': [*JOB, 'speed.cost'],

@@ -60,7 +60,7 @@ def test_the_wheel_holds_every_module_and_config(unpacked):
   of = lambda root, *kinds: {
     str(path.relative_to(root)) for kind in kinds for path in root.rglob(kind)
   }
-  kinds = '*.py', '*.safetensors', '*.css', '*.html', '*.js', 'py.typed', 'published.json'
+  kinds = '*.py', '*.safetensors', '*.css', '*.html', '*.js', 'py.typed', '*.json'
   here = of(ROOT / 'palm_jax', *kinds) | {f'configs/{x}' for x in of(ROOT / 'configs', '*.py')}
   assert of(unpacked / 'palm_jax', *kinds) == here
   assert not (unpacked / 'tests').exists() and not (unpacked / 'configs').exists()
@@ -96,6 +96,7 @@ import palm_jax
 from palm_jax.configs import digits
 assert digits.get_config().name == 'digits'
 assert palm_jax.checkpoint.load_encoder and palm_jax.evaluate.knn
+assert palm_jax.load_encoder is palm_jax.zoo.load_encoder
 assert not hasattr(palm_jax, 'nothing')
 print(palm_jax.__version__)
 """,
