@@ -19,8 +19,8 @@ accuracy on JPEG copies of CIFAR-10: PALM encoder 40.7%, untrained 34.5%, pixels
 three in the studies).
 
 The full size was not run yet. Compiled for one H200, 50M steps take 0.41 hours at what its kernels
-reach alone (launch.compile_for); the replay takes 5.3 GB over all devices. To compare with: SimSiam with
-augmentation has 90.5 / 66.0% on CIFAR-10 / 100 (solo-learn).
+reach alone (launch.compile_for); the replay takes 5.3 GB over all devices. To compare with: SimSiam
+with augmentation has 90.5 / 66.0% on CIFAR-10 / 100 (solo-learn).
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +30,7 @@ from palm_jax.base.errors import UserError
 from palm_jax.data import load
 from palm_jax.evaluate import concepts, diversity, features, ood, probe, quality
 from palm_jax.generator import train
-from palm_jax.speed import plan
+from palm_jax.speed import benchmark, plan
 
 PRESETS = {'paper_text': (0.5, 0.95), 'paper_fig5': (0.95, 0.75)}
 
@@ -56,6 +56,7 @@ def get_config(variant: str = '') -> ConfigDict:
   # 15.0 instead of 16.5 ms, 840 instead of 1,690 kernels (launch.compile_for, one H200).
   c.pretrain.update(dict(num_envs=512, rollout_length=1))
   c.plan = plan.default_config()  # --job=plan: what a pretraining would take
+  c.benchmark = benchmark.default_config()  # --job=benchmark: how fast a pretraining is
   c.features = features.default_config()  # of evaluations
   c.probe = probe.default_config()
   c.ood = ood.default_config()  # --job=ood

@@ -162,7 +162,10 @@ def collect(
     key_policy, key_env = jax.random.split(jax.random.fold_in(key, t))
     keys, episodes = environment.env_keys(key_policy, ids), episode_numbers(play, ids, first + t)
     by_policy = lambda: act(actor, seeing, state.agent, frames, keys, episodes)
-    actions = jax.lax.cond(warm, lambda: at_random(keys), by_policy)
+    if devices.platform() == 'cpu':
+      actions = jax.lax.cond(warm, lambda: at_random(keys), by_policy)
+    else:  # a branch is chosen on the host, which waits for it
+      actions = jnp.where(warm, at_random(keys), by_policy())
     packed = replay.pack(actions, play.action_dtype)
     taken = replay.unpack(packed, play.real)  # what is done is what the replay will hold
     record = ()

@@ -20,6 +20,7 @@ SECTIONS = {
   'pretrain': 'palm_jax.pretrain',
   'generator': 'palm_jax.generator.networks',
   'plan': 'palm_jax.speed.plan',
+  'benchmark': 'palm_jax.speed.benchmark',
   'world': 'palm_jax.world.config',
   'offline': 'palm_jax.offline.train',
   'meta': 'palm_jax.meta.train',

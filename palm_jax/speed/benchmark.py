@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from palm_jax import pairs, pretrain, rollout, worlds
-from palm_jax.base import devices
+from palm_jax.base import checks, devices
 from palm_jax.base.errors import UserError
+from palm_jax.base.files import write_json
 from palm_jax.generator import LoadedGenerator, PictureGenerator
 from palm_jax.job import Job, Run
-from palm_jax.speed import cost, doors, drawing, generator_training, plan, timing, workload
+from palm_jax.speed import card, cost, doors, drawing, generator_training, plan, timing, workload
 
 ROWS = dict(  # of the table: a part's name in words
   generator='generator',
@@ -29,8 +31,24 @@ ROWS = dict(  # of the table: a part's name in words
 )
 
 
+PARTS_FILE = 'benchmark/parts.json'  # in the workdir: what is known so far
+
+
+def default_config() -> ConfigDict:
+  return ConfigDict(
+    dict(
+      minutes=0.0,  # parts that would begin later are left out, and named; 0: none is
+    )
+  )
+
+
+RANGES = dict(minutes=checks.MINUTES)
+
+
 def run(this: Run) -> dict:
   """The job: measures the training of a generator and the pretraining, where config.jobs has them.
+
+  Every part that is known stands in PARTS_FILE at once, the most telling come first.
 
   Returns:
     What stands in results/benchmark.json.
@@ -40,19 +58,39 @@ def run(this: Run) -> dict:
   """
   config, mesh = this.config, this.mesh
   result: dict[str, Any] = dict(job='benchmark', seed=config.seed, **devices.describe(mesh))
-  if trains_generator(config):
-    assert this.data is not None  # needs_data is trains_generator
-    result['generator'] = generator_training.measure(config, this.data, mesh)
-  if 'pretrain' in config.jobs:
-    generator = draw_weights(plan.make_generator(config, this.workdir))
-    result['drawing'] = drawing.measure(generator, config.pretrain.num_envs)
-    generator = worlds.as_world(config, generator)
-    result['doors'] = doors.measure(generator, config.pretrain.num_envs)
-    result['pretrain'] = pretraining(config, generator, mesh)
-  if not result.keys() & {'generator', 'pretrain'}:
+  limit = 60 * config.get('benchmark', default_config()).minutes or math.inf
+  began = time.monotonic()
+  path = this.workdir / PARTS_FILE
+  path.parent.mkdir(exist_ok=True)
+
+  def note(name, measure):
+    if time.monotonic() - began > limit:
+      result.setdefault('left_out', []).append(name)
+      logging.warning('benchmark: no time is left for %s (benchmark.minutes)', name)
+      return
+    result[name] = measure()
+    write_json(path, result)
+
+  if not trains_generator(config) and 'pretrain' not in config.jobs:
     raise UserError(
       f'config.jobs={tuple(config.jobs)} has nothing to measure: put generator or pretrain into it'
     )
+  if 'pretrain' in config.jobs:
+    generator = draw_weights(plan.make_generator(config, this.workdir))
+    world_generator = worlds.as_world(config, generator)
+    if mesh.devices.flat[0].platform == 'gpu':
+      note('peaks', lambda: card.peaks(rollout.DTYPES[config.pretrain.dtype]))
+    note('pretrain', lambda: pretraining(config, world_generator, mesh))
+    if mesh.devices.flat[0].platform == 'gpu':
+      note('profile', lambda: profile(config, world_generator, mesh))
+      for name, graphs in card.GRAPHS.items():
+        note(name, lambda graphs=graphs: with_graphs(config, world_generator, mesh, graphs))
+    note('drawing', lambda: drawing.measure(generator, config.pretrain.num_envs))
+    note('doors', lambda: doors.measure(world_generator, config.pretrain.num_envs))
+  if trains_generator(config):
+    assert this.data is not None  # needs_data is trains_generator
+    data = this.data
+    note('generator', lambda: generator_training.measure(config, data, mesh))
   return result
 
 
@@ -90,10 +128,8 @@ def pretraining(config: ConfigDict, generator: PictureGenerator, mesh: Mesh) -> 
     UserError: settings that cannot work.
   """
   p = config.pretrain
-  program = pretrain.make_program(config, generator, mesh)
-  world = worlds.make_world(config, generator, mesh)
+  program, state, world = ready(config, generator, mesh)
   key = jax.random.key(config.seed)
-  state = fill(program, program.init(key, world))
   make_sample = lambda key: workload.make_sample(program.setup, key)
   places = workload.sample_shardings(mesh, jax.eval_shape(make_sample, key))
   sample = jax.jit(make_sample, out_shardings=places)(key)
@@ -134,6 +170,35 @@ def pretraining(config: ConfigDict, generator: PictureGenerator, mesh: Mesh) -> 
   )
   logging.info('%s', table(result, devices.describe(mesh)))
   return result
+
+
+def ready(
+  config: ConfigDict, generator: PictureGenerator, mesh: Mesh
+) -> tuple[pretrain.Program, pretrain.State, Any]:
+  """(program, state past its warm-up with a full ring, world)."""
+  program = pretrain.make_program(config, generator, mesh)
+  world = worlds.make_world(config, generator, mesh)
+  return program, fill(program, program.init(jax.random.key(config.seed), world)), world
+
+
+def profile(config: ConfigDict, generator: PictureGenerator, mesh: Mesh) -> dict[str, Any]:
+  """The kernels of one whole call, as card.kernels_of."""
+  program, state, world = ready(config, generator, mesh)
+  state, _ = program.call(state, world)
+  return card.profile(lambda: program.call(state, world), config.pretrain.iterations_per_call)
+
+
+def with_graphs(
+  config: ConfigDict, generator: PictureGenerator, mesh: Mesh, graphs: str
+) -> dict[str, Any]:
+  """The whole call with other operations in CUDA graphs: seconds_per_iteration, compile_seconds."""
+  program, state, world = ready(config, generator, mesh)
+  lowered = program.call.lower(state, world)
+  options = {'xla_gpu_enable_command_buffer': graphs}
+  took, compiled = timing.seconds(lambda: lowered.compile(compiler_options=options))
+  whole = timing.median_seconds(compiled, state, world) / config.pretrain.iterations_per_call
+  logging.info('benchmark: %.4g s an iteration with %s in graphs', whole, graphs or 'nothing')
+  return dict(seconds_per_iteration=whole, compile_seconds=took, graphs=graphs)
 
 
 def take_turns(
