@@ -35,6 +35,7 @@ ABSENT = '(absent)'
 # Settings that came later: what was made without them was made as with these values.
 ADDED = {
   'data.size': 0,
+  'generator.data_on': 'auto',
   'encoder.stem': 'cifar',
   'encoder.patch': 4,
   'encoder.pool': 'token',

@@ -19,7 +19,7 @@ from palm_jax.base.checkpoints import Checkpoints, load_item
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.metrics import read_jsonl
 from palm_jax.data.arrays import Data, Split
-from palm_jax.generator import load_generator, train
+from palm_jax.generator import load_generator, samples, train
 from palm_jax.generator.snapshots import load_discriminator, load_snapshot
 from palm_jax.generator.warm_start import load_networks
 
@@ -59,19 +59,19 @@ def tiny(**changes):
 
 
 def test_batch_indices_walk_through_whole_epochs():
-  walk = train.batch_indices(3, 0, 70, 20)
+  walk = samples.batch_indices(3, 0, 70, 20)
   for epoch in range(3):
     assert sorted(walk[epoch * 20 :][:20]) == list(range(20))
   assert not np.array_equal(walk[:20], walk[20:40])
-  pieces = [train.batch_indices(3, start, 7, 20) for start in range(0, 70, 7)]
+  pieces = [samples.batch_indices(3, start, 7, 20) for start in range(0, 70, 7)]
   np.testing.assert_array_equal(np.concatenate(pieces), walk)
-  assert not np.array_equal(train.batch_indices(4, 0, 70, 20), walk)
+  assert not np.array_equal(samples.batch_indices(4, 0, 70, 20), walk)
 
 
 def test_the_walk_covers_both_copies_once_an_epoch():
   """What the job asks for with mirror on: 40 images, of which those from 40 on are the flipped
   ones."""
-  walk = train.batch_indices(3, 0, 160, 80)
+  walk = samples.batch_indices(3, 0, 160, 80)
   for epoch in range(2):
     first = walk[epoch * 80 :][:80]
     assert sorted(first) == list(range(80)) and sorted(first % 40) == sorted([*range(40)] * 2)
@@ -408,3 +408,21 @@ def test_images_of_another_shape(base_size, shape):
 def test_no_generator_there(tmp_path):
   with pytest.raises(UserError, match='holds no generator'):
     load_generator(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('num_devices', [1, 2])
+def test_a_streamed_set_is_the_one_in_memory(tmp_path, num_devices):
+  """Bit for bit, flipped copies and rounds included."""
+  rng = np.random.default_rng(0)
+  labels = rng.integers(0, 3, 50)
+  images = rng.integers(0, 256, (50, 8, 8, 3), np.uint8)
+  data = Data(Split(images, labels), Split(images, labels), ('a', 'b', 'c'), 'noise')
+  mesh, states = devices.make_mesh(num_devices), []
+  for where in ('device', 'host'):
+    changes = dict(kimg=0.192, mirror=True, accumulate=2, data_on=where)
+    config = ConfigDict(dict(seed=1, generator=tiny(**changes)))
+    finish(train.JOB, config, tmp_path / where, data, mesh)
+    states.append(checkpointed(tmp_path / where, config, data, mesh)[1].replace(key=0))
+  assert int(states[0].step) == 12
+  jax.tree.map(np.testing.assert_array_equal, *states)

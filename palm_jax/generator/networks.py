@@ -10,6 +10,7 @@ from palm_jax.base import checks
 from palm_jax.base.errors import UserError
 from palm_jax.generator.adaptive_augment import PIPES
 from palm_jax.generator.discriminator import Discriminator
+from palm_jax.generator.feed import PLACES
 from palm_jax.generator.phases import round_sizes
 from palm_jax.generator.sines import SirenGenerator, TrainedNetwork
 from palm_jax.generator.stylegan2 import Generator, channels_for
@@ -121,6 +122,7 @@ def check_choices(config: ConfigDict) -> None:
   checks.choice('generator.architecture', config.architecture, ARCHITECTURES)
   checks.choice('generator.dtype', config.dtype, DTYPES)
   checks.choice('generator.augment', config.augment, PIPES)
+  checks.choice('generator.data_on', config.data_on, PLACES)
 
 
 def check_config(config: ConfigDict, num_devices: int) -> None:

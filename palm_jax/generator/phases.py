@@ -343,6 +343,8 @@ def take_reals(
 ) -> tuple[jax.Array, jax.Array]:
   """Training pictures of the batch's samples `ids`: (n, H, W, C) in [-1, 1], and labels (n,)."""
   places = indices[ids]
+  if setup.config.data_on == 'host':  # only the batch's are there, and flipped already
+    return images[ids] / 127.5 - 1, labels[places % len(labels)]
   if not setup.config.mirror:
     return images[places] / 127.5 - 1, labels[places]
   flipped = places >= len(images)

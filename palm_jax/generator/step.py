@@ -87,17 +87,21 @@ def make_train_call(
   Returns:
     f(state, images, labels, indices) -> (state, metrics), everything replicated. The state is
     donated; images (N, H, W, C) uint8 and labels (N,) int32 are the training set, indices
-    (iterations, B) int32 of `samples.batch_indices`. Metrics are scalars, means over the iterations
-    of the call in which their phase ran, and augment_p after the last. Any number of devices that
-    divides B / (rounds * mbstd_group) computes the same up to rounding.
+    (iterations, B) int32 of `samples.batch_indices`. With data_on='host' images are only those of
+    the call, (iterations, B, H, W, C), as `feed.feed` gathers them. Metrics are scalars, means over
+    the iterations of the call in which their phase ran, and augment_p after the last. Any number of
+    devices that divides B / (rounds * mbstd_group) computes the same up to rounding.
   """
   phases = make_phases(config, G, D, mesh.size)
 
   def call(state, images, labels, indices):
     steps = state.step + jnp.arange(len(indices))
-    state, metrics = jax.lax.scan(
-      lambda s, i: iteration(config, phases, s, images, labels, i), state, indices
-    )
+    if config.data_on == 'host':
+      step = lambda s, x: iteration(config, phases, s, x[1], labels, x[0])
+      state, metrics = jax.lax.scan(step, state, (indices, images))
+    else:
+      step = lambda s, i: iteration(config, phases, s, images, labels, i)
+      state, metrics = jax.lax.scan(step, state, indices)
     means = {}
     for phase, (interval, _) in phases.items():
       runs = jnp.maximum((steps % interval == 0).sum(), 1)

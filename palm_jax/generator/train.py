@@ -22,9 +22,10 @@ from palm_jax.base.files import write_json
 from palm_jax.base.processes import is_first
 from palm_jax.base.training import Training
 from palm_jax.generator import network_fields
+from palm_jax.generator.feed import Walk, feed, place
 from palm_jax.generator.networks import check_config, make_networks
 from palm_jax.generator.phases import round_sizes
-from palm_jax.generator.samples import ROWS, batch_indices, padded, real_images, sample_images
+from palm_jax.generator.samples import ROWS, padded, real_images, sample_images
 from palm_jax.generator.step import init_state, make_train_call
 from palm_jax.generator.warm_start import load_networks
 from palm_jax.job import Job, Run
@@ -72,6 +73,9 @@ def default_config():
       # doubles to
       pad=0,
       mirror=False,  # doubles the training set by flipped copies
+      # where the training set lies: 'device', 'host' (fed call by call, by grain), or 'auto', which
+      # is the first where it takes a quarter of a device's memory or less
+      data_on='auto',
       augment='bgc',  # adaptive discriminator augmentation; none: off
       ada_target=0.6,  # of sign(D(real)): above it, augmentation grows
       # training/training_loop.py: thousands of images in which p can go from 0 to 1
@@ -105,6 +109,10 @@ def run(this: Run) -> dict:
   images, labels = padded(data.train.images, c.pad), data.train.labels.astype(np.int32)
   num_classes = len(data.class_names) if len(data.class_names) > 1 else 0
   G, D = make_networks(c, images.shape[1:], num_classes)
+  c = c.copy_and_resolve_references()
+  c.data_on = place(c, images, mesh)
+  if c.data_on == 'host':
+    logging.info("generator: its pictures stay in the host's memory (generator.data_on)")
   train_call = make_train_call(c, G, D, mesh)
   everywhere, key = NamedSharding(mesh, P()), jax.random.key(config.seed)
   init = jax.jit(lambda key: init_state(c, G, D, key), out_shardings=everywhere)
@@ -112,7 +120,6 @@ def run(this: Run) -> dict:
   remedy = 'lower generator.w_dim, generator.z_dim, generator.channel_base or generator.channel_max'
   devices.check_fits(devices.nbytes(template), mesh, "the generator's training takes", remedy)
   draw_samples = jax.jit(lambda variables: sample_images(G, variables, key, c.truncation_psi))
-  set_size = len(images) * (2 if c.mirror else 1)
   class_names = data.class_names[:ROWS] if num_classes else None
   compared = round_sizes(c, mesh.size)[1]  # pictures, by D's minibatch statistic
 
@@ -135,12 +142,11 @@ def run(this: Run) -> dict:
     if is_first():
       write_json(folder / 'network.json', network_fields(G))
     write_grid(folder / 'real.png', real_images(images, labels, G), class_names)
-    training_set = devices.replicate(mesh, (images, labels))
+    walk = Walk(config.seed, batch, per_call, c.mirror)
+    calls = feed(images, labels, walk, c.data_on, training.step // per_call, mesh)
     while not training.over:
-      walk = batch_indices(config.seed, training.step * batch, per_call * batch, set_size)
-      indices = devices.replicate(mesh, walk.reshape(-1, batch))
       began = time.monotonic()
-      state, metrics = train_call(state, *training_set, indices)
+      state, metrics = train_call(state, *next(calls))
       metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
       metrics['images_per_second'] = per_call * batch / (time.monotonic() - began)
       before = training.step
@@ -162,7 +168,7 @@ def run(this: Run) -> dict:
     iterations=training.step,
     seconds=training.seconds,
     metrics=metrics,
-    settings=c.to_dict(),
+    settings=config.generator.to_dict(),
     seed=config.seed,
     data=data.source,
     **devices.describe(mesh),

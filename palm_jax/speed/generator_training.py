@@ -41,7 +41,8 @@ def measure(config: ConfigDict, data: Data, mesh: Mesh) -> dict[str, Any]:
   Raises:
     UserError: settings that cannot work.
   """
-  c, split = config.generator, data.train
+  c, split = config.generator.copy_and_resolve_references(), data.train
+  c.data_on = 'device'
   check_config(c, mesh.size)
   num_classes = len(data.class_names) if len(data.class_names) > 1 else 0
   images = padded(split.images, c.pad)
