@@ -7,8 +7,8 @@ Above each ```bash block of a README stands a comment that says how it is tested
   <!-- test: parse -->          too long to run: flags, config, keys and jobs are only checked
 
 Commands of blocks that run are checked, too. Of ```python blocks all are compiled, and those marked
-`run` are executed. What runs does so in a folder that holds runs/digits. Lines of pip are never
-executed.
+`run` or `slow` are executed. What runs does so in a folder that holds runs/digits. Lines of pip are
+never executed.
 """
 
 import importlib
@@ -30,7 +30,7 @@ from launch import local
 from palm_jax import runner
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.encoder import make_encoder
-from tests import chaos
+from tests import chaos, compiler
 from tests.test_encoder import random_variables
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -238,7 +238,7 @@ def link_packages(path):
 def execute(block, path):
   """Runs the commands of a block at their smallest -> what they print."""
   # One device, unlike the tests' eight: as a user has it.
-  environment = dict(os.environ, XLA_FLAGS='--xla_backend_optimization_level=0')
+  environment = dict(os.environ, XLA_FLAGS=compiler.FLAGS)
   printed = ''
   for command in commands_of(block):
     if is_pip(command):
@@ -279,7 +279,15 @@ def test_python_compiles(block):
   compile(block.code, str(block), 'exec')
 
 
-@pytest.mark.parametrize('block', [block for block in PYTHON if block.how == 'run'], ids=str)
+@pytest.mark.parametrize(
+  'block',
+  [
+    pytest.param(block, marks=[pytest.mark.slow] if block.how == 'slow' else [])
+    for block in PYTHON
+    if block.how in ('run', 'slow')
+  ],
+  ids=str,
+)
 def test_python_runs(block, folder, monkeypatch):
   monkeypatch.chdir(folder)
   exec(compile(block.code, str(block), 'exec'), {'__name__': 'readme'})
