@@ -12,7 +12,7 @@ def chain(tmp_path_factory):
   return chaos.Chain(tmp_path_factory.mktemp('chain'), ('generator',))
 
 
-@pytest.mark.parametrize('kind', ['KILL', pytest.param('INT', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('kind', ['KILL', 'INT'])
 def test_a_signal_in_a_training_loses_nothing(chain, kind):
   workdir = chain.base / f'trial_{kind}'
   after = random.Random(kind).uniform(0.4, 0.9) * chain.seconds['generator']

@@ -7,8 +7,8 @@ Above each ```bash block of a README stands a comment that says how it is tested
   <!-- test: parse -->          too long to run: flags, config, keys and jobs are only checked
 
 Commands of blocks that run are checked, too. Of ```python blocks all are compiled, and those marked
-`run` or `slow` are executed. What runs does so in a folder that holds runs/digits. Lines of pip are
-never executed.
+`run` are executed. What runs does so in a folder that holds runs/digits. Lines of pip are never
+executed.
 """
 
 import importlib
@@ -279,15 +279,7 @@ def test_python_compiles(block):
   compile(block.code, str(block), 'exec')
 
 
-@pytest.mark.parametrize(
-  'block',
-  [
-    pytest.param(block, marks=[pytest.mark.slow] if block.how == 'slow' else [])
-    for block in PYTHON
-    if block.how in ('run', 'slow')
-  ],
-  ids=str,
-)
+@pytest.mark.parametrize('block', [block for block in PYTHON if block.how == 'run'], ids=str)
 def test_python_runs(block, folder, monkeypatch):
   monkeypatch.chdir(folder)
   exec(compile(block.code, str(block), 'exec'), {'__name__': 'readme'})
