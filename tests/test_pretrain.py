@@ -16,7 +16,6 @@ from palm_jax.data.arrays import Data, Split
 from palm_jax.job import Run
 from tests.worlds import LinearGenerator, tiny_config
 
-pytestmark = pytest.mark.usefixtures('shallow')
 
 EVERYTHING = {
   'environment': dict(start='stationary'),
