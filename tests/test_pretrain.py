@@ -16,7 +16,6 @@ from palm_jax.data.arrays import Data, Split
 from palm_jax.job import Run
 from tests.worlds import LinearGenerator, tiny_config
 
-
 EVERYTHING = {
   'environment': dict(start='stationary'),
   'pairs': dict(group=2, window=3),
