@@ -30,6 +30,7 @@ from palm_jax import experience
 from palm_jax.base.metrics import check_jsonl
 from palm_jax.base.results import read_result
 from palm_jax.base.steps import list_steps
+from tests import compiler
 
 ROOT = pathlib.Path(__file__).parents[1]
 JOBS = 'generator', 'pretrain', 'probe', 'ood', 'diversity', 'quality', 'report'
@@ -104,7 +105,7 @@ class Chain:
     environment = dict(
       os.environ,
       JAX_PLATFORMS='cpu',
-      XLA_FLAGS='--xla_backend_optimization_level=0',
+      XLA_FLAGS=compiler.FLAGS,
       JAX_COMPILATION_CACHE_DIR=cache,
       JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
       PYTHONUNBUFFERED='1',

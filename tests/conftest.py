@@ -1,20 +1,22 @@
 """Eight CPU devices and one store of compiled programs; set before jax is imported."""
 
+import gc
 import os
 
+from tests import compiler
+
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# The tests compile far more than they compute: no machine-code optimisation halves their time.
-os.environ['XLA_FLAGS'] = ' '.join(
-  [
-    os.environ.get('XLA_FLAGS', ''),
-    '--xla_force_host_platform_device_count=8',
-    '--xla_backend_optimization_level=0',
-    '--xla_llvm_disable_expensive_passes=true',
-    '--xla_cpu_parallel_codegen_split_count=1',
-  ]
-)
+given, eight = os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count=8'
+os.environ['XLA_FLAGS'] = f'{given} {eight} {compiler.FLAGS}'
 # Collectives of several programs in flight deadlock when the pool has fewer threads than devices.
 os.environ['NPROC'] = '16'
+
+# Threads of linear algebra would spin, waiting for each other on cores that are busy.
+for name in ('OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS'):
+  os.environ.setdefault(name, '1')
+
+# Tracing makes millions of objects that live: looking for cycles among them is a tenth of the time.
+gc.set_threshold(200_000, 20, 100)
 
 import pathlib
 import shutil
@@ -58,3 +60,15 @@ def terminal():
   yield
   for number, handler in before.items():
     signal.signal(number, handler)
+
+
+@pytest.fixture(scope='module')
+def shallow():
+  """The encoder resnet18 with one block a stage: half as much to compile, where any network will
+  do."""
+  from palm_jax import encoder, resnet
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(resnet.BLOCKS, 10, (1, 1, 1, 1))
+    patch.setitem(encoder.RESNETS, 'resnet18', 10)
+    yield

@@ -129,12 +129,12 @@ def test_half_an_hour_and_the_noops_by_default(monkeypatch):
       super().__init__(*args, **settings)
 
   monkeypatch.setattr(vector_env, 'AtariVectorEnv', Watched)
-  with Environment('Pong', 60, 0) as env:
+  with Environment('Pong', 24, 0) as env:
     env.reset()
-    noops = env._emulator.step(np.zeros(60, int))[-1]['episode_frame_number']
+    noops = env._emulator.step(np.zeros(24, int))[-1]['episode_frame_number']
     assert env._max_steps == 27_000 and given['max_num_frames_per_episode'] == 108_000
   found = set(np.unique(noops) - noops.min())  # of 0 to 29, each equally likely
-  assert found <= set(range(30)) and len(found) > 15 and max(found) > 20
+  assert found <= set(range(30)) and len(found) > 10 and max(found) > 20
 
 
 def test_a_life_or_the_game_lost_in_the_last_step():

@@ -2,6 +2,7 @@
 passed over."""
 
 import errno
+import gc
 import json
 import os
 import pathlib
@@ -36,6 +37,13 @@ from palm_jax.checkpoint import load_encoder
 pytestmark = pytest.mark.filterwarnings(
   'ignore::pytest.PytestUnraisableExceptionWarning', 'ignore:coroutine:RuntimeWarning'
 )
+
+
+@pytest.fixture(scope='module', autouse=True)
+def collected():
+  """What failed is collected while its warnings are ignored."""
+  yield
+  gc.collect()
 
 
 @flax.struct.dataclass

@@ -15,6 +15,8 @@ from palm_jax.offline import datasets
 from palm_jax.world import dataset, make
 from tests.worlds import LinearGenerator, tiny_config
 
+pytestmark = pytest.mark.usefixtures('shallow')
+
 minari = pytest.importorskip('minari')
 GENERATOR, LENGTH, ENVS = LinearGenerator(), 7, 16
 
@@ -24,6 +26,7 @@ def recorded(tmp_path_factory):
   """A pretraining's first rows -> its workdir, and the ring that holds all of them."""
   workdir, config = tmp_path_factory.mktemp('recorded'), tiny_config()
   config.pretrain.update(dict(record=True, iterations_per_call=3, warmup_steps=1024))
+  config.pairs.source = 'random_action'  # as the agent's are before it learns
   (workdir / 'config.json').write_text(config.to_json_best_effort())
   mesh = devices.make_mesh(1)
   program = pretrain.make_program(config, GENERATOR, mesh)

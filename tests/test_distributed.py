@@ -24,6 +24,7 @@ from palm_jax.base.errors import UserError
 from palm_jax.base.metrics import read_jsonl
 from palm_jax.base.steps import list_steps
 from palm_jax.base.training import Preemption
+from tests import compiler
 from tests.worlds import LargeGenerator, nature_config
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -99,7 +100,7 @@ def environment(num_devices, **more):
     JAX_ENABLE_X64='1',
     JAX_NUM_CPU_DEVICES=str(num_devices),
     NPROC='16',
-    XLA_FLAGS='--xla_backend_optimization_level=0',
+    XLA_FLAGS=compiler.FLAGS,
     PYTHONPATH=str(ROOT),
     **more,
   )
@@ -124,6 +125,7 @@ def run_workers(folder, processes, num_devices, stop_at=0):
         JAX_NUM_PROCESSES=str(processes),
         JAX_PROCESS_ID=str(i),
         JAX_COMPILATION_CACHE_DIR=str(folder.parent / 'cache'),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
       )
       with logs[-1].open('w') as log:
         children.append(

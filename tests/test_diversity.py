@@ -26,6 +26,8 @@ from palm_jax.layers.pixels import to_uint8
 from tests.jobs import finish, saved_result
 from tests.worlds import LargeGenerator, nature_config, tiny_config
 
+pytestmark = pytest.mark.usefixtures('shallow')
+
 LENGTH = 7  # frames of an episode in tests/worlds.py
 KEY = jax.random.key(0)  # the first and the last step of an episode are among the chosen
 LABELS = np.arange(16, dtype=np.int32) % 3

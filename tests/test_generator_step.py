@@ -392,6 +392,7 @@ def test_bfloat16_is_near_and_stays_out_of_the_state():
     assert np.linalg.norm(sizes[1] - sizes[0]) < 0.05 * np.linalg.norm(sizes[0])
 
 
+@pytest.mark.slow
 def test_nothing_is_drawn_without_augmentation():
   states = plain()[0]
   assert {float(s.augment_p) for s in states} == {0.5} and {
@@ -416,6 +417,7 @@ def test_mirroring_is_training_on_flipped_copies_too():
     state = first_state().replace(key=jax.random.key(1))
     state = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float64 else x, state)
     state, metrics = call(*devices.replicate(mesh, (state, *training_set, places)))
+    assert (state.augment_p, state.sign_count) == (0.5, 0)  # nothing is drawn, nothing is gathered
     results.append(jax.device_get((state.D, metrics)))
   assert (places >= 40).any() and (places < 40).any()
   jax.tree.map(np.testing.assert_array_equal, *results)

@@ -18,6 +18,8 @@ from palm_jax.data.arrays import Data, Split
 from palm_jax.evaluate import features, linear, ood, scores, sgd, table_1
 from tests.jobs import finish, saved_result
 
+pytestmark = pytest.mark.usefixtures('shallow')
+
 CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 LOGITS, FEATURES = ('msp', 'mls', 'energy'), ('knn', 'mahalanobis', 'ssd')
 

@@ -13,6 +13,8 @@ from palm_jax.speed import cost, plan
 from tests.jobs import finish
 from tests.worlds import LinearGenerator, tiny_config
 
+pytestmark = pytest.mark.usefixtures('shallow')
+
 
 @pytest.fixture(scope='module')
 def planned():

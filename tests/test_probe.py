@@ -32,7 +32,7 @@ def digits():
   images, labels = load_digits(return_X_y=True)
   images = np.round(images / 16 * 255).astype(np.uint8).reshape(-1, 8, 8, 1)
   order = np.random.default_rng(0).permutation(len(images))
-  train, test = order[:1297], order[1297:]
+  train, test = order[:897], order[1297:]
   return images[train], labels[train], images[test], labels[test]
 
 
@@ -54,8 +54,9 @@ def test_shuffled_test_labels_change_the_score_and_nothing_else(blobs):
 
 def test_digits_pixels(digits):
   train, train_y, test, test_y = digits
+  # As wide as the pixels: one program fits both.
   noise = [
-    np.random.default_rng(seed).normal(size=(len(x), 8)) for seed, x in enumerate((train, test))
+    np.random.default_rng(seed).normal(size=(len(x), 64)) for seed, x in enumerate((train, test))
   ]
   sets = {'pixels': (features.pixels(train), features.pixels(test)), 'noise': noise}
   rows = [
@@ -71,8 +72,8 @@ def test_digits_pixels(digits):
   )
   results = dict(rows=rows, protocol=dict(data='scikit-learn digits', split='test', knn_k=200))
   assert json.loads(json.dumps(results)) == results
-  assert (rows[0]['n_train'], rows[0]['n_test'], rows[1]['k']) == (1297, 500, 200)
-  assert rows[0]['n_fit'] + rows[0]['n_validation'] == 1297
+  assert (rows[0]['n_train'], rows[0]['n_test'], rows[1]['k']) == (897, 500, 200)
+  assert rows[0]['n_fit'] + rows[0]['n_validation'] == 897
 
   text = probe.table(results)
   lines = text.splitlines()
@@ -164,7 +165,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope='module')
 def results(run):
   c, workdir, data = run
-  return finish(probe.JOB, c, workdir, data, devices.make_mesh())
+  return finish(probe.JOB, c, workdir, data, devices.make_mesh(2))
 
 
 def test_the_job_judges_all_that_was_asked(run, results):
@@ -197,7 +198,7 @@ def test_validation_leaves_the_test_images_alone(run, results, tmp_path):
   c.probe.update(dict(methods=('lbfgs', 'knn'), split='validation', corruptions=(), pixels=False))
   (tmp_path / 'pretrain').symlink_to(workdir / 'pretrain')
   (tmp_path / 'config.json').write_text(c.to_json_best_effort())
-  seen = lambda test: finish(probe.JOB, c, tmp_path, data._replace(test=test), devices.make_mesh())
+  seen = lambda test: finish(probe.JOB, c, tmp_path, data._replace(test=test), devices.make_mesh(2))
   one, two = seen(data.test), seen(Split(data.test.images[::-1] // 2, data.test.labels))
   strip = lambda result: [
     {k: v for k, v in row.items() if k != 'seconds'} for row in result['rows']
@@ -209,7 +210,7 @@ def test_features_are_computed_once_and_those_of_another_encoder_are_refused(
   run, results, monkeypatch
 ):
   c, workdir, data = run
-  encoder, mesh = features.load_encoder(c, workdir, (36, 36, 1)), devices.make_mesh()
+  encoder, mesh = features.load_encoder(c, workdir, (36, 36, 1)), devices.make_mesh(2)
   elsewhere = c.copy_and_resolve_references()
   elsewhere.features.folder = 'shared'
   assert (
@@ -235,7 +236,7 @@ def test_features_are_computed_once_and_those_of_another_encoder_are_refused(
 
 def test_damaged_features_are_computed_again(run, results):
   c, workdir, data = run
-  encoder, mesh = features.load_encoder(c, workdir, (36, 36, 1)), devices.make_mesh()
+  encoder, mesh = features.load_encoder(c, workdir, (36, 36, 1)), devices.make_mesh(2)
   h = features.cached(encoder, data.test.images, workdir / 'features', mesh)
   path = max(
     (workdir / 'features').glob(f'{encoder.sha256[:12]}_*'),
@@ -262,7 +263,7 @@ def test_foreign_features_stand_beside_ours(run, tmp_path):
     train_features=one_hot(data.train.labels),
     test_features=one_hot(data.test.labels),
   )
-  rows = finish(probe.JOB, c, tmp_path, data, devices.make_mesh())['rows']
+  rows = finish(probe.JOB, c, tmp_path, data, devices.make_mesh(2))['rows']
   assert {row['features']: row['accuracy']['clean'] for row in rows}['foreign features'] == 1
   np.savez(
     c.features.path,
@@ -270,10 +271,10 @@ def test_foreign_features_stand_beside_ours(run, tmp_path):
     test_features=one_hot(data.test.labels),
   )
   with pytest.raises(UserError, match=r'train_features is \(119, 3\), expected \(120, F\)'):
-    finish(probe.JOB, c, tmp_path, data, devices.make_mesh())
+    finish(probe.JOB, c, tmp_path, data, devices.make_mesh(2))
   np.savez(c.features.path, train_features=one_hot(data.train.labels))
   with pytest.raises(UserError, match='holds train_features: expected also test_features'):
-    finish(probe.JOB, c, tmp_path, data, devices.make_mesh())
+    finish(probe.JOB, c, tmp_path, data, devices.make_mesh(2))
 
 
 def test_small_shares_of_labels_are_drawn_several_times(blobs):
@@ -337,7 +338,7 @@ def test_the_two_granularities_of_cifar100(tmp_path):
   with Checkpoints(tmp_path / 'pretrain' / 'checkpoints') as checkpoints:
     checkpoints.save(7, {'encoder': variables}, {})
   (tmp_path / 'config.json').write_text(c.to_json_best_effort())
-  rows = finish(probe.JOB, c, tmp_path, load(c.data.name), devices.make_mesh())['rows']
+  rows = finish(probe.JOB, c, tmp_path, load(c.data.name), devices.make_mesh(2))['rows']
   pixels = {row['labels']: row for row in rows if row['features'] == 'pixels'}
   assert (pixels['fine']['num_classes'], pixels['coarse']['num_classes']) == (100, 20)
   # With all 40 training images voting, the class of an image wins by its own vote and those of its

@@ -22,6 +22,8 @@ from palm_jax.generator.stylegan2 import Generator
 from palm_jax.resnet import ResNet
 from tests.jobs import finish, saved_result
 
+pytestmark = pytest.mark.usefixtures('shallow')
+
 FIELDS = dict(z_dim=8, w_dim=8, num_classes=3, channels=(4, 4), image_channels=1, mapping_layers=1)
 
 

@@ -30,7 +30,7 @@ from launch import local
 from palm_jax import runner
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.encoder import make_encoder
-from tests import chaos
+from tests import chaos, compiler
 from tests.test_encoder import random_variables
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -238,7 +238,7 @@ def link_packages(path):
 def execute(block, path):
   """Runs the commands of a block at their smallest -> what they print."""
   # One device, unlike the tests' eight: as a user has it.
-  environment = dict(os.environ, XLA_FLAGS='--xla_backend_optimization_level=0')
+  environment = dict(os.environ, XLA_FLAGS=compiler.FLAGS)
   printed = ''
   for command in commands_of(block):
     if is_pip(command):

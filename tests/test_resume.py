@@ -22,6 +22,7 @@ from palm_jax.base.files import write_json
 from palm_jax.base.metrics import read_jsonl
 from palm_jax.base.steps import list_steps
 from palm_jax.generator import train
+from tests import compiler
 from tests.jobs import saved_result
 
 pytestmark = pytest.mark.filterwarnings('ignore:Sharding info not provided')
@@ -75,7 +76,7 @@ class Job:
     environment = dict(
       os.environ,
       JAX_PLATFORMS='cpu',
-      XLA_FLAGS='--xla_backend_optimization_level=0',
+      XLA_FLAGS=compiler.FLAGS,
       JAX_COMPILATION_CACHE_DIR=str(self.base / 'cache'),
       JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
     )

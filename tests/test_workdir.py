@@ -142,23 +142,22 @@ workdir, seed, until = sys.argv[1:]
 time.sleep(max(0, float(until) - time.time()))
 command.exit_on_user_error(lambda _: runner.run(config_of(seed=int(seed)), 'toy', workdir))([])
 """
-  for number in range(3):
-    workdir = tmp_path / str(number)
-    until = str(time.time() + 8)
-    processes = [
-      subprocess.Popen(
-        [sys.executable, '-c', script, str(workdir), str(seed), until],
-        stderr=subprocess.PIPE,
-        text=True,
-      )
-      for seed in range(3)
-    ]
-    errors = [process.communicate(timeout=100)[1] for process in processes]
-    codes = [process.returncode for process in processes]
-    assert sorted(codes) == [0, 2, 2], errors
-    winner = codes.index(0)
-    assert saved(workdir)['seed'] == winner
-    assert json.loads((workdir / 'results' / 'toy.json').read_text())['seed'] == winner
-    for seed, text in enumerate(errors):
-      if seed != winner:
-        assert f'seed: {winner} there, {seed} now' in text.splitlines()[-1]
+  workdir = tmp_path / 'run'
+  until = str(time.time() + 8)
+  processes = [
+    subprocess.Popen(
+      [sys.executable, '-c', script, str(workdir), str(seed), until],
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for seed in range(3)
+  ]
+  errors = [process.communicate(timeout=100)[1] for process in processes]
+  codes = [process.returncode for process in processes]
+  assert sorted(codes) == [0, 2, 2], errors
+  winner = codes.index(0)
+  assert saved(workdir)['seed'] == winner
+  assert json.loads((workdir / 'results' / 'toy.json').read_text())['seed'] == winner
+  for seed, text in enumerate(errors):
+    if seed != winner:
+      assert f'seed: {winner} there, {seed} now' in text.splitlines()[-1]

@@ -17,7 +17,7 @@ from palm_jax.base.errors import UserError
 from palm_jax.world import Features, goal_latent, make, spaces
 from palm_jax.world.gym import LatentManifoldVectorEnv
 from palm_jax.world.tasks import Classify, Entropy, Goal, make_task, oracle_action
-from tests.worlds import LinearGenerator, tiny_config
+from tests.worlds import LargeGenerator, LinearGenerator, nature_config
 
 ENVS, LENGTH = 5, 4
 GENERATOR = LinearGenerator()
@@ -39,10 +39,10 @@ def actions_of(count, seed=0):
 
 def test_every_door_opens_on_the_world_of_pretraining():
   """Frames of `rollout.collect`, from its state, actions and keys, bit for bit."""
-  config = tiny_config()
+  config, generator = nature_config(), LargeGenerator()
   mesh = devices.make_mesh(1)
-  program = pretrain.make_program(config, GENERATOR, mesh)
-  world_of = worlds.make_world(config, GENERATOR, mesh)
+  program = pretrain.make_program(config, generator, mesh)
+  world_of = worlds.make_world(config, generator, mesh)
   state = program.init(jax.random.key(0), world_of)
   key, steps, specs = jax.random.key(3), config.pretrain.rollout_length, pretrain.State.specs()
   collect = jax.shard_map(
@@ -53,7 +53,7 @@ def test_every_door_opens_on_the_world_of_pretraining():
   )
   ended = jax.jit(collect)(state, world_of, key)
   world, params = make(
-    GENERATOR,
+    generator,
     alpha=config.environment.alpha,
     beta=config.environment.beta,
     episode_length=config.environment.episode_length,
