@@ -1,13 +1,11 @@
 """Flags of XLA:CPU for programs that are compiled to be run once or twice."""
 
 # No machine-code optimisation halves the time of the tests, which compile far more than they
-# compute; the older emitters of fusions take another sixth of it. The preset FAST_COMPILE is none:
-# with it device counts agree to seven digits only.
+# compute. The preset FAST_COMPILE is none: with it device counts agree to seven digits only.
 FLAGS = ' '.join(
   [
     '--xla_backend_optimization_level=0',
     '--xla_llvm_disable_expensive_passes=true',
     '--xla_cpu_parallel_codegen_split_count=1',
-    '--xla_cpu_use_fusion_emitters=false',
   ]
 )

@@ -36,7 +36,7 @@ def default_config() -> ConfigDict:
   """Sizes of the factorisation and of what is shown."""
   return ConfigDict(
     dict(
-      num_images=1000,  # of the test set; fewer where there are no more
+      num_images=1000,  # of the test set, drawn at random; fewer where there are no more
       concepts=8,
       errors=(2, 4, 8, 16),  # numbers of concepts whose error is compared
       loss='frobenius',
@@ -118,7 +118,9 @@ def run(this: Run) -> dict[str, Any]:
   started, config, c = time.monotonic(), this.config, this.config.concepts
   assert this.data is not None
   split, names = this.data.test, this.data.class_names
-  images, labels = split.images[: c.num_images], split.labels[: c.num_images]
+  # Not the first: many sets are sorted by class.
+  drawn = np.random.default_rng(config.seed).permutation(len(split.images))[: c.num_images]
+  images, labels = split.images[drawn], split.labels[drawn]
   _, variables, step = checkpoint.load_encoder(this.workdir)
   network = make_encoder(config.encoder)
   shape = jax.eval_shape(lambda v: feature_maps(network, v, images[:1]), variables).shape[1:]
@@ -134,7 +136,7 @@ def run(this: Run) -> dict[str, Any]:
       logging.info('concepts: %d leave %.1f%% unexplained', rank, 100 * errors[rank])
       if rank == c.concepts:
         chosen = w.reshape(len(images), *shape[:2], rank)  # (N, h, w, r)
-  rows, order = _rows(chosen, labels, names, c.shown)
+  rows, order = _rows(chosen, labels, names, c.shown, drawn)
   if is_first():
     for i, k in enumerate(order):
       save_png(this.workdir / 'concepts' / f'{i}.png', _picture(images, chosen[..., k], c.shown))
@@ -155,8 +157,8 @@ def run(this: Run) -> dict[str, Any]:
   )
 
 
-def _rows(w, labels, names, shown):
-  """A dict a concept, the largest share first, and the order."""
+def _rows(w, labels, names, shown, places):
+  """A dict a concept, the largest share first, and the order; pictures by their places in the set."""
   amount = w.sum((1, 2))  # (N, r)
   shares = amount.sum(0) / amount.sum()
   order = np.argsort(-shares, kind='stable')
@@ -171,7 +173,7 @@ def _rows(w, labels, names, shown):
         share=float(shares[k]),
         fires=float((w[..., k].max((1, 2)) > 0.5 * w[..., k].max()).mean()),
         classes={str(names[j]): float(by_class[j]) for j in best},
-        strongest=_strongest(w[..., k], shown).tolist(),
+        strongest=places[_strongest(w[..., k], shown)].tolist(),
         picture=f'concepts/{i}.png',
       )
     )
