@@ -158,7 +158,7 @@ def run(this: Run) -> dict[str, Any]:
 
 
 def _rows(w, labels, names, shown, places):
-  """A dict a concept, the largest share first, and the order; pictures by their places in the set."""
+  """A dict a concept, the largest share first, and the order; pictures by places in the set."""
   amount = w.sum((1, 2))  # (N, r)
   shares = amount.sum(0) / amount.sum()
   order = np.argsort(-shares, kind='stable')
