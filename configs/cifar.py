@@ -52,9 +52,6 @@ def get_config(variant: str = '') -> ConfigDict:
   c.reward = reward.default_config()
   c.sac = sac.default_config()
   c.pretrain = pretrain.default_config()
-  # As many env steps an iteration as 64 environments with 8 steps, drawn and looked at in one go:
-  # 15.0 instead of 16.5 ms, 840 instead of 1,690 kernels (launch.compile_for, one H200).
-  c.pretrain.update(dict(num_envs=512, rollout_length=1))
   c.plan = plan.default_config()  # --job=plan: what a pretraining would take
   c.benchmark = benchmark.default_config()  # --job=benchmark: how fast a pretraining is
   c.features = features.default_config()  # of evaluations

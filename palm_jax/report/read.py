@@ -16,7 +16,7 @@ from palm_jax.base.errors import UserError
 from palm_jax.base.results import CONFIG, MADE_FROM, read_result
 from palm_jax.base.steps import list_steps
 from palm_jax.data.arrays import Data
-from palm_jax.workdir import FREE
+from palm_jax.workdir import ADDED, FREE
 
 JUDGES = 'probe', 'ood', 'diversity', 'quality', 'scores'  # sections of jobs that judge
 ORIGIN = MADE_FROM, CONFIG  # in results, for programs
@@ -119,8 +119,9 @@ def _note_config(run, job, then):
     return
   before, now = checks.flatten(then), checks.flatten(run.config)
   fixed = lambda key: key.partition('.')[0] not in (*FREE, *JUDGES) or key.startswith(f'{job}.')
-  differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-  differ = [key for key in differ if fixed(key)]
+  value = lambda config, key: config.get(key, ADDED.get(key))
+  keys = sorted(before.keys() | now.keys())
+  differ = [key for key in keys if fixed(key) and value(before, key) != value(now, key)]
   if differ:
     _note(run, f'config.json is not what {job} had: {", ".join(differ)}; one of them was changed')
 
