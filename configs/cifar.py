@@ -14,13 +14,14 @@ The paper contradicts itself on alpha and beta, so both readings have a name: `p
 configs/cifar.py:small,paper_fig5. `able` gives the agent settings with which it is able to act.
 
 `small` plays in the bundled generator; --config.generator.path= trains one (about 130 images/s on
-two CPU cores). Measured: 5.5 minutes for pretraining, 15 for the whole probe, 1.8 GB. Linear
-accuracy on JPEG copies of CIFAR-10: PALM encoder 40.7%, untrained 34.5%, pixels 41.2% (one seed;
-three in the studies).
+two CPU cores). Measured once: 5.5 minutes for pretraining, 15 for the whole probe, 1.8 GB. Linear
+accuracy on JPEG copies of CIFAR-10, 8,000 test pictures: PALM encoder 40.7%, untrained 34.5%,
+pixels 41.2% (one seed, +- 1.1 by the test pictures alone; three seeds: configs/studies/README.md).
 
-The full size was not run yet. Compiled for one H200, 50M steps take 0.41 hours at what its kernels
-reach alone (launch.compile_for); the replay takes 5.3 GB over all devices. To compare with: SimSiam
-with augmentation has 90.5 / 66.0% on CIFAR-10 / 100 (solo-learn).
+The full size was not run yet. Compiled for one H200, 50M steps take 0.41 hours by the arithmetic of
+launch.compile_for, in bfloat16: a floor, not a measurement. The replay takes 5.3 GB over all
+devices. To compare with: SimSiam with augmentation has 90.5 / 66.0% on CIFAR-10 / 100 (as published
+by solo-learn).
 """
 
 from ml_collections import ConfigDict
@@ -53,7 +54,7 @@ def get_config(variant: str = '') -> ConfigDict:
   c.sac = sac.default_config()
   c.pretrain = pretrain.default_config()
   # As many env steps an iteration as 64 environments with 8 steps, drawn and looked at in one go:
-  # 15.0 instead of 16.5 ms, 840 instead of 1,690 kernels (launch.compile_for, one H200).
+  # 15.0 instead of 16.5 ms, 840 instead of 1,690 kernels (arithmetic of launch.compile_for, H200).
   c.pretrain.update(dict(num_envs=512, rollout_length=1))
   c.plan = plan.default_config()  # --job=plan: what a pretraining would take
   c.benchmark = benchmark.default_config()  # --job=benchmark: how fast a pretraining is
