@@ -14,13 +14,14 @@ The paper contradicts itself on alpha and beta, so both readings have a name: `p
 configs/cifar.py:small,paper_fig5. `able` gives the agent settings with which it is able to act.
 
 `small` plays in the bundled generator; --config.generator.path= trains one (about 130 images/s on
-two CPU cores). Measured: 5.5 minutes for pretraining, 15 for the whole probe, 1.8 GB. Linear
-accuracy on JPEG copies of CIFAR-10: PALM encoder 40.7%, untrained 34.5%, pixels 41.2% (one seed;
-three in the studies).
+two CPU cores). Measured once: 5.5 minutes for pretraining, 15 for the whole probe, 1.8 GB. Linear
+accuracy on JPEG copies of CIFAR-10, 8,000 test pictures: PALM encoder 40.7%, untrained 34.5%,
+pixels 41.2% (one seed, +- 1.1 by the test pictures alone; three seeds: configs/studies/README.md).
 
-The full size was not run yet. Compiled for one H200, 50M steps take 0.41 hours at what its kernels
-reach alone (launch.compile_for); the replay takes 5.3 GB over all devices. To compare with: SimSiam
-with augmentation has 90.5 / 66.0% on CIFAR-10 / 100 (solo-learn).
+The full size was not run yet. Compiled for one H200, 50M steps take 0.41 hours by the arithmetic of
+launch.compile_for, in bfloat16: a floor, not a measurement. The replay takes 5.3 GB over all
+devices. To compare with: SimSiam with augmentation has 90.5 / 66.0% on CIFAR-10 / 100 (as published
+by solo-learn).
 """
 
 from ml_collections import ConfigDict
