@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from palm_jax import augment, objectives, pairs, replay, rollout, simsiam, worlds
 from palm_jax.base.errors import UserError
 from palm_jax.encoder import make_encoder
+from palm_jax.optimizer import make_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ def make_setup(config: ConfigDict, generator: Any, num_devices: int) -> Setup:
     num_devices=num_devices,
     source=pairs.SOURCES[config.pairs.source],
     modules=simsiam.make_modules(encoder, c, 'data', dtype),
-    optimizer=simsiam.make_optimizer(c, num_updates, p.batch_size),
+    optimizer=make_optimizer(c, num_updates, p.batch_size),
     target_rate=objectives.target_rate(c.tau, num_updates),
     views=augment.make_augment(c.augment),
     warmup_iterations=warmup_iterations,

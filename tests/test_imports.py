@@ -7,6 +7,7 @@ import pathlib
 ROOT = pathlib.Path(__file__).parents[1]
 # A module imports from its own room and from those named. A longer name is the stricter rule.
 PARTS = 'environment replay resnet vit heads contrastive augment reward sac experience'.split()
+PARTS += ['optimizer']
 SEEING = ['encoder', 'objectives', 'simsiam']
 PLAYER = ['agent', 'curiosity', 'actor_critic']
 WORK = [*PARTS, *SEEING, *PLAYER, 'material', 'rollout', 'pairs', 'setup', 'worlds', 'monitors']
@@ -34,7 +35,7 @@ LAW = {
   'generator.sample': ['layers', 'base', 'environment', 'rollout', 'generator'],
   'generator.train': ['base', 'generator', 'job'],
   'worlds': ['base', 'data', 'generator', 'environment', 'material', 'pairs', 'rollout'],
-  'setup': ['base', 'worlds', 'rollout', 'pairs', 'replay', 'augment', *SEEING],
+  'setup': ['base', 'worlds', 'rollout', 'pairs', 'replay', 'augment', 'optimizer', *SEEING],
   'monitors': ['environment', 'rollout', 'setup'],
   'pretrain': METHOD,
   'export': ['base', 'formats', 'checkpoint', 'encoder'],
