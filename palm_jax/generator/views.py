@@ -23,7 +23,23 @@ def prepared(generator: PictureGenerator, variables: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class WLatents:
+class _MoreVariables:
+  """A view with variables beside those of the generator within: {'generator', ...}."""
+
+  generator: Any
+  variables: Any
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    return self.generator.image_shape
+
+  def prepared(self, variables: Any) -> Any:
+    """As of the inner generator."""
+    return dict(variables, generator=prepared(self.generator, variables['generator']))
+
+
+@dataclasses.dataclass(frozen=True)
+class WLatents(_MoreVariables):
   """A StyleGAN2 whose latents are whitened coordinates of W.
 
   w = mean of the class + root of the covariance, times z.
@@ -42,14 +58,6 @@ class WLatents:
   @property
   def num_classes(self) -> int:
     return self.generator.num_classes
-
-  @property
-  def image_shape(self) -> tuple[int, int, int]:
-    return self.generator.image_shape
-
-  def prepared(self, variables: Any) -> Any:
-    """As of the inner generator."""
-    return dict(variables, generator=prepared(self.generator, variables['generator']))
 
   def apply(
     self,
@@ -101,7 +109,7 @@ def w_latents(generator: LoadedGenerator, samples: int = 10_000, seed: int = 0) 
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompts:
+class Prompts(_MoreVariables):
   """A generator that is told by vectors what to draw.
 
   Class k of the world is row k of a bank of embeddings. The inner generator has the same protocol,
@@ -119,14 +127,6 @@ class Prompts:
   @property
   def num_classes(self) -> int:
     return len(self.variables['prompts'])
-
-  @property
-  def image_shape(self) -> tuple[int, int, int]:
-    return self.generator.image_shape
-
-  def prepared(self, variables: Any) -> Any:
-    """As of the inner generator."""
-    return dict(variables, generator=prepared(self.generator, variables['generator']))
 
   def apply(
     self,
