@@ -238,19 +238,19 @@ def learn_policy(
 def iterations(setup: Setup, state: State, world: World) -> tuple[State, Output]:
   """The iterations of one compiled call. Metrics also say which of them `updated`."""
   count, first = setup.config.pretrain.iterations_per_call, state.iteration
-  world = rollout.prepared(setup, world)
+  world = world._replace(variables=rollout.prepared(setup, world.variables))
   names = []
 
   def step(state, _):
     state, output = iteration(setup, state, world)
     names[:] = sorted(output.metrics)
     # As one array: a loop on an accelerator launches a kernel for each that it hands out.
-    return state, output._replace(metrics=jnp.stack([output.metrics[name] for name in names]))
+    return state, (jnp.stack([output.metrics[name] for name in names]), output.experience)
 
-  state, output = jax.lax.scan(step, state, length=count)
+  state, (scalars, experience) = jax.lax.scan(step, state, length=count)
   updated = first + jnp.arange(count) >= setup.warmup_iterations
-  metrics = dict(zip(names, output.metrics.T, strict=True), updated=updated)  # (I,) each
-  rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output.experience)  # (I * T, E, ...)
+  metrics = dict(zip(names, scalars.T, strict=True), updated=updated)  # (I,) each
+  rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), experience)  # (I * T, E, ...)
   return state, Output(metrics, rows)
 
 

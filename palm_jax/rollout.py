@@ -87,13 +87,12 @@ def encode(play: Play, params: Any, batch_stats: Any, frames: jax.Array) -> jax.
   return play.encoder.apply(variables, frames, train=False)
 
 
-def prepared(play: Play, world: World) -> World:
-  """The same world for many draws; on accelerators, what is made of kernels alone is made here."""
+def prepared(play: Play, variables: Any) -> Any:
+  """World.variables for many draws: on accelerators, what is made of kernels alone is made here."""
   if devices.platform() == 'cpu' or not hasattr(play.generator, 'prepared'):
-    return world
+    return variables
   # Held here: XLA would move it to where it is used, into the loops.
-  ready = jax.lax.optimization_barrier(play.generator.prepared(world.variables))
-  return world._replace(variables=ready)
+  return jax.lax.optimization_barrier(play.generator.prepared(variables))
 
 
 def folded(play: Play, ssl: dict[str, Any]) -> tuple[Play, dict[str, Any]]:
@@ -154,7 +153,9 @@ def collect(
     State, and with pretrain.record the Experience (T, E, ...), else ().
   """
   ids, p, first = play.local_env_ids(), play.config.pretrain, state.ring.total
-  actor, seeing = folded(play, state.ssl) if isinstance(state.agent, agents.Agent) else (play, ())
+  actor, seeing = play, {}
+  if isinstance(state.agent, agents.Agent):
+    actor, seeing = folded(play, state.ssl)
   at_random = lambda keys: environment.random_actions(keys, play.generator.z_dim, play.real)
 
   def step(carry, t):

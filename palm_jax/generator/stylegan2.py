@@ -177,7 +177,7 @@ class Generator(LatentNetwork):
 
   def prepared(self, variables: Any) -> Any:
     """Variables with what `synthesis` makes of its kernels alone, in the collection 'prepared'."""
-    params = traverse_util.flatten_dict(variables['params']['synthesis_network'])
+    params: dict[Any, Any] = traverse_util.flatten_dict(variables['params']['synthesis_network'])
     ready = {}
     for path, x in params.items():
       if path[-1] == 'kernel' and x.ndim == 4 and (*path[:-1], 'noise_strength') in params:

@@ -66,7 +66,7 @@ class BatchNorm(nn.Module):
     dtype = jnp.result_type(x, mean, scale, bias)
     scaling = lax.rsqrt(var + self.epsilon) * scale
     mean, scaling, offset = (a.astype(dtype) for a in (mean, scaling, bias))
-    normalize = _normalize if platform() == 'tpu' else _normalize_by_hand
+    normalize: Any = _normalize if platform() == 'tpu' else _normalize_by_hand
     out = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
     return normalize(*vary_alike(x, mean, scaling, offset), self.relu, out)
 

@@ -140,7 +140,7 @@ def one_by_one(f: Callable, *arrays: Any) -> Any:
 def draw(setup: Setup, variables: Any, z: jax.Array, labels: jax.Array) -> jax.Array:
   """The rollout's frames."""
   psi = setup.config.environment.truncation_psi
-  variables = rollout.prepared(setup, rollout.World(variables, ())).variables
+  variables = rollout.prepared(setup, variables)
 
   def pictures(z, labels):
     return to_uint8(setup.generator.apply(variables, z, labels, truncation_psi=psi))
