@@ -45,11 +45,12 @@ def _fir_at_once(x, pad, gain):
   """Both axes in one expression, which XLA:GPU makes one kernel; its 16 reads meet in the cache."""
   height, width = (n + sum(pad) - len(TAPS) + 1 for n in x.shape[1:3])
   x = _pad(_pad(x, 1, pad), 2, pad)
-  return sum(
+  terms = [
     a * b * gain**2 * x[:, i : i + height, j : j + width]
     for i, a in enumerate(TAPS)
     for j, b in enumerate(TAPS)
-  )
+  ]
+  return sum(terms[1:], terms[0])
 
 
 def upsample(x: jax.Array) -> jax.Array:
