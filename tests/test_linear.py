@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -125,3 +127,12 @@ def test_bad_settings_are_named(blobs):
   for grid in ([], [0.0], [np.nan]):
     with pytest.raises(UserError, match='l2_grid'):
       linear.logistic_regression(x, y, C, l2_grid=grid)
+
+
+def test_a_long_fit_says_where_it_is(monkeypatch, caplog):
+  monkeypatch.setattr(linear, 'PULSE_SECONDS', 0.0)
+  rng = np.random.default_rng(0)
+  x, y = rng.normal(size=(60, 5)), np.arange(60) % 3
+  with caplog.at_level('INFO', logger='absl'):
+    linear.fit(x, y, 3, l2_grid=(0.1, 1.0))
+  assert any(re.fullmatch(r'L-BFGS: l2 1e\+00, iteration \d+', m) for m in caplog.messages)

@@ -1,5 +1,7 @@
 """Linear softmax classifiers of cached features, and their fit by L-BFGS."""
 
+import itertools
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import scipy.optimize
+from absl import logging
 from flax import struct
 
 from palm_jax.base.errors import UserError
@@ -18,6 +21,7 @@ L2_GRID = tuple(10.0**e for e in range(-6, 3))
 VALIDATION_FRACTION = 0.1
 MAX_ITERATIONS = 200  # 10 to 90 were used in trials, see `_path`
 GRADIENT_TOLERANCE = 1e-5
+PULSE_SECONDS = 5.0
 ENOUGH = 1e-4  # of the gradient: scikit-learn's LogisticRegression stops there
 
 
@@ -87,8 +91,10 @@ def logistic_regression(
     raise UserError(f'l2_grid is {list(l2_grid)}, expected one or more positive finite numbers')
 
   fit, held_out = stratified_split(y, VALIDATION_FRACTION, seed)
-  tried, models = [], []
-  for model, iterations, converged in _path(x[fit], y[fit], num_classes, grid, max_iterations):
+  tried, models, pulse = [], [], _Pulse()
+  for model, iterations, converged in _path(
+    x[fit], y[fit], num_classes, grid, max_iterations, pulse
+  ):
     tried.append(
       dict(
         l2=grid[len(tried)],
@@ -102,7 +108,7 @@ def logistic_regression(
   best = int(np.argmax([each['validation_accuracy'] for each in tried]))
   l2 = grid[best]
   [(model, iterations, converged)] = _path(
-    x, y, num_classes, [l2], max_iterations, start=models[best]
+    x, y, num_classes, [l2], max_iterations, pulse, start=models[best]
   )
   return model, dict(
     l2=l2,
@@ -159,7 +165,19 @@ def _check_classes(labels, num_classes):
     )
 
 
-def _path(x, y, num_classes, l2_grid, max_iterations, start=None):
+class _Pulse:
+  """A line in the log where some seconds have passed since the last."""
+
+  def __init__(self):
+    self._heard = time.monotonic()
+
+  def __call__(self, l2, iteration):
+    if time.monotonic() - self._heard >= PULSE_SECONDS:
+      self._heard = time.monotonic()
+      logging.info('L-BFGS: l2 %.0e, iteration %d', l2, iteration)
+
+
+def _path(x, y, num_classes, l2_grid, max_iterations, pulse, start=None):
   """Yields (LinearModel, iterations, converged) for each l2, each fit starting from the one before.
 
   L-BFGS runs in the eigenbasis of the features' covariance, each direction scaled by the inverse
@@ -180,12 +198,12 @@ def _path(x, y, num_classes, l2_grid, max_iterations, start=None):
     theta = np.concatenate([basis.T @ start.weight, start.bias[None]])
   for l2 in l2_grid:
     scaling = np.append(1 / np.sqrt(np.maximum(eigenvalues, 0) / 2 + l2), 1)[:, None]
-    theta, iterations, converged = _minimise(x, y, theta, scaling, l2, max_iterations)
+    theta, iterations, converged = _minimise(x, y, theta, scaling, l2, max_iterations, pulse)
     weight, bias = (basis @ theta[:-1]).astype(np.float32), theta[-1].astype(np.float32)
     yield LinearModel(weight, bias, mean, scale), iterations, converged
 
 
-def _minimise(x, y, theta, scaling, l2, max_iterations):
+def _minimise(x, y, theta, scaling, l2, max_iterations, pulse):
   """L-BFGS from theta (F + 1, num_classes) -> theta, iterations, whether it converged."""
 
   def objective(flat):
@@ -197,11 +215,13 @@ def _minimise(x, y, theta, scaling, l2, max_iterations):
     gradient[:-1] += l2 * theta[:-1]
     return value, (scaling * gradient).ravel()
 
+  count = itertools.count(1)
   found = scipy.optimize.minimize(
     objective,
     (theta / scaling).ravel(),
     jac=True,
     method='L-BFGS-B',
+    callback=lambda _: pulse(l2, next(count)),
     options=dict(maxiter=max_iterations, ftol=1e-9, gtol=GRADIENT_TOLERANCE),
   )
   # Rounding in float32 can end the last line search: then the gradient says whether it is over.
