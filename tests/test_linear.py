@@ -134,5 +134,5 @@ def test_a_long_fit_says_where_it_is(monkeypatch, caplog):
   rng = np.random.default_rng(0)
   x, y = rng.normal(size=(60, 5)), np.arange(60) % 3
   with caplog.at_level('INFO', logger='absl'):
-    linear.fit(x, y, 3, l2_grid=(0.1, 1.0))
+    linear.logistic_regression(x, y, 3, l2_grid=(0.1, 1.0))
   assert any(re.fullmatch(r'L-BFGS: l2 1e\+00, iteration \d+', m) for m in caplog.messages)

@@ -91,6 +91,7 @@ def base(name: str, variant: str) -> Base:
 def smoke() -> ConfigDict:
   """Digits, everything small: the generator trains for seconds."""
   c = digits.get_config()
+  c.simsiam.update(dict(objective='simsiam', temperature=0.5, mask_episode=False))
   c.generator.update(
     dict(
       z_dim=8,
