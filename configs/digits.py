@@ -48,8 +48,8 @@ def get_config() -> ConfigDict:
   c.encoder.width = 16
   c.probe.methods = ('lbfgs', 'knn')
   c.quality.update(dict(num_images=10_000, proxy_epochs=15))
-  # The contrastive loss learns in so few updates what SimSiam's, the paper's, does not. The learning
-  # rate is ten times the paper's for the same reason.
+  # In so few updates the contrastive loss learns what SimSiam's, the paper's, does not, and the
+  # learning rate is ten times the paper's.
   c.simsiam.update(
     dict(
       objective='simclr',
