@@ -4,9 +4,9 @@
 
 Measured on two CPU cores: 4 to 5 minutes, compilation included, 1.7 GB of memory. Linear / kNN
 accuracy on 360 test digits, seeds 0, 1, 2: PALM encoder 96.4 / 93.6, 96.1 / 91.4, 98.1 / 91.9%;
-untrained 91.7 / 75.8, 90.8 / 72.8, 85.3 / 66.1%; pixels 95.8 / 95.6, 95.8 / 95.6, 97.5 / 95.6%. PALM
-minus pixels is +0.5 points [0.1, 0.9] (linear, Student's t, paired by seed); the test pictures alone
-give 95% intervals of +- 1.5 to 4.9. With SimSiam's loss one seed had 93.9 / 90.8%:
+untrained 91.7 / 75.8, 90.8 / 72.8, 85.3 / 66.1%; pixels 95.8 / 95.6, 95.8 / 95.6, 97.5 / 95.6%.
+PALM minus pixels is +0.5 points [0.1, 0.9] (linear, Student's t, paired by seed); the test pictures
+alone give 95% intervals of +- 1.5 to 4.9. With SimSiam's loss one seed had 93.9 / 90.8%:
 --config.simsiam.objective=simsiam --config.simsiam.mask_episode=False.
 """
 
