@@ -76,11 +76,17 @@ def make_networks(
   if height != width or doublings < 1 or height != config.base_size << doublings:
     sizes = ', '.join(str(config.base_size << i) for i in range(1, 6))
     raise UserError(
-      f'images of {height}x{width}: with generator.base_size={config.base_size} StyleGAN2 needs '
-      'squares of '
-      f'{sizes}, ... pixels a side; resize them or change base_size'
+      f'images of {height}x{width} (with generator.pad={config.pad}): with generator.base_size='
+      f'{config.base_size} StyleGAN2 needs squares of {sizes}, ... pixels a side; resize them '
+      '(data.size) or change base_size or pad'
     )
   check_choices(config)
+  for name in ('channel_base', 'd_channel_base'):
+    if 0 < config[name] < height:
+      raise UserError(
+        f'generator.{name}={config[name]} leaves no channel at {height} pixels a side: set it to '
+        f'{height} or more'
+      )
   shared: dict[str, Any] = dict(
     num_classes=num_classes,
     image_channels=image_channels,
