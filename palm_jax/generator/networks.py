@@ -75,10 +75,10 @@ def make_networks(
   doublings = (height // config.base_size).bit_length() - 1
   if height != width or doublings < 1 or height != config.base_size << doublings:
     sizes = ', '.join(str(config.base_size << i) for i in range(1, 6))
+    padded = f' (generator.pad={config.pad} is in it)' if config.get('pad') else ''
     raise UserError(
-      f'images of {height}x{width} (with generator.pad={config.pad}): with generator.base_size='
-      f'{config.base_size} StyleGAN2 needs squares of {sizes}, ... pixels a side; resize them '
-      '(data.size) or change base_size or pad'
+      f'images of {height}x{width}{padded}: with generator.base_size={config.base_size} StyleGAN2 '
+      f'needs squares of {sizes}, ... pixels a side; resize them or change base_size'
     )
   check_choices(config)
   for name in ('channel_base', 'd_channel_base'):
