@@ -42,8 +42,8 @@ from launch.compiled_counts import analyse
 from launch.compiled_text import parse
 from launch.described import describe, gigabytes
 from launch.kernels import Kernel, kernels, table_of_kernels, table_of_parts
-from palm_jax import pretrain, worlds
-from palm_jax.base import command
+from palm_jax import pretrain, rollout, settings, worlds
+from palm_jax.base import checks, command
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import write_json
 from palm_jax.generator.protocol import PictureGenerator
@@ -252,6 +252,8 @@ def main(argv: list[str]) -> None:
   jax.config.update('jax_platforms', 'cpu')
   if f.scale_from:
     scale(f.config, math.prod(parse_topology(f.topology)[1]), f.scale_from)
+  settings.check(f.config)
+  checks.choice('pretrain.dtype', f.config.pretrain.dtype, rollout.DTYPES)
   result = study(
     f.config, f.topology, worlds.as_world(f.config, plan.untrained_generator(f.config))
   )

@@ -16,6 +16,8 @@ def load_config(workdir: str | pathlib.Path) -> dict[str, Any]:
   path = pathlib.Path(workdir) / 'config.json'
   try:
     return json.loads(path.read_text())
+  except (FileNotFoundError, NotADirectoryError):
+    raise UserError(f'{path} is missing: give the --workdir of a pretraining run') from None
   except (OSError, ValueError, RecursionError) as e:
     raise UserError(
       f'{path} cannot be read ({one_line(e)}): give the --workdir of a pretraining run'

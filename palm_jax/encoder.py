@@ -119,7 +119,7 @@ def make_encoder(config: ConfigDict, axis_name: str | None = None, dtype: Any = 
   if c.name not in NAMES:
     nearest = difflib.get_close_matches(str(c.name), NAMES, n=1, cutoff=0)[0]
     raise UserError(
-      f'encoder {c.name!r}: expected one of {", ".join(NAMES)}; did you mean {nearest!r}?'
+      f'encoder.name={c.name!r}: expected one of {", ".join(NAMES)}; did you mean {nearest!r}?'
     )
   checks.choice('encoder.stem', c.stem, STEMS)
   checks.choice('encoder.pool', c.pool, POOLS)

@@ -28,7 +28,7 @@ from absl import flags
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from palm_jax.base import checks, command
+from palm_jax.base import checks, command, files
 from palm_jax.base.digests import digest
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import replacing
@@ -106,8 +106,9 @@ def export(
   try:
     save(path, format, config['encoder'], variables, step)
   except OSError as e:
+    remedy = files.remedy(e) or 'fix that'
     raise UserError(
-      f'{path} cannot be written ({e.strerror}): free space or fix that, or choose another --out'
+      f'{path} cannot be written ({e.strerror}): {remedy}, or choose another --out'
     ) from e
   return path, step
 

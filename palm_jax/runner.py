@@ -96,13 +96,23 @@ def run(
     logging.info('data: %s', data.source)
     for each in waiting:
       each.check_data(this)
+  before = workdirs.is_claimed(workdir)
   if any(each.claims for each in jobs):
     claim(workdir, config)
     workdirs.keep_compiled(workdir)
     logging.info('%s: %d %s device(s)', workdir, mesh.size, mesh.devices.flat[0].platform)
+  try:
+    _run_in_order(jobs, this)
+  except UserError:
+    if not before:
+      workdirs.release(workdir, names())
+    raise
+
+
+def _run_in_order(jobs, this):
   for each in jobs:
     if provenance.is_current(each, this):
-      path = workdirs.result_path(workdir, each)
+      path = workdirs.result_path(this.workdir, each)
       logging.info('%s: complete, skipped (delete %s to run it again)', each.name, path)
       continue
     this = _with_collected(each, this)
@@ -113,6 +123,8 @@ def run(
 
 def _wanted(config, job):
   """[Job] of --job; a generator that is given is not trained."""
+  if job == 'all' and not config.jobs:
+    raise UserError(f'jobs is empty: name some of {", ".join(JOBS)}, or give --job')
   jobs = [find(name) for name in (config.jobs if job == 'all' else (job,))]
   if job == 'all' and config.generator.path:
     logging.info('generator: that of %s', config.generator.path)

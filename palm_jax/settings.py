@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from palm_jax.base import checks
+from palm_jax.base.errors import UserError
 
 # section: the module that reads it, and says in RANGES what its numbers may be
 SECTIONS = {
@@ -36,11 +37,15 @@ SECTIONS = {
   'scores': 'palm_jax.atari.scores',
   'study': 'palm_jax.study',
 }
+NEEDED = 'name', 'seed', 'jobs', 'data', 'generator', 'environment'  # what all jobs read
 OWN = dict(seed=checks.Range(0, 2**32 - 1))  # jax.random.key takes no more bits
 
 
 def check(config: ConfigDict) -> None:
   """Raises UserError on a number of the whole config that means nothing, whatever the job."""
+  for name in NEEDED:
+    if name not in config:
+      raise UserError(f'the config has no {name}: take one of configs/ and change what differs')
   checks.finite(config)
   checks.ranges('', config, ranges(config))
 

@@ -1,5 +1,6 @@
 """The job of pretraining: runs `pretrain`'s program, watches it, and saves what it has reached."""
 
+import math
 import pathlib
 from typing import Any
 
@@ -49,7 +50,6 @@ def run(this: Run) -> dict:
   config, workdir, mesh = this.config, this.workdir, this.mesh
   folder, p = workdir / 'pretrain', config.pretrain
   generator = worlds.load_world_generator(config, workdir)
-  worlds.check_pictures(config, generator)
   program = pretrain.make_program(config, generator, mesh)
   world = worlds.make_world(config, generator, mesh, this.data)
   watch = monitors.make_monitors(program.setup)
@@ -60,6 +60,7 @@ def run(this: Run) -> dict:
     program.state_shardings,
   )
   check_memory(template, world, mesh)
+  worlds.check_pictures(config, generator)
   per_call, env_steps = p.iterations_per_call, program.env_steps_per_iteration
   total = program.setup.num_calls * per_call
   check_record(config, world, total)
@@ -239,7 +240,15 @@ def check_data(this: Run) -> None:
         'leaves nothing: it is the margin that generator.pad adds'
       )
     grown = 2 * (config.generator.pad - crop)
-    encoder.check_picture(config.encoder, (given[0] + grown, given[1] + grown))
+    seen = given[0] + grown, given[1] + grown, given[2] * config.environment.stack
+    encoder.check_picture(config.encoder, seen[:2])
+    frames = config.replay.capacity * math.prod(seen) / this.mesh.size
+    remedy = f'lower replay.capacity={config.replay.capacity}; --job=plan says what fits'
+    devices.check_fits(frames, this.mesh, "the replay's frames take", remedy)
+    c = config.simsiam
+    heads = c.proj_hidden, c.proj_hidden, c.proj_dim, c.pred_hidden
+    names = 'simsiam.(proj_hidden, proj_hidden, proj_dim, pred_hidden)'
+    devices.check_layers({names: heads, 'sac.hidden': config.sac.hidden}, 1, this.mesh)
     return
   generator = worlds.load_world_generator(config, this.workdir)
   seen = worlds.seen_shape(config, generator)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 from absl import logging
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from palm_jax.base import checks
@@ -54,6 +55,8 @@ def locate(config: ConfigDict, workdir: str | pathlib.Path | None) -> pathlib.Pa
   """The absolute path of a workdir; None is runs/<config.name>. UserError for an empty one."""
   if workdir == '':
     raise UserError('--workdir= is empty (an unset variable?): name a folder, or leave it out')
+  if not workdir and not config.name.strip('/.'):
+    raise UserError(f'name={config.name!r} is no name of a folder: set --config.name, or --workdir')
   return pathlib.Path(workdir or f'runs/{config.name}').expanduser().absolute()
 
 
@@ -108,6 +111,8 @@ def claim(
           _tidy(workdir, names)
   except UserError as e:
     refused = e
+  except FileExistsError as e:
+    refused = UserError(f'{e.filename} is a file, expected a folder: choose another --workdir')
   except OSError as e:
     refused = UserError(
       f'{e.filename or workdir} cannot be written ({e.strerror}): fix that or choose another '
@@ -115,6 +120,26 @@ def claim(
     )
   _raise_together(workdir, refused)
   compare(workdir, config, jobs)
+
+
+def release(workdir: pathlib.Path, jobs: Sequence[str]) -> None:
+  """Takes back what `claim` wrote where a job was refused before any has written."""
+  if not is_first() or not is_claimed(workdir):
+    return
+  with _locked(workdir / '.claim.lock'):
+    folders = [workdir / name for name in (*jobs, 'results')]
+    written = any(path.is_file() for folder in folders for path in folder.rglob('*'))
+    if written or any(held(_lock_path(workdir, name)) for name in jobs):
+      return
+    (workdir / CONFIG).unlink(missing_ok=True)
+    compiled = workdir / COMPILED
+    if jax.config.jax_compilation_cache_dir == str(compiled):  # pyright: ignore[reportAttributeAccessIssue]
+      jax.config.update('jax_compilation_cache_dir', None)
+      compilation_cache.reset_cache()
+    for folder in (*folders, compiled):
+      shutil.rmtree(folder, ignore_errors=True)
+  with contextlib.suppress(OSError):  # there is something of the user's
+    workdir.rmdir()
 
 
 def compare(workdir: pathlib.Path, config: ConfigDict, jobs: Sequence[Job]) -> None:

@@ -14,7 +14,7 @@ from palm_jax.base import devices
 from palm_jax.base.errors import NonFiniteError
 from palm_jax.data.arrays import Data
 from palm_jax.generator import load_generator
-from palm_jax.generator.views import cropped, style_mixed, w_latents
+from palm_jax.generator.views import viewed
 from palm_jax.rollout import DTYPES, World
 
 PROBED = 8  # pictures
@@ -43,11 +43,8 @@ def as_world(config: ConfigDict, generator: Any) -> Any:
   Raises:
     UserError: the crop leaves nothing.
   """
-  if config.environment.latent_space == 'w':
-    generator = w_latents(generator)
-  if config.environment.style_mixing:
-    generator = style_mixed(generator, config.environment.style_mixing)
-  return cropped(generator, config.environment.crop) if config.environment.crop else generator
+  e = config.environment
+  return viewed(generator, e.latent_space, e.style_mixing, e.crop)
 
 
 def check_pictures(config: ConfigDict, generator: Any) -> None:

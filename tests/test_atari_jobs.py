@@ -325,7 +325,7 @@ def test_catch_is_learned(tmp_path, mesh):
     (
       'finetune',
       dict(finetune=dict(trunk='own'), encoder=dict(name='nature')),
-      'config.json cannot be read',
+      'config.json is missing',
     ),
     ('finetune', dict(finetune=dict(agent=dict(eval_epsilon=2.0))), 'eval_epsilon=2.0'),
   ],

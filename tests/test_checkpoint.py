@@ -327,7 +327,7 @@ def test_the_encoder_is_read_without_the_state(copy):
   with pytest.raises(UserError, match='step 20 in .* is damaged'):
     load_encoder(workdir, 20)
   (workdir / 'config.json').unlink()
-  with pytest.raises(UserError, match='config.json cannot be read'):
+  with pytest.raises(UserError, match='config.json is missing'):
     load_encoder(workdir)
 
 

@@ -55,6 +55,7 @@ def test_pictures_and_actions_are_those_of_the_run(recorded, written, monkeypatc
   ring = recorded[1]
   monkeypatch.setenv('MINARI_DATASETS_PATH', str(written))
   found = minari.load_dataset('palm/explored-v0')
+  assert found.spec.env_spec.kwargs['crop'] == 0  # which world it is, to make it again
   config = tiny_config()
   first = np.asarray(rollout.environment.staggered_steps(np.arange(ENVS), ENVS, LENGTH))
   rows = 12
@@ -118,7 +119,7 @@ def test_mistakes_leave_nothing(recorded, written, tmp_path):
     dataset.write(recorded[0], tmp_path / 'a', name='no version', encoder='random')
   assert not list((tmp_path / 'a').iterdir())
   (tmp_path / 'empty').mkdir()
-  with pytest.raises(UserError, match='config.json cannot be read'):
+  with pytest.raises(UserError, match='config.json is missing: give the --workdir'):
     dataset.write(tmp_path / 'empty', tmp_path / 'b')
   old = tmp_path / 'old'
   (old / 'pretrain' / 'experience').mkdir(parents=True)

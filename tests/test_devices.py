@@ -20,3 +20,15 @@ def test_no_device_is_one_line_that_says_what_to_install(monkeypatch, asked, ext
   reason = '; RuntimeError: Unable to initialize' if str(error) else ''
   assert str(caught.value).startswith(f'JAX finds no device (JAX_PLATFORMS={asked}{reason}): ')
   assert f"pip install -e '.[{extra}]'; else set JAX_PLATFORMS=cpu" in str(caught.value)
+  assert str(devices.missing()) == str(caught.value)
+
+
+def test_whatever_else_jax_raises_is_no_missing_device():
+  assert devices.missing() is None
+
+
+def test_layers_that_no_device_holds_are_named():
+  mesh = devices.make_mesh(1)
+  devices.check_layers({'a.hidden': (256, 256)}, 3, mesh)
+  with pytest.raises(UserError, match=r'a.hidden=\(65536, 65536, 65536\) take .* lower a.hidden'):
+    devices.check_layers({'a.hidden': (65_536,) * 3}, 100, mesh)

@@ -591,7 +591,7 @@ def test_refusals(workdir, tmp_path, monkeypatch, arguments, message):
 
 
 def test_workdirs_without_an_encoder(workdir, tmp_path):
-  with pytest.raises(UserError, match='config.json cannot be read'):
+  with pytest.raises(UserError, match='config.json is missing: give the --workdir'):
     export.export(tmp_path)
   (tmp_path / 'config.json').write_text((workdir / 'config.json').read_text())
   with pytest.raises(UserError, match='has no checkpoint'):

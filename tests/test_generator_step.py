@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from palm_jax.base import devices
-from palm_jax.generator import losses, phases, step, train
+from palm_jax.generator import losses, phases, samples, step, train
 
 BATCH = 32
 
@@ -192,7 +192,7 @@ def iterate(config, mesh, call, states, count):
   state = devices.replicate(mesh, states[-1].replace(key=jax.random.key(1)))
   for _ in range(count):
     at = int(states[-1].step) * BATCH
-    indices = devices.replicate(mesh, train.batch_indices(0, at, BATCH, set_size)[None])
+    indices = devices.replicate(mesh, samples.batch_indices(0, at, BATCH, set_size)[None])
     state, metric = call(state, *training_set, indices)
     states = [*states, jax.device_get(state.replace(key=0))]
     metrics.append(jax.device_get(metric))

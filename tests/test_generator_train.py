@@ -370,6 +370,8 @@ def test_values_of_presets():
   train.check_config(presets.get_config('auto1024x8').generator, 8)
   with pytest.raises(UserError, match='auto0 is unknown'):
     presets.get_config('auto0')
+  with pytest.raises(UserError, match='auto99999 is unknown.*resolutions are 8 to 4096'):
+    presets.get_config('auto99999')
 
 
 # ---- bad input

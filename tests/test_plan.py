@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from palm_jax import pretrain, train, worlds
+from palm_jax import pretrain, settings, train, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from palm_jax.runner import run
@@ -109,6 +109,11 @@ def test_job(tmp_path, capsys):
   assert result['hours'] == pytest.approx(
     result['iterations'] * result['flops_per_iteration'] / 3e9 / 3600
   )
+
+
+def test_pictures_of_an_impossible_size():
+  with pytest.raises(UserError, match='plan.image_size=65536 is too large'):
+    settings.check(planning_config(image_size=65_536))
 
 
 @pytest.mark.slow

@@ -318,7 +318,7 @@ def test_mistakes_are_said_before_anything_compiles(tmp_path, monkeypatch):
   before = len(COMPILED)
   for message, given in {
     'neither a path nor a bundled generator': dict(generator='cifar11-small'),
-    'config.json cannot be read': dict(workdir=tmp_path),
+    'config.json is missing': dict(workdir=tmp_path),
     'unknown data': dict(data='digit'),
     r'pictures of \(8, 8, 1\).*draws \(32, 32, 3\)': dict(data='digits'),
   }.items():

@@ -41,6 +41,49 @@ def test_until_a_job_begins_the_config_may_change(tmp_path):
     claim(tmp_path, seed=2)
 
 
+def test_a_refused_command_takes_back_what_it_wrote(tmp_path):
+  workdir = tmp_path / 'run'
+  claim(workdir)
+  (workdir / 'benchmark').mkdir()
+  (workdir / 'compilation_cache').mkdir()
+  workdirs.release(workdir, ['benchmark', 'pretrain'])
+  assert not workdir.exists()
+  claim(workdir)
+  (workdir / 'notes').write_text('mine')
+  workdirs.release(workdir, ['pretrain'])
+  assert [path.name for path in workdir.iterdir()] == ['notes']
+
+
+def test_what_a_job_wrote_is_not_taken_back(tmp_path):
+  claim(tmp_path)
+  (tmp_path / 'pretrain').mkdir()
+  (tmp_path / 'pretrain' / 'metrics.jsonl').write_text('')
+  workdirs.release(tmp_path, ['pretrain'])
+  assert (tmp_path / 'config.json').exists() and (tmp_path / 'pretrain').exists()
+
+
+def test_what_another_command_works_on_is_not_taken_back(tmp_path):
+  claim(tmp_path)
+  with (tmp_path / '.pretrain.lock').open('w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    workdirs.release(tmp_path, ['pretrain'])
+  assert (tmp_path / 'config.json').exists()
+
+
+def test_names_that_are_no_folder():
+  c = config_of()
+  for name in ('', '..', '/'):
+    c.name = name
+    with pytest.raises(UserError, match='is no name of a folder: set --config.name'):
+      workdirs.locate(c, None)
+
+
+def test_a_file_in_place_of_the_folder(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(UserError, match='file is a file, expected a folder: choose another'):
+    claim(tmp_path / 'file')
+
+
 def test_a_job_at_work_holds_the_config(tmp_path):
   claim(tmp_path, seed=0)
   with (tmp_path / '.generator.lock').open('w') as lock:

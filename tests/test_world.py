@@ -14,10 +14,10 @@ from jax.sharding import PartitionSpec as P
 from palm_jax import environment, pretrain, rollout, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
-from palm_jax.world import Features, goal_latent, make, spaces
+from palm_jax.world import Features, config, dataset, goal_latent, make, spaces
 from palm_jax.world.gym import LatentManifoldVectorEnv
 from palm_jax.world.tasks import Classify, Entropy, Goal, make_task, oracle_action
-from tests.worlds import LargeGenerator, LinearGenerator, nature_config
+from tests.worlds import LargeGenerator, LinearGenerator, nature_config, tiny_config
 
 ENVS, LENGTH = 5, 4
 GENERATOR = LinearGenerator()
@@ -302,14 +302,48 @@ def test_who_knows_the_goal_is_rewarded_more():
     ),
     (dict(task='goal', encoder=PIXELS, goal=np.zeros((3, 3, 1), np.uint8)), 'a goal of uint8'),
     (dict(task='goal', encoder=PIXELS, k=3), 'has no k'),
-    (dict(encoder='/nowhere'), 'cannot be read'),
+    (dict(encoder='/nowhere'), "encoder='/nowhere' is neither 'random' nor the workdir"),
     (dict(start='never'), 'never'),
+    (dict(alpha='x'), "environment.alpha='x': expected a number"),
+    (dict(episode_length=2.5), 'environment.episode_length=2.5: expected a whole number'),
+    (dict(label='cat'), "label='cat': expected -1 or a class below 3"),
+    (dict(label=1.5), 'label=1.5: expected -1 or a class below 3'),
+    (dict(task='goal', encoder=PIXELS, goal='cat'), 'expected a picture of uint8'),
+    (dict(task='goal', encoder=PIXELS, goal=-1), 'goal=-1 is negative'),
+    (dict(task='entropy', encoder=PIXELS, k=0), 'k=0 is not positive'),
+    (dict(task='entropy', encoder=PIXELS, k=2.5), 'k=2.5: expected a whole number'),
+    (dict(task='entropy', encoder=PIXELS, memory=-1), 'memory=-1 is not positive'),
+    (dict(task='goal', encoder=PIXELS, threshold='high'), "threshold='high': expected a number"),
+    (dict(crop=4), 'environment.crop=4 of pictures of 8x8'),
+    (dict(latent_space='q'), "environment.latent_space='q' is unknown"),
   ],
 )
 def test_what_cannot_be_is_one_line(settings, words):
   with pytest.raises(UserError) as caught:
     small(**settings)
   assert words in str(caught.value) and '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('generator', [None, 5])
+def test_no_generator_is_one_line(generator):
+  with pytest.raises(UserError, match='expected a PictureGenerator, or a path or name'):
+    make(generator)
+
+
+def test_a_config_plays_in_the_generator_as_its_environment_sees_it(monkeypatch, tmp_path):
+  monkeypatch.setattr(config, 'load_generator', lambda path: GENERATOR)
+  c = tiny_config()
+  with c.unlocked():
+    c.world = config.default_config()
+  c.world.update(dict(task='none', observations='pixels'))
+  whole, params = config.from_config(c, tmp_path)
+  c.environment.crop = 1
+  inner, _ = config.from_config(c, tmp_path)
+  assert inner.image_shape == (6, 6, whole.image_shape[2])
+  z, label = goal_latent(whole, 0)
+  picture = whole.picture(params, z, label)
+  np.testing.assert_array_equal(inner.picture(params, z, label), picture[1:-1, 1:-1])
+  assert dataset.identity(inner) != dataset.identity(whole)
 
 
 def test_misuse_of_the_environments():

@@ -217,6 +217,9 @@ def test_a_name_a_file_and_a_run_are_found(bundled, written, workdir, images, va
     ('https://example.org/e.safetensors', r'is an address, and nothing is downloaded'),
     ('x' * 5000, r'cannot be looked for'),
     ('a\0b', r'cannot be looked for'),
+    ('', r"encoder '': expected the name of a bundled one, a file or a run's workdir"),
+    (None, r'encoder None: expected the name'),
+    (3, r'encoder 3: expected the name'),
   ],
 )
 def test_names_that_are_nowhere(bundled, tmp_path, monkeypatch, name, message):
@@ -233,7 +236,7 @@ def test_without_bundled_encoders_paths_are_read(written, tmp_path, monkeypatch)
 
 
 def test_other_files_and_folders_are_refused(written, workdir, tmp_path):
-  with pytest.raises(UserError, match='config.json cannot be read'):
+  with pytest.raises(UserError, match='config.json is missing'):
     palm_jax.load_encoder(tmp_path)
   with pytest.raises(UserError, match='--format=safetensors'):
     palm_jax.load_encoder(workdir.parent / 'g.safetensors')

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from palm_jax.atari import dqn
-from palm_jax.atari.environment import FRAMES_A_STEP, SETTINGS, Environment
+from palm_jax.atari.environment import FRAMES_A_STEP, SETTINGS, Environment, require_game
 from palm_jax.atari.play import RECENT_GAMES, check_play, play
 from palm_jax.atari.stacks import StackSample
 from palm_jax.base import checks, devices
@@ -50,6 +50,7 @@ RANGES = dict(
 def check(config: ConfigDict, num_devices: int) -> None:
   """Raises UserError on settings of the whole config's section `collect` that cannot work."""
   del num_devices  # networks so small are trained on one
+  require_game(config, 'collect')
   checks.ranges('collect', config.collect, RANGES)
   check_play(config, 'collect', config.collect.frames / FRAMES_A_STEP)
 

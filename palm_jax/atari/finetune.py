@@ -59,6 +59,7 @@ RANGES = dict(
 def check(config: ConfigDict, num_devices: int) -> None:
   """Raises UserError on settings of the whole config's section `finetune` that cannot work."""
   del num_devices  # networks so small are trained on one
+  require_game(config, 'finetune')
   c = config.finetune
   check_play(config, 'finetune', c.agent_steps)
   checks.ranges('finetune', c, RANGES)

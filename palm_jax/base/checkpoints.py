@@ -17,7 +17,7 @@ import jax
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
-from palm_jax.base import digests
+from palm_jax.base import digests, files
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import sync
 from palm_jax.base.processes import any_process
@@ -177,9 +177,11 @@ class Checkpoints:
       if not there:
         break
       time.sleep(0.1)
+    remedy = isinstance(error, OSError) and files.remedy(error)
     raise UserError(
       f'checkpoint step {step} could not be written to {self.folder} ({one_line(error)}): '
-      'free space or fix permissions there, then run again; earlier steps are untouched'
+      f'{remedy or "free space or fix permissions there"}, then run again; earlier steps are '
+      'untouched'
     ) from error
 
   def restore(self, templates: Mapping[str, Any]) -> Restored | None:
@@ -242,11 +244,10 @@ def load(
 
   steps = list_steps(folder)
   if step not in (None, *steps) or not steps:
-    wanted = '' if step is None else f' step {step}'
-    raise UserError(
-      f'{folder} has no checkpoint{wanted}, only {steps or "none"}: '
-      'run the job that makes it, or name a step that is there'
-    )
+    job = f'run --job={folder.parent.name} first'
+    if steps:
+      raise UserError(f'{folder} has no checkpoint step {step}, only {steps}: name one of them')
+    raise UserError(f'{folder} has no checkpoint: {job}, in that workdir, or name another')
   restored = newest(folder, steps if step is None else [step], templates, [])
   return restored if template else restored._replace(items=jax.device_get(restored.items))
 

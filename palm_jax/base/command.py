@@ -1,7 +1,7 @@
 """What all commands have in common: flags, mistakes in one line with exit code 2, quiet logs."""
 
 import ast
-import errno
+import contextlib
 import functools
 import importlib.util
 import logging as python_logging
@@ -9,6 +9,7 @@ import os
 import pathlib
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -16,8 +17,9 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from palm_jax.base import checks, compiling, console, devices, processes, signals
-from palm_jax.base.errors import UserError
+from palm_jax.base import checks, compiling, console, devices, files, processes, signals
+from palm_jax.base.errors import UserError, one_line
+from palm_jax.base.signals import raise_if_interrupted
 
 try:
   import resource
@@ -26,23 +28,6 @@ except ImportError:  # Windows
 
 SIGPIPE = 13
 LEAST_MEMORY = 3_000_000_000  # bytes of addresses: with fewer JAX aborts without a word
-# Of the disk, its server or permissions: the user can do something about them.
-REMEDIES = {
-  'free space there': (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-  'fix permissions there': (errno.EACCES, errno.EPERM),
-  'have it mounted for writing': (errno.EROFS,),
-  'raise `ulimit -n`': (errno.EMFILE, errno.ENFILE),
-  'see that its disk or file server works, then run again': (
-    errno.EIO,
-    errno.ESTALE,
-    errno.EXDEV,
-    errno.EBUSY,
-    errno.ENOTEMPTY,
-    errno.ETIMEDOUT,
-    errno.ENOTCONN,
-    errno.EHOSTDOWN,
-  ),
-}
 # How Python says that a flag has a value of another type, and what it wants instead.
 OTHER_TYPES = {
   ': invalid literal for int()': 'a whole number',
@@ -80,14 +65,18 @@ def exit_on_user_error(main: Callable) -> Callable:
       os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what Python still has to write goes nowhere
       fail('whoever read the output has ended', signals.exit_code(SIGPIPE))
     except OSError as e:
-      remedy = next((each for each, numbers in REMEDIES.items() if e.errno in numbers), None)
-      if remedy is None:
+      remedy = files.remedy(e)
+      if not remedy:
         raise
       where = e.filename or 'the file being written'
       # Libraries would try to write on their way out, and say so at length.
       at_once = signals.watching() and not jax.distributed.is_initialized()
-      fail(f'{e.strerror}: {where}: {remedy}, or choose another --workdir', at_once=at_once)
-    except (RuntimeError, ValueError) as e:  # of jaxlib, which names no kind
+      other = '--workdir' if 'workdir' in flags.FLAGS else 'place to write to'
+      fail(f'{e.strerror}: {where}: {remedy}, or choose another {other}', at_once=at_once)
+    except (RuntimeError, ValueError, AssertionError) as e:  # of JAX, which names no kind
+      missing = devices.missing()
+      if missing:
+        fail(missing)
       if 'Gloo' in str(e) and jax.process_count() > 1:
         fail('another process of the run has ended or cannot be reached: its last line says why')
       # With several processes only dying at once ends the others.
@@ -176,7 +165,8 @@ def parse_config_flags(argv: list[str], default: str) -> list[str]:
     plain = flags.FlagValues()
     plain.set_gnu_getopt(True)  # reads on beyond the values of flags that it does not know
     define(flag_values=plain, sys_argv=[])
-    plain([arg for arg in argv if not arg.startswith('--config.')], known_only=True)
+    with _mistakes_in_config_files():
+      plain([arg for arg in argv if not arg.startswith('--config.')], known_only=True)
     flag: Any = plain['config']  # ml_collections' own kind of flag
     _check_keys(argv, plain.config, flag.config_filename, default)
     define()
@@ -184,7 +174,28 @@ def parse_config_flags(argv: list[str], default: str) -> list[str]:
   except flags.Error as e:
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
     message = lines[0] if len(lines) == 1 else f'{lines[0]} {lines[-1]}'  # between: a traceback
+    if 'get_config() takes 0 positional arguments' in message:
+      path, _, variant = message.partition(': Error')[0].removeprefix('flag ').rpartition(':')
+      message = f'{path} has no variants: leave :{variant} out'
     raise UserError(_in_words(message)) from e
+
+
+@contextlib.contextmanager
+def _mistakes_in_config_files():
+  """What a config file raises, which may be anything, in one line with its place."""
+  try:
+    yield
+  except (UserError, flags.Error):
+    raise
+  except Exception as e:
+    raise_if_interrupted(e)
+    *_, last = traceback.extract_tb(e.__traceback__)
+    file, line = last.filename, last.lineno
+    if isinstance(e, SyntaxError) and e.filename:
+      file, line = e.filename, e.lineno
+    raise UserError(
+      f'--config: {file}, line {line}, ended in {one_line(e)}: mend it there, or give another file'
+    ) from e
 
 
 def find_config(value: str) -> str:
@@ -231,6 +242,17 @@ def _configs():
 
 def _check_keys(argv, config, path, default):
   """Raises UserError unless the config is readable and has each key of argv's --config.KEY."""
+  file = pathlib.Path(path.partition(':')[0])
+  # What a file lacks, ml_collections takes from the default, which it has read before.
+  if file.is_file() and 'get_config' not in file.read_text(errors='replace'):
+    raise UserError(
+      f'--config={path} has no function get_config: add one that returns a ConfigDict'
+    )
+  if file.is_file() and (config is None or isinstance(config, dict)):
+    raise UserError(
+      f'--config={path}: its get_config returned a {type(config).__name__}, expected a ConfigDict '
+      'of ml_collections: return one'
+    )
   if not isinstance(config, ConfigDict):  # ml_collections' stand-in for a file it cannot read
     raise UserError(
       f'--config={path} cannot be read (working folder: {pathlib.Path.cwd()}): give a config file, '

@@ -2,8 +2,10 @@
 
 import importlib.metadata
 import importlib.util
+import itertools
 import math
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -58,14 +60,27 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
   try:
     devices = jax.devices()[:num_devices]
   except (RuntimeError, AssertionError) as e:
-    asked = os.environ.get('JAX_PLATFORMS', '')
-    reason = f'; {one_line(e)}' if str(e) else ''
-    extra = 'tpu' if 'tpu' in asked else 'cuda12'
-    raise UserError(
-      f'JAX finds no device (JAX_PLATFORMS={asked}{reason}): on a machine that has one, install '
-      f"JAX for it, such as pip install -e '.[{extra}]'; else set JAX_PLATFORMS=cpu"
-    ) from e
+    raise _missing(e) from e
   return Mesh(devices, ('data',), axis_types=(AxisType.Auto,))
+
+
+def missing() -> UserError | None:
+  """What to say where JAX finds no device of the kind that was asked for, else None."""
+  try:
+    jax.devices()
+    return None
+  except (RuntimeError, AssertionError) as e:
+    return _missing(e)
+
+
+def _missing(error):
+  asked = os.environ.get('JAX_PLATFORMS', '')
+  reason = f'; {one_line(error)}' if str(error) else ''
+  extra = 'tpu' if 'tpu' in asked else 'cuda12'
+  return UserError(
+    f'JAX finds no device (JAX_PLATFORMS={asked}{reason}): on a machine that has one, install '
+    f"JAX for it, such as pip install -e '.[{extra}]'; else set JAX_PLATFORMS=cpu"
+  )
 
 
 def shardings(mesh: Mesh, specs: Any) -> Any:
@@ -137,6 +152,19 @@ def check_fits(need: float, mesh: Mesh, what: str, remedy: str) -> None:
       f'{what} {need / 2**30:.1f} GiB on each of {mesh.size} device(s), which have '
       f'{memory / 2**30:.1f} GiB: {remedy}'
     )
+
+
+def check_layers(widths: Mapping[str, Sequence[int]], copies: int, mesh: Mesh) -> None:
+  """Raises UserError where a device cannot hold layers between layers, before any is made.
+
+  Args:
+    widths: {setting: widths of one network's hidden layers}.
+    copies: of each network, of which Adam has two more.
+    mesh: whose devices all hold them.
+  """
+  for name, sizes in widths.items():
+    need = 4 * 3 * copies * sum(a * b for a, b in itertools.pairwise(sizes))
+    check_fits(need, mesh, f'networks of {name}={tuple(sizes)} take', f'lower {name}')
 
 
 def describe(mesh: Mesh) -> dict[str, Any]:

@@ -21,6 +21,31 @@ try:
 except ImportError:  # Windows
   fcntl = None
 
+# Of the disk, its server or permissions: the user can do something about them.
+REMEDIES = {
+  'free space there': (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+  'fix permissions there': (errno.EACCES, errno.EPERM),
+  'have it mounted for writing': (errno.EROFS,),
+  'raise `ulimit -n`': (errno.EMFILE, errno.ENFILE),
+  'see that it is where it should be': (errno.ENOENT,),
+  'make place for a folder or file of that name': (
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+  ),
+  'see that its disk or file server works, then run again': (
+    errno.EIO,
+    errno.ESTALE,
+    errno.EXDEV,
+    errno.EBUSY,
+    errno.ENOTEMPTY,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+  ),
+}
 UNKNOWN = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # to a file system
 
 
@@ -48,6 +73,20 @@ def replacing(path: str | os.PathLike, mode: str = 'wb') -> Iterator[IO]:
   finally:
     part.unlink(missing_ok=True)
     signals.unfinished.discard(part)
+
+
+def remedy(error: OSError) -> str:
+  """What to do about what the disk refused; '' where that is not known."""
+  return next((words for words, numbers in REMEDIES.items() if error.errno in numbers), '')
+
+
+def check_writable(path: str | os.PathLike) -> None:
+  """Raises UserError where a file or folder could not be made at `path`; makes nothing."""
+  folder = pathlib.Path(path).absolute().parent
+  while not os.path.lexists(folder):
+    folder = folder.parent
+  if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+    raise UserError(f'{path}: {folder} is no folder that can be written to: name another place')
 
 
 def _host():

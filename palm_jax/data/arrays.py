@@ -128,10 +128,9 @@ def check_split(
 
 def _check_images(where, images, stacks):
   if images.dtype != np.uint8:
-    hint = 'convert and save again'
-    if images.dtype.kind == 'f' and images.size and images.min() >= 0 and images.max() <= 1:
-      hint = 'save (images * 255).round().astype(np.uint8)'
-    raise UserError(f'{where}: images are {images.dtype}, expected uint8 in 0..255; {hint}')
+    raise UserError(
+      f'{where}: images are {images.dtype}, expected uint8 in 0..255; {_image_advice(images)}'
+    )
   if images.ndim != 4:
     hint = '; grey images need a channel axis: images[..., None]' if images.ndim == 3 else ''
     raise UserError(
@@ -182,6 +181,24 @@ def _check_labels(where, labels, num_images, class_names):
       f'{where}: labels hold {labels.max()}, expected 0..{limit - 1}; '
       'number the classes from 0, and name each of them where class_names are given'
     )
+
+
+def _image_advice(images):
+  """How images of another type become uint8."""
+  if images.dtype.kind not in 'iuf' or not images.size:
+    return 'save the pixels themselves as numbers'
+  low, high = images.min(), images.max()
+  if not np.isfinite([low, high]).all():
+    return 'some pixels are NaN or infinite: drop those images'
+  if images.dtype.kind == 'f' and -1 <= low < 0 and high <= 1:
+    return 'save ((images + 1) * 127.5).round().astype(np.uint8)'
+  if images.dtype.kind == 'f' and 0 <= low and high <= 1:
+    return 'save (images * 255).round().astype(np.uint8)'
+  if 0 <= low and 1 < high <= 255:
+    return 'save images.round().astype(np.uint8)'
+  if images.dtype == np.uint16:
+    return 'save (images / 257).round().astype(np.uint8) where they are in 0..65535'
+  return f'they are from {low} to {high}: scale them to 0..255 and save them as uint8'
 
 
 def _label_advice(labels):
@@ -246,6 +263,11 @@ def read_npz(path: pathlib.Path) -> Found:
     raise
   except Exception as error:  # A damaged zip or header raises nearly anything.
     raise_if_interrupted(error)
+    if 'Object arrays' in str(error):
+      raise UserError(
+        f'{path} holds arrays of Python objects (dtype object), which are not read; save images '
+        'as uint8 and labels as integers, such as np.unique(labels, return_inverse=True)[1]'
+      ) from error
     raise UserError(
       f'{path}: not a readable .npz of plain arrays ({one_line(error)}); '
       'write it again with numpy.savez_compressed'

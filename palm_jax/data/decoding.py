@@ -8,6 +8,7 @@ EXIF turns are made.
 import collections
 import functools
 import io
+import math
 import os
 import pathlib
 import re
@@ -129,6 +130,7 @@ def read_all(parts: Sequence[Sequence[Source]], size: int) -> tuple[list[np.ndar
           f'--config.data.size={min(width, height)}'
         )
   mode = 'L' if all(header.mode in _GREY for header in headers) else 'RGB'
+  check_room(len(sources), (height, width, len(mode)))
   arrays = []
   for part in parts:
     images = np.empty((len(part), height, width, len(mode)), np.uint8)
@@ -156,6 +158,17 @@ def fit_array(image: np.ndarray, size: int) -> np.ndarray:
   """`fit` of an (H, W, C) uint8 array, each channel alone -> (size, size, C) uint8."""
   planes = [np.asarray(fit(Image.fromarray(plane), size)) for plane in np.moveaxis(image, -1, 0)]
   return np.stack(planes, axis=-1)
+
+
+def check_room(count: int, shape: tuple[int, int, int]) -> None:
+  """Raises UserError where `count` pictures (H, W, C) do not fit the memory of this machine."""
+  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  need = count * math.prod(shape)
+  if need > memory:
+    raise UserError(
+      f'{count} pictures of {shape} (height, width, channels) take {need / 2**30:.1f} GiB of '
+      f'{memory / 2**30:.1f} GiB: lower --config.data.size, or give fewer'
+    )
 
 
 def fitted(sizes: set[tuple[int, int]], size: int) -> str:

@@ -128,6 +128,8 @@ def _resized(data, size):
   how = decoding.fitted({(width, height)}, size) if size else ''
   if not how:
     return data
+  count = len(data.train.images) + len(data.test.images)
+  decoding.check_room(count, (size, size, data.train.images.shape[3]))
   fit = lambda images: np.stack([decoding.fit_array(image, size) for image in images])
   train, test = (split._replace(images=fit(split.images)) for split in (data.train, data.test))
   return data._replace(train=train, test=test, source=data.source + how)

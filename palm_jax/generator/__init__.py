@@ -85,6 +85,8 @@ def _load_bundled(name, network):
 
 def _path(path_or_name):
   """pathlib.Path, on which existence can be asked for."""
+  if path_or_name == '':
+    raise UserError("the generator's name is empty: give a path or the name of a bundled one")
   if re.match(r'[a-z][a-z0-9+.-]*://', str(path_or_name), re.IGNORECASE):
     raise UserError(
       f'{str(path_or_name)[:200]} is an address, and nothing is downloaded: fetch the file (with a '

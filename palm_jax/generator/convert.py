@@ -15,7 +15,7 @@ import shutil
 
 from absl import flags
 
-from palm_jax.base import command
+from palm_jax.base import command, files
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import write_json
@@ -57,6 +57,7 @@ def convert(
     raise UserError(
       f'{target} holds something already: name an empty or new folder, or a new .safetensors file'
     )
+  files.check_writable(target)
   generator = load_generator(source, network)
   if class_averages:
     generator = with_class_averages(generator)

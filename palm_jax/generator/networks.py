@@ -76,12 +76,18 @@ def make_networks(
   doublings = (height // config.base_size).bit_length() - 1
   if height != width or doublings < 1 or height != config.base_size << doublings:
     sizes = ', '.join(str(config.base_size << i) for i in range(1, 6))
+    padded = f' (generator.pad={config.pad} is in it)' if config.get('pad') else ''
     raise UserError(
-      f'images of {height}x{width}: with generator.base_size={config.base_size} StyleGAN2 needs '
-      'squares of '
-      f'{sizes}, ... pixels a side; resize them or change base_size'
+      f'images of {height}x{width}{padded}: with generator.base_size={config.base_size} StyleGAN2 '
+      f'needs squares of {sizes}, ... pixels a side; resize them or change base_size'
     )
   check_choices(config)
+  for name in ('channel_base', 'd_channel_base'):
+    if 0 < config[name] < height:
+      raise UserError(
+        f'generator.{name}={config[name]} leaves no channel at {height} pixels a side: set it to '
+        f'{height} or more'
+      )
   shared: dict[str, Any] = dict(
     num_classes=num_classes,
     image_channels=image_channels,

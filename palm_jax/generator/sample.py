@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 
 from palm_jax import environment
-from palm_jax.base import command, pictures
+from palm_jax.base import command, files, pictures
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.generator import load_generator
 from palm_jax.layers.pixels import to_uint8
@@ -51,6 +51,7 @@ def sample(
   out = pathlib.Path(out)
   if out.suffix not in ('.png', '.webp'):
     raise UserError(f'{out}: expected a name that ends in .png (a grid) or .webp (a film)')
+  files.check_writable(out)
   if not math.isfinite(truncation):
     raise UserError(
       f'truncation={truncation}: expected a number, from 0 (the mean picture) to 1 (no truncation)'

@@ -130,9 +130,10 @@ def from_folder(path: pathlib.Path) -> LoadedGenerator:
     network = network_of(json.loads((folder / 'network.json').read_text()))
     expected = _shapes(network)
   except (OSError, ValueError, TypeError, KeyError, RecursionError, AttributeError) as e:
+    reason = 'is missing' if isinstance(e, FileNotFoundError) else f'ended in {type(e).__name__}'
     raise UserError(
-      f'{path} holds no generator ({type(e).__name__} on generator/network.json): give the '
-      'workdir of a palm_jax run whose generator job has started'
+      f'{path} holds no generator (generator/network.json {reason}): run --job=generator there, or '
+      'give the workdir of a run that has one, a file or a bundled one (--config.generator.path)'
     ) from e
   loaded = load(folder / 'checkpoints', 'generator')
   variables = loaded.items['generator']

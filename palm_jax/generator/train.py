@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from absl import logging
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -22,10 +22,12 @@ from palm_jax.base.files import write_json
 from palm_jax.base.processes import is_first
 from palm_jax.base.training import Training
 from palm_jax.generator import network_fields
+from palm_jax.generator.discriminator import Discriminator
 from palm_jax.generator.feed import Walk, feed, place
 from palm_jax.generator.networks import check_config, make_networks
 from palm_jax.generator.phases import round_sizes
 from palm_jax.generator.samples import ROWS, padded, real_images, sample_images
+from palm_jax.generator.sines import TrainedNetwork
 from palm_jax.generator.step import init_state, make_train_call
 from palm_jax.generator.warm_start import load_networks
 from palm_jax.job import Job, Run
@@ -117,8 +119,6 @@ def run(this: Run) -> dict:
   everywhere, key = NamedSharding(mesh, P()), jax.random.key(config.seed)
   init = jax.jit(lambda key: init_state(c, G, D, key), out_shardings=everywhere)
   template = devices.templates(jax.eval_shape(init, key), everywhere)
-  remedy = 'lower generator.w_dim, generator.z_dim, generator.channel_base or generator.channel_max'
-  devices.check_fits(devices.nbytes(template), mesh, "the generator's training takes", remedy)
   draw_samples = jax.jit(lambda variables: sample_images(G, variables, key, c.truncation_psi))
   class_names = data.class_names[:ROWS] if num_classes else None
   compared = round_sizes(c, mesh.size)[1]  # pictures, by D's minibatch statistic
@@ -220,8 +220,11 @@ def check(config: ConfigDict, num_devices: int) -> None:
 
 
 def check_data(this: Run) -> None:
-  """Raises UserError where a class has no picture: the world would draw it all the same."""
-  data = this.data
+  """Raises UserError where the data have no size that fits, or the networks have no memory.
+
+  So it does where a class has no picture: the world would draw it all the same.
+  """
+  c, data = this.config.generator, this.data
   counts = np.bincount(data.train.labels, minlength=len(data.class_names))
   empty = np.flatnonzero(counts == 0)
   if len(empty):
@@ -230,6 +233,26 @@ def check_data(this: Run) -> None:
       f'{len(data.class_names)} classes are empty), which a world would draw all the same; number '
       'those that are there from 0: np.unique(labels, return_inverse=True)[1]'
     )
+  height, width, channels = data.train.images.shape[1:]
+  shape = height + 2 * c.pad, width + 2 * c.pad, channels
+  G, D = make_networks(c, shape, len(counts) if len(counts) > 1 else 0)
+  check_memory(c, G, D, this.mesh)
+
+
+def check_memory(c: ConfigDict, G: TrainedNetwork, D: Discriminator, mesh: Mesh) -> None:
+  """Raises UserError where a device cannot hold the state of a training; reads shapes only."""
+  state = jax.eval_shape(lambda: init_state(c, G, D, jax.random.key(0)))
+  drawing = dict(state.G['params'])
+  sizes = {
+    'generator.w_dim, z_dim or mapping_layers': drawing.pop('mapping_network'),
+    'generator.sine_width' if c.network == 'siren' else 'generator.channel_base or channel_max': (
+      drawing
+    ),
+    'generator.d_channel_base or d_channel_max (where they are 0: channel_base)': state.D,
+  }
+  largest = max(sizes, key=lambda name: devices.nbytes(sizes[name]))
+  need = devices.nbytes(state)
+  devices.check_fits(need, mesh, "the generator's training takes", f'lower {largest}')
 
 
 JOB = Job('generator', run, check, check_data=check_data)

@@ -273,3 +273,18 @@ def style_mixed(generator: LoadedGenerator, first: int) -> StyleMixed:
       'the generator whose style is drawn anew, or 0 for none'
     )
   return StyleMixed(generator, first)
+
+
+def viewed(
+  generator: Any, latent_space: str = 'z', style_mixing: int = 0, crop: int = 0
+) -> PictureGenerator:
+  """The generator as the settings of config.environment with these names want it.
+
+  Raises:
+    UserError: a layer that it does not have, or a crop that leaves nothing.
+  """
+  if latent_space == 'w':
+    generator = w_latents(generator)
+  if style_mixing:
+    generator = style_mixed(generator, style_mixing)
+  return cropped(generator, crop) if crop else generator

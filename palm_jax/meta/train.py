@@ -100,7 +100,6 @@ RANGES = dict(
 
 def check(config: ConfigDict, num_devices: int) -> None:
   """Raises UserError on settings of the whole config that cannot work."""
-  del num_devices  # all compute the same
   for section in ('meta', 'world'):
     if section not in config:
       raise UserError(f'the config has no section {section}: use configs/meta.py')
@@ -115,6 +114,8 @@ def check(config: ConfigDict, num_devices: int) -> None:
   for key, plain in dict(crop=0, style_mixing=0, latent_space='z').items():
     if e[key] != plain:
       raise UserError(f'environment.{key}={e[key]!r}: --job=meta plays without; set it to {plain}')
+  widths = {f'meta.{name}': config.meta[name] for name in ('hidden', 'encoder_hidden')}
+  devices.check_layers(widths, config.meta.seeds, devices.make_mesh(num_devices))
   last = w.goal + config.meta.train_goals + config.meta.test_goals
   checks.within('world.goal + meta.train_goals + meta.test_goals', last, checks.Range(0, 2**31 - 1))
 

@@ -49,6 +49,17 @@ def load(name: str, envs: Any, expected: dict[str, str] | None = None) -> Record
   return join(parts)
 
 
+def check_there(name: str) -> None:
+  """Raises UserError where no data set has the name, or Minari is missing; reads none."""
+  minari = import_minari()
+  if pathlib.Path(name).is_dir() or name in minari.list_local_datasets():
+    return
+  raise UserError(
+    f'the data set {name!r} is not there: give a name of `minari list local`, or the folder of a '
+    'data set'
+  )
+
+
 def _record_of(number, episode, name, envs):
   seen, done = np.asarray(episode.observations), np.asarray(episode.actions)
   if seen.ndim != 2 or done.ndim != 2 or seen.dtype == np.uint8:

@@ -10,7 +10,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from palm_jax import environment, sac
-from palm_jax.base import checks
+from palm_jax.base import checks, devices
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.tables import aligned, protocol_line
 from palm_jax.base.training import Training
@@ -84,6 +84,10 @@ def check(config: ConfigDict, num_devices: int) -> None:
   sac.check(config.sac)
   worlds.check(config.world)
   environment.check(config.environment)
+  widths = {'sac.hidden': config.sac.hidden}
+  for name in ('hidden_actor', 'hidden_critic', 'hidden_behaviour'):
+    widths[f'offline.bear.{name}'] = c.bear[name]
+  devices.check_layers(widths, c.seeds, devices.make_mesh(1))
   if jax.process_count() > 1:
     raise UserError('--job=offline runs in one process: start it without several')
   if c.environment == records.WORLD and config.world.observations != 'features':
@@ -105,6 +109,8 @@ def run(this: Run) -> dict[str, Any]:
     Stopped: by a signal; everything is saved.
   """
   c, folder = this.config.offline, this.workdir / 'offline'
+  for name in c.datasets:
+    datasets.check_there(name)
   world = records.make_world(this.config, this.workdir)
   judge = records.Player(records.make_envs(this.config, world, c.seeds * c.episodes))
   sources, about = _records(this, folder, world, judge.envs)

@@ -79,8 +79,9 @@ def read_run(name: str, folder: pathlib.Path) -> RunFiles:
   try:
     config = _parse_json(folder / 'config.json')
   except (OSError, ValueError, RecursionError) as e:
+    reason = getattr(e, 'strerror', None) or e
     raise UserError(
-      f'{folder / "config.json"} cannot be read ({e}): name the workdir of a run'
+      f'{folder / "config.json"} cannot be read ({reason}): name the workdir of a run'
     ) from e
   run = RunFiles(name, folder, config, {}, {}, [])
   for path in sorted((folder / 'results').glob('*.json')):

@@ -48,8 +48,8 @@ RANGES = dict(
   devices=checks.Range(0, 10**6),
   memory_gb=checks.Range(0, 10**6),
   tflops=checks.Range(0, 10**9),
-  image_size=checks.SIZE,
-  image_channels=checks.Range(1, 1024),
+  image_size=checks.Range(1, 4096),
+  image_channels=checks.Range(1, 64),
   num_classes=checks.SIZE_OR_0,
 )
 

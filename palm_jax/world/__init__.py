@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import os
+import pathlib
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from palm_jax import environment
 from palm_jax.base import checks
 from palm_jax.base.errors import UserError
 from palm_jax.generator import load_generator
+from palm_jax.generator.views import viewed
 from palm_jax.world.manifold import OBSERVATIONS, LatentManifold, Params, State
 from palm_jax.world.tasks import Nothing, check_head, make_task
 from palm_jax.world.views import Features, at_random, pretrained
@@ -20,6 +22,8 @@ from palm_jax.world.views import Features, at_random, pretrained
 __all__ = ['Features', 'LatentManifold', 'Params', 'State', 'make', 'register']
 
 NAME = 'palm_jax/LatentManifold-v0'
+INTEGERS = int, np.integer
+OF_GENERATORS = 'variables', 'z_dim', 'num_classes', 'image_shape', 'apply'  # PictureGenerator
 CENTER = 256  # pictures whose mean feature is taken away from those of the goal
 
 
@@ -37,6 +41,9 @@ def make(
   dynamics: str = 'ema',
   start: str = 'latent',
   stack: int = 1,
+  latent_space: str = 'z',
+  style_mixing: int = 0,
+  crop: int = 0,
   goal: Any = 0,
   head: tuple[np.ndarray, np.ndarray] | None = None,
   target: int = 0,
@@ -52,7 +59,7 @@ def make(
       needed.
     alpha, beta, truncation_psi, episode_length: None is `environment.default_config`'s.
     label: class of all episodes; -1 draws one for each.
-    dynamics, start, stack: of `environment.default_config`.
+    dynamics, start, stack, latent_space, style_mixing, crop: of `environment.default_config`.
     goal: of the task 'goal': a picture (H, W, C) uint8, or a seed of a latent (and of its class,
       unless label says it).
     head: of the task 'class': kernel (F, classes) and bias (classes,).
@@ -65,17 +72,30 @@ def make(
   Raises:
     UserError: an invalid setting; names it and what was expected.
   """
+  given = dict(alpha=alpha, beta=beta, truncation_psi=truncation_psi, episode_length=episode_length)
+  defaults = _environment(
+    {name: value for name, value in given.items() if value is not None}
+    | dict(dynamics=dynamics, start=start, stack=stack)
+    | dict(latent_space=latent_space, style_mixing=style_mixing, crop=crop)
+  )
+  checks.choice('observations', observations, OBSERVATIONS)
+  task_of = make_task(task, **settings)
+  if task == 'class' and head is None:
+    raise UserError("task 'class' without a head: give head=(kernel, bias) of a linear probe")
   if isinstance(generator, str | os.PathLike):
     generator = load_generator(generator)
-  defaults = environment.default_config()
-  given = dict(alpha=alpha, beta=beta, truncation_psi=truncation_psi, episode_length=episode_length)
-  defaults.update({name: value for name, value in given.items() if value is not None})
-  defaults.update(dict(dynamics=dynamics, start=start, stack=stack))
-  environment.check(defaults)
-  checks.choice('observations', observations, OBSERVATIONS)
-  if not -1 <= label < max(generator.num_classes, 1):
-    raise UserError(f'label={label}: expected -1 or a class below {generator.num_classes}')
-  task_of = make_task(task, **settings)
+  if not all(hasattr(generator, name) for name in OF_GENERATORS):
+    raise UserError(
+      f'generator is a {type(generator).__name__}: expected a PictureGenerator, or a path or name '
+      'for load_generator'
+    )
+  generator = viewed(generator, latent_space, style_mixing, crop)
+  if not isinstance(label, INTEGERS) or not -1 <= label < max(generator.num_classes, 1):
+    raise UserError(
+      f'label={label!r}: expected -1 or a class below {max(generator.num_classes, 1)}'
+    )
+  if task == 'goal':
+    _check_goal(goal, generator.image_shape)
   height, width, channels = generator.image_shape
   features = None
   if task_of.sees or observations == 'features' or encoder is not None:
@@ -95,8 +115,7 @@ def make(
   if task == 'goal':
     told = _goal(plain, params, goal)
   elif task == 'class':
-    if head is None or features is None:
-      raise UserError("task 'class' without a head: give head=(kernel, bias) of a linear probe")
+    assert head is not None and features is not None  # it sees
     check_head(*head, target, features.size)
     told = dict(kernel=jnp.asarray(head[0]), bias=jnp.asarray(head[1]), target=jnp.int32(target))
   params = params.replace(task=told)
@@ -104,11 +123,28 @@ def make(
   return world, params
 
 
+def _environment(settings):
+  """`environment.default_config` with the settings, checked."""
+  found = environment.default_config()
+  for name, value in settings.items():
+    kind = {int: 'a whole number', float: 'a number'}.get(type(found[name]), 'text')
+    try:
+      found[name] = value
+    except TypeError:
+      raise UserError(f'environment.{name}={value!r}: expected {kind}') from None
+  environment.check(found)
+  return found
+
+
 def _features(encoder, image_shape):
   if isinstance(encoder, Features):
     return encoder
   if encoder is None or encoder == 'random':
     return at_random(image_shape)
+  if not isinstance(encoder, str | os.PathLike) or not pathlib.Path(encoder).exists():
+    raise UserError(
+      f"encoder={encoder!r} is neither 'random' nor the workdir of a pretraining: give one of them"
+    )
   return pretrained(encoder, image_shape)
 
 
@@ -120,23 +156,30 @@ def goal_latent(world: LatentManifold, seed: int) -> tuple[jax.Array, jax.Array]
   return z[0], label[0]
 
 
+def _check_goal(goal, image_shape):
+  if isinstance(goal, INTEGERS):
+    checks.within('goal', goal, checks.Range(0, 2**31 - 1))
+    return
+  picture = np.asarray(goal)
+  if picture.shape != image_shape or picture.dtype != np.uint8:
+    raise UserError(
+      f'a goal of {picture.dtype}{picture.shape}: expected a picture of uint8{image_shape}, or a '
+      'seed'
+    )
+
+
 def _goal(world, params, goal):
   """Features of the goal, and the mean of those of random pictures."""
   assert world.features is not None
   look = jax.jit(world.features.apply)
   keys = jax.random.split(jax.random.key(0), CENTER)
   _, state = jax.jit(world.reset_all)(keys, params)
-  if isinstance(goal, int):
+  if isinstance(goal, INTEGERS):
     z, label = goal_latent(world, goal)
     label = jnp.where(params.label < 0, label, params.label)
     picture = jax.jit(world.picture)(params, z, label)
   else:
     picture = np.asarray(goal)
-    if picture.shape != world.generator.image_shape or picture.dtype != np.uint8:
-      raise UserError(
-        f'a goal of {picture.dtype}{picture.shape}: expected a picture of uint8'
-        f'{world.generator.image_shape}, or a seed'
-      )
   seen = jnp.zeros((1, *world.image_shape), jnp.uint8).at[..., -picture.shape[-1] :].set(picture)
   return dict(
     features=look(params.features, seen)[0], center=look(params.features, state.seen).mean(0)

@@ -43,6 +43,11 @@ def settings_of(e: ConfigDict) -> dict[str, Any]:
   return {name: e[name] for name in names}
 
 
+def views_of(e: ConfigDict) -> dict[str, Any]:
+  """The rest of that section: what `world.make` makes of a generator that is not seen so yet."""
+  return {name: e[name] for name in ('latent_space', 'style_mixing', 'crop')}
+
+
 def from_config(
   config: ConfigDict, workdir: pathlib.Path, **others: Any
 ) -> tuple[LatentManifold, Params]:
@@ -63,6 +68,7 @@ def from_config(
     encoder=w.encoder,
     label=w.label,
     **settings_of(config.environment),
+    **views_of(config.environment),
   )
   if w.task == 'goal':
     settings['goal'] = w.goal

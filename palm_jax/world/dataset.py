@@ -29,7 +29,7 @@ from palm_jax.base.errors import UserError
 from palm_jax.base.steps import one_line
 from palm_jax.checkpoint import load_config
 from palm_jax.world import NAME, LatentManifold, make
-from palm_jax.world.config import settings_of
+from palm_jax.world.config import settings_of, views_of
 from palm_jax.world.manifold import OBSERVATIONS
 from palm_jax.world.tasks import TASKS
 
@@ -39,9 +39,19 @@ WORLD, FEATURES = 'palm_jax_world', 'palm_jax_features'  # digests in a data set
 
 def identity(world: LatentManifold) -> dict[str, str]:
   """{name: digest} of the generator and, where observations are features, of the encoder."""
-  found = {WORLD: digest(world.generator.variables, {})}
+  found = {WORLD: digest(world.generator.variables, _views(world.generator))}
   if world.observations == 'features' and world.features is not None:
     found[FEATURES] = digest(world.features.variables, {})
+  return found
+
+
+def _views(generator):
+  """What a view of a generator (generator/views.py) is, besides its variables; {} of none."""
+  of = {'Cropped': 'margin', 'StyleMixed': 'first'}
+  found = {}
+  while type(generator).__name__ in of:
+    name = of[type(generator).__name__]
+    found[name], generator = getattr(generator, name), generator.generator
   return found
 
 
@@ -98,7 +108,8 @@ def write(
   part = pathlib.Path(tempfile.mkdtemp(prefix='.', suffix='.part', dir=root))
   try:
     with _minari_in(part):
-      named = _named_env(world, dict(settings, generator=str(config.generator.path or workdir)))
+      path = str(config.generator.path or workdir)
+      named = _named_env(world, dict(settings, **views_of(config.environment), generator=path))
       with _refusals_of_minari(f'{workdir}: '):
         made = minari.create_dataset_from_buffers(
           name, first, env=named, algorithm_name='PALM', jpeg_encoding=False

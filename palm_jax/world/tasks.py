@@ -17,6 +17,7 @@ from palm_jax.base.errors import UserError
 from palm_jax.reward import empty_memory, entropy_reward, remember
 
 TASKS = 'none', 'entropy', 'class', 'goal'
+RANGES = dict(k=checks.Range(1, 10**6), memory=checks.Range(1, 10**9))  # whole numbers
 
 
 class Task(Protocol):
@@ -168,6 +169,13 @@ def make_task(name: str, threshold: float | None = None, **settings: Any) -> Tas
       raise UserError(
         f'task {name!r} has no {setting}: it has {", ".join(sorted(known)) or "no settings"}'
       )
+  for setting, value in settings.items():
+    if setting in RANGES:
+      checks.within(f'task {name!r}: {setting}', value, RANGES[setting])
+      if not isinstance(value, int):
+        raise UserError(f'task {name!r}: {setting}={value}: expected a whole number')
+    elif not isinstance(value, (int, float)) and value is not None:
+      raise UserError(f'task {name!r}: {setting}={value!r}: expected a number')
   return kinds[name](**settings)
 
 

@@ -157,6 +157,10 @@ def load_encoder(name_or_path: str | os.PathLike) -> LoadedEncoder:
   Raises:
     UserError: nothing of this kind there, or damage.
   """
+  if not isinstance(name_or_path, (str, os.PathLike)) or not os.fspath(name_or_path):
+    raise UserError(
+      f"encoder {name_or_path!r}: expected the name of a bundled one, a file or a run's workdir"
+    )
   text = os.fspath(name_or_path)
   _refuse_addresses(text)
   path = pathlib.Path(text)
