@@ -175,7 +175,7 @@ def _goal(world, params, goal):
   keys = jax.random.split(jax.random.key(0), CENTER)
   _, state = jax.jit(world.reset_all)(keys, params)
   if isinstance(goal, INTEGERS):
-    z, label = goal_latent(world, goal)
+    z, label = goal_latent(world, int(goal))
     label = jnp.where(params.label < 0, label, params.label)
     picture = jax.jit(world.picture)(params, z, label)
   else:
