@@ -121,7 +121,14 @@ def memory_bytes(mesh: Mesh) -> int:
   limit = (mesh.local_devices[0].memory_stats() or {}).get('bytes_limit')
   if limit:
     return limit
-  return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // len(mesh.local_devices)
+  return machine_memory() // len(mesh.local_devices)
+
+
+def machine_memory() -> int:
+  """Bytes of this machine's memory; more than any has where it does not say (Windows)."""
+  if not hasattr(os, 'sysconf'):
+    return 2**60
+  return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
 def mean(x: jax.Array, axis_name: str | None = None, axis: int | None = None) -> jax.Array:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from palm_jax.base import devices
 from palm_jax.base.errors import UserError, one_line
 from palm_jax.base.signals import raise_if_interrupted
 
@@ -162,7 +163,7 @@ def fit_array(image: np.ndarray, size: int) -> np.ndarray:
 
 def check_room(count: int, shape: tuple[int, int, int]) -> None:
   """Raises UserError where `count` pictures (H, W, C) do not fit the memory of this machine."""
-  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  memory = devices.machine_memory()
   need = count * math.prod(shape)
   if need > memory:
     raise UserError(
