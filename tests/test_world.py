@@ -358,6 +358,8 @@ def test_misuse_of_the_environments():
     LatentManifoldVectorEnv(0, world=small())
   with pytest.raises(UserError, match='has no threshold|no settings'):
     make_task('none', k=1)
+  with pytest.raises(UserError, match="'none' has no threshold"):
+    make_task('none', threshold=1.0)
 
 
 def test_spaces_without_gymnax():

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from palm_jax import environment
+from palm_jax.base.errors import UserError
 from palm_jax.layers.pixels import to_uint8
 from palm_jax.world import goal_latent
 from palm_jax.world.config import from_config
@@ -142,6 +143,11 @@ def latent_goals(config: ConfigDict, workdir: pathlib.Path) -> tuple[LatentGoals
   world, params = from_config(config, workdir)
   assert world.features is not None
   plain = dataclasses.replace(world, task=Nothing())
+  if c.goal_dims > world.num_actions:
+    raise UserError(
+      f'meta.goal_dims={c.goal_dims} is more than the {world.num_actions} coordinates of a latent: '
+      'lower it, or set 0 for all'
+    )
   dims = c.goal_dims or world.num_actions
   family = LatentGoals(plain, world.task, int(params.episode_length) - 1, dims)
   seeds = jnp.arange(first, first + c.train_goals + c.test_goals)

@@ -161,7 +161,7 @@ def make_task(name: str, threshold: float | None = None, **settings: Any) -> Tas
   """
   checks.choice('task', name, TASKS)
   kinds = {'none': Nothing, 'entropy': Entropy, 'class': Classify, 'goal': Goal}
-  if name != 'none' and threshold is not None:
+  if threshold is not None:
     settings['threshold'] = threshold
   known = {field.name for field in dataclasses.fields(kinds[name])} - {'name', 'optimum', 'sees'}
   for setting in settings:
