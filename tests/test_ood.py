@@ -431,7 +431,7 @@ def test_data_that_cannot_work(run, data, mesh, folder, tmp_path):
   one = data._replace(class_names=('all',), train=data.train._replace(labels=data.train.labels * 0))
   with pytest.raises(UserError, match='but colours has one'):
     finish(ood.JOB, job_config(), run, one, mesh)
-  with pytest.raises(UserError, match='config.json cannot be read'):
+  with pytest.raises(UserError, match='config.json is missing'):
     finish(ood.JOB, job_config(), tmp_path, data, mesh)
 
 
