@@ -165,11 +165,11 @@ def test_a_tiny_step_compiled_for_gpus(gpus):
 @NEEDS_CUDA
 @pytest.mark.slow
 def test_the_command():
-  command = [sys.executable, '-m', 'launch.compile_for', '--topology=h200:1', '--parts']
+  command = [sys.executable, '-m', 'launch.compile_for', '--config=configs/cifar.py']
   sizes = dict(num_envs=8, rollout_length=2, batch_size=16, warmup_steps=64, iterations_per_call=2)
   command += [f'--config.pretrain.{key}={value}' for key, value in sizes.items()]
   run = subprocess.run(
-    [*command, '--config=configs/cifar.py', '--config.replay.capacity=1024'],
+    [*command, '--config.replay.capacity=1024', '--topology=h200:1', '--parts'],
     capture_output=True,
     text=True,
   )
