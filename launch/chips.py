@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
+from palm_jax.base.devices import mesh_of
 from palm_jax.base.errors import UserError
 
 GPUS = pathlib.Path(__file__).parent / 'gpus'
@@ -49,7 +50,7 @@ CHIPS = {
   'h200': Chip(790e12, 4.3e12, 360e9, 151397597184, hop=5e-6, launch=2.5e-6),
   'h100': Chip(790e12, 3.0e12, 360e9, 85029158912, hop=5e-6, launch=2.5e-6),
 }
-EXAMPLES = 'v5e:2x4, v5e:16x16, v6e:16x16, v5p:4x4x4, h200:1 or h200:8'
+SLICES = 'v5e:2x4, v5e:16x16, v6e:16x16, v5p:4x4x4'
 
 
 def is_gpu(kind: str) -> bool:
@@ -68,7 +69,7 @@ def parse_topology(topology: str) -> tuple[str, tuple[int, ...]]:
   if kind not in CHIPS or not re.fullmatch(pattern, layout):
     raise UserError(
       f'--topology={topology} is unknown: expected a kind ({", ".join(CHIPS)}) and a layout, such '
-      f'as {EXAMPLES}'
+      f'as {SLICES}, h200:1 or h200:8'
     )
   return kind, tuple(map(int, layout.split('x')))
 
@@ -80,19 +81,23 @@ def make_mesh(topology: str) -> Mesh:
     UserError: an unknown kind, no compiler for it, or a layout that the compiler refuses.
   """
   kind, layout = parse_topology(topology)
-  if is_gpu(kind):
-    if not importlib.util.find_spec('jax_cuda12_plugin'):
-      raise UserError(
-        "the compiler for NVIDIA's GPUs is not installed: pip install 'palm_jax[cuda12]'"
-      )
-    # None of the machine's own, if it has some.
-    os.environ.setdefault('CUDA_VISIBLE_DEVICES', '-1')
-    facts = (GPUS / f'{kind}.txtpb').read_text()
-    options = dict(topology=f'1x1x{math.prod(layout)}', target_config=facts)
-    devices = topologies.get_topology_desc(
-      platform='cuda', topology_name=topology, **options
-    ).devices
-    return Mesh(devices, ('data',), axis_types=(AxisType.Auto,))
+  found = _gpus(topology, kind, layout) if is_gpu(kind) else _tpus(topology)
+  return mesh_of(found.devices)
+
+
+def _gpus(topology, kind, layout):
+  if not importlib.util.find_spec('jax_cuda12_plugin'):
+    raise UserError(
+      "the compiler for NVIDIA's GPUs is not installed: pip install 'palm_jax[cuda12]'"
+    )
+  # None of the machine's own, if it has some.
+  os.environ.setdefault('CUDA_VISIBLE_DEVICES', '-1')
+  facts = (GPUS / f'{kind}.txtpb').read_text()
+  options = dict(topology=f'1x1x{math.prod(layout)}', target_config=facts)
+  return topologies.get_topology_desc(platform='cuda', topology_name=topology, **options)
+
+
+def _tpus(topology):
   if importlib.util.find_spec('libtpu') is None:
     raise UserError(
       "libtpu is not installed, and it is the compiler for TPUs: pip install 'palm_jax[tpu]'"
@@ -100,11 +105,9 @@ def make_mesh(topology: str) -> Mesh:
   for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
   try:
-    devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+    return topologies.get_topology_desc(platform='tpu', topology_name=topology)
   except jax.errors.JaxRuntimeError as e:
     raise UserError(
       f'--topology={topology} is refused by libtpu ({str(e).splitlines()[0]}): if it is the '
-      'layout, choose one that Google Cloud offers, such as v5e:2x4, v5e:16x16, v6e:16x16, '
-      'v5p:4x4x4'
+      f'layout, choose one that Google Cloud offers, such as {SLICES}'
     ) from e
-  return Mesh(devices, ('data',), axis_types=(AxisType.Auto,))

@@ -136,16 +136,13 @@ def _library_flops(computation: Computation, instruction: Instruction) -> int:
   target = _target(instruction)
   if 'conv' in target.lower():
     # The labels are those of the forward convolution of x and w to y, whichever is asked for.
-    out, *operands = [
-      arrays(shape)[0].dims
-      for shape in (instruction.shape, *(computation[n].shape for n in instruction.operands[:2]))
-    ]
-    x, w = operands
-    y = out
+    out = arrays(instruction.shape)[0].dims
+    first, second = (arrays(computation[name].shape)[0].dims for name in instruction.operands[:2])
+    x, w, y = first, second, out
     if 'BackwardInput' in target:
-      x, y = out, operands[0]
+      x, w, y = out, second, first
     elif 'BackwardFilter' in target:
-      w, y = out, operands[1]
+      x, w, y = first, out, second
     return convolution_flops(x, w, y, instruction.attributes)
   if 'cublas' in target or 'gemm' in target:
     left = arrays(computation[instruction.operands[0]].shape)[0].dims

@@ -106,10 +106,7 @@ def export(
   try:
     save(path, format, config['encoder'], variables, step)
   except OSError as e:
-    remedy = files.remedy(e) or 'fix that'
-    raise UserError(
-      f'{path} cannot be written ({e.strerror}): {remedy}, or choose another --out'
-    ) from e
+    raise files.not_written(e, path) from e
   return path, step
 
 

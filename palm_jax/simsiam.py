@@ -231,13 +231,10 @@ def forward(
   views = s, s_next
   h, h_next = apply('encoder', views)  # (B, F) each
   z, z_next = apply('projector', (h, h_next))  # (B, D) each
-  predicts = objective in PREDICTING
   p: Any = None
   p_next: Any = None
-  if predicts and symmetric:
-    p, p_next = apply('predictor', (z, z_next))  # (B, D) each
-  elif predicts:
-    (p,) = apply('predictor', (z,))
+  if objective in PREDICTING:
+    p, p_next, *_ = *apply('predictor', (z, z_next)[: 1 + symmetric]), None  # (B, D) each
   if objective == 'simsiam':
     value = devices.mean(loss(p, z, p_next, z_next, symmetric), axis_name)
   elif objective == 'byol':

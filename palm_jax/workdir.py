@@ -24,14 +24,8 @@ from palm_jax.base.signals import raise_if_interrupted
 from palm_jax.job import Job
 
 PATIENCE = 120  # seconds: so long a file server may hold what a lost machine had
-FREE = (
-  'name',
-  'jobs',
-  'plan',
-  'benchmark',
-  'features',
-  'report',
-)  # sections that may change at any time
+# Sections that may change at any time.
+FREE = 'name', 'jobs', 'plan', 'benchmark', 'features', 'report'
 ABSENT = '(absent)'
 # Settings that came later: what was made without them was made as with these values.
 ADDED = {

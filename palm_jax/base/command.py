@@ -194,7 +194,7 @@ def _mistakes_in_config_files():
     if isinstance(e, SyntaxError) and e.filename:
       file, line = e.filename, e.lineno
     raise UserError(
-      f'--config: {file}, line {line}, ended in {one_line(e)}: mend it there, or give another file'
+      f'--config: {file}, line {line}, ended in {one_line(e)}: fix it there, or give another file'
     ) from e
 
 

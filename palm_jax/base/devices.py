@@ -61,6 +61,11 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
     devices = jax.devices()[:num_devices]
   except (RuntimeError, AssertionError) as e:
     raise _missing(e) from e
+  return mesh_of(devices)
+
+
+def mesh_of(devices: Sequence[Any]) -> Mesh:
+  """The one-dimensional mesh, axis 'data', that everything here runs on."""
   return Mesh(devices, ('data',), axis_types=(AxisType.Auto,))
 
 

@@ -80,6 +80,14 @@ def remedy(error: OSError) -> str:
   return next((words for words, numbers in REMEDIES.items() if error.errno in numbers), '')
 
 
+def not_written(error: OSError, path: str | os.PathLike) -> UserError:
+  """What to say of a file, named by --out, that the disk refused."""
+  what_to_do = remedy(error) or 'fix that'
+  return UserError(
+    f'{path} cannot be written ({error.strerror}): {what_to_do}, or choose another --out'
+  )
+
+
 def check_writable(path: str | os.PathLike) -> None:
   """Raises UserError where a file or folder could not be made at `path`; makes nothing."""
   folder = pathlib.Path(path).absolute().parent

@@ -1,7 +1,6 @@
 """Linear softmax classifiers of cached features, and their fit by L-BFGS."""
 
 import itertools
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -91,10 +90,8 @@ def logistic_regression(
     raise UserError(f'l2_grid is {list(l2_grid)}, expected one or more positive finite numbers')
 
   fit, held_out = stratified_split(y, VALIDATION_FRACTION, seed)
-  tried, models, pulse = [], [], _Pulse()
-  for model, iterations, converged in _path(
-    x[fit], y[fit], num_classes, grid, max_iterations, pulse
-  ):
+  tried, models = [], []
+  for model, iterations, converged in _path(x[fit], y[fit], num_classes, grid, max_iterations):
     tried.append(
       dict(
         l2=grid[len(tried)],
@@ -108,7 +105,7 @@ def logistic_regression(
   best = int(np.argmax([each['validation_accuracy'] for each in tried]))
   l2 = grid[best]
   [(model, iterations, converged)] = _path(
-    x, y, num_classes, [l2], max_iterations, pulse, start=models[best]
+    x, y, num_classes, [l2], max_iterations, start=models[best]
   )
   return model, dict(
     l2=l2,
@@ -165,19 +162,7 @@ def _check_classes(labels, num_classes):
     )
 
 
-class _Pulse:
-  """A line in the log where some seconds have passed since the last."""
-
-  def __init__(self):
-    self._heard = time.monotonic()
-
-  def __call__(self, l2, iteration):
-    if time.monotonic() - self._heard >= PULSE_SECONDS:
-      self._heard = time.monotonic()
-      logging.info('L-BFGS: l2 %.0e, iteration %d', l2, iteration)
-
-
-def _path(x, y, num_classes, l2_grid, max_iterations, pulse, start=None):
+def _path(x, y, num_classes, l2_grid, max_iterations, start=None):
   """Yields (LinearModel, iterations, converged) for each l2, each fit starting from the one before.
 
   L-BFGS runs in the eigenbasis of the features' covariance, each direction scaled by the inverse
@@ -198,12 +183,12 @@ def _path(x, y, num_classes, l2_grid, max_iterations, pulse, start=None):
     theta = np.concatenate([basis.T @ start.weight, start.bias[None]])
   for l2 in l2_grid:
     scaling = np.append(1 / np.sqrt(np.maximum(eigenvalues, 0) / 2 + l2), 1)[:, None]
-    theta, iterations, converged = _minimise(x, y, theta, scaling, l2, max_iterations, pulse)
+    theta, iterations, converged = _minimise(x, y, theta, scaling, l2, max_iterations)
     weight, bias = (basis @ theta[:-1]).astype(np.float32), theta[-1].astype(np.float32)
     yield LinearModel(weight, bias, mean, scale), iterations, converged
 
 
-def _minimise(x, y, theta, scaling, l2, max_iterations, pulse):
+def _minimise(x, y, theta, scaling, l2, max_iterations):
   """L-BFGS from theta (F + 1, num_classes) -> theta, iterations, whether it converged."""
 
   def objective(flat):
@@ -216,12 +201,19 @@ def _minimise(x, y, theta, scaling, l2, max_iterations, pulse):
     return value, (scaling * gradient).ravel()
 
   count = itertools.count(1)
+
+  def say(_):
+    iteration = next(count)
+    logging.log_every_n_seconds(
+      logging.INFO, 'L-BFGS: l2 %.0e, iteration %d', PULSE_SECONDS, l2, iteration
+    )
+
   found = scipy.optimize.minimize(
     objective,
     (theta / scaling).ravel(),
     jac=True,
     method='L-BFGS-B',
-    callback=lambda _: pulse(l2, next(count)),
+    callback=say,
     options=dict(maxiter=max_iterations, ftol=1e-9, gtol=GRADIENT_TOLERANCE),
   )
   # Rounding in float32 can end the last line search: then the gradient says whether it is over.

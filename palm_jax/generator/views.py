@@ -178,6 +178,12 @@ class _SameVariables:
   def image_shape(self) -> tuple[int, int, int]:
     return self.generator.image_shape
 
+  @property
+  def changes(self) -> dict[str, Any]:
+    """What this view, and those within it, are beside their variables."""
+    own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != 'generator'}
+    return {**own, **getattr(self.generator, 'changes', {})}
+
   def prepared(self, variables: Any) -> Any:
     """As of the inner generator."""
     return prepared(self.generator, variables)

@@ -82,14 +82,7 @@ def make(
   task_of = make_task(task, **settings)
   if task == 'class' and head is None:
     raise UserError("task 'class' without a head: give head=(kernel, bias) of a linear probe")
-  if isinstance(generator, str | os.PathLike):
-    generator = load_generator(generator)
-  if not all(hasattr(generator, name) for name in OF_GENERATORS):
-    raise UserError(
-      f'generator is a {type(generator).__name__}: expected a PictureGenerator, or a path or name '
-      'for load_generator'
-    )
-  generator = viewed(generator, latent_space, style_mixing, crop)
+  generator = viewed(_loaded(generator), latent_space, style_mixing, crop)
   if not isinstance(label, INTEGERS) or not -1 <= label < max(generator.num_classes, 1):
     raise UserError(
       f'label={label!r}: expected -1 or a class below {max(generator.num_classes, 1)}'
@@ -115,12 +108,22 @@ def make(
   if task == 'goal':
     told = _goal(plain, params, goal)
   elif task == 'class':
-    assert head is not None and features is not None  # it sees
-    check_head(*head, target, features.size)
-    told = dict(kernel=jnp.asarray(head[0]), bias=jnp.asarray(head[1]), target=jnp.int32(target))
+    told = _head(head, target, features)
   params = params.replace(task=told)
   world = dataclasses.replace(plain, task=task_of, observations=observations, params=params)
   return world, params
+
+
+def _loaded(generator):
+  """The generator itself, or that of a path or name."""
+  if isinstance(generator, str | os.PathLike):
+    generator = load_generator(generator)
+  if not all(hasattr(generator, name) for name in OF_GENERATORS):
+    raise UserError(
+      f'generator is a {type(generator).__name__}: expected a PictureGenerator, or a path or name '
+      'for load_generator'
+    )
+  return generator
 
 
 def _environment(settings):
@@ -166,6 +169,14 @@ def _check_goal(goal, image_shape):
       f'a goal of {picture.dtype}{picture.shape}: expected a picture of uint8{image_shape}, or a '
       'seed'
     )
+
+
+def _head(head, target, features):
+  """The head of the task 'class', and its class."""
+  assert head is not None and features is not None  # it sees
+  kernel, bias = head
+  check_head(kernel, bias, target, features.size)
+  return dict(kernel=jnp.asarray(kernel), bias=jnp.asarray(bias), target=jnp.int32(target))
 
 
 def _goal(world, params, goal):

@@ -39,19 +39,9 @@ WORLD, FEATURES = 'palm_jax_world', 'palm_jax_features'  # digests in a data set
 
 def identity(world: LatentManifold) -> dict[str, str]:
   """{name: digest} of the generator and, where observations are features, of the encoder."""
-  found = {WORLD: digest(world.generator.variables, _views(world.generator))}
+  found = {WORLD: digest(world.generator.variables, getattr(world.generator, 'changes', {}))}
   if world.observations == 'features' and world.features is not None:
     found[FEATURES] = digest(world.features.variables, {})
-  return found
-
-
-def _views(generator):
-  """What a view of a generator (generator/views.py) is, besides its variables; {} of none."""
-  of = {'Cropped': 'margin', 'StyleMixed': 'first'}
-  found = {}
-  while type(generator).__name__ in of:
-    name = of[type(generator).__name__]
-    found[name], generator = getattr(generator, name), generator.generator
   return found
 
 

@@ -14,7 +14,7 @@ from palm_jax import __version__, environment, export, worlds
 from palm_jax.base.checkpoints import load
 from palm_jax.base.digests import digest, file_digest
 from palm_jax.base.errors import UserError, one_line
-from palm_jax.base.files import remedy, replacing
+from palm_jax.base.files import not_written, replacing
 from palm_jax.generator import PictureGenerator, load_generator
 from palm_jax.layers.pixels import to_uint8
 from palm_jax.zoo import card as cards
@@ -85,11 +85,7 @@ def write(
     with replacing(path.with_suffix('.json')) as file:
       file.write(cards.as_json(card))
   except OSError as e:
-    what_to_do = remedy(e) or 'fix that'
-    raise UserError(
-      f'{e.filename or path} cannot be written ({e.strerror}): {what_to_do}, or choose another '
-      '--out'
-    ) from e
+    raise not_written(e, e.filename or path) from e
   return path
 
 

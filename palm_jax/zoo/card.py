@@ -151,8 +151,8 @@ def as_text(card: Mapping[str, Any], use: str) -> str:
   parts = [
     '---\n' + '\n'.join(header) + '\n---',
     f'# {card["name"]}',
-    'An encoder that learned by playing in the latent space of a picture generator, without labels '
-    'or augmentation: PALM (Liu, Zahavy, Mnih and Singh, arXiv 2210.10913), by palm_jax.',
+    'An encoder that learned by playing in the latent space of a picture generator: PALM (Liu, '
+    'Zahavy, Mnih and Singh, arXiv 2210.10913), by palm_jax.',
     f'```python\n{use.strip()}\n```',
     _table([('what', 'value')], facts.items()),
     '## How it was made',
