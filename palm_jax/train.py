@@ -59,7 +59,8 @@ def run(this: Run) -> dict:
     jax.eval_shape(program.init, key, world),
     program.state_shardings,
   )
-  check_memory(template, world, mesh)
+  activations = cost.activation_bytes(config, generator, template.ssl, mesh.size)
+  check_memory(template, world, mesh, activations)
   worlds.check_pictures(config, generator)
   per_call, env_steps = p.iterations_per_call, program.env_steps_per_iteration
   total = program.setup.num_calls * per_call
@@ -156,16 +157,25 @@ def note_devices(before: int, now: int) -> None:
     )
 
 
-def check_memory(state: pretrain.State, world: World, mesh: Mesh) -> None:
-  """Raises UserError where the state's share of a device exceeds its memory; reads shapes only."""
+def check_memory(state: pretrain.State, world: World, mesh: Mesh, activations: int) -> None:
+  """Raises UserError where what a device holds exceeds its memory; reads shapes only.
+
+  Args:
+    state, world: arrays or their shapes.
+    mesh: whose devices share them.
+    activations: bytes that a device's backward pass needs besides.
+  """
   split, whole = [state.ring, state.env, state.frames], [state.ssl, state.agent]
   (split if isinstance(world.material, Experience) else whole).append(world.material)
   whole.append(world._replace(material=()))
-  shared = cost.nbytes(split) / mesh.size
-  need = shared + cost.nbytes(whole)
-  largest = 'replay.capacity' if shared > need / 2 else 'encoder.width, simsiam.* or sac.hidden'
-  remedy = f'lower {largest}; --job=plan says what fits'
-  devices.check_fits(need, mesh, 'replay and networks take', remedy)
+  takes = {
+    'replay.capacity': cost.nbytes(split) / mesh.size,
+    'encoder.width, simsiam.* or sac.hidden': cost.nbytes(whole),
+    'pretrain.batch_size or encoder.width': activations,
+  }
+  remedy = f'lower {max(takes, key=takes.__getitem__)}; --job=plan says what fits'
+  what = 'replay, networks and activations take'
+  devices.check_fits(sum(takes.values()), mesh, what, remedy)
 
 
 def check_record(config: ConfigDict, world: World, iterations: int) -> None:

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 
 from palm_jax import pretrain, settings, train, worlds
@@ -72,9 +73,23 @@ def test_a_replay_beyond_the_memory_is_refused_before_it_is_made():
   state = jax.eval_shape(program.init, jax.random.key(0), world)
   with pytest.raises(
     UserError,
-    match=r'replay and networks take 3\d\d.\d GiB on each of 2 device.*lower replay.capacity',
+    match=r'activations take 3\d\d.\d GiB on each of 2 device.*lower replay.capacity',
   ):
-    train.check_memory(state, world, mesh)
+    train.check_memory(state, world, mesh, 0)
+  with pytest.raises(UserError, match=r'take \d+.\d GiB .* lower pretrain.batch_size or encoder'):
+    train.check_memory(state.replace(ring=()), world, mesh, 1 << 40)
+
+
+@pytest.mark.parametrize('objective', ['simclr', 'supcon', 'byol', 'vicreg', 'barlow'])
+def test_activations_of_each_objective_are_counted(objective):
+  config, generator = tiny_config(), LinearGenerator()
+  config.simsiam.update(dict(objective=objective, mask_episode=objective == 'simclr'))
+  program = pretrain.make_program(config, generator, plan.abstract_mesh(1))
+  world = worlds.host_world(config, generator)
+  state = jax.eval_shape(program.init, jax.random.key(0), world)
+  found = cost.activation_bytes(config, generator, state.ssl, 1)
+  pictures = 2 * config.pretrain.batch_size * np.prod(program.setup.image_shape)
+  assert 4 * pictures < found < 4000 * pictures
 
 
 def test_more_devices_share(planned):

@@ -767,6 +767,7 @@ def test_a_film(network, tmp_path):
   [
     (dict(out='x.jpg'), 'x.jpg: expected a name that ends in .png'),
     (dict(truncation=float('nan')), 'truncation=nan'),
+    (dict(truncation=1e38), r'truncation=1e\+38: expected -10 to 10'),
     (dict(columns=0), 'columns=0: expected 1 to'),
     (dict(steps=0), 'steps=0: expected 1 to'),
     (dict(alpha=1.5), 'alpha=1.5: expected 0 to 1'),

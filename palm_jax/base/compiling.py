@@ -1,5 +1,6 @@
-"""Says in the log what is being compiled, when that takes long: XLA itself says nothing."""
+"""Says in the log what is being compiled, when nothing else is said for long: XLA is silent."""
 
+import logging as python_logging
 import sys
 import threading
 import time
@@ -8,19 +9,27 @@ from typing import NamedTuple
 import jax
 from absl import logging
 
-FIRST = 15.0  # seconds until the first line; each waits twice as long as the one before
+QUIET = 8.0  # seconds without any line until one is said
+LEAST = 1.0  # seconds that what is named has taken
 POLL = 1.0  # seconds between looks
-EVENT = '/jax/core/compile/backend_compile_duration'  # of jax.monitoring, at its begin and its end
+# Of jax.monitoring, at its begin and its end, and what is done between.
+STAGES = {
+  '/jax/core/compile/jaxpr_trace_duration': 'tracing',
+  '/jax/core/compile/jaxpr_to_mlir_module_duration': 'lowering',
+  '/jax/core/compile/backend_compile_duration': 'compiling',
+}
 
 
 class Compilation(NamedTuple):
-  """A program and the time at which XLA was given it."""
+  """A program, what is being done with it, and the time at which that began."""
 
   name: str
+  stage: str
   since: float
 
 
 _running: dict[int, Compilation] = {}  # of each thread
+_spoken = 0.0  # when the last line was said
 
 
 def announce() -> None:
@@ -31,19 +40,28 @@ def announce() -> None:
   """
   jax.monitoring.register_scalar_listener(_begin)
   jax.monitoring.register_event_duration_secs_listener(_end)
+  logging.get_absl_logger().addFilter(_heard)
+  _heard()
   threading.Thread(target=_watch, daemon=True).start()
+
+
+def _heard(record: python_logging.LogRecord | None = None) -> bool:
+  del record
+  global _spoken
+  _spoken = time.monotonic()
+  return True
 
 
 def _begin(event, value, **about):
   del value
-  if event == EVENT:
-    name = about.get('fun_name', 'a program')
-    _running[threading.get_ident()] = Compilation(f'{name}{_caller()}', time.monotonic())
+  if event in STAGES:
+    name = f'{about.get("fun_name", "a program")}{_caller()}'
+    _running[threading.get_ident()] = Compilation(name, STAGES[event], time.monotonic())
 
 
 def _end(event, duration_secs, **about):
   del duration_secs, about
-  if event == EVENT:
+  if event in STAGES:
     _running.pop(threading.get_ident(), None)
 
 
@@ -58,13 +76,12 @@ def _caller():
 
 
 def _watch():
-  due = {}  # seconds after which the next line about a compilation is said
   while True:
     time.sleep(POLL)
-    running = list(_running.values())
-    due = {compilation: due.get(compilation, FIRST) for compilation in running}
-    for compilation in running:
-      elapsed = time.monotonic() - compilation.since
-      if elapsed >= due[compilation]:
-        logging.info('still compiling %s, for %.0f s now', compilation.name, elapsed)
-        due[compilation] *= 2
+    running = sorted(_running.values(), key=lambda compilation: compilation.since)
+    now = time.monotonic()
+    if now - _spoken < QUIET or not running:
+      continue
+    name, stage, since = running[0]
+    if now - since >= LEAST:
+      logging.info('still %s %s, for %.0f s now', stage, name, now - since)

@@ -5,7 +5,6 @@
 They are a grid (.png), or films of the latent world under random actions (.webp).
 """
 
-import math
 import os
 import pathlib
 
@@ -19,6 +18,8 @@ from palm_jax.base import command, files, pictures
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.generator import load_generator
 from palm_jax.layers.pixels import to_uint8
+
+TRUNCATIONS = -10, 10  # beyond, pictures are only dearer to compute and empty
 
 
 def sample(
@@ -52,10 +53,7 @@ def sample(
   if out.suffix not in ('.png', '.webp'):
     raise UserError(f'{out}: expected a name that ends in .png (a grid) or .webp (a film)')
   files.check_writable(out)
-  if not math.isfinite(truncation):
-    raise UserError(
-      f'truncation={truncation}: expected a number, from 0 (the mean picture) to 1 (no truncation)'
-    )
+  _check_range('truncation', truncation, *TRUNCATIONS)
   _check_range('seed', seed, 0, 2**32 - 1)
   _check_range('columns', columns, 1, 100)
   _check_range('steps', steps, 1, 10_000)

@@ -5,10 +5,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from ml_collections import ConfigDict
 
+from palm_jax import rollout, simsiam, worlds
 from palm_jax.base.devices import nbytes
+from palm_jax.encoder import make_encoder
+from palm_jax.generator import PictureGenerator
 
 
 def flops(traced: Any) -> int:
@@ -78,3 +83,33 @@ def residual_bytes(f: Callable, *arguments: Any) -> int:
   The compiler may then fuse or recompute some of it.
   """
   return nbytes(jax.eval_shape(lambda *x: jax.vjp(f, *x)[1], *arguments))
+
+
+def activation_bytes(
+  config: ConfigDict, generator: PictureGenerator, ssl: dict[str, Any], num_devices: int
+) -> int:
+  """What SimSiam's forward pass over one device's batch keeps for its backward pass.
+
+  That is the largest backward pass of all.
+  """
+  dtype = rollout.DTYPES[config.pretrain.dtype]
+  encoder = make_encoder(config.encoder, None, dtype)
+  modules = simsiam.make_modules(encoder, config.simsiam, None, dtype)
+  count = config.pretrain.batch_size // num_devices
+  frames = jax.ShapeDtypeStruct((count, *worlds.seen_shape(config, generator)), jnp.uint8)
+  zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+  ids = jnp.zeros(count, jnp.int32)
+
+  def loss(params, *views):
+    return simsiam.forward(
+      modules,
+      params,
+      zeros(ssl['batch_stats']),
+      *views,
+      target=zeros(ssl.get('target')),
+      **simsiam.options(config.simsiam),
+      labels=ids,
+      related=ids if config.simsiam.mask_episode else None,
+    )[0]
+
+  return residual_bytes(loss, ssl['params'], frames, frames)

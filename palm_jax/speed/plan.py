@@ -14,12 +14,11 @@ from absl import logging
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
-from palm_jax import pairs, pretrain, rollout, simsiam, worlds
+from palm_jax import pairs, pretrain, rollout, worlds
 from palm_jax.base import checks, devices
 from palm_jax.base.errors import UserError, one_line
 from palm_jax.base.processes import is_first
 from palm_jax.base.results import read_result
-from palm_jax.encoder import make_encoder
 from palm_jax.generator import LoadedGenerator, PictureGenerator, load_generator
 from palm_jax.generator.networks import make_networks
 from palm_jax.job import Job, Run, never
@@ -153,7 +152,7 @@ def estimate(config: ConfigDict, generator: PictureGenerator, num_devices: int) 
     bytes=dict(
       {name: cost.nbytes(tree) / num_devices for name, tree in sharded.items()},
       networks=cost.nbytes((world, state.ssl, state.agent)),
-      activations=activation_bytes(config, generator, state.ssl, num_devices),
+      activations=cost.activation_bytes(config, generator, state.ssl, num_devices),
     ),
     flops=flops,
     flops_per_iteration=sum(flops.values()),
@@ -164,28 +163,6 @@ def estimate(config: ConfigDict, generator: PictureGenerator, num_devices: int) 
 def abstract_mesh(num_devices: int) -> Any:
   """A mesh of devices that need not be here, for functions that are only traced."""
   return AbstractMesh((num_devices,), ('data',), axis_types=(AxisType.Auto,))
-
-
-def activation_bytes(
-  config: ConfigDict, generator: PictureGenerator, ssl: dict[str, Any], num_devices: int
-) -> int:
-  """What SimSiam's forward pass over one device's batch keeps for its backward pass.
-
-  That is the largest backward pass of all.
-  """
-  dtype = rollout.DTYPES[config.pretrain.dtype]
-  encoder = make_encoder(config.encoder, None, dtype)
-  modules = simsiam.make_modules(encoder, config.simsiam, None, dtype)
-  count = config.pretrain.batch_size // num_devices
-  frames = jax.ShapeDtypeStruct((count, *worlds.seen_shape(config, generator)), jnp.uint8)
-  zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
-  options = simsiam.options(config.simsiam)
-
-  def loss(params, *views):
-    batch_stats, target = zeros(ssl['batch_stats']), zeros(ssl.get('target'))
-    return simsiam.forward(modules, params, batch_stats, *views, target=target, **options)[0]
-
-  return cost.residual_bytes(loss, ssl['params'], frames, frames)
 
 
 def sustained_rate(config: ConfigDict, workdir: pathlib.Path) -> tuple[float, str]:
