@@ -7,12 +7,14 @@ import gymnasium
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs import offline as configs
 from palm_jax import runner
+from palm_jax.base import figures
 from palm_jax.base.errors import UserError
 from palm_jax.base.training import Training
-from palm_jax.offline import behaviours, records, train
+from palm_jax.offline import behaviours, figure, records, train
 from palm_jax.offline.methods import METHODS
 from tests.test_bear import batch
 from tests.test_bear import config as bear_config
@@ -173,6 +175,25 @@ def test_a_stopped_job_ends_as_one_that_was_not(finished, tiny, tmp_path, monkey
   read = lambda folder: json.loads((folder / 'results' / 'offline.json').read_text())
   for name in ('rows', 'behaviours', 'behaviour_curve'):
     assert read(tmp_path)[name] == read(finished)[name]
+
+
+def test_what_critics_promise_is_drawn_beside_what_came_true(tmp_path):
+  pytest.importorskip('matplotlib')
+
+  def row(record, method, q):
+    curve = [dict(updates=u, q=q and [u * q, u * q + 1], discounted=[5.0, 6.0]) for u in (1, 2)]
+    return dict(record=record, method=method, q=curve[-1]['q'], curve=curve)
+
+  rows = [row('random', 'bc', None), row('random', 'sac', 1e5), row('random', 'bear', 3.0)]
+  assert figure.draw([*rows, row('half', 'sac', 2.0)], tmp_path / 'values.png')
+  with Image.open(tmp_path / 'values.png') as image:
+    pixels = np.asarray(image.convert('RGB'))
+  panels = pixels[: int(0.85 * len(pixels))]  # without the legend
+  has = lambda half, colour: (half == colour).all(-1).any()
+  colours = [[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in figures.COLOURS[:2]]
+  halves = np.array_split(panels, 2, axis=1)
+  assert [[has(half, c) for c in colours] for half in halves] == [[True, True], [True, False]]
+  assert not figure.draw(rows[:1], tmp_path / 'none.png') and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.tables import aligned, protocol_line
 from palm_jax.base.training import Training
 from palm_jax.job import Job, Run, never
-from palm_jax.offline import bear, behaviours, datasets, records
+from palm_jax.offline import bear, behaviours, datasets, figure, records
 from palm_jax.offline.methods import METHODS
 from palm_jax.world import config as worlds
 from palm_jax.world import goal_latent
@@ -133,6 +133,7 @@ def run(this: Run) -> dict[str, Any]:
           curve=curve,
         )
       )
+  figure.draw(rows, folder / 'values.png')
   if world and this.config.world.task == 'goal':
     rest['oracle'] = _oracle(judge, this.config)
   return dict(rows=rows, **rest, protocol=_protocol(this.config))

@@ -5,21 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from absl import logging
 
-from palm_jax.base.files import replacing
+from palm_jax.base import figures
+from palm_jax.base.figures import COLOURS
 
-# Okabe and Ito.
-COLOURS = (
-  '#0072B2',
-  '#E69F00',
-  '#009E73',
-  '#D55E00',
-  '#CC79A7',
-  '#56B4E9',
-  '#000000',
-  '#999999',
-)
 MARKERS = 'os^Dv<>P'
 
 
@@ -33,26 +22,14 @@ def draw(results: Mapping[str, Any], path: pathlib.Path) -> bool:
   Returns:
     Whether it was drawn.
   """
-  try:
-    # Here, because it is optional.
-    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-  except ImportError:
-    logging.warning(
-      "%s is not drawn, because matplotlib is not installed: pip install 'palm_jax[figures]' or "
-      'matplotlib, and give the same command again; results/study.csv has the numbers',
-      path,
-    )
-    return False
   measures = list(dict.fromkeys(row['measure'] for row in results['rows']))
-  columns = min(3, len(measures))
-  lines = -(-len(measures) // columns)
-  figure = Figure(figsize=(5.2 * columns, 4 * lines), dpi=150, layout='constrained')
-  panels = np.ravel(figure.subplots(lines, columns, squeeze=False))
-  for panel in panels[len(measures) :]:
-    panel.set_axis_off()
+  begun = figures.begin(path, len(measures), 3, 'results/study.csv')
+  if begun is None:
+    return False
+  figure, panels = begun
   looks = _looks(dict.fromkeys(row['arm'] for row in results['rows']))
   in_legend = {}  # arm: its mark
-  for panel, measure in zip(panels, measures, strict=False):
+  for panel, measure in zip(panels, measures, strict=True):
     rows = [row for row in results['rows'] if row['measure'] == measure]
     on_axis = any(row['x'] != '' for row in rows)
     if not on_axis:
@@ -68,12 +45,11 @@ def draw(results: Mapping[str, Any], path: pathlib.Path) -> bool:
       in_legend.values(),
       in_legend,
       loc='outside lower center',
-      ncols=min(len(in_legend), 3 * columns),
+      ncols=min(len(in_legend), 3 * min(3, len(measures))),
       fontsize=8,
     )
   figure.suptitle(_title(results), fontsize=9)
-  with replacing(path) as file:
-    figure.savefig(file, format='png', bbox_inches='tight')
+  figures.save(figure, path)
   return True
 
 
