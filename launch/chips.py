@@ -46,9 +46,11 @@ CHIPS = {
   'v5e': Chip(197e12, 819e9, 200e9, 16 * 2**30),
   'v5p': Chip(459e12, 2765e9, 600e9, 95 * 2**30),
   'v6e': Chip(918e12, 1600e9, 400e9, 32 * 2**30),
-  # NVIDIA's data sheets: 989 TFLOP/s, 4.8 and 3.35 TB/s, NVLink 900 GB/s in both directions
+  # NVIDIA's data sheets: 989 TFLOP/s, 4.8 and 3.35 TB/s, NVLink 900 GB/s in both directions; GB200:
+  # 2,500 TFLOP/s, 8 TB/s, 1,800 GB/s
   'h200': Chip(790e12, 4.3e12, 360e9, 151397597184, hop=5e-6, launch=2.5e-6),
   'h100': Chip(790e12, 3.0e12, 360e9, 85029158912, hop=5e-6, launch=2.5e-6),
+  'gb200': Chip(2000e12, 7.2e12, 720e9, 197897748480, hop=5e-6, launch=2.5e-6),
 }
 SLICES = 'v5e:2x4, v5e:16x16, v6e:16x16, v5p:4x4x4'
 
