@@ -50,7 +50,7 @@ def exit_on_user_error(main: Callable) -> Callable:
 
   def wrapped(argv):
     try:
-      return main(argv)
+      return signals.call(main, argv)
     except UserError as e:
       fail(e)
     except KeyboardInterrupt as e:

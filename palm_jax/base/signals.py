@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 HANGUP = getattr(signal, 'SIGHUP', 0)  # Windows has none
 SIGNALS = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, HANGUP)))
@@ -30,7 +30,7 @@ holders: list[Callable[[], bool]] = []
 _watching = False
 _importing = False
 _said = False
-_ending = False  # by a signal, so that errors of what is taken apart mean nothing
+_ending = 0  # the signal that ends this command, so that errors of what is taken apart mean nothing
 
 
 class Interrupted(KeyboardInterrupt):
@@ -109,10 +109,22 @@ def watching() -> bool:
 def interrupt(number: int, agreed: bool = False) -> NoReturn:
   """Raises Interrupted."""
   global _ending
-  _ending = True
+  _ending = number if _watching else 0
   if _importing:
     end_at_once(number)
   raise Interrupted(number, agreed)
+
+
+def call(main: Callable, *arguments: Any) -> Any:
+  """main(*arguments); an error that an interruption became in a library is that again.
+
+  Out of a callback of compiled code an exception may come as another kind, without a cause.
+  """
+  try:
+    return main(*arguments)
+  except Exception as e:
+    raise_if_interrupted(e)
+    raise
 
 
 def _end_when_late(reader, numbers):
@@ -158,7 +170,7 @@ def end_at_once(number: int) -> NoReturn:
 
 
 def raise_if_interrupted(error: BaseException) -> None:
-  """Raises the interruption that led to an error through others.
+  """Raises the interruption that led to an error, through others or where one has come.
 
   For whoever takes any error of a library for a damaged file.
   """
@@ -169,3 +181,5 @@ def raise_if_interrupted(error: BaseException) -> None:
     if isinstance(cause, (KeyboardInterrupt, SystemExit, GeneratorExit)):
       raise cause
     cause = cause.__cause__ or cause.__context__
+  if _ending:
+    raise Interrupted(_ending) from error
