@@ -50,8 +50,14 @@ def write(folder: pathlib.Path, first_row: int, experience: Experience) -> None:
     experience: Experience of jax.Arrays (R, E, ...), environments sharded.
 
   Raises:
+    UserError: the rows before them were removed.
     OSError: the file cannot be written; there is then none.
   """
+  if first_row and not folder.is_dir():
+    raise UserError(
+      f'{folder} was removed: rows 0 to {first_row - 1} of the record are lost; restore it, or '
+      'record again in another --workdir'
+    )
   shards = {
     field: sorted(x.addressable_shards, key=lambda s: s.index[1].start or 0)
     for field, x in experience._asdict().items()

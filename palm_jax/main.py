@@ -39,7 +39,8 @@ def main(argv: list[str]) -> None:
   command.start()
   f = flags.FLAGS
   processes.initialize_distributed(f.coordinator_address, f.num_processes, f.process_id)
-  processes.agree({'--job': f.job, **checks.flatten(json.loads(f.config.to_json_best_effort()))})
+  settings = checks.flatten(json.loads(f.config.to_json_best_effort()))
+  processes.agree({'--job': f.job, '--workdir': f.workdir, **settings})
   metrics.log_to_wandb(f.wandb)
   runner.run(f.config, f.job, f.workdir, f.download)
   processes.wait_for_all()

@@ -97,11 +97,11 @@ def run(
     for each in waiting:
       each.check_data(this)
   before = workdirs.is_claimed(workdir)
-  if any(each.claims for each in jobs):
-    claim(workdir, config)
-    workdirs.keep_compiled(workdir)
-    logging.info('%s: %d %s device(s)', workdir, mesh.size, mesh.devices.flat[0].platform)
   try:
+    if any(each.claims for each in jobs):
+      claim(workdir, config)
+      workdirs.keep_compiled(workdir)
+      logging.info('%s: %d %s device(s)', workdir, mesh.size, mesh.devices.flat[0].platform)
     _run_in_order(jobs, this)
   except UserError:
     if not before:
@@ -159,8 +159,10 @@ def execute(job: Job, run: Run) -> dict | None:
   if result is None or not is_first():
     return result
   try:  # the file first: nobody may read the output any more
-    if claimed and not workdirs.is_claimed(run.workdir):
+    if claimed and not run.workdir.is_dir():
       raise UserError(f'{run.workdir} was removed while {job.name} ran: its result is lost')
+    if claimed:
+      workdirs.restore(run.workdir, run.config)
     if job.claims:
       write_result(workdirs.result_path(run.workdir, job), result, origin, run.config.to_dict())
   finally:

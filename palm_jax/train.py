@@ -54,11 +54,7 @@ def run(this: Run) -> dict:
   world = worlds.make_world(config, generator, mesh, this.data)
   watch = monitors.make_monitors(program.setup)
   key = first_key(config)
-  template = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    jax.eval_shape(program.init, key, world),
-    program.state_shardings,
-  )
+  template = template_of(program, key, world)
   activations = cost.activation_bytes(config, generator, template.ssl, mesh.size)
   check_memory(template, world, mesh, activations)
   worlds.check_pictures(config, generator)
@@ -96,13 +92,9 @@ def run(this: Run) -> dict:
       training.advance(per_call)
       if training.step % monitor_every == 0 or training.complete:
         scalars = scalars | watch.ranks(state.ssl, world, key)
-        film = jax.device_get(watch.film(state.ssl, state.agent, world, key))
-        if is_first():
-          write_film(folder / 'rollouts', training.step * env_steps, *film)
-      for name, line in monitors.troubles(scalars).items():
-        if name not in warned:
-          logging.warning('pretrain: %s', line)
-        warned.add(name)
+        film = watch.film(state.ssl, state.agent, world, key)
+        write_film(folder / 'rollouts', training.step * env_steps, *jax.device_get(film))
+      warned |= warn(scalars, warned)
       training.write(dict(scalars, env_steps=training.step * env_steps))
       training.show({name: scalars[name] for name in PROGRESS_METRICS if name in scalars})
       if training.should_save:
@@ -128,6 +120,12 @@ def first_key(config: ConfigDict) -> jax.Array:
   key = jax.random.key(config.seed)
   passive = pairs.SOURCES[config.pairs.source].needs == 'record'
   return jax.random.fold_in(key, 1) if passive else key
+
+
+def template_of(program: pretrain.Program, key: jax.Array, world: World) -> pretrain.State:
+  """State of jax.ShapeDtypeStructs, with where each part lies."""
+  place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  return jax.tree.map(place, jax.eval_shape(program.init, key, world), program.state_shardings)
 
 
 def encoder_of(state: pretrain.State) -> dict[str, Any]:
@@ -215,15 +213,27 @@ def mean_metrics(
   return {name: float(x[updated].mean()) for name, x in values.items()}
 
 
+def warn(scalars: dict[str, float], before: set[str]) -> set[str]:
+  """Logs each trouble that was not said before -> the names of those there are."""
+  found = monitors.troubles(scalars)
+  for name in found.keys() - before:
+    logging.warning('pretrain: %s', found[name])
+  return {*found}
+
+
 def write_film(
   folder: pathlib.Path, env_steps: int, frames: np.ndarray, labels: np.ndarray
 ) -> None:
   """A strip like the paper's Figure 2, every fourth frame; and all frames as an animated WebP.
 
+  The first process writes.
+
   Args:
     frames: (rows, steps, H, W, C) uint8, one episode a row.
     labels: (rows,).
   """
+  if not is_first():
+    return
   name = f'{env_steps:010d}'
   strip = pictures.grid(frames[:, ::4], labels=labels.tolist())
   pictures.save_png(folder / f'{name}.png', strip)

@@ -106,7 +106,8 @@ def claim(
   except UserError as e:
     refused = e
   except FileExistsError as e:
-    refused = UserError(f'{e.filename} is a file, expected a folder: choose another --workdir')
+    what = 'a link to nothing' if os.path.islink(e.filename) else 'a file'
+    refused = UserError(f'{e.filename} is {what}, expected a folder: choose another --workdir')
   except OSError as e:
     refused = UserError(
       f'{e.filename or workdir} cannot be written ({e.strerror}): fix that or choose another '
@@ -114,6 +115,13 @@ def claim(
     )
   _raise_together(workdir, refused)
   compare(workdir, config, jobs)
+
+
+def restore(workdir: pathlib.Path, config: ConfigDict) -> None:
+  """Writes config.json again where it was removed while a job of its config ran."""
+  if not is_claimed(workdir):
+    logging.warning('%s was removed while a job ran: it is written again', workdir / CONFIG)
+    write_json(workdir / CONFIG, json.loads(config.to_json_best_effort()))
 
 
 def release(workdir: pathlib.Path, jobs: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """What takes XLA long is said, with its name, while it is being compiled and no longer."""
 
+import functools
 import threading
 import time
 
@@ -55,6 +56,17 @@ def test_nothing_is_said_where_other_lines_are(said, monkeypatch):
   time.sleep(0.2)
   compiling._end(EVENT, 0.0)
   assert said and 'jit_f' in said[0]
+
+
+def test_a_cache_that_cannot_be_used_is_one_line_once(monkeypatch):
+  lines, others = [], []
+  monkeypatch.setattr(compiling, '_cache_said', False)
+  monkeypatch.setattr(compiling.logging, 'warning', lambda text, *x: lines.append(text % x))
+  show = functools.partial(compiling._of_cache, lambda *x, **more: others.append(x))
+  for _ in range(2):
+    show(UserWarning('Error reading persistent compilation cache entry\n"x"'), UserWarning, 'f', 1)
+  show(UserWarning('of something else'), UserWarning, 'f', 1)
+  assert len(lines) == len(others) == 1 and 'JAX_COMPILATION_CACHE_DIR' in lines[0]
 
 
 def test_our_function_that_compiles_is_named():

@@ -385,7 +385,7 @@ def test_hostile_pickle_is_refused_and_not_run(tmp_path, protocol):
       b'h\x07.',
     ):
       write_folder(root, {victim: b'\x80\x02' + trick})
-      refused('damaged|not built like', root)
+      refused('damaged|not built like|expected a', root)
   assert not (tmp_path / 'ran').exists()
   same(load(write_folder(tmp_path / 'clean', files)).train, *cifar('cifar-10-batches-py')[1][:2])
 
@@ -429,10 +429,16 @@ def test_cifar_batches_that_do_not_belong_together(tmp_path):
   files, *_ = cifar('cifar-10-batches-py')
   short = python2_pickle({'labels': [1, 2], 'data': pictures(6).reshape(6, 3072)})
   refused('2 labels for 6 images', write_folder(tmp_path / 'short', files | {'test_batch': short}))
-  refused(
-    'not built like cifar-10-batches-py',
-    write_folder(tmp_path / 'other', files | {'test_batch': python2_pickle({'labels': [1, 2]})}),
-  )
+  for content, message in (
+    ({'labels': [1, 2]}, "test_batch has no 'data', expected a dict with it"),
+    ({'data': pictures(6).reshape(6, 3072)}, "test_batch has no 'labels'"),
+    ([1, 2], "test_batch has no 'data'"),
+    ({'labels': [1], 'data': [[1, 2]]}, 'test_batch has pixels in a list, expected an array'),
+  ):
+    root = write_folder(tmp_path / 'other', files | {'test_batch': python2_pickle(content)})
+    refused(message, root)
+  nameless = {'batches.meta': python2_pickle({'label_names': []})}
+  refused('batches.meta names no class', write_folder(tmp_path / 'nameless', files | nameless))
   planes = pictures(6).reshape(6, 3072)
   for labels, message in (
     ([[i] for i in range(6)], r'6 labels for 6 images, of shape \(6, 1\)'),
@@ -468,6 +474,16 @@ def test_cifar_pixels_of_another_form(tmp_path):
     refused(message, write_folder(tmp_path / what, files | {'data_batch_1': batch}))
   text = files['data_batch_1'].replace(b'U\x02u1', b'X\x02\0\0\0u1')  # as Python 3 writes it
   same(load(write_folder(tmp_path / 'text', files | {'data_batch_1': text})).train, *train[:2])
+
+
+def test_cifar_archives_of_other_forms(tmp_path):
+  kind = 'cifar-10-batches-py'
+  files, train, _ = cifar(kind)
+  write_archive(tmp_path / 'x.tar.gz', kind, files)
+  (tmp_path / 'x.tar').write_bytes(gzip.decompress((tmp_path / 'x.tar.gz').read_bytes()))
+  same(load(tmp_path / 'x.tar').train, *train[:2])
+  write_archive(tmp_path / 'y.tgz', f'././{kind}', files)
+  same(load(tmp_path / 'y.tgz').train, *train[:2])
 
 
 def test_cifar_archives_write_nothing_and_fill_no_memory(tmp_path):

@@ -7,8 +7,13 @@ from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 
 
-@pytest.mark.parametrize('asked, extra', [('cuda', 'cuda12'), ('tpu', 'tpu'), ('x', 'cuda12')])
-@pytest.mark.parametrize('error', [AssertionError(), RuntimeError('Unable to\ninitialize')])
+@pytest.mark.parametrize(
+  'asked, extra', [('cuda', 'cuda12'), ('tpu', 'tpu'), ('cpu,gpu', 'cuda12')]
+)
+@pytest.mark.parametrize(
+  'error',
+  [AssertionError(), RuntimeError("Unable to\ninitialize (set JAX_PLATFORMS='' to choose)")],
+)
 def test_no_device_is_one_line_that_says_what_to_install(monkeypatch, asked, extra, error):
   def fail():
     raise error
@@ -21,6 +26,19 @@ def test_no_device_is_one_line_that_says_what_to_install(monkeypatch, asked, ext
   assert str(caught.value).startswith(f'JAX finds no device (JAX_PLATFORMS={asked}{reason}): ')
   assert f"pip install -e '.[{extra}]'; else set JAX_PLATFORMS=cpu" in str(caught.value)
   assert str(devices.missing()) == str(caught.value)
+
+
+@pytest.mark.parametrize('asked, wrong', [('nonsense', 'nonsense'), ('cpu,CPU', 'CPU'), (',', '')])
+def test_an_unknown_platform_is_named(monkeypatch, asked, wrong):
+  def fail():
+    raise RuntimeError
+
+  monkeypatch.setenv('JAX_PLATFORMS', asked)
+  monkeypatch.setattr(jax, 'devices', fail)
+  with pytest.raises(
+    UserError, match=f'JAX_PLATFORMS={asked}: {wrong!r} is unknown: set cpu, cuda'
+  ):
+    devices.make_mesh()
 
 
 def test_whatever_else_jax_raises_is_no_missing_device():

@@ -90,6 +90,14 @@ def test_rows_beyond_a_checkpoint_are_forgotten(tmp_path):
   assert sorted(path.name for path in tmp_path.iterdir()) == [names[0], names[-1]]
 
 
+def test_a_record_that_was_removed_is_missed_by_who_writes_on(recorded, tmp_path):
+  part = jax.tree.map(jnp.asarray, next(experience.read(recorded[0])))
+  experience.write(tmp_path / 'new', 0, part)
+  with pytest.raises(UserError, match='rows 0 to 5 of the record are lost; restore it, or record'):
+    experience.write(tmp_path / 'removed', 6, part)
+  assert not (tmp_path / 'removed').exists()
+
+
 def test_processes_write_their_own_environments(tmp_path):
   x = Experience(
     z=np.arange(60.0).reshape(3, 4, 5),

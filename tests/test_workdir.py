@@ -12,8 +12,9 @@ import pytest
 
 from palm_jax import runner
 from palm_jax import workdir as workdirs
+from palm_jax.base import signals
 from palm_jax.base.errors import UserError
-from palm_jax.base.files import replacing
+from palm_jax.base.files import replacing, scratch
 from tests.worlds import tiny_config
 
 
@@ -138,6 +139,39 @@ def test_what_killed_commands_left_is_removed(tmp_path):
     claim(tmp_path)
     assert not any(path.exists() for path in left) and all(path.exists() for path in kept)
     file.write('{}')
+
+
+def test_scratch_is_removed_and_so_is_that_of_killed_commands(tmp_path):
+  dead = subprocess.Popen([sys.executable, '-c', ''])
+  dead.wait()
+  with scratch(tmp_path / 'sets') as part:
+    host = part.name.split('.')[-3]
+    left = tmp_path / 'sets' / f'.scratch.{host}.{dead.pid}.part'
+    (left / 'data').mkdir(parents=True)
+    (part / 'data').mkdir()
+    assert part in signals.unfinished
+    with pytest.raises(ValueError), scratch(tmp_path / 'others'):
+      raise ValueError
+    with scratch(tmp_path / 'sets2'):
+      assert part.exists()
+  assert not any((tmp_path / 'others').iterdir()) and not signals.unfinished
+  assert [*(tmp_path / 'sets').iterdir()] == [left]
+  with scratch(tmp_path / 'sets'):
+    assert not left.exists()
+
+
+def test_a_link_to_nothing(tmp_path):
+  (tmp_path / 'run').symlink_to(tmp_path / 'nothing')
+  with pytest.raises(UserError, match='run is a link to nothing, expected a folder'):
+    claim(tmp_path / 'run')
+
+
+def test_a_config_that_was_removed_is_written_again(tmp_path):
+  claim(tmp_path)
+  content = (tmp_path / 'config.json').read_text()
+  (tmp_path / 'config.json').unlink()
+  workdirs.restore(tmp_path, config_of())
+  assert (tmp_path / 'config.json').read_text() == content
 
 
 def test_compiled_programs_that_are_not_whole_are_removed(tmp_path):

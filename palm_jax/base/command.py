@@ -71,8 +71,7 @@ def exit_on_user_error(main: Callable) -> Callable:
       where = e.filename or 'the file being written'
       # Libraries would try to write on their way out, and say so at length.
       at_once = signals.watching() and not jax.distributed.is_initialized()
-      other = '--workdir' if 'workdir' in flags.FLAGS else 'place to write to'
-      fail(f'{e.strerror}: {where}: {remedy}, or choose another {other}', at_once=at_once)
+      fail(f'{e.strerror}: {where}: {remedy}, or choose another {_place(where)}', at_once=at_once)
     except (RuntimeError, ValueError, AssertionError) as e:  # of JAX, which names no kind
       missing = devices.missing()
       if missing:
@@ -89,6 +88,18 @@ def exit_on_user_error(main: Callable) -> Callable:
       )
 
   return wrapped
+
+
+def _place(where):
+  """What says where a path lies: --workdir, unless that is given and lies elsewhere."""
+  given = flags.FLAGS['workdir'].value if 'workdir' in flags.FLAGS else ''
+  within = given is None or (given and pathlib.Path(given).absolute() in _parents(where))
+  return '--workdir' if within else 'place to write to'
+
+
+def _parents(where):
+  path = pathlib.Path(str(where)).absolute()
+  return path, *path.parents
 
 
 def fail(message: object, code: int = 2, at_once: bool = False) -> NoReturn:

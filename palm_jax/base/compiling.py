@@ -1,13 +1,17 @@
 """Says in the log what is being compiled, when nothing else is said for long: XLA is silent."""
 
+import functools
 import logging as python_logging
 import sys
 import threading
 import time
+import warnings
 from typing import NamedTuple
 
 import jax
 from absl import logging
+
+from palm_jax.base.errors import one_line
 
 QUIET = 8.0  # seconds without any line until one is said
 LEAST = 1.0  # seconds that what is named has taken
@@ -30,6 +34,7 @@ class Compilation(NamedTuple):
 
 _running: dict[int, Compilation] = {}  # of each thread
 _spoken = 0.0  # when the last line was said
+_cache_said = False
 
 
 def announce() -> None:
@@ -42,7 +47,22 @@ def announce() -> None:
   jax.monitoring.register_event_duration_secs_listener(_end)
   logging.get_absl_logger().addFilter(_heard)
   _heard()
+  warnings.showwarning = functools.partial(_of_cache, warnings.showwarning)
   threading.Thread(target=_watch, daemon=True).start()
+
+
+def _of_cache(others, message, *about, **more):
+  """Says once, in one line, that compiled programs cannot be read or kept; shows other warnings."""
+  global _cache_said
+  if 'persistent compilation cache' not in str(message):
+    others(message, *about, **more)
+  elif not _cache_said:
+    _cache_said = True
+    logging.warning(
+      'compiled programs are not all kept or read, which only costs time (%s): see that '
+      'JAX_COMPILATION_CACHE_DIR is a folder with space, and empty it',
+      one_line(message),
+    )
 
 
 def _heard(record: python_logging.LogRecord | None = None) -> bool:

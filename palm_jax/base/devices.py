@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from palm_jax.base.errors import UserError, one_line
 
+PLATFORMS = 'cpu', 'cuda', 'gpu', 'rocm', 'tpu'
+
 
 def configure() -> None:
   """Sets compiler flags; call before anything touches a device.
@@ -91,7 +93,12 @@ def missing() -> UserError | None:
 
 def _missing(error):
   asked = os.environ.get('JAX_PLATFORMS', '')
-  reason = f'; {one_line(error)}' if str(error) else ''
+  unknown = [name for name in asked.split(',') if name not in PLATFORMS]
+  if asked and unknown:
+    return UserError(
+      f'JAX_PLATFORMS={asked}: {unknown[0]!r} is unknown: set cpu, cuda or tpu, or leave it unset'
+    )
+  reason = f'; {one_line(error)}'.partition(' (set JAX_PLATFORMS')[0] if str(error) else ''
   extra = 'tpu' if 'tpu' in asked else 'cuda12'
   return UserError(
     f'JAX finds no device (JAX_PLATFORMS={asked}{reason}): on a machine that has one, install '

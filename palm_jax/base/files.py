@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import pathlib
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -49,6 +50,34 @@ REMEDIES = {
 UNKNOWN = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # to a file system
 
 
+def _part_of(path):
+  return path.with_name(f'.{path.name}.{_host()}.{os.getpid()}.part')
+
+
+@contextlib.contextmanager
+def scratch(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """An empty folder within `folder` for what is being made there; it is removed at the end.
+
+  So is what killed processes left of theirs.
+
+  Raises:
+    OSError: it cannot be written.
+  """
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  for left in folder.glob('.scratch.*.part'):
+    if abandoned(left):
+      shutil.rmtree(left, ignore_errors=True)
+  part = _part_of(folder / 'scratch')
+  signals.unfinished.add(part)
+  try:
+    part.mkdir()
+    yield part
+  finally:
+    shutil.rmtree(part, ignore_errors=True)
+    signals.unfinished.discard(part)
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, mode: str = 'wb') -> Iterator[IO]:
   """An open file that replaces the one at `path` when the block has ended without an error.
@@ -61,7 +90,7 @@ def replacing(path: str | os.PathLike, mode: str = 'wb') -> Iterator[IO]:
   if path.exists() and not path.is_file():
     raise UserError(f'{path} is no file that can be replaced: name another')
   path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f'.{path.name}.{_host()}.{os.getpid()}.part')
+  part = _part_of(path)
   signals.unfinished.add(part)
   try:
     with part.open(mode) as file:
@@ -102,13 +131,13 @@ def _host():
 
 
 def abandoned(part: pathlib.Path) -> bool:
-  """Whether a file that `replacing` began is of a process that has ended.
+  """Whether what `replacing` or `scratch` began is of a process that has ended.
 
-  Of another machine's it is taken to be after a day.
+  Of another machine's it is taken to be after a day, or where it is of a day to come.
   """
   *_, host, process, _ = ('..' + part.name).rsplit('.', 3)
   if host != _host() or not process.isdecimal():
-    return time.time() - part.stat().st_mtime > 86_400
+    return abs(time.time() - part.stat().st_mtime) > 86_400
   try:
     os.kill(int(process), 0)
   except ProcessLookupError:

@@ -74,7 +74,7 @@ def agree(settings: Mapping[str, Any]) -> None:
       name = differ[0]
       raise UserError(
         f'process {number} was started with {name}={other.get(name)!r}, process 0 with '
-        f'{first.get(name)!r}: start all with the same --job and --config'
+        f'{first.get(name)!r}: start all with the same --job, --workdir and --config'
       )
 
 

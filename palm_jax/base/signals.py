@@ -10,6 +10,7 @@ import contextlib
 import os
 import pathlib
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -23,7 +24,7 @@ SIGNALS = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, HANGUP)))
 GRACE = 5.0  # seconds for the way out by an exception
 MESSAGE = 'interrupted: the same command resumes what was saved'
 
-# Files that are being written, to be removed where the process ends at once.
+# Files and folders that are being written, to be removed where the process ends at once.
 unfinished: set[pathlib.Path] = set()
 # Each says whether it saves and stops on a signal.
 holders: list[Callable[[], bool]] = []
@@ -165,7 +166,10 @@ def end_at_once(number: int) -> NoReturn:
       with contextlib.suppress(Exception):
         stream.flush()
   for path in list(unfinished):
-    path.unlink(missing_ok=True)
+    if path.is_dir():
+      shutil.rmtree(path, ignore_errors=True)
+    else:
+      path.unlink(missing_ok=True)
   os._exit(exit_code(number))
 
 

@@ -51,7 +51,7 @@ class Preemption:
     self._received = 0  # the signal that came here
     self._agreed = 0  # that of all processes, when they last asked
     self._before = {}
-    self._holds = self._holds or jax.process_count() > 1
+    self._together = jax.process_count() > 1
     # Python allows handlers in the main thread only; elsewhere signals keep their meaning.
     if threading.current_thread() is threading.main_thread():
       self._before = {number: signal.signal(number, self._receive) for number in signals.taken()}
@@ -74,7 +74,7 @@ class Preemption:
   def _receive(self, number, frame):
     again = number == signal.SIGINT == self._received
     self._received = number  # first: the exception may be lost in a callback
-    if again or not self._holds:
+    if again or not (self._holds or self._together):
       signals.interrupt(number)
 
   @property

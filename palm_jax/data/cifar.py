@@ -7,6 +7,7 @@ import collections
 import gzip
 import itertools
 import pathlib
+import posixpath
 import tarfile
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ class _Layout(NamedTuple):
 
 
 _LARGEST = 1 << 30  # bytes of a file; the published ones have 154 MB at most
+_ZIPPED = '.tar.gz', '.tgz'
 _FIRST_MEMBERS = 1000  # among which CIFAR's folder is to be found
 _LAYOUTS = {
   'cifar-10-batches-bin': _Layout(
@@ -65,15 +67,21 @@ def matches(path: pathlib.Path) -> bool:
 
   So is a damaged archive, of which `read` says that it is.
   """
-  if not path.is_file() or not path.name.endswith(('.tar.gz', '.tgz')):
+  if not path.is_file() or not path.name.endswith(('.tar', *_ZIPPED)):
     return bool(_folder_kind(path))
   try:
-    with tarfile.open(path, 'r|gz') as tar:
+    with tarfile.open(path, 'r|gz' if path.name.endswith(_ZIPPED) else 'r|') as tar:
       first = itertools.islice(tar, _FIRST_MEMBERS)
-      return any(member.name.removeprefix('./').partition('/')[0] in _LAYOUTS for member in first)
+      return any(_place(member)[0] in _LAYOUTS for member in first)
   except Exception as error:  # gzip, zlib and tarfile each have their own.
     raise_if_interrupted(error)
     return True
+
+
+def _place(member):
+  """(folder, name) of an archive's member."""
+  folder, _, name = posixpath.normpath(member.name).partition('/')
+  return folder, name
 
 
 def read(path: pathlib.Path, label_set: str) -> Found:
@@ -107,6 +115,8 @@ def read(path: pathlib.Path, label_set: str) -> Found:
     )
   try:
     names = _class_names(layout, label_set, read_file(names_file), f'{path}: {names_file}')
+    if not names:
+      raise UserError(f'{path}: {names_file} names no class; unpack or fetch the archive again')
     train = [_batch(layout, label_set, read_file(name), f'{path}: {name}') for name in layout.train]
     test = _batch(layout, label_set, read_file(layout.test), f'{path}: {layout.test}')
   except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -139,15 +149,17 @@ def _folder_kind(path):
 def _unpack(path):
   """(key of _LAYOUTS, {file: bytes}) of an archive."""
   found = collections.defaultdict(dict)
+  kind = '.tar.gz' if path.name.endswith(_ZIPPED) else '.tar'
   try:
-    with gzip.open(path) as unzipped, tarfile.open(fileobj=unzipped, mode='r|') as tar:
+    unzip = gzip.open(path) if kind == '.tar.gz' else path.open('rb')
+    with unzip as unzipped, tarfile.open(fileobj=unzipped, mode='r|') as tar:
       for member in tar:
         if member.size > _LARGEST:
           raise UserError(
             f'{path}: {member.name} has {member.size:,} bytes, which no file of CIFAR has; fetch '
             'the archive again'
           )
-        folder, _, name = member.name.removeprefix('./').partition('/')
+        folder, name = _place(member)
         if folder in _LAYOUTS and member.isfile():
           content = tar.extractfile(member)
           assert content is not None  # it is a file
@@ -159,7 +171,7 @@ def _unpack(path):
   except Exception as error:  # gzip, zlib and tarfile each have their own.
     raise_if_interrupted(error)
     raise UserError(
-      f'{path}: damaged or not a .tar.gz ({one_line(error)}); fetch it again'
+      f'{path}: damaged or not a {kind} ({one_line(error)}); fetch it again'
     ) from error
   if len(found) != 1:
     raise UserError(
@@ -178,7 +190,7 @@ def _key(layout, label_set, name):
 def _class_names(layout, label_set, raw, where):
   if layout.label_bytes:
     return raw.decode().split()
-  names = _item(_unpickle(raw, where), _key(layout, label_set, 'label_names'))
+  names = _item(_unpickle(raw, where), _key(layout, label_set, 'label_names'), where)
   return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
 
 
@@ -210,16 +222,23 @@ def _binary_batch(layout, label_set, raw, where):
 
 def _python_batch(raw, where, key):
   batch = _unpickle(raw, where)
-  data = _item(batch, 'data')
+  data = _item(batch, 'data', where)
+  if not isinstance(data, safe_pickle.Array):
+    raise UserError(
+      f'{where} has pixels in a {type(data).__name__}, expected an array; fetch the archive again'
+    )
   kind = safe_pickle.kind(data)
   if kind not in (b'u1', 'u1'):
     raise UserError(f'{where} has pixels of type {kind!r}, expected u1; fetch the archive again')
-  return safe_pickle.to_numpy(data), safe_pickle.to_numpy(_item(batch, key))
+  return safe_pickle.to_numpy(data), safe_pickle.to_numpy(_item(batch, key, where))
 
 
-def _item(content, key):
+def _item(content, key, where):
   """Of a dict whose keys are bytes, as Python 2 wrote them, or texts."""
-  return content[key if key in content else key.encode()]
+  for name in (key, key.encode()):
+    if isinstance(content, dict) and name in content:
+      return content[name]
+  raise UserError(f'{where} has no {key!r}, expected a dict with it; fetch the archive again')
 
 
 def _unpickle(raw, where):

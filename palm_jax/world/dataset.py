@@ -8,10 +8,9 @@ Pictures are drawn again, bit for bit; --observations=features writes an encoder
 
 import contextlib
 import copy
+import errno
 import os
 import pathlib
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +25,7 @@ from palm_jax import environment, experience, replay, worlds
 from palm_jax.base import command
 from palm_jax.base.digests import digest
 from palm_jax.base.errors import UserError
+from palm_jax.base.files import scratch
 from palm_jax.base.steps import one_line
 from palm_jax.checkpoint import load_config
 from palm_jax.world import NAME, LatentManifold, make
@@ -94,9 +94,7 @@ def write(
   first = next(buffers)
   if not first:
     raise UserError(f'{workdir} recorded no episode of two pictures: pretrain longer')
-  root.mkdir(parents=True, exist_ok=True)
-  part = pathlib.Path(tempfile.mkdtemp(prefix='.', suffix='.part', dir=root))
-  try:
+  with _full_disk(root), scratch(root) as part:
     with _minari_in(part):
       path = str(config.generator.path or workdir)
       named = _named_env(world, dict(settings, **views_of(config.environment), generator=path))
@@ -109,8 +107,6 @@ def write(
       made.storage.update_metadata(identity(world))
     target.parent.mkdir(parents=True, exist_ok=True)
     os.rename(part / name, target)
-  finally:
-    shutil.rmtree(part, ignore_errors=True)
   logging.info('%s: %d episodes of %d steps', target, made.total_episodes, made.total_steps)
   return target
 
@@ -201,6 +197,17 @@ def _minari_in(root):
 
 
 @contextlib.contextmanager
+def _full_disk(root):
+  """HDF5 says it as a RuntimeError, and in many lines."""
+  try:
+    yield
+  except (OSError, RuntimeError) as e:
+    if getattr(e, 'errno', None) != errno.ENOSPC and f'errno = {errno.ENOSPC}' not in str(e):
+      raise
+    raise UserError(f'{root}: the disk is full: free space there, or name another folder') from e
+
+
+@contextlib.contextmanager
 def _refusals_of_minari(words):
   """What Minari refuses, such as a name, in one line; it warns of all that is left out."""
   try:
@@ -238,15 +245,18 @@ def main(argv: list[str]) -> None:
   if not given.workdir:
     raise UserError('--workdir is empty: give that of a run with --config.pretrain.record')
   command.start()
-  path = write(
-    given.workdir,
-    argv[1],
-    given.name,
-    given.observations,
-    given.task,
-    given.encoder,
-    given.goal,
-  )
+  try:
+    path = write(
+      given.workdir,
+      argv[1],
+      given.name,
+      given.observations,
+      given.task,
+      given.encoder,
+      given.goal,
+    )
+  except UserError as e:  # HDF5 would not survive its own way out of a full disk
+    command.fail(e, at_once=True)
   print(f'{path}: MINARI_DATASETS_PATH={argv[1]} and minari.load_dataset({given.name!r}) read it')
 
 
