@@ -112,11 +112,16 @@ def test_features_feed_the_offline_agents(recorded, tmp_path):
     datasets.load(str(folder), envs)
 
 
-def test_mistakes_leave_nothing(recorded, written, tmp_path):
+def test_mistakes_leave_nothing(recorded, written, tmp_path, monkeypatch):
   with pytest.raises(UserError, match='holds something already'):
     dataset.write(recorded[0], written)
   with pytest.raises(UserError, match='Minari refuses it'):
     dataset.write(recorded[0], tmp_path / 'a', name='no version', encoder='random')
+  assert not list((tmp_path / 'a').iterdir())
+  full = types.SimpleNamespace(free=1_000_000)
+  monkeypatch.setattr(dataset.shutil, 'disk_usage', lambda path: full)
+  with pytest.raises(UserError, match=r'the disk has 1.00 MB left, and \d+ episodes take some'):
+    dataset.write(recorded[0], tmp_path / 'a')
   assert not list((tmp_path / 'a').iterdir())
   (tmp_path / 'empty').mkdir()
   with pytest.raises(UserError, match='config.json is missing: give the --workdir'):

@@ -8,9 +8,9 @@ Pictures are drawn again, bit for bit; --observations=features writes an encoder
 
 import contextlib
 import copy
-import errno
 import os
 import pathlib
+import shutil
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -34,6 +34,7 @@ from palm_jax.world.manifold import OBSERVATIONS
 from palm_jax.world.tasks import TASKS
 
 EPISODES = 256  # that are held at once
+OVERHEAD = 32_768  # bytes of an episode's HDF5 groups, besides its numbers
 WORLD, FEATURES = 'palm_jax_world', 'palm_jax_features'  # digests in a data set's metadata
 
 
@@ -94,7 +95,8 @@ def write(
   first = next(buffers)
   if not first:
     raise UserError(f'{workdir} recorded no episode of two pictures: pretrain longer')
-  with _full_disk(root), scratch(root) as part:
+  with scratch(root) as part:
+    _check_space(root, first)
     with _minari_in(part):
       path = str(config.generator.path or workdir)
       named = _named_env(world, dict(settings, **views_of(config.environment), generator=path))
@@ -103,6 +105,7 @@ def write(
           name, first, env=named, algorithm_name='PALM', jpeg_encoding=False
         )
       for more in filter(None, buffers):
+        _check_space(root, more)
         made.update_dataset_from_buffer(more)
       made.storage.update_metadata(identity(world))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -196,15 +199,18 @@ def _minari_in(root):
       os.environ['MINARI_DATASETS_PATH'] = before
 
 
-@contextlib.contextmanager
-def _full_disk(root):
-  """HDF5 says it as a RuntimeError, and in many lines."""
-  try:
-    yield
-  except (OSError, RuntimeError) as e:
-    if getattr(e, 'errno', None) != errno.ENOSPC and f'errno = {errno.ENOSPC}' not in str(e):
-      raise
-    raise UserError(f'{root}: the disk is full: free space there, or name another folder') from e
+def _check_space(root, buffers):
+  """Raises UserError where the disk could become full: HDF5 would end the process by a fault."""
+  need = 0
+  for buffer in buffers:
+    step = [buffer.observations[0], buffer.actions[0], 0.0, True, True]
+    need += OVERHEAD + len(buffer.rewards) * sum(np.asarray(x).nbytes for x in step)
+  free = shutil.disk_usage(root).free
+  if free < 1.1 * need:
+    raise UserError(
+      f'{root}: the disk has {free / 1e6:.2f} MB left, and {len(buffers)} episodes take some '
+      f'{need / 1e6:.2f}: free space there, or name another folder'
+    )
 
 
 @contextlib.contextmanager
@@ -245,18 +251,15 @@ def main(argv: list[str]) -> None:
   if not given.workdir:
     raise UserError('--workdir is empty: give that of a run with --config.pretrain.record')
   command.start()
-  try:
-    path = write(
-      given.workdir,
-      argv[1],
-      given.name,
-      given.observations,
-      given.task,
-      given.encoder,
-      given.goal,
-    )
-  except UserError as e:  # HDF5 would not survive its own way out of a full disk
-    command.fail(e, at_once=True)
+  path = write(
+    given.workdir,
+    argv[1],
+    given.name,
+    given.observations,
+    given.task,
+    given.encoder,
+    given.goal,
+  )
   print(f'{path}: MINARI_DATASETS_PATH={argv[1]} and minari.load_dataset({given.name!r}) read it')
 
 
