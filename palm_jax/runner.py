@@ -97,11 +97,11 @@ def run(
     for each in waiting:
       each.check_data(this)
   before = workdirs.is_claimed(workdir)
+  if any(each.claims for each in jobs):
+    claim(workdir, config)
+    workdirs.keep_compiled(workdir)
+    logging.info('%s: %d %s device(s)', workdir, mesh.size, mesh.devices.flat[0].platform)
   try:
-    if any(each.claims for each in jobs):
-      claim(workdir, config)
-      workdirs.keep_compiled(workdir)
-      logging.info('%s: %d %s device(s)', workdir, mesh.size, mesh.devices.flat[0].platform)
     _run_in_order(jobs, this)
   except UserError:
     if not before:
