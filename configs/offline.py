@@ -7,7 +7,8 @@
 SAC learns by playing in the environment and leaves three records: of random actions, of the first
 policy half way up, and of its best. Each method learns from each record alone. `laptop` plays for a
 goal in the bundled generator's world, `pendulum` in Gymnasium's Pendulum-v1; `smoke` shows in
-seconds that it works. There are no results yet. They need Gymnasium: pip install -e '.[gym]'.
+seconds that it works. Results: palm_jax/offline/README.md. They need Gymnasium:
+pip install -e '.[gym]'.
 """
 
 from ml_collections import ConfigDict

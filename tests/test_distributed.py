@@ -248,7 +248,9 @@ def test_other_settings_are_refused_in_all_processes(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('changes', [['--config.seed=1'], ['--job=pretrain']])
+@pytest.mark.parametrize(
+  'changes', [['--config.seed=1'], ['--job=pretrain'], ['--workdir=elsewhere']]
+)
 def test_commands_that_differ_end_together(tmp_path, changes):
   address = f'--coordinator_address=127.0.0.1:{free_port()}'
   command = [sys.executable, '-m', 'palm_jax.main', '--config=configs/digits.py', address]
