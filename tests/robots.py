@@ -92,7 +92,7 @@ def scores(kind: str) -> dict:
   low, high = np.asarray(play.references(robot, (), tasks.held_out, jax.random.key(1))).mean(1)
   program = loop.make_program(robot, kind, c)
   state = program.init(jax.random.key(0))
-  for _ in range(100):
+  for _ in range(200):
     state, _ = program.call(state, (), tasks.training)
   keys = jax.random.split(jax.random.key(2), c.seeds)
   returns = np.asarray(program.test(state.players.agent, (), tasks.held_out, keys)).mean(-1)

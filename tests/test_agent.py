@@ -312,3 +312,15 @@ def test_the_able_preset_follows_the_world():
   c.environment.beta = 0.5  # as by a flag
   assert c.sac.gamma == 0.75
   pretrain.check(c, 8)
+
+
+@pytest.mark.parametrize('variant', ['small,best', 'best,small'])
+def test_the_best_preset_follows_small(variant):
+  c = cifar.get_config(variant)
+  assert (c.name, c.environment.beta, c.pretrain.env_steps) == ('cifar_small_best', 0.75, 345_600)
+  assert (c.simsiam.objective, c.simsiam.augment) == ('simclr', 'simsiam')
+  pretrain.check(c, 8)
+  # One compiled call is as long as that of `small`: as many updates, and a checkpoint as soon.
+  small = cifar.get_config('small').pretrain
+  calls = [p.iterations_per_call * p.updates_per_iteration for p in (c.pretrain, small)]
+  assert calls == [18, 20]
