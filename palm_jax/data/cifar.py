@@ -65,7 +65,7 @@ _LAYOUTS = {
 def matches(path: pathlib.Path) -> bool:
   """Whether the path is an archive with CIFAR's folder, or a folder with CIFAR's files.
 
-  So is a damaged archive, of which `read` says that it is.
+  So is a damaged .tar.gz, of which `read` says that it is.
   """
   if not path.is_file() or not path.name.endswith(('.tar', *_ZIPPED)):
     return bool(_folder_kind(path))
@@ -75,7 +75,7 @@ def matches(path: pathlib.Path) -> bool:
       return any(_place(member)[0] in _LAYOUTS for member in first)
   except Exception as error:  # gzip, zlib and tarfile each have their own.
     raise_if_interrupted(error)
-    return True
+    return path.name.endswith(_ZIPPED)
 
 
 def _place(member):
