@@ -329,7 +329,7 @@ def make_program(config: ConfigDict, generator: Any, mesh: Mesh) -> Program:
   )
   return Program(
     setup=setup,
-    init=jax.jit(first, out_shardings=shardings, compiler_options=devices.run_once()),
+    init=devices.jit_once(first, shardings),
     state_shardings=shardings,
     call=jax.jit(sharded_call, donate_argnums=0),
     env_steps_per_iteration=config.pretrain.rollout_length * config.pretrain.num_envs,

@@ -233,8 +233,10 @@ def forward(
   z, z_next = apply('projector', (h, h_next))  # (B, D) each
   p: Any = None
   p_next: Any = None
-  if objective in PREDICTING:
-    p, p_next, *_ = *apply('predictor', (z, z_next)[: 1 + symmetric]), None  # (B, D) each
+  if objective in PREDICTING and symmetric:
+    p, p_next = apply('predictor', (z, z_next))  # (B, D) each
+  elif objective in PREDICTING:
+    (p,) = apply('predictor', (z,))
   if objective == 'simsiam':
     value = devices.mean(loss(p, z, p_next, z_next, symmetric), axis_name)
   elif objective == 'byol':

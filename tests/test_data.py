@@ -385,7 +385,7 @@ def test_hostile_pickle_is_refused_and_not_run(tmp_path, protocol):
       b'h\x07.',
     ):
       write_folder(root, {victim: b'\x80\x02' + trick})
-      refused('damaged|not built like|expected a', root)
+      refused('damaged|not built like', root)
   assert not (tmp_path / 'ran').exists()
   same(load(write_folder(tmp_path / 'clean', files)).train, *cifar('cifar-10-batches-py')[1][:2])
 
@@ -430,7 +430,7 @@ def test_cifar_batches_that_do_not_belong_together(tmp_path):
   short = python2_pickle({'labels': [1, 2], 'data': pictures(6).reshape(6, 3072)})
   refused('2 labels for 6 images', write_folder(tmp_path / 'short', files | {'test_batch': short}))
   for content, message in (
-    ({'labels': [1, 2]}, "test_batch has no 'data', expected a dict with it"),
+    ({'labels': [1, 2]}, "not built like cifar-10-batches-py .*test_batch has no 'data', expected"),
     ({'data': pictures(6).reshape(6, 3072)}, "test_batch has no 'labels'"),
     ([1, 2], "test_batch has no 'data'"),
     ({'labels': [1], 'data': [[1, 2]]}, 'test_batch has pixels in a list, expected an array'),

@@ -350,5 +350,4 @@ def test_the_point_robot_finds_goals_it_was_never_trained_on(kind):
     return
   before, after = scores[:, :2].mean(1), scores[:, 2:].mean(1)
   away = found['range'] * (1 - after) / found['steps']  # from where the best would be, a step
-  # Over seeds: of three, one was 0.23 away (0.10, 0.07 the others).
-  assert away.mean() < 0.2 and (after > before + 0.3).all() and scores[:, 2:].min() > 0.5
+  assert (away < 0.2).all() and (after > before + 0.3).all() and scores[:, 2:].min() > 0.6

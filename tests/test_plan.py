@@ -73,7 +73,8 @@ def test_a_replay_beyond_the_memory_is_refused_before_it_is_made():
   state = jax.eval_shape(program.init, jax.random.key(0), world)
   with pytest.raises(
     UserError,
-    match=r'activations take 3\d\d.\d GiB on each of 2 device.*lower replay.capacity',
+    match=r'replay, networks and activations take 3\d\d.\d GiB on each of 2 device'
+    '.*lower replay.capacity',
   ):
     train.check_memory(state, world, mesh, 0)
   with pytest.raises(UserError, match=r'take \d+.\d GiB .* lower pretrain.batch_size or encoder'):

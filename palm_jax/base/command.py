@@ -93,13 +93,9 @@ def exit_on_user_error(main: Callable) -> Callable:
 def _place(where):
   """What says where a path lies: --workdir, unless that is given and lies elsewhere."""
   given = flags.FLAGS['workdir'].value if 'workdir' in flags.FLAGS else ''
-  within = given is None or (given and pathlib.Path(given).absolute() in _parents(where))
-  return '--workdir' if within else 'place to write to'
-
-
-def _parents(where):
   path = pathlib.Path(str(where)).absolute()
-  return path, *path.parents
+  within = given is None or (given and path.is_relative_to(pathlib.Path(given).absolute()))
+  return '--workdir' if within else 'place to write to'
 
 
 def fail(message: object, code: int = 2, at_once: bool = False) -> NoReturn:

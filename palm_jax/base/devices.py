@@ -5,7 +5,7 @@ import importlib.util
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,15 +32,15 @@ def configure() -> None:
     os.environ['XLA_FLAGS'] = f'{flags} {flag}='.strip()
 
 
-def run_once() -> dict[str, Any] | None:
-  """jax.jit's compiler_options for a large program that runs once, such as a first state.
+def jit_once(f: Callable, out_shardings: Any) -> Any:
+  """jax.jit of a large program that runs once, such as a first state.
 
   On CPU LLVM's dearer passes take half of the time that it is compiled in, and change no bit of it.
   """
-  given = 'xla_backend_optimization_level' in os.environ.get('XLA_FLAGS', '')
-  if jax.default_backend() != 'cpu' or given:
-    return None
-  return {'xla_backend_optimization_level': 1}
+  flag = 'xla_backend_optimization_level'
+  cheaper = jax.default_backend() == 'cpu' and flag not in os.environ.get('XLA_FLAGS', '')
+  options = {flag: 1} if cheaper else None
+  return jax.jit(f, out_shardings=out_shardings, compiler_options=options)
 
 
 def platform() -> str:

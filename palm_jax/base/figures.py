@@ -8,6 +8,7 @@ from absl import logging
 
 from palm_jax.base.files import replacing
 
+COLUMNS = 3  # panels side by side, at most
 # Okabe and Ito.
 COLOURS = (
   '#0072B2',
@@ -21,15 +22,12 @@ COLOURS = (
 )
 
 
-def begin(
-  path: pathlib.Path, count: int, most_columns: int, numbers: str
-) -> tuple[Any, list[Any]] | None:
+def begin(path: pathlib.Path, count: int, numbers: str) -> tuple[Any, list[Any]] | None:
   """A figure of `count` panels; without matplotlib None, and a line in the log.
 
   Args:
     path: of the PNG that `save` will write.
     count: of panels.
-    most_columns: panels side by side.
     numbers: which file has them all the same, for the line.
 
   Returns:
@@ -46,7 +44,7 @@ def begin(
       numbers,
     )
     return None
-  columns = min(most_columns, count)
+  columns = min(COLUMNS, count)
   lines = -(-count // columns)
   figure = Figure(figsize=(5.2 * columns, 4 * lines), dpi=150, layout='constrained')
   panels = np.ravel(figure.subplots(lines, columns, squeeze=False))

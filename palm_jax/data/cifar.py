@@ -238,7 +238,7 @@ def _item(content, key, where):
   for name in (key, key.encode()):
     if isinstance(content, dict) and name in content:
       return content[name]
-  raise UserError(f'{where} has no {key!r}, expected a dict with it; fetch the archive again')
+  raise ValueError(f'{where.rpartition(": ")[2]} has no {key!r}, expected a dict with it')
 
 
 def _unpickle(raw, where):

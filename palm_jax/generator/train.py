@@ -117,8 +117,7 @@ def run(this: Run) -> dict:
     logging.info("generator: its pictures stay in the host's memory (generator.data_on)")
   train_call = make_train_call(c, G, D, mesh)
   everywhere, key = NamedSharding(mesh, P()), jax.random.key(config.seed)
-  begin = lambda key: init_state(c, G, D, key)
-  init = jax.jit(begin, out_shardings=everywhere, compiler_options=devices.run_once())
+  init = devices.jit_once(lambda key: init_state(c, G, D, key), everywhere)
   template = devices.templates(jax.eval_shape(init, key), everywhere)
   draw_samples = jax.jit(lambda variables: sample_images(G, variables, key, c.truncation_psi))
   class_names = data.class_names[:ROWS] if num_classes else None

@@ -28,7 +28,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> bool:
   names = list(dict.fromkeys(row['record'] for row in rows))
   if not names:
     return False
-  begun = figures.begin(path, len(names), 3, 'results/offline.json')
+  begun = figures.begin(path, len(names), 'results/offline.json')
   if begun is None:
     return False
   figure, panels = begun

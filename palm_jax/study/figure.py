@@ -23,7 +23,7 @@ def draw(results: Mapping[str, Any], path: pathlib.Path) -> bool:
     Whether it was drawn.
   """
   measures = list(dict.fromkeys(row['measure'] for row in results['rows']))
-  begun = figures.begin(path, len(measures), 3, 'results/study.csv')
+  begun = figures.begin(path, len(measures), 'results/study.csv')
   if begun is None:
     return False
   figure, panels = begun
@@ -45,7 +45,7 @@ def draw(results: Mapping[str, Any], path: pathlib.Path) -> bool:
       in_legend.values(),
       in_legend,
       loc='outside lower center',
-      ncols=min(len(in_legend), 3 * min(3, len(measures))),
+      ncols=min(len(in_legend), 3 * min(figures.COLUMNS, len(measures))),
       fontsize=8,
     )
   figure.suptitle(_title(results), fontsize=9)
