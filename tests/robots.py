@@ -68,11 +68,11 @@ def scores(kind: str) -> dict:
     episodes are of the prior, three of the belief. range: the return from 0 to 1. steps: of an
     episode.
   """
-  robot, tasks = PointRobot(), half_circle(40, 16)
+  robot, tasks = PointRobot(), half_circle(100, 16)
   c = train.default_config()
   c.update(
     dict(
-      train_goals=40,
+      train_goals=100,
       tasks_per_iteration=10,
       episodes=4,
       replay_episodes=100,
