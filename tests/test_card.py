@@ -67,7 +67,7 @@ def test_what_is_known_is_written_and_what_takes_too_long_left_out(tmp_path, mon
   now = iter([0.0, 1.0, 61.0, 62.0])
   monkeypatch.setattr(benchmark, 'time', types.SimpleNamespace(monotonic=lambda: next(now)))
   monkeypatch.setattr(benchmark.plan, 'make_generator', lambda *_: LinearGenerator())
-  monkeypatch.setattr(benchmark, 'draw_weights', lambda generator: generator)
+  monkeypatch.setattr(benchmark.workload, 'draw_weights', lambda generator: generator)
   monkeypatch.setattr(benchmark, 'pretraining', lambda *_: dict(efficiency=0.5))
   result = benchmark.run(Run(config, tmp_path, devices.make_mesh(1)))
   assert result['pretrain'] == dict(efficiency=0.5)

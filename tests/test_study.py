@@ -27,6 +27,7 @@ from tests.jobs import finish
 from tests.worlds import COMPILED, nature_config, tiny_config
 
 NAMES = (
+  'encoders',
   'figure3',
   'figure4',
   'figure5',

@@ -1,6 +1,5 @@
 """The job that measures how fast a config trains on these devices, and where the time is spent."""
 
-import dataclasses
 import math
 import statistics
 import time
@@ -8,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -17,9 +15,19 @@ from palm_jax import pairs, pretrain, rollout, worlds
 from palm_jax.base import checks, devices
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import write_json
-from palm_jax.generator import LoadedGenerator, PictureGenerator
+from palm_jax.generator import PictureGenerator
 from palm_jax.job import Job, Run
-from palm_jax.speed import card, cost, doors, drawing, generator_training, plan, timing, workload
+from palm_jax.speed import (
+  card,
+  cost,
+  doors,
+  drawing,
+  generator_training,
+  growth,
+  plan,
+  timing,
+  workload,
+)
 
 ROWS = dict(  # of the table: a part's name in words
   generator='generator',
@@ -38,11 +46,15 @@ def default_config() -> ConfigDict:
   return ConfigDict(
     dict(
       minutes=0.0,  # parts that would begin later are left out, and named; 0: none is
+      # Keys of the config, such as pretrain.num_envs: an iteration with each of them at `times` its
+      # value, beside the iteration as it is. Nothing else is measured then.
+      grow=(),
+      times=(2,),
     )
   )
 
 
-RANGES = dict(minutes=checks.MINUTES)
+RANGES = dict(minutes=checks.MINUTES, times=checks.Range(1, 1024, many=True))
 
 
 def run(this: Run) -> dict:
@@ -71,12 +83,15 @@ def run(this: Run) -> dict:
     result[name] = measure()
     write_json(path, result)
 
+  if config.get('benchmark', default_config()).grow:
+    note('growth', lambda: growth.measure(config, this.workdir, mesh))
+    return result
   if not trains_generator(config) and 'pretrain' not in config.jobs:
     raise UserError(
       f'config.jobs={tuple(config.jobs)} has nothing to measure: put generator or pretrain into it'
     )
   if 'pretrain' in config.jobs:
-    generator = draw_weights(plan.make_generator(config, this.workdir))
+    generator = workload.draw_weights(plan.make_generator(config, this.workdir))
     world_generator = worlds.as_world(config, generator)
     if mesh.devices.flat[0].platform == 'gpu':
       note('peaks', lambda: card.peaks(rollout.DTYPES[config.pretrain.dtype]))
@@ -97,14 +112,6 @@ def run(this: Run) -> dict:
 def trains_generator(config: ConfigDict) -> bool:
   """Whether the config's jobs train a generator, for which data are needed."""
   return 'generator' in config.jobs and not config.generator.path
-
-
-def draw_weights(generator: LoadedGenerator) -> LoadedGenerator:
-  """The same generator with random weights, as the speed does not depend on them."""
-  network = generator.network
-  z, label = jnp.zeros((1, network.z_dim)), jnp.zeros(1, jnp.int32)
-  variables = jax.jit(network.init)(jax.random.key(0), z, label)
-  return dataclasses.replace(generator, variables=jax.device_get(variables))
 
 
 def pretraining(config: ConfigDict, generator: PictureGenerator, mesh: Mesh) -> dict[str, Any]:
@@ -128,7 +135,7 @@ def pretraining(config: ConfigDict, generator: PictureGenerator, mesh: Mesh) -> 
     UserError: settings that cannot work.
   """
   p = config.pretrain
-  program, state, world = ready(config, generator, mesh)
+  program, state, world = workload.ready(config, generator, mesh)
   key = jax.random.key(config.seed)
   make_sample = lambda key: workload.make_sample(program.setup, key)
   places = workload.sample_shardings(mesh, jax.eval_shape(make_sample, key))
@@ -172,18 +179,9 @@ def pretraining(config: ConfigDict, generator: PictureGenerator, mesh: Mesh) -> 
   return result
 
 
-def ready(
-  config: ConfigDict, generator: PictureGenerator, mesh: Mesh
-) -> tuple[pretrain.Program, pretrain.State, Any]:
-  """(program, state past its warm-up with a full ring, world)."""
-  program = pretrain.make_program(config, generator, mesh)
-  world = worlds.make_world(config, generator, mesh)
-  return program, fill(program, program.init(jax.random.key(config.seed), world)), world
-
-
 def profile(config: ConfigDict, generator: PictureGenerator, mesh: Mesh) -> dict[str, Any]:
   """The kernels of one whole call, as card.kernels_of."""
-  program, state, world = ready(config, generator, mesh)
+  program, state, world = workload.ready(config, generator, mesh)
   state, _ = program.call(state, world)
   return card.profile(lambda: program.call(state, world), config.pretrain.iterations_per_call)
 
@@ -192,7 +190,7 @@ def with_graphs(
   config: ConfigDict, generator: PictureGenerator, mesh: Mesh, graphs: str
 ) -> dict[str, Any]:
   """The whole call with other operations in CUDA graphs: seconds_per_iteration, compile_seconds."""
-  program, state, world = ready(config, generator, mesh)
+  program, state, world = workload.ready(config, generator, mesh)
   lowered = program.call.lower(state, world)
   options = {'xla_gpu_enable_command_buffer': graphs}
   took, compiled = timing.seconds(lambda: lowered.compile(compiler_options=options))
@@ -243,20 +241,6 @@ def take_turns(
   return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def fill(program: pretrain.Program, state: pretrain.State) -> pretrain.State:
-  """The state with a full ring of noise, past its warm-up."""
-
-  def filled(state):
-    ring = state.ring
-    frames = jax.random.bits(jax.random.key(1), ring.frames.shape, jnp.uint8)
-    return state.replace(
-      iteration=state.iteration + program.setup.warmup_iterations,
-      ring=ring.replace(frames=frames, total=ring.total + ring.frames.shape[0]),
-    )
-
-  return jax.jit(filled, out_shardings=program.state_shardings, donate_argnums=0)(state)
-
-
 def table(result: dict[str, Any], about: dict[str, Any]) -> str:
   """The measures in lines of text.
 
@@ -294,10 +278,12 @@ def table(result: dict[str, Any], about: dict[str, Any]) -> str:
 
 
 def check(config: ConfigDict, num_devices: int) -> None:
-  """Raises UserError where the pretraining to be measured trains no policy."""
+  """Raises UserError where the pretraining trains no policy, or what should grow is no number."""
   del num_devices
   if 'pretrain' in config.jobs:
     pairs.require_policy(config, 'benchmark')
+  for key in config.get('benchmark', default_config()).grow:
+    growth.grown(config, key, 1)
 
 
 JOB = Job('benchmark', run, check, trains_generator)

@@ -5,6 +5,7 @@ rollout's frames, looking at them to act, and SimSiam's forward and backward pas
 They call the bare networks, not pretrain's own functions.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,10 +18,11 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from palm_jax import agent as agents
-from palm_jax import replay, reward, rollout, sac, simsiam
+from palm_jax import replay, reward, rollout, sac, simsiam, worlds
 from palm_jax.base import devices
+from palm_jax.generator import LoadedGenerator, PictureGenerator
 from palm_jax.layers.pixels import to_uint8
-from palm_jax.pretrain import State
+from palm_jax.pretrain import Program, State, make_program
 from palm_jax.setup import Setup
 
 UNAVOIDABLE = 'generator', 'acting', 'simsiam'
@@ -223,3 +225,34 @@ def remember(
 
   key = jax.random.fold_in(jax.random.key(0), ring.total)
   return ring, one_by_one(drawn, jax.random.split(key, config.pretrain.updates_per_iteration))
+
+
+def draw_weights(generator: LoadedGenerator) -> LoadedGenerator:
+  """The same generator with random weights, as the speed does not depend on them."""
+  network = generator.network
+  z, label = jnp.zeros((1, network.z_dim)), jnp.zeros(1, jnp.int32)
+  variables = jax.jit(network.init)(jax.random.key(0), z, label)
+  return dataclasses.replace(generator, variables=jax.device_get(variables))
+
+
+def ready(
+  config: ConfigDict, generator: PictureGenerator, mesh: Mesh
+) -> tuple[Program, State, Any]:
+  """(program, state past its warm-up with a full ring, world)."""
+  program = make_program(config, generator, mesh)
+  world = worlds.make_world(config, generator, mesh)
+  return program, fill(program, program.init(jax.random.key(config.seed), world)), world
+
+
+def fill(program: Program, state: State) -> State:
+  """The state with a full ring of noise, past its warm-up."""
+
+  def filled(state):
+    ring = state.ring
+    frames = jax.random.bits(jax.random.key(1), ring.frames.shape, jnp.uint8)
+    return state.replace(
+      iteration=state.iteration + program.setup.warmup_iterations,
+      ring=ring.replace(frames=frames, total=ring.total + ring.frames.shape[0]),
+    )
+
+  return jax.jit(filled, out_shardings=program.state_shardings, donate_argnums=0)(state)
