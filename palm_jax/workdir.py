@@ -31,6 +31,7 @@ ABSENT = '(absent)'
 ADDED = {
   'data.size': 0,
   'generator.data_on': 'auto',
+  'generator.d_alone_kimg': 0.0,
   'encoder.stem': 'cifar',
   'encoder.patch': 4,
   'encoder.pool': 'token',

@@ -20,6 +20,7 @@ from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.metrics import read_jsonl
 from palm_jax.data.arrays import Data, Split
 from palm_jax.generator import load_generator, samples, train
+from palm_jax.generator.saved import save_safetensors
 from palm_jax.generator.snapshots import load_discriminator, load_snapshot
 from palm_jax.generator.warm_start import load_networks
 
@@ -230,6 +231,32 @@ def test_a_run_starts_from_the_networks_of_another(job, tmp_path):
   same(after.G_ema['params'], expected)
   apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), after.G_ema['params'], before.G['params'])
   assert max(jax.tree.leaves(apart)) > 1e-3
+
+
+@pytest.mark.slow
+def test_a_new_discriminator_learns_alone_at_first(job, tmp_path):
+  """A generator's file has no D: G stays as it is for the first of four iterations, or for all."""
+  stopped, _, _, config, data, mesh = job
+  generator = load_generator(stopped)
+  save_safetensors(
+    tmp_path / 'g.safetensors', generator.network, generator.variables, 'a test', np.float32
+  )
+  config = ConfigDict(config.to_dict())
+  for alone, changed in ((4, False), (2, True)):
+    config.generator.update(
+      dict(
+        init_from=str(tmp_path / 'g.safetensors'),
+        d_alone_kimg=alone * 16 / 1000,
+        kimg=4 * 16 / 1000,
+      )
+    )
+    finish(train.JOB, config, tmp_path / str(changed), data, mesh)
+    state = checkpointed(tmp_path / str(changed), config, data, mesh)[1]
+    apart = jax.tree.map(
+      lambda x, y: np.abs(x - y).max(), state.G['params'], generator.variables['params']
+    )
+    assert (max(jax.tree.leaves(apart)) > 1e-4) == changed
+    assert (int(state.opt_g[0].count) > 0) == changed and int(state.opt_d[0].count) >= 4
 
 
 def test_networks_of_a_snapshot(shared):

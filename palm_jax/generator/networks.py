@@ -36,6 +36,7 @@ RANGES = dict(
   batch_size=checks.Range(1, 10**6),
   accumulate=checks.Range(1, 10**6),
   kimg=checks.Range(0, 10**7, above=True),
+  d_alone_kimg=checks.AMOUNT,
   lr=checks.Range(0, 1000, above=True),
   r1_gamma=checks.AMOUNT,
   r1_interval=checks.Range(1, 10**6),

@@ -21,6 +21,8 @@ from palm_jax.generator.discriminator import Discriminator
 from palm_jax.generator.phases import make_optimizers, make_phases
 from palm_jax.generator.sines import TrainedNetwork
 
+OF_G = 'g_main', 'path_lengths'  # phases that move G
+
 
 class State(flax.struct.PyTreeNode):
   """Everything that a run is; a checkpoint holds all of it.
@@ -133,17 +135,22 @@ def iteration(
   metrics = {}
   for name, (interval, phase) in phases.items():
     run = lambda s, phase=phase: phase(s, images, labels, indices)
-    state, metrics[name] = run(state) if interval == 1 else run_if_due(interval, run, state)
+    due = state.step % interval == 0
+    alone = bool(config.d_alone_kimg) and name in OF_G
+    if alone:
+      due &= state.step * float(config.batch_size) >= 1000 * config.d_alone_kimg
+    always = interval == 1 and not alone
+    state, metrics[name] = run(state) if always else run_if_due(due, run, state)
   state = average_generator(config, state)
   if config.augment != 'none':
     state = adjust_augmentation(config, state)
   return state.replace(step=state.step + 1), metrics
 
 
-def run_if_due(interval: int, run: Callable, state: State) -> tuple[State, dict]:
-  """`run(state)` -> (state, metrics) in every interval-th iteration, else state and zeros."""
+def run_if_due(due: jax.Array, run: Callable, state: State) -> tuple[State, dict]:
+  """`run(state)` -> (state, metrics) where it is due, else state and zeros."""
   zeros = jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), jax.eval_shape(run, state)[1])
-  return jax.lax.cond(state.step % interval == 0, run, lambda s: (s, zeros), state)
+  return jax.lax.cond(due, run, lambda s: (s, zeros), state)
 
 
 def average_generator(config: ConfigDict, state: State) -> State:

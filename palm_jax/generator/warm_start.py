@@ -10,7 +10,8 @@ from absl import logging
 
 from palm_jax.base.checkpoints import load_item
 from palm_jax.base.errors import UserError
-from palm_jax.generator import SUFFIXES, snapshots
+from palm_jax.formats.kinds import kind_of
+from palm_jax.generator import load_generator, snapshots
 from palm_jax.generator.step import State
 
 
@@ -18,25 +19,19 @@ def load_networks(path: str | os.PathLike, template: State) -> dict[str, Any]:
   """The networks to start from; optimisers, augmentation and path lengths begin anew.
 
   Args:
-    path: workdir of a palm_jax run whose generator job has saved at least once, or a file
-      (see `snapshots.load_snapshot`) with G, G_ema and D.
+    path: workdir of a palm_jax run whose generator job has saved at least once, a file (see
+      `snapshots.load_snapshot`) with G, G_ema and D, or what `load_generator` reads else, which
+      has no D.
     template: shapes, dtypes and shardings of the State that they go into.
 
   Returns:
-    Fields of that State: {'G', 'G_ema', 'D'}.
+    Fields of that State: {'G', 'G_ema', 'D'}, the last where there is one.
 
   Raises:
     UserError: nothing of this kind there, or networks of other sizes.
   """
-  path = pathlib.Path(path)
-  if path.is_file() or path.suffix in SUFFIXES:
-    found = {name: snapshots.load_snapshot(path, name)[1] for name in ('G', 'G_ema')}
-    found['D'] = snapshots.load_discriminator(path)[1]['params']
-    networks = {
-      name: fit(f'{path}: {name}', tree, getattr(template, name)) for name, tree in found.items()
-    }
-    after = 'its training'
-  else:
+  given, path = path, pathlib.Path(path)
+  if (path / 'generator').is_dir():
     try:
       step, state = load_item(path / 'generator' / 'checkpoints', 'state', template=template)
     except UserError as e:
@@ -45,8 +40,23 @@ def load_networks(path: str | os.PathLike, template: State) -> dict[str, Any]:
       ) from e
     networks = dict(G=state.G, G_ema=state.G_ema, D=state.D)
     after = f'iteration {step}'
+  else:
+    found = _in_file(given, path)
+    networks = {
+      name: fit(f'{path}: {name}', tree, getattr(template, name)) for name, tree in found.items()
+    }
+    after = 'its training' if 'D' in found else 'its training; there is no D, which begins anew'
   logging.info('generator: starts from the networks of %s after %s', path, after)
   return networks
+
+
+def _in_file(given, path):
+  """The networks as `load_networks` returns them, but of any size."""
+  if path.is_file() and kind_of(path) != 'safetensors':
+    found = {name: snapshots.load_snapshot(path, name)[1] for name in ('G', 'G_ema')}
+    return found | {'D': snapshots.load_discriminator(path)[1]['params']}
+  variables = load_generator(given).variables
+  return dict(G=variables, G_ema=variables)
 
 
 def fit(name: str, tree: Any, template: Any) -> Any:
