@@ -20,12 +20,20 @@ from palm_jax.generator.convert import convert
 from palm_jax.generator.loaded import LoadedGenerator
 from palm_jax.generator.saved import network_fields, network_of
 from palm_jax.generator.sines import Siren, SirenGenerator, coordinates
-from palm_jax.generator.siren import fit, gradients, laplacian, merge, psnr
+from palm_jax.generator.siren import (
+  along_waves,
+  fit,
+  gradients,
+  laplacian,
+  merge,
+  psnr,
+  waves_of,
+)
 from tests import compiler
 from tests.jobs import finish
 from tests.test_generator_train import COLOURS, tiny
 
-SETTINGS = dict(steps=200, width=48, layers=1, lr=2e-3, batch=512)
+SETTINGS = dict(steps=200, width=48, layers=1, lr=5e-3, batch=512)
 
 
 def blobs(side=24, shift=0.0):
@@ -85,6 +93,30 @@ def test_derivatives_are_those_of_the_fit():
   bends = sum((f(x + along(a, 1e-4)) - 2 * f(x) + f(x - along(a, 1e-4))) / 1e-8 for a in (0, 1))
   found = np.asarray(jax.jit(lambda x: laplacian(apply, x))(x32))
   assert np.abs(found - bends).max() < 1e-3 * np.abs(bends).max()
+
+
+def test_waves_go_through_the_pixels_and_have_their_slopes():
+  """A product of cosines is given back anywhere, with its derivatives in closed form."""
+  height, width = 7, 5
+  waves = lambda y, x: np.cos(2 * y) * np.cos(3 * x), lambda y, x: 1 + 0 * y * x
+  y, x = (
+    np.pi * (np.arange(height)[:, None] + 0.5) / height,
+    np.pi * (np.arange(width) + 0.5) / width,
+  )
+  found = waves_of(np.stack([f(y, x) for f in waves], -1))
+  places = np.random.default_rng(0).uniform(-1, 1, (20, 2))
+  y, x = np.pi * (places.T + 1) / 2
+  half = np.pi / 2  # of y in places
+  for orders, expected in {
+    (0, 0): np.cos(2 * y) * np.cos(3 * x),
+    (1, 0): -2 * half * np.sin(2 * y) * np.cos(3 * x),
+    (0, 1): -3 * half * np.cos(2 * y) * np.sin(3 * x),
+    (2, 0): -((2 * half) ** 2) * np.cos(2 * y) * np.cos(3 * x),
+    (0, 2): -((3 * half) ** 2) * np.cos(2 * y) * np.cos(3 * x),
+  }.items():
+    values = np.asarray(along_waves(found, places.astype(np.float32), orders))
+    np.testing.assert_allclose(values[:, 0], expected, atol=1e-4)
+    np.testing.assert_allclose(values[:, 1], float(orders == (0, 0)), atol=1e-4)
 
 
 @pytest.fixture(scope='module')

@@ -46,6 +46,8 @@ def get_config(variant: str = 'digits') -> ConfigDict:
     for name in names
   ]
   c.study.arms = ((BASE, ''), *objectives, *encoders, ('bfloat16', 'pretrain.dtype=bfloat16'))
+  linear, knn, rank = c.study.measures
+  c.study.measures = knn, linear, rank
   c.study.references = tuple(
     (f'untrained {name}', f'{name}, simclr', f'{measure} accuracy', b.row('untrained encoder', how))
     for name in ('resnet18', *names)

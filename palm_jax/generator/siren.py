@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
+import scipy.fft
 from absl import flags, logging
 from PIL import Image
 
@@ -94,7 +96,7 @@ def fit(
   steps: int = 2000,
   width: int = 256,
   layers: int = 3,
-  lr: float = 1e-3,
+  lr: float = 3e-3,
   batch: int = 4096,
   w0: float | None = None,
   seed: int = 0,
@@ -103,13 +105,13 @@ def fit(
 
   Args:
     image: (H, W, C), uint8, or floats in [-1, 1].
-    of: what of it is given: 'values'; 'gradients', differences of neighbouring pixels, which leave
-      a constant for each channel free (it is set to the picture's mean); or 'laplacian', which
-      leaves any harmonic function free (the mean is set).
-    steps: of Adam, whose rate falls to 0 along a cosine.
+    of: what of it is given: 'values'; 'gradients' of the cosines through its pixels, which leave a
+      constant for each channel free (it is set to the picture's mean); or 'laplacian', which leaves
+      any harmonic function free (the mean is set).
+    steps: of Muon (optax.contrib), whose rate falls to 0 along a cosine. The original has Adam.
     width, layers: of the `Siren`.
-    lr: the rate at first. The original has 1e-4 for all pixels in each step.
-    batch: places of a step, drawn at random.
+    lr: the rate at first.
+    batch: places of a step, drawn at random. The original has all pixels in each.
     w0: speed of the first layer; None is the original's 30, and less in proportion for pictures of
       fewer than 256 pixels a side, between whose pixels it would otherwise do as it likes.
     seed: of the initialisation and the places.
@@ -120,10 +122,9 @@ def fit(
   """
   image = as_floats(image)
   checks.choice('of', of, TARGETS)
-  positions, targets = _targets(image, of)
   speed = W0 * min(1, max(image.shape[:2]) / 256) if w0 is None else w0
   network = Siren(image.shape[-1], width, layers, speed)
-  return _fit(network, image, of, positions, targets, steps, lr, batch, seed)
+  return _fit(network, image, of, steps, lr, batch, seed)
 
 
 def merge(image_a: np.ndarray, image_b: np.ndarray, share: float = 0.5, **settings: Any) -> Fitted:
@@ -167,35 +168,53 @@ def as_floats(image: np.ndarray) -> np.ndarray:
   return image.astype(np.float32)
 
 
-def _targets(image, of):
-  """[(positions (N, 2), targets (N, C))] of each kind of place in the picture."""
-  height, width, channels = image.shape
-  grid = coordinates(height, width).reshape(height, width, 2)
-  flat = lambda x: x.reshape(-1, x.shape[-1])
+def waves_of(image: np.ndarray) -> np.ndarray:
+  """(H, W, C) coefficients of the cosines that have the picture's values at its pixels."""
+  waves = scipy.fft.dctn(image.astype(np.float64), axes=(0, 1)) / (image.shape[0] * image.shape[1])
+  waves[0] /= 2
+  waves[:, 0] /= 2
+  return waves.astype(np.float32)
+
+
+def along_waves(waves: jax.Array, x: jax.Array, orders: tuple[int, int]) -> jax.Array:
+  """A derivative of the sum of cosines that `waves_of` gives.
+
+  Args:
+    waves: (H, W, C).
+    x: (N, 2) (y, x) in [-1, 1], which need not be pixels.
+    orders: of the derivative along y and x, 0 to 2.
+
+  Returns:
+    (N, C).
+  """
+  along_y, along_x = (_cosines(x[:, axis], waves.shape[axis], orders[axis]) for axis in (0, 1))
+  return jnp.einsum('nh,hwc,nw->nc', along_y, waves, along_x)
+
+
+def _cosines(x, count, order):
+  """(N, count): cosines of the series at N places, or their derivatives."""
+  speed = np.float32(np.pi / 2) * jnp.arange(count, dtype=jnp.float32)
+  angle = speed * (x[:, None] + 1)
+  return (jnp.cos(angle), -speed * jnp.sin(angle), -(speed**2) * jnp.cos(angle))[order]
+
+
+def _draw(of, image, key, count):
+  """[(places (count, 2), what is to be found there (count, C, ...))] of a picture.
+
+  Slopes are drawn anywhere in the picture: a network that is held at the pixels alone has others in
+  between, which add up to another picture.
+  """
   if of == 'values':
-    return [flat(grid)], [flat(image)]
-  step = 2 / height, 2 / width  # between neighbours
+    height, width, _ = image.shape
+    place = jax.random.randint(key, (count,), 0, height * width)
+    return jnp.asarray(coordinates(height, width))[place], image.reshape(height * width, -1)[place]
+  x = jax.random.uniform(key, (count, 2), minval=-1, maxval=1)
   if of == 'gradients':
-    # A difference is nearest to the derivative half way between its pixels; differences over two
-    # pixels at the pixels themselves would lose what is finest (10 dB less on photographs).
-    middle = (grid[1:] + grid[:-1]) / 2, (grid[:, 1:] + grid[:, :-1]) / 2
-    slopes = np.diff(image, axis=0) / step[0], np.diff(image, axis=1) / step[1]
-    return [flat(x) for x in middle], [flat(x) for x in slopes]
-  bends = [np.diff(image, 2, axis) / step[axis] ** 2 for axis in (0, 1)]
-  inner = bends[0][:, 1:-1] + bends[1][1:-1]
-  return [flat(grid[1:-1, 1:-1])], [flat(inner)]
+    return x, jnp.stack([along_waves(image, x, orders) for orders in ((1, 0), (0, 1))], -1)
+  return x, along_waves(image, x, (2, 0)) + along_waves(image, x, (0, 2))
 
 
-def _predict(of, f, positions):
-  """What `_targets` are of f, at [positions]."""
-  if of == 'values':
-    return [f(positions[0])]
-  if of == 'gradients':
-    return [_along(f, axis)(x) for axis, x in enumerate(positions)]
-  return [laplacian(f, positions[0])]
-
-
-def _fit(network, image, of, positions, targets, steps, lr, batch, seed):
+def _fit(network, image, of, steps, lr, batch, seed):
   for name, value, most in (
     ('steps', steps, 10**7),
     ('width', network.width, 4096),
@@ -207,25 +226,21 @@ def _fit(network, image, of, positions, targets, steps, lr, batch, seed):
   for name, value, most in (('lr', lr, 1), ('w0', network.w0, 1e4)):
     if not 0 < value < most:
       raise UserError(f'{name}={value}: expected a number between 0 and {most}')
+  known = jax.device_put(image if of == 'values' else waves_of(image))
+  draw = functools.partial(_draw, of, known)
   # One scale of the targets, so that losses and rates mean the same for each kind.
-  scale = float(np.sqrt(np.mean([np.mean(np.square(t)) for t in targets]))) or 1.0
-  positions, targets = jax.device_put((positions, [t / scale for t in targets]))
-  optimizer = optax.adam(optax.cosine_decay_schedule(lr, steps))
+  scale = float(jnp.sqrt(jnp.square(draw(jax.random.key(seed), 4096)[1]).mean())) or 1.0
+  optimizer = optax.contrib.muon(optax.cosine_decay_schedule(lr, steps))
+  find = dict(values=lambda f, x: f(x), gradients=gradients, laplacian=laplacian)[of]
 
-  def loss_fn(params, places):
-    f = lambda x: network.apply({'params': params}, x)
-    found: list[Any] = _predict(of, f, [x[i] for x, i in zip(positions, places, strict=True)])
-    errors = [jnp.square(y / scale - t[i]) for y, t, i in zip(found, targets, places, strict=True)]
-    return sum(e.mean() for e in errors)
+  def loss_fn(params, x, target):
+    found = find(lambda x: network.apply({'params': params}, x), x)
+    return jnp.square((found - target) / scale).mean()
 
   def step(state, number):
     params, opt_state = state
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), number), len(positions))
-    count = min(batch, min(map(len, positions)))
-    places = [
-      jax.random.randint(k, (count,), 0, len(x)) for k, x in zip(keys, positions, strict=True)
-    ]
-    loss, grads = jax.value_and_grad(loss_fn)(params, places)
+    places = draw(jax.random.fold_in(jax.random.key(seed), number), batch)
+    loss, grads = jax.value_and_grad(loss_fn)(params, *places)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return (optax.apply_updates(params, updates), opt_state), loss
 
@@ -272,10 +287,10 @@ def parse_flags(argv: list[str]) -> list[str]:
   flags.DEFINE_string('with', None, 'Another picture of this size, to merge it with.')
   flags.DEFINE_float('share', 0.5, 'Of the first picture in a merger.')
   flags.DEFINE_float('scale', 1.0, 'Size of the drawing, in sizes of the picture.')
-  flags.DEFINE_integer('steps', 2000, 'Of Adam.')
+  flags.DEFINE_integer('steps', 2000, 'Of Muon.')
   flags.DEFINE_integer('width', 256, 'Of the layers.')
   flags.DEFINE_integer('layers', 3, 'Of sines after the first.')
-  flags.DEFINE_float('lr', 1e-3, 'Rate of Adam at first.')
+  flags.DEFINE_float('lr', 3e-3, 'Rate of Muon at first.')
   flags.DEFINE_integer('seed', 0, 'Of the initialisation.')
   return command.parse_flags(argv)
 
