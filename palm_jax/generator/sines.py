@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from palm_jax.generator import ops
 from palm_jax.generator.stylegan2 import Generator, LatentNetwork, MappingNetwork, check_noise
+from palm_jax.layers.sine import sin
 
 W0 = 30.0  # vsitzmann/siren, modules.py
 
@@ -48,7 +49,7 @@ class Sine(nn.Module):
     x = nn.Dense(
       self.features, kernel_init=uniform(limit), bias_init=uniform(fan_in**-0.5), name='dense'
     )(x)
-    return jnp.sin(self.w0 * x)
+    return sin(self.w0 * x)
 
 
 class Siren(nn.Module):
@@ -178,7 +179,7 @@ class ModulatedSine(nn.Module):
       x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
     # A sine shows each lost bit of its argument: that is at least float32.
     y = jnp.matmul(x, kernel, preferred_element_type=ops.at_least_float32(x))
-    y = jnp.sin(speed * (y + bias) + phase)
+    y = sin(speed * (y + bias) + phase)
     return y if self.dtype is None else y.astype(self.dtype)
 
 

@@ -28,6 +28,7 @@ from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.metrics import Progress
 from palm_jax.base.pictures import save_png
 from palm_jax.generator.sines import W0, Siren, coordinates
+from palm_jax.layers.sine import sin
 
 TARGETS = 'values', 'gradients', 'laplacian'
 CHUNK = 1 << 16  # coordinates that are drawn at once
@@ -105,9 +106,10 @@ def fit(
 
   Args:
     image: (H, W, C), uint8, or floats in [-1, 1].
-    of: what of it is given: 'values'; 'gradients' of the cosines through its pixels, which leave a
-      constant for each channel free (it is set to the picture's mean); or 'laplacian', which leaves
-      any harmonic function free (the mean is set).
+    of: what of it is given: 'values'; 'gradients' of the cosines through its pixels, at places and
+      as their integrals along lines from place to place, which leave a constant for each channel
+      free (it is set to the picture's mean); or 'laplacian', which leaves any harmonic function
+      free (the mean is set).
     steps: of Muon (optax.contrib), whose rate falls to 0 along a cosine. The original has Adam.
     width, layers: of the `Siren`.
     lr: the rate at first.
@@ -195,7 +197,8 @@ def _cosines(x, count, order):
   """(N, count): cosines of the series at N places, or their derivatives."""
   speed = np.float32(np.pi / 2) * jnp.arange(count, dtype=jnp.float32)
   angle = speed * (x[:, None] + 1)
-  return (jnp.cos(angle), -speed * jnp.sin(angle), -(speed**2) * jnp.cos(angle))[order]
+  cosine = lambda: sin(angle + np.float32(np.pi / 2))
+  return (cosine, lambda: -speed * sin(angle), lambda: -(speed**2) * cosine())[order]()
 
 
 def _draw(of, image, key, count):
@@ -234,8 +237,15 @@ def _fit(network, image, of, steps, lr, batch, seed):
   find = dict(values=lambda f, x: f(x), gradients=gradients, laplacian=laplacian)[of]
 
   def loss_fn(params, x, target):
-    found = find(lambda x: network.apply({'params': params}, x), x)
-    return jnp.square((found - target) / scale).mean()
+    f: Any = lambda x: network.apply({'params': params}, x)
+    loss = jnp.square((find(f, x) - target) / scale).mean()
+    if of == 'gradients':
+      # The coarsest waves have the least slopes, which alone are fitted last. An integral of slopes
+      # along a line is the difference between its ends: here from each place to the next.
+      along_line = lambda values: values - jnp.roll(values, 1, 0)
+      error = along_line(f(x)) - along_line(along_waves(known, x, (0, 0)))
+      loss += jnp.square(error).mean()
+    return loss
 
   def step(state, number):
     params, opt_state = state
