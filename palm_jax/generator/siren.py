@@ -202,7 +202,7 @@ def _cosines(x, count, order):
 
 
 def _draw(of, image, key, count):
-  """[(places (count, 2), what is to be found there (count, C, ...))] of a picture.
+  """Places (count, 2), and what is to be found there, (count, C, ...).
 
   Slopes are drawn anywhere in the picture: a network that is held at the pixels alone has others in
   between, which add up to another picture.

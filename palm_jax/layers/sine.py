@@ -45,7 +45,7 @@ def _wave(x, shift):
   """sin(x - shift pi): the nearest of its zeros, and a Taylor series about it."""
   zero = jnp.round(x * np.float32(1 / math.pi) - np.float32(shift))
   for part in PI:
-    x -= (zero + np.float32(shift)) * np.float32(part)
+    x = x - (zero + np.float32(shift)) * np.float32(part)
   square, series = x * x, TAYLOR[-1]
   for coefficient in TAYLOR[-2::-1]:
     series = series * square + coefficient

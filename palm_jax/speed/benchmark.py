@@ -83,7 +83,7 @@ def run(this: Run) -> dict:
     result[name] = measure()
     write_json(path, result)
 
-  if config.get('benchmark', default_config()).grow:
+  if to_grow(config):
     note('growth', lambda: growth.measure(config, this.workdir, mesh))
     return result
   if not trains_generator(config) and 'pretrain' not in config.jobs:
@@ -110,8 +110,13 @@ def run(this: Run) -> dict:
 
 
 def trains_generator(config: ConfigDict) -> bool:
-  """Whether the config's jobs train a generator, for which data are needed."""
-  return 'generator' in config.jobs and not config.generator.path
+  """Whether the training of a generator is measured, for which data are needed."""
+  return 'generator' in config.jobs and not (config.generator.path or to_grow(config))
+
+
+def to_grow(config: ConfigDict) -> tuple[str, ...]:
+  """Keys of the config that a larger iteration is wanted of."""
+  return tuple(config.get('benchmark', default_config()).grow)
 
 
 def pretraining(config: ConfigDict, generator: PictureGenerator, mesh: Mesh) -> dict[str, Any]:
@@ -282,7 +287,7 @@ def check(config: ConfigDict, num_devices: int) -> None:
   del num_devices
   if 'pretrain' in config.jobs:
     pairs.require_policy(config, 'benchmark')
-  for key in config.get('benchmark', default_config()).grow:
+  for key in to_grow(config):
     growth.grown(config, key, 1)
 
 
