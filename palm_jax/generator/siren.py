@@ -94,10 +94,10 @@ def _evaluate(network, params, x):
 def fit(
   image: np.ndarray,
   of: str = 'values',
-  steps: int = 1500,
+  steps: int = 1000,
   width: int = 256,
   layers: int = 3,
-  lr: float = 3e-3,
+  lr: float = 2e-3,
   batch: int = 4096,
   w0: float | None = None,
   seed: int = 0,
@@ -297,10 +297,10 @@ def parse_flags(argv: list[str]) -> list[str]:
   flags.DEFINE_string('with', None, 'Another picture of this size, to merge it with.')
   flags.DEFINE_float('share', 0.5, 'Of the first picture in a merger.')
   flags.DEFINE_float('scale', 1.0, 'Size of the drawing, in sizes of the picture.')
-  flags.DEFINE_integer('steps', 1500, 'Of Muon.')
+  flags.DEFINE_integer('steps', 1000, 'Of Muon.')
   flags.DEFINE_integer('width', 256, 'Of the layers.')
   flags.DEFINE_integer('layers', 3, 'Of sines after the first.')
-  flags.DEFINE_float('lr', 3e-3, 'Rate of Muon at first.')
+  flags.DEFINE_float('lr', 2e-3, 'Rate of Muon at first.')
   flags.DEFINE_integer('seed', 0, 'Of the initialisation.')
   return command.parse_flags(argv)
 
