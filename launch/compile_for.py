@@ -47,7 +47,7 @@ from palm_jax.base import checks, command
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import write_json
 from palm_jax.generator.protocol import PictureGenerator
-from palm_jax.speed import plan
+from palm_jax.speed import cost, plan
 
 SCALED = (
   'pretrain.num_envs',
@@ -170,12 +170,7 @@ def study(config: ConfigDict, topology: str, generator: PictureGenerator) -> dic
   launched = kernels(module) if is_gpu(kind) else ()
   memory = compiled.memory_analysis()
   iterations = config.pretrain.iterations_per_call
-  parts = dict(
-    arguments=memory.argument_size_in_bytes,
-    results_beside_them=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-    temporaries=memory.temp_size_in_bytes,
-    code=memory.generated_code_size_in_bytes,
-  )
+  parts = cost.compiled_bytes(compiled) | dict(code=memory.generated_code_size_in_bytes)
   seconds = roofline(chip, layout, total, iterations, launched)
   num_iterations = math.ceil(config.pretrain.env_steps / program.env_steps_per_iteration)
   kinds = sorted({key[0] for key in total if isinstance(key, tuple)})

@@ -1,4 +1,4 @@
-"""What the studies start from, at three scales.
+"""What the studies start from, at four scales.
 
   smoke   digits of scikit-learn, seconds a run: shows that a study works; its numbers say nothing
   digits  configs/digits.py with SimSiam's loss, 2 minutes a run on one core

@@ -160,7 +160,6 @@ def pretraining(config: ConfigDict, generator: PictureGenerator, mesh: Mesh) -> 
   whole = found.pop('whole')
   unavoidable = sum(found[name] for name in workload.UNAVOIDABLE)
   peak = timing.matmul_flops(rollout.DTYPES[p.dtype])
-  memory = compiled.memory_analysis()
   result = dict(
     seconds_per_iteration=whole,
     env_steps_per_second=program.env_steps_per_iteration / whole,
@@ -170,11 +169,7 @@ def pretraining(config: ConfigDict, generator: PictureGenerator, mesh: Mesh) -> 
     flops=flops,
     matmul_flops_per_second=peak,
     share_of_matmul=flops['whole'] / whole / peak,
-    bytes=dict(
-      arguments=memory.argument_size_in_bytes,
-      temporaries=memory.temp_size_in_bytes,
-      results_beside_them=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-    ),
+    bytes=cost.compiled_bytes(compiled),
     hours=math.ceil(p.env_steps / program.env_steps_per_iteration) * whole / 3600,
     compile_seconds=compile_seconds,
     repeats=timing.REPEATS,

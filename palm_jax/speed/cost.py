@@ -113,3 +113,13 @@ def activation_bytes(
     )[0]
 
   return residual_bytes(loss, ssl['params'], frames, frames)
+
+
+def compiled_bytes(compiled: Any) -> dict[str, int]:
+  """Bytes of a compiled call on a device: together what it needs there, its code left out."""
+  memory = compiled.memory_analysis()
+  return dict(
+    arguments=memory.argument_size_in_bytes,
+    temporaries=memory.temp_size_in_bytes,
+    results_beside_them=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+  )

@@ -93,13 +93,7 @@ def _compile(config, key, times, workdir, mesh):
   traced = program.call.trace(state, world)
   iterations = config.pretrain.iterations_per_call
   compiled = traced.lower().compile()
-  memory = compiled.memory_analysis()
-  needed = (
-    memory.argument_size_in_bytes
-    + memory.temp_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes
-  )
+  needed = sum(cost.compiled_bytes(compiled).values())
   flops = math.ceil(cost.flops(traced) / iterations)
   return Case(key, times, compiled, state, world, iterations, flops, needed)
 
