@@ -130,7 +130,8 @@ def iteration(setup: Setup, state: State, world: World) -> tuple[State, Output]:
   key_collect, key_learn = jax.random.split(jax.random.fold_in(state.key, state.iteration))
   warm = state.iteration < setup.warmup_iterations
   state, record = setup.source.collect(setup, state, world, key_collect, warm)
-  learn_now = functools.partial(learn, setup, state, world, key_learn)
+  # jax.jit: traced once, for its shapes and for the branch.
+  learn_now = jax.jit(functools.partial(learn, setup, state, world, key_learn))
   ssl, agent, metrics = jax.lax.cond(warm, lambda: unchanged(state, learn_now), learn_now)
   return state.replace(iteration=state.iteration + 1, ssl=ssl, agent=agent), Output(metrics, record)
 

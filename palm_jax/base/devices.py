@@ -32,7 +32,7 @@ def configure() -> None:
     os.environ['XLA_FLAGS'] = f'{flags} {flag}='.strip()
 
 
-def jit_once(f: Callable, out_shardings: Any) -> Any:
+def jit_once(f: Callable, out_shardings: Any = None) -> Any:
   """jax.jit of a large program that runs once, such as a first state.
 
   On CPU LLVM's dearer passes take half of the time that it is compiled in, and change no bit of it.

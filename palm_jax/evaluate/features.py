@@ -86,7 +86,7 @@ def load_encoder(
 
 def untrained_encoder(config: ConfigDict, image_shape: tuple[int, int, int]) -> Encoder:
   """The same network with the weights that config.seed draws."""
-  variables = jax.device_get(jax.jit(_init(config, image_shape))())
+  variables = jax.device_get(devices.jit_once(_init(config, image_shape))())
   return _make(config, 'untrained encoder', variables, dict(weights_seed=config.seed))
 
 
@@ -97,10 +97,16 @@ def _init(config, image_shape):
 
 
 def _make(config, name, variables, about):
-  apply = functools.partial(make_encoder(config.encoder).apply, train=False)
+  apply = _frozen(make_encoder(config.encoder))
   sha256 = digests.digest(variables, config.encoder.to_dict())
   about = dict(about, layer='h, batch statistics fixed')
   return Encoder(name, jax.tree_util.Partial(apply, variables), sha256, about)
+
+
+@functools.lru_cache
+def _frozen(network):
+  # One function of equal networks, which are then compiled once.
+  return functools.partial(network.apply, train=False)
 
 
 def _named_leaves(tree):

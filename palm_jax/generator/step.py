@@ -106,7 +106,7 @@ def make_train_call(
       state, metrics = jax.lax.scan(step, state, indices)
     means = {}
     for phase, (interval, _) in phases.items():
-      runs = jnp.maximum((steps % interval == 0).sum(), 1)
+      runs = jnp.maximum(is_due(config, phase, interval, steps).sum(), 1)
       means |= {name: values.sum() / runs for name, values in metrics[phase].items()}
     if config.augment != 'none':
       means['augment_p'] = state.augment_p
@@ -135,16 +135,26 @@ def iteration(
   metrics = {}
   for name, (interval, phase) in phases.items():
     run = lambda s, phase=phase: phase(s, images, labels, indices)
-    due = state.step % interval == 0
-    alone = bool(config.d_alone_kimg) and name in OF_G
-    if alone:
-      due &= state.step * float(config.batch_size) >= 1000 * config.d_alone_kimg
-    always = interval == 1 and not alone
+    always = interval == 1 and not waits(config, name)
+    due = is_due(config, name, interval, state.step)
     state, metrics[name] = run(state) if always else run_if_due(due, run, state)
   state = average_generator(config, state)
   if config.augment != 'none':
     state = adjust_augmentation(config, state)
   return state.replace(step=state.step + 1), metrics
+
+
+def waits(config: ConfigDict, phase: str) -> bool:
+  """Whether a phase begins only after D has learned alone."""
+  return bool(config.d_alone_kimg) and phase in OF_G
+
+
+def is_due(config: ConfigDict, phase: str, interval: int, step: jax.Array) -> jax.Array:
+  """Whether a phase runs in iterations `step`: bool, of its shape."""
+  due = step % interval == 0
+  if waits(config, phase):
+    due &= step * float(config.batch_size) >= 1000 * config.d_alone_kimg
+  return due
 
 
 def run_if_due(due: jax.Array, run: Callable, state: State) -> tuple[State, dict]:
