@@ -28,7 +28,7 @@ def configure() -> None:
   flag = '--xla_cpu_experimental_ynn_fusion_type'
   flags = os.environ.get('XLA_FLAGS', '')
   # In other versions it may be unknown, and an unknown flag aborts the process.
-  if jax.__version__.startswith('0.10.') and flag not in flags:
+  if jax.__version__.startswith(('0.10.', '0.11.')) and flag not in flags:
     os.environ['XLA_FLAGS'] = f'{flags} {flag}='.strip()
 
 
