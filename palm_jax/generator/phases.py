@@ -95,8 +95,8 @@ def make_optimizers(
   """Adam of G and of D, corrected for lazy regularisation (arXiv 1912.04958, appendix B).
 
   G's correction holds although path lengths may be off, as in the original; eps is not corrected.
-  After D has learned alone G's rate rises linearly: Adam's first steps have their full length, and D
-  would lose at once what it knows of this G.
+  After D has learned alone G's rate rises linearly: Adam's first steps have their full length, and
+  D would lose at once what it knows of this G.
   """
 
   def adam(interval, rise=0):
