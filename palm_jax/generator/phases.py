@@ -17,8 +17,6 @@ from palm_jax.generator import adaptive_augment, losses
 from palm_jax.generator.discriminator import Discriminator
 from palm_jax.generator.sines import TrainedNetwork
 
-RISE = 0.25  # of generator.d_alone_kimg, in which G's rate rises afterwards
-
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
@@ -95,19 +93,14 @@ def make_optimizers(
   """Adam of G and of D, corrected for lazy regularisation (arXiv 1912.04958, appendix B).
 
   G's correction holds although path lengths may be off, as in the original; eps is not corrected.
-  After D has learned alone G's rate rises linearly: Adam's first steps have their full length, and
-  D would lose at once what it knows of this G.
   """
 
-  def adam(interval, rise=0):
+  def adam(interval):
     share = interval / (interval + 1)
-    lr = config.lr * share
-    rate = optax.linear_schedule(0.0, lr, rise) if rise else lr
     # stylegan2-ada-pytorch, train.py
-    return optax.adam(rate, b1=0.0, b2=0.99**share, eps=1e-8)
+    return optax.adam(config.lr * share, b1=0.0, b2=0.99**share, eps=1e-8)
 
-  rise = round(RISE * 1000 * config.d_alone_kimg / config.batch_size)
-  return adam(config.pl_interval, rise), adam(config.r1_interval)
+  return adam(config.pl_interval), adam(config.r1_interval)
 
 
 def round_sizes(config: ConfigDict, num_devices: int) -> tuple[int, int]:

@@ -44,9 +44,7 @@ def default_config():
       # workdir or .pkl whose networks training starts from; then ada_kimg=100 is the original's.
       # Or a generator without its D, such as cifar10-small, whose new D learns alone at first
       init_from='',
-      # thousands of the first images in which G stays as it is; its rate rises over a quarter as
-      # many more
-      d_alone_kimg=0.0,
+      d_alone_kimg=0.0,  # thousands of the first images in which G stays as it is
       network='stylegan2',  # or siren: pictures as functions of their coordinates
       sine_layers=4,  # of siren; pi-GAN has 8 of 256 (arXiv 2012.00926)
       sine_width=64,
