@@ -133,7 +133,7 @@ def _initial(network, image_shape, seed, mesh, start):
       variables = {part: {**tree, 'encoder': encoder[part]} for part, tree in variables.items()}
     return variables
 
-  init = jax.jit(init, out_shardings=NamedSharding(mesh, P()))
+  init = devices.jit_once(init, NamedSharding(mesh, P()))
   return init(jax.random.key(seed), start.apply.args[0] if start else None)
 
 

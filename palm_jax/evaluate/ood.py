@@ -25,6 +25,7 @@ from palm_jax.base.metrics import Progress
 from palm_jax.data.published import fetch_missing
 from palm_jax.evaluate import classifier, features, linear, preconditions, sgd, table_1
 from palm_jax.evaluate.features import Encoder
+from palm_jax.evaluate.foreign import load_foreign
 from palm_jax.evaluate.image_sets import check_source, image_set
 from palm_jax.evaluate.linear import LinearModel
 from palm_jax.evaluate.scores import METRICS, SCORES, of_features
@@ -150,7 +151,7 @@ def run(this: Run) -> dict[str, Any]:
   }
   images = dict(train=data.train.images, test=data.test.images)
   images |= {f'ood_{name}': found for name, (found, _) in sets.items()}
-  foreign = features.load_foreign(config, {name: len(found) for name, found in images.items()})
+  foreign = load_foreign(config, {name: len(found) for name, found in images.items()})
   represent = functools.partial(_represent, this, images, foreign)
   encoders = _encoders(this, foreign)
   networks = [encoder for encoder in encoders if encoder.apply]

@@ -31,6 +31,7 @@ from palm_jax.evaluate import (
   sgd,
 )
 from palm_jax.evaluate.components import principal_components
+from palm_jax.evaluate.foreign import load_foreign
 from palm_jax.evaluate.judge import Source
 from palm_jax.evaluate.labels import make_tasks, stratified_split
 from palm_jax.job import Job, Run
@@ -201,7 +202,7 @@ def _others(this, images, width):
   and in `width` components."""
   config, data, sources = this.config, this.data, []
   counts = dict(train=len(data.train.labels), test=len(data.test.labels))
-  foreign = features.load_foreign(config, counts)
+  foreign = load_foreign(config, counts)
   if foreign:
     test = foreign['test']
     if images.held_out is not None:

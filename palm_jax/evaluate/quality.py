@@ -184,7 +184,7 @@ def _generated(config, G, extractor, labels, mesh):
   sets, drawn_labels = {}, {}
   sets['generator'], drawn_labels['generator'] = draw(G.variables, 'generated images')
   if config.quality.compare_initial:
-    initial = jax.jit(G.network.init)(
+    initial = devices.jit_once(G.network.init)(
       jax.random.key(config.seed), jnp.zeros((1, G.z_dim)), jnp.zeros((1,), jnp.int32)
     )
     if isinstance(G.network, StyleGAN3):  # whose filters are not initialised but designed

@@ -159,6 +159,7 @@ def is_due(config: ConfigDict, phase: str, interval: int, step: jax.Array) -> ja
 
 def run_if_due(due: jax.Array, run: Callable, state: State) -> tuple[State, dict]:
   """`run(state)` -> (state, metrics) where it is due, else state and zeros."""
+  run = jax.jit(run)  # traced once, for its shapes and for the branch
   zeros = jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), jax.eval_shape(run, state)[1])
   return jax.lax.cond(due, run, lambda s: (s, zeros), state)
 

@@ -11,6 +11,7 @@ from flax.errors import ScopeParamShapeError
 from ml_collections import ConfigDict
 
 from palm_jax import encoder as encoders
+from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from palm_jax.checkpoint import load_encoder
 
@@ -57,7 +58,8 @@ def at_random(image_shape: tuple[int, int, int], seed: int = 0) -> Features:
   config.width = WIDTH
   network = encoders.make_encoder(config)
   pictures = jnp.zeros((1, *image_shape), jnp.uint8)
-  variables = jax.jit(lambda key: network.init(key, pictures, train=False))(jax.random.key(seed))
+  init = devices.jit_once(lambda key: network.init(key, pictures, train=False))
+  variables = init(jax.random.key(seed))
   return _of(network, variables, image_shape)
 
 
