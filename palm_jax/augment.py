@@ -91,36 +91,35 @@ def hflip(key: jax.Array, image: jax.Array, probability: float = 0.5) -> jax.Arr
   return jnp.where(jax.random.bernoulli(key, probability), image[:, ::-1], image)
 
 
-# Colour operations, on images (H, W, C) with values in [0, 1];
-# torchvision/transforms/functional.py.
+# Colour operations, on planes (C, H, W) with values in [0, 1]: there a CPU takes many pixels at
+# once. torchvision/transforms/functional.py.
 
 
-def to_gray(image: jax.Array) -> jax.Array:
-  """Luma in every channel; (H, W, 3) -> the same."""
-  return jnp.broadcast_to(
-    (image * jnp.asarray(LUMA, image.dtype)).sum(axis=-1, keepdims=True), image.shape
-  )
+def to_gray(planes: jax.Array) -> jax.Array:
+  """Luma in every channel; (3, H, W) -> the same."""
+  luma = jnp.asarray(LUMA, planes.dtype)[:, None, None]
+  return jnp.broadcast_to((planes * luma).sum(axis=0), planes.shape)
 
 
-def adjust_brightness(image: jax.Array, factor: jax.Array) -> jax.Array:
-  return jnp.clip(image * factor, 0, 1)
+def adjust_brightness(planes: jax.Array, factor: jax.Array) -> jax.Array:
+  return jnp.clip(planes * factor, 0, 1)
 
 
-def adjust_contrast(image: jax.Array, factor: jax.Array) -> jax.Array:
+def adjust_contrast(planes: jax.Array, factor: jax.Array) -> jax.Array:
   """Blends with the image's mean grey level; where there are not three channels, with the mean of
   all values."""
-  mean = jnp.mean(to_gray(image) if image.shape[-1] == 3 else image)
-  return jnp.clip(factor * image + (1 - factor) * mean, 0, 1)
+  mean = jnp.mean(to_gray(planes) if len(planes) == 3 else planes)
+  return jnp.clip(factor * planes + (1 - factor) * mean, 0, 1)
 
 
-def adjust_saturation(image: jax.Array, factor: jax.Array) -> jax.Array:
-  return jnp.clip(factor * image + (1 - factor) * to_gray(image), 0, 1)
+def adjust_saturation(planes: jax.Array, factor: jax.Array) -> jax.Array:
+  return jnp.clip(factor * planes + (1 - factor) * to_gray(planes), 0, 1)
 
 
-def adjust_hue(image: jax.Array, turn: jax.Array) -> jax.Array:
+def adjust_hue(planes: jax.Array, turn: jax.Array) -> jax.Array:
   """Turns HSV's hue by `turn` of a full circle; saturation and value stay."""
-  red, green, blue = image[..., 0], image[..., 1], image[..., 2]
-  value, chroma = image.max(axis=-1), image.max(axis=-1) - image.min(axis=-1)
+  red, green, blue = planes
+  value, chroma = planes.max(axis=0), planes.max(axis=0) - planes.min(axis=0)
   safe = jnp.where(chroma > 0, chroma, 1)
   hue = jnp.where(
     value == red,
@@ -129,15 +128,16 @@ def adjust_hue(image: jax.Array, turn: jax.Array) -> jax.Array:
   )  # sixths of a circle
 
   def channel(offset):
-    k = (offset + hue + 6 * turn) % 6
+    k = offset + hue + 6 * turn
+    k -= 6 * jnp.floor(k / 6)  # the remainder, which XLA takes one pixel at a time on CPU
     return value - chroma * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
 
-  return jnp.stack([channel(5), channel(3), channel(1)], axis=-1)
+  return jnp.stack([channel(5), channel(3), channel(1)])
 
 
 def color_jitter(
   key: jax.Array,
-  image: jax.Array,
+  planes: jax.Array,
   brightness: float = 0.4,
   contrast: float = 0.4,
   saturation: float = 0.4,
@@ -146,31 +146,32 @@ def color_jitter(
   """torchvision's ColorJitter: the four adjustments in random order, factors U(1 - x, 1 + x), hue
   U(-hue, hue) turns.
 
-  Images without three channels have no colour: only brightness and contrast change.
+  Images without three channels have no colour: only brightness and contrast change. planes
+  (C, H, W) -> the same.
   """
   order_key, *keys = jax.random.split(key, 5)
   strengths = ((adjust_brightness, 1, brightness), (adjust_contrast, 1, contrast))
-  if image.shape[-1] == 3:
+  if len(planes) == 3:
     strengths += ((adjust_saturation, 1, saturation), (adjust_hue, 0, hue))
 
   def operation(adjust, centre, strength, key):
-    factor = jax.random.uniform(key, (), image.dtype, centre - strength, centre + strength)
-    return lambda image: adjust(image, factor)
+    factor = jax.random.uniform(key, (), planes.dtype, centre - strength, centre + strength)
+    return lambda planes: adjust(planes, factor)
 
   operations = [operation(*strength, key) for strength, key in zip(strengths, keys, strict=False)]
   order = jax.random.permutation(order_key, len(operations))
   return jax.lax.scan(
-    lambda image, index: (jax.lax.switch(index, operations, image), None), image, order
+    lambda planes, index: (jax.lax.switch(index, operations, planes), None), planes, order
   )[0]
 
 
 def _simsiam_one(key, image):
   crop_key, flip_key, jitter_key, apply_key, gray_key = jax.random.split(key, 5)
-  image = hflip(flip_key, random_resized_crop(crop_key, image, (0.2, 1.0)))
-  image = jnp.where(jax.random.bernoulli(apply_key, 0.8), color_jitter(jitter_key, image), image)
-  if image.shape[-1] == 3:
-    image = jnp.where(jax.random.bernoulli(gray_key, 0.2), to_gray(image), image)
-  return image
+  planes = jnp.moveaxis(hflip(flip_key, random_resized_crop(crop_key, image, (0.2, 1.0))), -1, 0)
+  planes = jnp.where(jax.random.bernoulli(apply_key, 0.8), color_jitter(jitter_key, planes), planes)
+  if len(planes) == 3:
+    planes = jnp.where(jax.random.bernoulli(gray_key, 0.2), to_gray(planes), planes)
+  return jnp.moveaxis(planes, 0, -1)
 
 
 def _crop_flip_one(key, image):

@@ -1,4 +1,5 @@
-"""Other people's agents in the latent world. Each test needs its library and skips without it.
+"""Agents in the latent world, other people's and ours. Each test needs its library and skips
+without it.
 
 python -m pip install stable-baselines3 -e '.[gym,test]'
 python -m pytest -m slow tests/test_clients.py
@@ -6,14 +7,19 @@ python -m pytest -m slow tests/test_clients.py
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
+from configs.offline import get_config as offline_config
+from palm_jax.offline import behaviours, records
+from palm_jax.offline.methods import act_sac
 from palm_jax.world import goal_latent, make
 from palm_jax.world.gym import LatentManifoldVectorEnv
 from palm_jax.world.tasks import oracle_action
 
 pytestmark = pytest.mark.slow
+STEPS = 30_000
 GOAL = dict(
   generator='cifar10-small',
   task='goal',
@@ -93,22 +99,42 @@ class Envs:
     return Batch()
 
 
+def score(capsys, name, act):
+  """Mean return of act: (E, F) -> (E, A), 0 that of random actions and 1 that of the oracle."""
+  at_random, oracle = measures()
+  learned = mean_return(act)
+  found = (learned - at_random) / (oracle - at_random)
+  with capsys.disabled():
+    print(
+      json.dumps(dict(agent=name, random=at_random, oracle=oracle, learned=learned, score=found))
+    )
+  return found
+
+
 @pytest.mark.parametrize('name', ['SAC', 'PPO'])
 def test_stable_baselines_learns_to_reach_a_goal(name, capsys):
   """SAC has at least half of the oracle's return, counted from that of random actions."""
   agents = pytest.importorskip('stable_baselines3')
+  # Torch's threads and XLA's on the same cores wait for each other.
+  pytest.importorskip('torch').set_num_threads(1)
   count = 8 if name == 'SAC' else 16
   settings = dict(
     SAC=dict(gamma=0.9, learning_rate=1e-3, gradient_steps=8, ent_coef='auto_0.01'),
     PPO=dict(gamma=0.9, n_steps=63, batch_size=252),
   )[name]
   model = getattr(agents, name)('MlpPolicy', Envs(count), seed=0, device='cpu', **settings)
-  at_random, oracle = measures()
-  model.learn(30_000 if name == 'SAC' else 60_000)
-  learned = mean_return(lambda seen: model.predict(seen, deterministic=True)[0])
-  score = (learned - at_random) / (oracle - at_random)
-  with capsys.disabled():
-    print(
-      json.dumps(dict(agent=name, random=at_random, oracle=oracle, learned=learned, score=score))
-    )
-  assert score > (0.5 if name == 'SAC' else 0.0)
+  model.learn(STEPS if name == 'SAC' else 2 * STEPS)
+  found = score(capsys, name, lambda seen: model.predict(seen, deterministic=True)[0])
+  assert found > (0.5 if name == 'SAC' else 0.0)
+
+
+def test_our_sac_learns_to_reach_it(tmp_path, capsys):
+  """The best policy of as many steps, chosen by episodes that do not score it."""
+  config = offline_config('laptop')
+  config.offline.behaviour_steps = STEPS
+  envs = lambda count: LatentManifoldVectorEnv(count, world=make(**GOAL))
+  player, judge = records.Player(envs(8)), records.Player(envs(10))
+  trained = behaviours.train(config, tmp_path, player, judge).states['trained']
+  _, actions = behaviours.sizes(player.envs)
+  act = jax.jit(lambda seen: act_sac(trained, seen, None, actions, config))
+  assert score(capsys, 'palm_jax SAC', act) > 0.5

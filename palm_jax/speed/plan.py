@@ -123,7 +123,7 @@ def estimate(config: ConfigDict, generator: PictureGenerator, num_devices: int) 
 
   def inputs(key):
     world = worlds.host_world(config, generator)
-    return world, program.init(key, world), workload.make_sample(program.setup, key)
+    return world, pretrain.init(program.setup, key, world), workload.make_sample(program.setup, key)
 
   world, state, sample = jax.eval_shape(inputs, jax.random.key(0))
   parts = workload.make_parts(program.setup, mesh)
