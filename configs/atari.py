@@ -4,7 +4,7 @@
 
 That is at the paper's sizes (section 5.3, Atari-100k), for accelerators. Words behind the game:
 
-  Assault,laptop    the whole chain on two CPU cores
+  Assault,laptop    the whole chain on one CPU core
   Assault,eps       DrQ(eps), which the paper did not compare with
   Assault,sgi       SGI's learning rates for the pretrained layers
   Assault,rmsprop   the learner of dqn_zoo plays for the frames

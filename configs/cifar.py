@@ -113,8 +113,8 @@ def able(c: ConfigDict) -> None:
 def best(c: ConfigDict) -> None:
   """What taught most of all that was measured at `small`; not the paper's method.
 
-  A contrastive loss, to which frames of one episode are no negatives, on augmented frames, and half
-  as many updates again.
+  A contrastive loss, to which frames of one episode are no negatives, on augmented frames, three
+  updates an iteration for two, and 5.7 times the frames: in all 8.7 times the updates.
   """
   c.name += '_best'
   c.environment.alpha, c.environment.beta = PRESETS['paper_fig5']

@@ -378,7 +378,7 @@ def num_updates(c):
   return (iterations - -(-p.warmup_steps // block)) * p.updates_per_iteration
 
 
-@pytest.mark.parametrize('scale', ['smoke', 'laptop', 'paper', 'paper,cifar100'])
+@pytest.mark.parametrize('scale', ['smoke', 'digits', 'laptop', 'paper', 'paper,cifar100'])
 def test_every_study_can_be_run(tmp_path, scale):
   for name in NAMES:
     c = importlib.import_module(f'configs.studies.{name}').get_config(scale)

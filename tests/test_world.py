@@ -92,6 +92,7 @@ def test_gymnasium_is_the_same_world():
     np.testing.assert_array_equal(seen, observations)
     np.testing.assert_array_equal(cut, truncated)
     assert not terminated.any() and (reward == rewards).all()
+    assert all(x.flags.writeable for x in (seen, reward, terminated, cut))
 
 
 def test_an_episode_has_its_frames_and_no_step_crosses_its_end():

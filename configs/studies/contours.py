@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 
 from configs.studies import scales
 
-TIMES = {'smoke': (2,), 'laptop': (3, 11), 'paper': (7, 84)}
+TIMES = {'smoke': (2,), 'digits': (3, 8), 'laptop': (3, 11), 'paper': (7, 84)}
 SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
 SALT_AND_PEPPER = (0.01, 0.05, 0.2)
-PIXELS = {'smoke': (4, 6), 'laptop': (8, 16, 24), 'paper': (8, 16, 24)}
+PIXELS = {'smoke': (4, 6), 'digits': (4, 6), 'laptop': (8, 16, 24), 'paper': (8, 16, 24)}
 
 
 def get_config(variant: str = 'laptop') -> ConfigDict:

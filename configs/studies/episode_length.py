@@ -14,6 +14,7 @@ from configs.studies import scales
 
 LENGTHS = {
   'smoke': (4, 64),
+  'digits': (4, 8, 16, 64, 256, 1024),
   'laptop': (4, 8, 16, 64, 256, 1024),
   'paper': (4, 8, 16, 64, 256, 1024),
 }

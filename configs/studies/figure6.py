@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from configs.studies import scales
 
-TIMES = {'smoke': (4, 2, 1), 'laptop': (11, 3, 1), 'paper': (84, 7, 1)}
+TIMES = {'smoke': (4, 2, 1), 'digits': (8, 3, 1), 'laptop': (11, 3, 1), 'paper': (84, 7, 1)}
 
 
 def get_config(variant: str = 'laptop') -> ConfigDict:

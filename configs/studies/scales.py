@@ -96,6 +96,7 @@ def small_pictures() -> ConfigDict:
   """configs/digits.py with the paper's loss."""
   c = digits.get_config()
   c.simsiam.update(dict(objective='simsiam', temperature=0.5, mask_episode=False))
+  c.diversity.num_images = 300
   return c
 
 
@@ -132,7 +133,6 @@ def smoke() -> ConfigDict:
   )
   for method in ('finetune', 'supervised'):
     c.probe[method].update(dict(epochs=2, warmup=0.2))
-  c.diversity.num_images = 300
   return c
 
 

@@ -73,7 +73,7 @@ class LatentManifoldVectorEnv(gymnasium.vector.VectorEnv):
     self._key, key = jax.random.split(self._key)
     observations, self._state = self._reset(self.params, key)
     self._count = 0
-    return np.asarray(observations), {}
+    return np.array(observations), {}
 
   def step(
     self, actions: np.ndarray
@@ -85,6 +85,7 @@ class LatentManifoldVectorEnv(gymnasium.vector.VectorEnv):
 
     Returns:
       observations (E, ...), rewards (E,) float32, terminations (all False), truncations (E,), {}.
+      The arrays are the caller's own: agents add to rewards in place.
 
     Raises:
       UserError: before `reset`, or actions of another shape.
@@ -95,7 +96,7 @@ class LatentManifoldVectorEnv(gymnasium.vector.VectorEnv):
     )
     self._count += 1
     never = np.zeros(self.num_envs, bool)
-    return np.asarray(observations), np.asarray(rewards), never, np.asarray(truncated), {}
+    return np.array(observations), np.array(rewards), never, np.array(truncated), {}
 
   def render(self) -> tuple[np.ndarray, ...] | None:
     """The pictures that the environments show: (H, W, 3) uint8 each."""
