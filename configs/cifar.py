@@ -13,8 +13,8 @@ The paper contradicts itself on alpha and beta, so both readings have a name: `p
 0.95: sections 4.1 and 6) and `paper_fig5` (0.95, 0.75: the best cell of Figure 5). Append one:
 configs/cifar.py:small,paper_fig5. `able` gives the agent settings with which it is able to act.
 `small,best` is what taught most at that size, and not the paper's method: 64.4% linear and 60.6%
-kNN on those pictures (one seed, 345,600 env steps, 8,076 updates: by --job=benchmark 45 minutes of
-two quiet cores).
+kNN on those pictures (one seed, 345,600 env steps, 8,076 updates: by --job=benchmark 41 and
+45 minutes of two quiet cores).
 
 `small` plays in the bundled generator; --config.generator.path= trains one (about 130 images/s on
 two CPU cores). Measured once: 5.5 minutes for pretraining, 15 for the whole probe, 1.8 GB. Linear

@@ -9,7 +9,7 @@ The variants:
 
 Both play in the bundled generator and see features of the random encoder, in episodes of one class
 (automobiles). Goals of `laptop` differ in two coordinates of the latent, as the point robot's lie
-on a circle. It took 26 minutes beside other work; its settings are not tuned. Results:
+on a circle. It took 25 minutes beside other work; its settings are not tuned. Results:
 palm_jax/meta/README.md.
 """
 

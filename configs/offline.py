@@ -52,11 +52,11 @@ def get_config(variant: str = 'laptop') -> ConfigDict:
   c.environment.episode_length = 64
   c.world.label = 1  # one class: the oracle knows a latent, and whose it is
   c.sac.gamma = 0.9  # the latent forgets within some eight steps
-  c.sac.init_alpha = 0.2 / 64
+  c.sac.init_alpha = 0.2 / c.generator.z_dim
   c.offline.update(dict(rollout_length=64, updates=6000, judge_every=1000))
   # The original's kernel is for some seven actions. Of 64 any two policies are far apart in it:
   # imitation alone leaves a discrepancy of 0.22, with this one 0.01 to 0.06 (one run a record).
-  c.offline.bear.update(dict(sigma=10.0 * 64, threshold=0.06, warmup_updates=4000))
+  c.offline.bear.update(dict(sigma=10.0 * c.generator.z_dim, threshold=0.06, warmup_updates=4000))
   if variant == 'smoke':
     c.environment.episode_length = 8
     c.offline.update(

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from palm_jax.base import signals
+from palm_jax.base import files, signals
 
 pytestmark = pytest.mark.usefixtures('terminal')
 
@@ -127,6 +127,8 @@ def test_an_interruption_in_a_chain_of_causes_is_raised(kind):
     fail()
   with pytest.raises(kind):
     signals.raise_if_interrupted(caught.value)
+  with pytest.raises(kind), files.reading(str):
+    fail()
   signals.raise_if_interrupted(ValueError('of its own'))
 
 

@@ -18,13 +18,13 @@ from configs.studies import scales
 TIMES = {'smoke': (2,), 'digits': (3, 8), 'laptop': (3, 11), 'paper': (7, 84)}
 SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
 SALT_AND_PEPPER = (0.01, 0.05, 0.2)
-PIXELS = {'smoke': (4, 6), 'digits': (4, 6), 'laptop': (8, 16, 24), 'paper': (8, 16, 24)}
 
 
 def get_config(variant: str = 'laptop') -> ConfigDict:
   """The config of a scale; see above."""
   b = scales.base('contours', variant)
   c = b.config
+  sides = (4, 6) if b.scale in scales.WITHOUT_WORDS else (8, 16, 24)  # pictures of 8x8, or 32x32
   c.probe.update(
     dict(
       methods=(b.method,),
@@ -32,7 +32,7 @@ def get_config(variant: str = 'laptop') -> ConfigDict:
       coarse='cifar100' in c.data.name,
       corruptions=(
         *(f'salt_pepper:{share}' for share in SALT_AND_PEPPER),
-        *(f'downsample:{size}' for size in PIXELS[b.scale]),
+        *(f'downsample:{size}' for size in sides),
       ),
     )
   )
@@ -55,9 +55,7 @@ def get_config(variant: str = 'laptop') -> ConfigDict:
       ('accuracy by salt and pepper', corrupted('salt_pepper', share), share)
       for share in SALT_AND_PEPPER
     ]
-    found += [
-      ('accuracy by pixels left', corrupted('downsample', size), size) for size in PIXELS[b.scale]
-    ]
+    found += [('accuracy by pixels left', corrupted('downsample', size), size) for size in sides]
     if c.probe.coarse:
       found += [
         ('accuracy by classes', row(1, labels), classes)

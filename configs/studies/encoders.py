@@ -3,7 +3,7 @@ r"""Every encoder and every objective, each beside its own untrained encoder.
   python -m palm_jax.main --config=configs/studies/encoders.py:smoke
   python -m palm_jax.main --config=configs/studies/encoders.py:digits
 
-digits: configs/digits.py with half its env steps, 33 runs of 2 to 5 minutes of one core in one
+digits: configs/digits.py with half its env steps, 33 runs of 1 to 7 minutes of one core in one
 generator, which is trained first. The Nature CNN needs pictures of 36 pixels a side and more, so it
 is not here. VICReg diverged at the others' learning rate; the rates here were not searched.
 """

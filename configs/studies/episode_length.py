@@ -12,20 +12,16 @@ from ml_collections import ConfigDict
 
 from configs.studies import scales
 
-LENGTHS = {
-  'smoke': (4, 64),
-  'digits': (4, 8, 16, 64, 256, 1024),
-  'laptop': (4, 8, 16, 64, 256, 1024),
-  'paper': (4, 8, 16, 64, 256, 1024),
-}
+LENGTHS = 4, 8, 16, 64, 256, 1024
 
 
 def get_config(variant: str = 'laptop') -> ConfigDict:
   """The config of a scale; see above."""
   b = scales.base('episode_length', variant)
   c = b.config
+  lengths = (4, 64) if b.scale == 'smoke' else LENGTHS
   c.study.arms = tuple(
-    ('PALM', f'environment.episode_length={length}', length) for length in LENGTHS[b.scale]
+    ('PALM', f'environment.episode_length={length}', length) for length in lengths
   )
   c.study.reference = 'PALM @ 64'
   c.study.axis = 'frames an episode'

@@ -1,7 +1,7 @@
 """What the studies start from, at four scales.
 
   smoke   digits of scikit-learn, seconds a run: shows that a study works; its numbers say nothing
-  digits  configs/digits.py with SimSiam's loss, 2 minutes a run on one core
+  digits  configs/digits.py with SimSiam's loss, some 2 minutes a run on one core
   laptop  configs/cifar.py:small on two CPU cores, about 6 minutes a run (5 of pretraining, 1 of
           probe); needs --config.data.name
   paper   configs/cifar.py: accelerators; trains its generator first

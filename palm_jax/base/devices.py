@@ -33,7 +33,7 @@ def configure() -> None:
 
 
 def jit_once(f: Callable, out_shardings: Any = None) -> Any:
-  """jax.jit of a large program that runs once, such as a first state.
+  """jax.jit of a large program that runs once, such as a first state; not within another trace.
 
   On CPU LLVM's dearer passes take half of the time that it is compiled in, and change no bit of it.
   """

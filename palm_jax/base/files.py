@@ -9,13 +9,13 @@ import pathlib
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from absl import logging
 
 from palm_jax.base import signals
-from palm_jax.base.errors import UserError
+from palm_jax.base.errors import UserError, one_line
 
 try:
   import fcntl
@@ -102,6 +102,25 @@ def replacing(path: str | os.PathLike, mode: str = 'wb') -> Iterator[IO]:
   finally:
     part.unlink(missing_ok=True)
     signals.unfinished.discard(part)
+
+
+@contextlib.contextmanager
+def reading(tell: Callable[[str], str]) -> Iterator[None]:
+  """Reads by a library that damaged bytes may lead into any error.
+
+  Args:
+    tell: the library's error in one line -> the message about the file.
+
+  Raises:
+    UserError: where the library raises anything, unless it was an interruption that led to it.
+  """
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:
+    signals.raise_if_interrupted(error)
+    raise UserError(tell(one_line(error))) from error
 
 
 def remedy(error: OSError) -> str:

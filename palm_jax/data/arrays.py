@@ -11,6 +11,7 @@ import scipy.io
 from absl import logging
 
 from palm_jax.base.errors import UserError, one_line
+from palm_jax.base.files import reading
 from palm_jax.base.signals import raise_if_interrupted
 from palm_jax.data import published
 
@@ -299,13 +300,8 @@ def read_mat(path: pathlib.Path) -> Found:
     UserError: damaged, or of another form.
   """
   form = 'expected SVHN format 2: X (height, width, 3, N) uint8 and y (N, 1) with 1..10'
-  try:
+  with reading(lambda why: f'{path}: not a readable MATLAB 5 file ({why}); {form}; fetch it again'):
     content = scipy.io.loadmat(path, variable_names=('X', 'y'))
-  except Exception as error:  # scipy raises whatever the damaged bytes lead to.
-    raise_if_interrupted(error)
-    raise UserError(
-      f'{path}: not a readable MATLAB 5 file ({one_line(error)}); {form}; fetch it again'
-    ) from error
   if not {'X', 'y'} <= content.keys() or content['X'].ndim != 4:
     found = ', '.join(f'{key} {content[key].shape}' for key in content if key in ('X', 'y'))
     raise UserError(f'{path} holds {found or "neither X nor y"}; {form}')

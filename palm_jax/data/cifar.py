@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from palm_jax.base.errors import UserError, one_line
+from palm_jax.base.files import reading
 from palm_jax.base.signals import raise_if_interrupted
 from palm_jax.data import published, safe_pickle
 from palm_jax.data.arrays import Found, Split
@@ -150,7 +151,7 @@ def _unpack(path):
   """(key of _LAYOUTS, {file: bytes}) of an archive."""
   found = collections.defaultdict(dict)
   kind = '.tar.gz' if path.name.endswith(_ZIPPED) else '.tar'
-  try:
+  with reading(lambda why: f'{path}: damaged or not a {kind} ({why}); fetch it again'):
     unzip = gzip.open(path) if kind == '.tar.gz' else path.open('rb')
     with unzip as unzipped, tarfile.open(fileobj=unzipped, mode='r|') as tar:
       for member in tar:
@@ -166,13 +167,6 @@ def _unpack(path):
           found[folder][name] = content.read()
       while unzipped.read(1 << 20):  # gzip compares its checksum only at the end of the stream.
         pass
-  except UserError:
-    raise
-  except Exception as error:  # gzip, zlib and tarfile each have their own.
-    raise_if_interrupted(error)
-    raise UserError(
-      f'{path}: damaged or not a {kind} ({one_line(error)}); fetch it again'
-    ) from error
   if len(found) != 1:
     raise UserError(
       f'{path} holds {" and ".join(found) or "no CIFAR folder"}; expected one of '
@@ -242,10 +236,7 @@ def _item(content, key, where):
 
 
 def _unpickle(raw, where):
-  try:
+  with reading(
+    lambda why: f'{where}: damaged, or not a CIFAR pickle ({why}); fetch the archive again'
+  ):
     return safe_pickle.load(raw)
-  except Exception as error:  # The pickle module's own documentation: any exception may be raised.
-    raise_if_interrupted(error)
-    raise UserError(
-      f'{where}: damaged, or not a CIFAR pickle ({one_line(error)}); fetch the archive again'
-    ) from error

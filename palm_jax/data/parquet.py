@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from palm_jax.base.errors import UserError, one_line
-from palm_jax.base.signals import raise_if_interrupted
+from palm_jax.base.errors import UserError
+from palm_jax.base.files import reading
 from palm_jax.data import decoding, published
 from palm_jax.data.arrays import Found, Split, refuse_expansion
 from palm_jax.data.folders import log_skipped
@@ -110,7 +110,7 @@ def _read_file(path, label_set):
     import pyarrow.parquet  # Here, because no other source needs it.
   except ImportError as error:
     raise UserError(f'{path} needs pyarrow; run: pip install pyarrow') from error
-  try:
+  with reading(lambda why: f'{path}: damaged or not a {SUFFIX} ({why}); fetch it again'):
     with pyarrow.parquet.ParquetFile(path) as file:
       columns = _choose(path, file.schema_arrow, label_set, pyarrow.types)
       wanted = [name for name in (columns.image, columns.label) if name]
@@ -124,13 +124,6 @@ def _read_file(path, label_set):
         refuse_expansion(path, size)
         encoded += pictures
         labels += batch.column(columns.label).to_pylist() if columns.label else [0] * len(pictures)
-  except UserError:
-    raise
-  except Exception as error:  # pyarrow raises whatever the damaged bytes lead to
-    raise_if_interrupted(error)
-    raise UserError(
-      f'{path}: damaged or not a {SUFFIX} ({one_line(error)}); fetch it again'
-    ) from error
   if not encoded:
     raise UserError(f'{path} has no rows; expected one a picture; remove it or fetch it again')
   for row, (picture, label) in enumerate(zip(encoded, labels, strict=True)):

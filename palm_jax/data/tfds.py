@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from palm_jax.base.errors import UserError, one_line
+from palm_jax.base.files import reading
 from palm_jax.base.signals import raise_if_interrupted
 from palm_jax.data import decoding
 from palm_jax.data.arrays import Found, Split
@@ -85,14 +86,10 @@ def _read_split(builder, part, key, size):
   except (AssertionError, KeyError, ValueError):
     return None
   where = f'tfds:{builder.info.full_name} ({part})'
-  try:
+  with reading(
+    lambda why: f'{where}: damaged ({why}); remove {builder.data_dir} and prepare it again'
+  ):
     pairs = [(example['image'], example[key]) for example in examples]
-  # array_record and the image decoder raise whatever the damaged bytes lead to.
-  except Exception as error:
-    raise_if_interrupted(error)
-    raise UserError(
-      f'{where}: damaged ({one_line(error)}); remove {builder.data_dir} and prepare it again'
-    ) from error
   if size and len({image.shape[:2] for image, _ in pairs}) > 1:
     pairs = [(decoding.fit_array(image, size), label) for image, label in pairs]
   if len({image.shape for image, _ in pairs}) != 1:

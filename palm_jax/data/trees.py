@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from palm_jax.base.errors import UserError, one_line
+from palm_jax.base.files import reading
 from palm_jax.base.signals import raise_if_interrupted
 from palm_jax.data.arrays import refuse_expansion
 from palm_jax.data.decoding import Source, is_picture
@@ -158,13 +159,8 @@ def _of_zip(path, file):
   by_name = {'/'.join(_parts(info.filename)): info for info in infos if not info.is_dir()}
 
   def read(name):
-    try:
+    with reading(lambda why: f'{path}: {name} is damaged ({why}); make or fetch the archive again'):
       return io.BytesIO(file.read(by_name[name]))
-    except Exception as error:
-      raise_if_interrupted(error)
-      raise UserError(
-        f'{path}: {name} is damaged ({one_line(error)}); make or fetch the archive again'
-      ) from error
 
   return _of_members(path, {info.filename: info.is_dir() for info in infos}, read)
 

@@ -5,8 +5,8 @@ import pathlib
 import numpy as np
 from ml_collections import ConfigDict
 
-from palm_jax.base.errors import UserError, one_line
-from palm_jax.base.signals import raise_if_interrupted
+from palm_jax.base.errors import UserError
+from palm_jax.base.files import reading
 from palm_jax.data.arrays import check_expansion
 
 
@@ -29,18 +29,14 @@ def load_foreign(config: ConfigDict, counts: dict[str, int]) -> dict[str, np.nda
   path = config.features.path
   if not path:
     return {}
-  try:
+  tell = lambda why: (
+    f'features.path={path} cannot be read ({why}): give an .npz file with train_features and '
+    'test_features'
+  )
+  with reading(tell):
     check_expansion(pathlib.Path(path))
     with np.load(path, allow_pickle=False) as file:
       arrays = dict(file)
-  except UserError:
-    raise
-  except Exception as error:  # a damaged zip or header raises nearly anything
-    raise_if_interrupted(error)
-    raise UserError(
-      f'features.path={path} cannot be read ({one_line(error)}): give an .npz file '
-      'with train_features and test_features'
-    ) from error
   parts = {}
   for part, count in counts.items():
     name = part if part.startswith('ood_') else f'{part}_features'

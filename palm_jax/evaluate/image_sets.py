@@ -7,9 +7,9 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from palm_jax.base.errors import UserError, one_line
+from palm_jax.base.errors import UserError
+from palm_jax.base.files import reading
 from palm_jax.base.metrics import Progress
-from palm_jax.base.signals import raise_if_interrupted
 from palm_jax.data import arrays, decoding, published
 from palm_jax.data.arrays import Split
 from palm_jax.data.load import load as load_data
@@ -165,17 +165,14 @@ def interpolate(split: Split, mode: str) -> tuple[np.ndarray, str]:
 
 
 def _read_npz(path):
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      found = file.files
-      key = next((key for key in ('images', 'test_images') if key in file), None)
-      images = file[key] if key else None
-  except Exception as error:  # a damaged zip or header raises nearly anything
-    raise_if_interrupted(error)
-    raise UserError(
-      f'{path}: not a readable .npz of plain arrays ({one_line(error)}); '
-      'write it again with numpy.savez_compressed'
-    ) from error
+  tell = lambda why: (
+    f'{path}: not a readable .npz of plain arrays ({why}); write it again with '
+    'numpy.savez_compressed'
+  )
+  with reading(tell), np.load(path, allow_pickle=False) as file:
+    found = file.files
+    key = next((key for key in ('images', 'test_images') if key in file), None)
+    images = file[key] if key else None
   if images is None:
     raise UserError(
       f'{path} holds {", ".join(found) or "nothing"}; expected images (N, H, W, C) uint8'
