@@ -107,7 +107,8 @@ def able(c: ConfigDict) -> None:
   )
   # A latent forgets in 1 / (1 - beta) steps, and the value looks twice as far.
   c.sac.gamma = (1 + c.environment.get_ref('beta')) / 2
-  # The entropy is a sum over the actions' dimensions, the reward is not.
+  # The entropy is a sum over the actions' dimensions, the reward is not. Set it where you give a
+  # generator of another z_dim.
   c.sac.init_alpha = 0.2 / c.generator.z_dim
 
 

@@ -50,6 +50,8 @@ def get_config() -> ConfigDict:
   c.replay.capacity = 65_536  # 4 MB of frames
   c.encoder.width = 16
   c.probe.methods = ('lbfgs', 'knn')
+  for trained in (c.probe.finetune, c.probe.supervised, c.ood.finetune):
+    trained.augment = 'none'  # mirrors make other digits
   c.quality.update(dict(num_images=10_000, proxy_epochs=15))
   # In so few updates the contrastive loss learns what SimSiam's, the paper's, does not, and the
   # learning rate is ten times the paper's.

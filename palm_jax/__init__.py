@@ -11,8 +11,19 @@ if TYPE_CHECKING:
 
 __version__ = '0.1.0'
 
-if pathlib.Path(sys.argv[0] if sys.argv else '').stem in ('-m', 'palm'):
-  # A command of this package, whose imports take seconds.
+
+def _is_command():
+  """Whether this process is `python -m palm_jax...` or the script `palm`."""
+  script = pathlib.Path(sys.argv[0] if sys.argv else '')
+  if script.name != '-m':
+    return script.stem == 'palm' and script.suffix in ('', '.exe')
+  # Python is importing the packages of the module to run, whose name stands before its arguments.
+  word = next(iter(sys.orig_argv[-len(sys.argv) :]), '')
+  name = word.rpartition('-m')[2]  # of `-mNAME` as well
+  return name.partition('.')[0] == 'palm_jax'
+
+
+if _is_command():  # its imports take seconds
   from palm_jax.base import signals
 
   signals.watch(importing=True)

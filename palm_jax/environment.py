@@ -10,6 +10,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from palm_jax.base import checks
@@ -147,8 +148,15 @@ def composed_variance(alpha: Any, action_var: Any = ACTION_VARIANCE) -> Any:
   return alpha**2 * action_var + (1 - alpha) ** 2
 
 
-def memory_factor(beta: Any) -> Any:
-  """kappa = (1 - beta) / (1 + beta): what T_ema leaves of the variance of independent z'."""
+def memory_factor(dynamics: Dynamics) -> Any:
+  """kappa: what the dynamics leave of the variance of independent z' beside their mean's square.
+
+  T_ema's (1 - beta) / (1 + beta), also of 'ou', which enlarges both alike; 'momentum' is
+  z_t = 2 beta z_{t-1} - beta z_{t-2} + (1 - beta) z'.
+  """
+  beta = dynamics.beta
+  if dynamics.kind == 'momentum':
+    return (1 + beta) / (1 + 3 * beta)
   return (1 - beta) / (1 + beta)
 
 
@@ -156,11 +164,11 @@ def mean_direction(dynamics: Dynamics, action_mean: Any, action_var: Any) -> Any
   """R in [0, 1], length of the mean unit latent of a policy whose actions have one mean.
 
   0: latents go anywhere; 1: all one way, a cone. With `action_mean` the root mean square over
-  dimensions, R^2 = alpha^2 m^2 / (alpha^2 m^2 + kappa v), for 'ema' and 'ou' alike, in episodes
-  that are long against 1 / (1 - beta).
+  dimensions, R^2 = alpha^2 m^2 / (alpha^2 m^2 + kappa v), in episodes that are long against
+  1 / (1 - beta).
   """
   toward = (dynamics.alpha * action_mean) ** 2
-  about = memory_factor(dynamics.beta) * composed_variance(dynamics.alpha, action_var)
+  about = memory_factor(dynamics) * composed_variance(dynamics.alpha, action_var)
   return jnp.sqrt(toward / jnp.maximum(toward + about, 1e-12))
 
 
@@ -169,7 +177,7 @@ def first_scale(dynamics: Dynamics) -> Any:
   if dynamics.start == 'latent':
     return 1.0
   variance = composed_variance(dynamics.alpha)
-  return jnp.sqrt(variance if dynamics.kind == 'ou' else memory_factor(dynamics.beta) * variance)
+  return jnp.sqrt(variance if dynamics.kind == 'ou' else memory_factor(dynamics) * variance)
 
 
 def reset(
@@ -319,4 +327,6 @@ def see(seen: jax.Array, pictures: jax.Array, step: jax.Array) -> jax.Array:
 def staggered_steps(env_ids: jax.Array, num_envs: int, episode_length: int) -> jax.Array:
   """First step of each environment, spread evenly over an episode so that ends do not coincide.
   (E,) int32."""
-  return (env_ids * episode_length // num_envs).astype(jnp.int32)
+  # On the host: the product may have more than 31 bits.
+  steps = np.arange(num_envs, dtype=np.int64) * episode_length // num_envs
+  return jnp.asarray(steps, jnp.int32)[env_ids]

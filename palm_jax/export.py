@@ -90,7 +90,9 @@ def export(
       f'--format={format} is unknown: expected one of '
       f'{", ".join(FORMATS)}{checks.nearest(format, FORMATS)}'
     )
+  workdir = pathlib.Path(os.path.expanduser(workdir))
   if out is not None:
+    out = os.path.expanduser(out)
     suffix = pathlib.Path(FORMATS[format]).suffix
     if not pathlib.Path(out).absolute().parent.is_dir():
       raise UserError(f'--out={out}: its folder is missing; make it, or name a file in another')
@@ -102,7 +104,7 @@ def export(
   if format == 'onnx':
     onnx_file.import_onnx()
   config, variables, step = load_run(workdir, step)
-  path = pathlib.Path(out or pathlib.Path(workdir) / FORMATS[format])
+  path = pathlib.Path(out or workdir / FORMATS[format])
   try:
     save(path, format, config['encoder'], variables, step)
   except OSError as e:
@@ -190,7 +192,7 @@ def load(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any], dict[
   Raises:
     UserError: no such file, one of another kind, or damage.
   """
-  arrays, metadata = read_arrays(path)
+  arrays, metadata = read_arrays(os.path.expanduser(path))
   if metadata.get('format') != 'safetensors' or ENCODER_KEY not in metadata:
     raise UserError(
       f'{path} is no encoder under the names of palm_jax: give a file that palm_jax.export wrote '

@@ -78,11 +78,13 @@ class Job:
     fetch: with --download, gets what the job needs besides config.data.
     clean: removes what only an incomplete job needs, when its result has been written.
     table: the result as text, for the screen.
-    reads: what it reads of the workdir: 'generator' (or that of config.generator.path), 'pretrain'.
-      Its result is of their newest checkpoints, and no longer fits when there are newer ones.
+    reads: what it reads of the workdir: 'generator' (or that of config.generator.path), 'pretrain',
+      or of another: 'encoder' (that of config.world.encoder). Its result is of their newest
+      checkpoints, and no longer fits when there are newer ones.
     result: where the result lies in the workdir; '' is results/<name>.json.
     judges: whether it only judges what other jobs made; its section of the config may then change
       until it has a result.
+    judges_with: section of another job that judges, which it reads, too.
     claims: whether the workdir becomes the config's, the job is skipped where its result is
       there, and the result is written. False for jobs that run whenever they are asked for.
   """
@@ -98,4 +100,5 @@ class Job:
   reads: tuple[str, ...] = ()
   result: str = ''
   judges: bool = False
+  judges_with: str = ''
   claims: bool = True

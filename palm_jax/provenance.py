@@ -5,6 +5,7 @@ A digest of each stands in the result, and in the checkpoints on the way to it.
 
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,9 +35,14 @@ def made_from(job: Job, this: Run) -> dict[str, Any]:
   if job.needs_data(this.config):
     found['data'] = {'sha256': this.data_digest}
   if 'generator' in job.reads:
-    found['generator'] = _generator(pathlib.Path(this.config.generator.path or this.workdir))
+    judged = this.config.quality.path if job.name == 'quality' else ''
+    path = os.path.expanduser(judged or this.config.generator.path or this.workdir)
+    found['generator'] = _generator(pathlib.Path(path))
   if 'pretrain' in job.reads:
     found['pretrain'] = newest_step(this.workdir / 'pretrain')
+  if 'encoder' in job.reads and this.config.world.encoder != 'random':
+    seeing = os.path.expanduser(this.config.world.encoder)
+    found['encoder'] = newest_step(pathlib.Path(seeing) / 'pretrain')
   return {name: about for name, about in found.items() if about.get('sha256')}
 
 

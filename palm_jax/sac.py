@@ -71,6 +71,11 @@ def check(c: ConfigDict) -> None:
   checks.ranges('sac', c, RANGES)
   checks.within('sac.log_std_min', c.log_std_min, checks.Range(-100, c.log_std_max))
   checks.choice('sac.features', c.features, FEATURES)
+  if c.policies > 1 and c.policy_every < c.updates_per_batch:
+    raise UserError(
+      f'sac.policy_every={c.policy_every} is less than sac.updates_per_batch='
+      f'{c.updates_per_batch}: a past policy is kept once a batch at most; raise the first'
+    )
   if c.neutral_start and not c.log_std_min < math.log(NEUTRAL_STD) < c.log_std_max:
     raise UserError(
       f'sac.neutral_start with log_std in [{c.log_std_min}, {c.log_std_max}]: it begins at '

@@ -59,11 +59,18 @@ class Setup(rollout.Play):
 
 def make_setup(config: ConfigDict, generator: Any, num_devices: int) -> Setup:
   """Setup of a config that pretrain.check accepts; UserError where the generator does not fit."""
-  drawn = config.pairs.source in pairs.DRAWS
+  source = pairs.SOURCES[config.pairs.source]
+  drawn = config.pairs.source in pairs.DRAWS and source.needs != 'images'  # labels are of the data
   if config.simsiam.objective == 'supcon' and drawn and not generator.num_classes:
     raise UserError(
       "simsiam.objective='supcon' with a generator without classes makes one class of everything: "
       'choose another'
+    )
+  grey = generator.image_shape[-1] == 1
+  if config.simsiam.augment == 'simsiam' and grey and config.environment.stack == 3:
+    raise UserError(
+      "simsiam.augment='simsiam' would take environment.stack=3 grey pictures for the colours of "
+      "one: choose another number, or augment='shift_flip'"
     )
   p, c = config.pretrain, config.simsiam
   steps_per_iteration = p.rollout_length * p.num_envs
@@ -81,7 +88,7 @@ def make_setup(config: ConfigDict, generator: Any, num_devices: int) -> Setup:
     real=real,
     action_dtype=replay.ACTION_DTYPES[config.replay.actions] or real,
     num_devices=num_devices,
-    source=pairs.SOURCES[config.pairs.source],
+    source=source,
     modules=simsiam.make_modules(encoder, c, 'data', dtype),
     optimizer=make_optimizer(c, num_updates, p.batch_size),
     target_rate=objectives.target_rate(c.tau, num_updates),

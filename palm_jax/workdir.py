@@ -9,7 +9,7 @@ import pathlib
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import jax
 from absl import logging
@@ -26,6 +26,8 @@ from palm_jax.job import Job
 PATIENCE = 120  # seconds: so long a file server may hold what a lost machine had
 # Sections that may change at any time.
 FREE = 'name', 'jobs', 'plan', 'benchmark', 'features', 'report'
+# But for these, once one of their jobs has a result.
+BOUND = {'features.path': ('probe', 'ood')}
 ABSENT = '(absent)'
 # Settings that came later: what was made without them was made as with these values.
 ADDED = {
@@ -118,6 +120,26 @@ def claim(
   compare(workdir, config, jobs)
 
 
+def as_there(workdir: pathlib.Path, config: ConfigDict, sections: Collection[str]) -> ConfigDict:
+  """The config with some sections as the workdir's config.json has them, where it has them.
+
+  For sections that the jobs at hand do not read: what others made with theirs there stays theirs.
+  """
+  try:
+    saved = checks.flatten(json.loads((workdir / CONFIG).read_text()))
+  except (OSError, ValueError, AttributeError, RecursionError):
+    return config  # nobody's yet, or damaged: `claim` says so
+  now = checks.flatten(config.to_dict())
+  there = {
+    key: tuple(saved[key]) if isinstance(value, tuple) else saved[key]
+    for key, value in now.items()
+    if _section(key) in sections and key in saved
+  }
+  config = config.copy_and_resolve_references()
+  config.update_from_flattened_dict(there)
+  return config
+
+
 def restore(workdir: pathlib.Path, config: ConfigDict) -> None:
   """Writes config.json again where it was removed while a job of its config ran."""
   if not is_claimed(workdir):
@@ -179,8 +201,10 @@ def _fits(workdir, now, jobs):
 
 def _tidy(workdir, names):
   """Removes what killed commands left; no other command works here."""
-  for name in names:
-    _lock_path(workdir, name).unlink(missing_ok=True)
+  for path in (_lock_path(workdir, name) for name in names):
+    if path.exists():
+      with locked(path):  # removes it; but not where another command has begun meanwhile
+        pass
   _remove_damaged_programs(workdir / COMPILED)
   for folder, folders, files in os.walk(workdir):
     for name in [name for name in folders if re.fullmatch(r'\d+\.damaged', name)]:
@@ -252,13 +276,15 @@ def _locked(path):
 
 def _refuse_differences(workdir, saved, wanted, jobs):
   """Raises UserError where a setting differs that something in the workdir was made with."""
-  judges = [job for job in jobs if job.judges]
-  free = [*FREE, *(job.name for job in judges if not result_path(workdir, job).exists())]
-  differ = {}
+  judges = {job.name: result_path(workdir, job).exists() for job in jobs if job.judges}
+  free = {*FREE, *(name for name, judged in judges.items() if not judged)}
+  differ, owners = {}, set()
   for key in sorted(saved.keys() | wanted.keys()):
     there, now = (config.get(key, ADDED.get(key, ABSENT)) for config in (saved, wanted))
-    if there != now and _section(key) not in free:
+    of = {name for name in BOUND.get(key, ()) if judges.get(name)} or {_section(key)}
+    if there != now and not of <= free:
       differ[key] = f'{key}: {there} there, {now} now'
+      owners |= of
   if not differ:
     return
   sections = sorted({_section(key) for key in differ})
@@ -267,8 +293,8 @@ def _refuse_differences(workdir, saved, wanted, jobs):
   if same_generator and (workdir / 'generator').exists():
     advice += f' (--config.generator.path={workdir} plays in the generator of this one)'
   advice += ', or go back to its config'
-  if set(sections) <= {job.name for job in judges}:
-    advice += ', or delete ' + ' and '.join(f'results/{name}.json' for name in sections)
+  if owners <= judges.keys():
+    advice += ', or delete ' + ' and '.join(f'results/{name}.json' for name in sorted(owners))
   raise UserError(
     f'{workdir} was made with another config ({"; ".join(differ.values())}): {advice}'
   )

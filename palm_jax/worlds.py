@@ -1,5 +1,6 @@
 """The world that a config describes: its generator and dynamics, on the devices."""
 
+import os
 import pathlib
 from typing import Any
 
@@ -26,7 +27,7 @@ def load_world_generator(config: ConfigDict, workdir: pathlib.Path) -> Any:
   Raises:
     UserError: none there, a damaged one, or one whose pictures the crop leaves nothing of.
   """
-  path = pathlib.Path(config.generator.path or workdir)
+  path = pathlib.Path(os.path.expanduser(config.generator.path or workdir))
   generator = load_generator(config.generator.path or workdir)
   is_run = (path / 'config.json').exists() and (path / 'generator').exists()
   if is_run and not (path / 'results' / 'generator.json').exists():

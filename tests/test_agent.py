@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from configs import cifar
 from palm_jax import agent, environment, pretrain, reward, sac
 from palm_jax.base import devices
+from palm_jax.base.errors import UserError
 from tests.worlds import tiny_config
 
 B, F, D, A = 16, 5, 4, 3
@@ -117,6 +118,14 @@ def test_an_episode_is_played_by_one_of_the_past_policies():
   which = np.array([min(possible, key=lambda n, a=a: np.abs(possible[n] - a).max()) for a in got])
   assert all(np.abs(possible[n] - a).max() < 1e-6 for n, a in zip(which, got, strict=True))
   assert set(which) == {2, 4, 5} and (which[::2] == which[1::2]).all()
+
+
+def test_past_policies_are_kept_between_batches():
+  c = config_of(policies=3, policy_every=2, updates_per_batch=2)
+  sac.check(c.sac)
+  c.sac.updates_per_batch = 4
+  with pytest.raises(UserError, match='sac.policy_every=2 is less than sac.updates_per_batch=4'):
+    sac.check(c.sac)
 
 
 def test_neighbours_are_sought_in_the_memory_too():
@@ -269,7 +278,7 @@ def test_it_learns_to_act_where_the_features_do_not_change():
   assert abs(before.mean() - random.mean()) < 3 * error  # not by its first actions
 
 
-EVERYTHING = dict(standardise=True, skill_dim=2, policies=3, policy_every=1, updates_per_batch=2)
+EVERYTHING = dict(standardise=True, skill_dim=2, policies=3, policy_every=2, updates_per_batch=2)
 
 
 @pytest.mark.slow

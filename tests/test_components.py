@@ -3,7 +3,8 @@
 import numpy as np
 from sklearn.decomposition import PCA
 
-from palm_jax.evaluate.components import principal_components
+from palm_jax.base import devices
+from palm_jax.evaluate.components import pixels_fit, principal_components
 
 
 def test_they_are_those_of_scikit_learn():
@@ -14,3 +15,11 @@ def test_they_are_those_of_scikit_learn():
   signs = np.sign(np.sum(got * want, axis=0))
   np.testing.assert_allclose(got, want * signs, atol=1e-3)
   assert got.dtype == np.float32
+
+
+def test_pixels_of_large_pictures_or_sets_are_no_features(monkeypatch, caplog):
+  assert pixels_fit(np.zeros((2, 64, 64, 3), np.uint8)) and not caplog.records
+  assert not pixels_fit(np.zeros((2, 96, 96, 3), np.uint8))
+  assert 'pictures of 27648 numbers (at most 12288)' in caplog.text
+  monkeypatch.setattr(devices, 'machine_memory', lambda: 10**6)
+  assert not pixels_fit(np.zeros((100, 32, 32, 3), np.uint8))

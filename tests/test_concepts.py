@@ -14,7 +14,7 @@ from configs import cifar
 from palm_jax import encoder
 from palm_jax.base.errors import UserError
 from palm_jax.data.arrays import Data, Split
-from palm_jax.evaluate import concepts
+from palm_jax.evaluate import concepts, features
 from palm_jax.layers.maps import feature_maps
 from palm_jax.report import concepts as section
 from palm_jax.report.read import Report, read_runs
@@ -105,10 +105,18 @@ def done(tmp_path_factory):
   (workdir / 'config.json').write_text(c.to_json_best_effort())
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(concepts, 'feature_maps', maps)
-    patch.setattr(concepts.checkpoint, 'load_encoder', lambda workdir: ({}, {}, 7))
+    encoder = features.Encoder('x', jax.tree_util.Partial(len, {}), '', dict(checkpoint_step=7))
+    patch.setattr(concepts.features, 'load_encoder', lambda *_: encoder)
     data = Data(split, split, ('a', 'b', 'c', 'd'), 'quarters')
     result = finish(concepts.JOB, c, workdir, data)
   return workdir, result, c
+
+
+def test_stacks_of_pictures_are_refused():
+  c = cifar.get_config('small')
+  c.environment.stack = 2
+  with pytest.raises(UserError, match='--job=concepts shows single pictures'):
+    concepts.check(c, 1)
 
 
 def test_the_job_finds_what_the_classes_show(done):

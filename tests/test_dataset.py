@@ -1,6 +1,7 @@
 """What a run recorded as a Minari data set, and back."""
 
 import json
+import shutil
 import types
 
 import gymnasium
@@ -10,8 +11,11 @@ import pytest
 
 from palm_jax import experience, pretrain, replay, rollout, worlds
 from palm_jax.base import devices
+from palm_jax.base.checkpoints import Checkpoints
+from palm_jax.base.digests import digest
 from palm_jax.base.errors import UserError
-from palm_jax.offline import datasets
+from palm_jax.offline import datasets, records
+from palm_jax.world import config as worlds_config
 from palm_jax.world import dataset, make
 from tests.worlds import LinearGenerator, tiny_config
 
@@ -88,13 +92,26 @@ def test_rewards_are_the_tasks(written, monkeypatch):
     np.testing.assert_allclose(episode.rewards, rewards, atol=1e-5)
 
 
-def test_features_feed_the_offline_agents(recorded, tmp_path):
-  folder = dataset.write(recorded[0], tmp_path, encoder='random', observations='features')
-  world, _ = make(GENERATOR, observations='features')
-  envs = types.SimpleNamespace(
+@pytest.fixture(scope='module')
+def of_class_1(recorded, tmp_path_factory):
+  """Features, for a goal of that class."""
+  root = tmp_path_factory.mktemp('features')
+  settings = dict(encoder='random', observations='features', task='goal', goal=3, label=1)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(worlds, 'load_world_generator', lambda config, workdir: GENERATOR)
+    return dataset.write(recorded[0], root, **settings)
+
+
+def envs_of():
+  return types.SimpleNamespace(
     single_observation_space=gymnasium.spaces.Box(-9, 9, (128,)),
     single_action_space=gymnasium.spaces.Box(-1, 1, (6,)),
   )
+
+
+def test_features_feed_the_offline_agents(of_class_1):
+  folder, envs = of_class_1, envs_of()
+  world, _ = make(GENERATOR, observations='features')
   record = datasets.load(str(folder), envs, dataset.identity(world))
   assert record.observations.shape[1] == 128 and record.actions.shape[1] == 6
   inside = record.episode[1:] == record.episode[:-1]
@@ -110,6 +127,58 @@ def test_features_feed_the_offline_agents(recorded, tmp_path):
   envs.single_action_space = gymnasium.spaces.Box(-1, 1, (5,))
   with pytest.raises(UserError, match=r'\(128, 6\) numbers, the environment has \(128, 5\)'):
     datasets.load(str(folder), envs)
+
+
+def test_a_set_of_a_class_has_its_episodes_only(recorded, of_class_1):
+  parts = list(experience.read(recorded[0] / 'pretrain' / 'experience'))
+  label, step = (np.concatenate([getattr(x, name) for x in parts]) for name in ('label', 'step'))
+  inside = (step[1:] > 0) & (label[1:] == 1)
+  record = datasets.load(str(of_class_1), envs_of())
+  assert 0 < len(record.rewards) == inside.sum() < inside.size / 2
+  # Whole are those from their first picture to their last.
+  rows, env = np.nonzero((step == LENGTH - 1) & (label == 1))
+  assert record.ended.sum() == (rows >= LENGTH - 1).sum() > 0
+  _, numbers = np.unique(record.episode, return_inverse=True)
+  returns = np.bincount(numbers, record.rewards)[numbers[record.ended]]
+  np.testing.assert_allclose(records.mean_return(record), returns.mean(), rtol=1e-5)
+
+
+def test_a_set_of_another_task_is_refused(of_class_1, caplog):
+  c = tiny_config()
+  c.world = worlds_config.default_config()
+  c.world.update(dict(label=1, goal=3))
+  load = lambda: datasets.load(str(of_class_1), envs_of(), None, c)
+  load()
+  assert not caplog.records
+  c.environment.alpha = 0.25
+  load()
+  [line] = [r.getMessage() for r in caplog.records]
+  assert 'in other dynamics (environment.alpha=0.5 there, 0.25 here)' in line
+  for section, key, value, there in (
+    ('world', 'task', 'entropy', "'goal'"),
+    ('world', 'goal', 0, 3),
+    ('world', 'label', -1, 1),
+    ('environment', 'truncation_psi', 0.5, 1.0),
+  ):
+    before, c[section][key] = c[section][key], value
+    with pytest.raises(UserError, match=f'{section}.{key}={there} there, {value!r} here.: give'):
+      load()
+    c[section][key] = before
+
+
+def test_pictures_of_another_generator_are_refused(recorded, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(recorded[0], workdir)
+  with Checkpoints(workdir / 'pretrain' / 'checkpoints') as checkpoints:
+    checkpoints.save(
+      1, {'encoder': {'x': np.zeros(1, np.float32)}}, {'world': digest(GENERATOR.variables, {})}
+    )
+  dataset._check_generator(workdir, tiny_config(), GENERATOR)
+  with Checkpoints(workdir / 'pretrain' / 'checkpoints') as checkpoints:
+    checkpoints.save(2, {'encoder': {'x': np.zeros(1, np.float32)}}, {'world': 'f' * 64})
+  with pytest.raises(UserError, match='of another generator than .* now .digest ffffffffffff'):
+    dataset.write(workdir, tmp_path / 'sets')
+  assert not (tmp_path / 'sets').exists()
 
 
 def test_mistakes_leave_nothing(recorded, written, tmp_path, monkeypatch):

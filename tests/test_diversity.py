@@ -152,58 +152,52 @@ def test_generated_sets_have_the_same_classes():
   assert not diversity_sets.generated(arms, KEY, 7, 0, LENGTH)['explored'](rows)[2].any()
 
 
-# ---- recorded episodes
+# ---- recorded frames
 
 
-def write_record(folder, rows=43, num_envs=6, length=LENGTH, rows_a_file=10):
-  """Episodes that begin at different rows; a latent is (its row, its environment, its step); a
-  label is of the episode."""
+def write_record(folder, rows=43, num_envs=6, rows_a_file=10):
+  """A latent is (its row, its environment); a label is of both."""
   row, env = np.meshgrid(np.arange(rows), np.arange(num_envs), indexing='ij')
-  step = (row + env) % length
-  label = (7 * ((row + env) // length) + env) % 5
   whole = Experience(
-    np.stack([row, env, step], -1).astype(np.float32), label.astype(np.int32), step.astype(np.int32)
+    np.stack([row, env], -1).astype(np.float32), label_of(row, env), row.astype(np.int32)
   )
   for first in range(0, rows, rows_a_file):
     experience.write(
       folder, first, Experience(*(jnp.asarray(x[first : first + rows_a_file]) for x in whole[:3]))
     )
-  complete = [
-    (e, start) for e in range(num_envs) for start in range(-e % length, rows - length + 1, length)
-  ]
-  return whole, complete
 
 
-def test_recorded_frames_are_one_of_each_complete_episode(tmp_path):
-  whole, complete = write_record(tmp_path)
-  z, labels = play.recorded(tmp_path, LENGTH, 1000, 0)
-  row, env, step = z.astype(int).T
-  assert sorted(zip(env, row - step, strict=True)) == sorted(complete)
-  np.testing.assert_array_equal(labels, whole.label[row, env])
+def label_of(row, env):
+  return ((7 * row + env) % 5).astype(np.int32)
+
+
+def test_every_recorded_frame_is_drawn_once(tmp_path):
+  write_record(tmp_path)
+  z, labels = play.recorded(tmp_path, 1000, 0)
+  row, env = z.astype(int).T
+  assert sorted(zip(row, env, strict=True)) == [(r, e) for r in range(43) for e in range(6)]
+  np.testing.assert_array_equal(labels, label_of(row, env))
   assert labels.dtype == np.int32
 
 
-def test_recorded_steps_and_episodes_are_uniform(tmp_path):
-  _, complete = write_record(tmp_path, num_envs=3, rows_a_file=50)
-  steps, episodes, n = np.zeros(LENGTH), dict.fromkeys(complete, 0), 300
+@pytest.mark.parametrize('rows_a_file', [2, 50])
+def test_recorded_frames_are_uniform(tmp_path, rows_a_file):
+  write_record(tmp_path, rows=7, num_envs=3, rows_a_file=rows_a_file)
+  counts, n = np.zeros((7, 3)), 300
   for seed in range(n):
-    z, _ = play.recorded(tmp_path, LENGTH, 5, seed)
-    assert len(z) == 5
-    for row, env, step in z.astype(int):
-      steps[step] += 1
-      episodes[env, row - step] += 1
-  for counts in (steps, np.array(list(episodes.values()))):
-    expected = 5 * n / len(counts)
-    assert np.abs(counts - expected).max() < 4.5 * np.sqrt(expected)
-  np.testing.assert_array_equal(z, play.recorded(tmp_path, LENGTH, 5, n - 1)[0])
+    z, labels = play.recorded(tmp_path, 5, seed)
+    row, env = z.astype(int).T
+    assert len(set(zip(row, env, strict=True))) == 5
+    np.testing.assert_array_equal(labels, label_of(row, env))
+    counts[row, env] += 1
+  expected = 5 * n / counts.size
+  assert np.abs(counts - expected).max() < 4.5 * np.sqrt(expected)
+  np.testing.assert_array_equal(z, play.recorded(tmp_path, 5, n - 1)[0])
 
 
-def test_a_record_without_episodes(tmp_path):
+def test_a_record_without_frames(tmp_path):
   with pytest.raises(UserError, match='holds no experience'):
-    play.recorded(tmp_path, LENGTH, 5, 0)
-  write_record(tmp_path, rows=3)
-  with pytest.raises(UserError, match='holds no complete episode of 7 steps'):
-    play.recorded(tmp_path, LENGTH, 5, 0)
+    play.recorded(tmp_path, 5, 0)
 
 
 # ---- the job

@@ -110,6 +110,9 @@ def test_unconditional_generator_has_one_label():
 def test_staggered_steps_spread_the_ends():
   steps = env_lib.staggered_steps(jnp.arange(16), 16, 64)
   np.testing.assert_array_equal(steps, np.arange(16) * 4)
+  many, length = 3000, 10**6  # of which the product has more than 31 bits
+  steps = env_lib.staggered_steps(jnp.arange(many - 5, many), many, length)
+  np.testing.assert_array_equal(steps, np.arange(many - 5, many, dtype=np.int64) * length // many)
 
 
 def test_quantisation_is_the_original_tools():
@@ -141,9 +144,10 @@ def test_a_stationary_start_is_as_wide_as_random_actions_keep_it(kind):
   assert first != 1
 
 
-@pytest.mark.parametrize('beta, kind', [(0.5, 'ema'), (0.9, 'ou')])
+@pytest.mark.parametrize('beta, kind', [(0.5, 'ema'), (0.9, 'ou'), (0.75, 'momentum')])
 def test_the_mean_direction_of_a_constant_policy(beta, kind):
-  dynamics = env_lib.Dynamics(jnp.float32(0.8), jnp.float32(beta), kind, 'stationary')
+  start = 'latent' if kind == 'momentum' else 'stationary'  # forgotten after 60 steps
+  dynamics = env_lib.Dynamics(jnp.float32(0.8), jnp.float32(beta), kind, start)
   ids, dim, mean, std = jnp.arange(512), 32, 0.2, 0.3
   state = env_lib.reset(jax.random.key(0), ids, 0 * ids, dim, 0, dynamics)
 

@@ -1,6 +1,7 @@
 """The generator's job: settings and their checks, data order, stopping and resuming, starting from
 trained networks."""
 
+import functools
 import math
 import os
 import signal
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from ml_collections import ConfigDict
 
 from configs import generator as presets
@@ -259,9 +261,10 @@ def test_a_new_discriminator_learns_alone_at_first(job, tmp_path):
     assert (int(state.opt_g[0].count) > 0) == changed and int(state.opt_d[0].count) >= 4
 
 
-def test_networks_of_a_snapshot(shared):
-  """The official file's tensors arrive where the state has them, for D as for both G."""
-  path, mesh = shared / 'fixtures' / 'stylegan2' / 'a_tiny_cond32.nosrc.pkl', devices.make_mesh(2)
+@pytest.fixture(scope='module')
+def official(shared):
+  """A snapshot's path, its G and D with variables, and the template of a State of their sizes."""
+  path = shared / 'fixtures' / 'stylegan2' / 'a_tiny_cond32.nosrc.pkl'
   G, variables = load_snapshot(path, 'G')
   D, d_variables = load_discriminator(path)
   config = tiny(
@@ -272,13 +275,50 @@ def test_networks_of_a_snapshot(shared):
     channel_max=max(G.channels),
     d_mapping_layers=D.mapping_layers,
   )
-  template = template_of(config, G.image_shape, G.num_classes, mesh)
+  template = template_of(config, G.image_shape, G.num_classes, devices.make_mesh(2))
+  return path, variables, d_variables, template
+
+
+def test_networks_of_a_snapshot(official):
+  """The official file's tensors arrive where the state has them, for D as for both G."""
+  path, variables, d_variables, template = official
+  mesh = devices.make_mesh(2)
   networks = load_networks(path, template)
   jax.tree.map(np.testing.assert_array_equal, networks['G'], variables)
   jax.tree.map(np.testing.assert_array_equal, networks['D'], d_variables['params'])
   assert jax.tree.leaves(networks['G_ema'])[0].sharding == jax.NamedSharding(mesh, jax.P())
   with pytest.raises(UserError, match=r'G has .* of shape .*, this config .*: set the sizes'):
     load_networks(path, template_of(tiny(), (8, 8, 3), 3, mesh))
+
+
+def test_networks_of_other_peoples_files(official, tmp_path, monkeypatch):
+  """D is taken where there is one, whatever the file's kind; G_ema stands in for an absent G."""
+  path, variables, d_variables, template = official
+  monkeypatch.setenv('HOME', str(tmp_path))
+  with np.load(path.with_name('a_tiny_cond32.params.npz')) as file:
+    arrays = {name: x for name, x in file.items() if name.split('/')[0] in ('G', 'G_ema', 'D')}
+  of = lambda *names: {k: x for k, x in arrays.items() if k.split('/')[0] in names}
+  same = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+
+  safetensors.numpy.save_file(arrays, tmp_path / 'all.safetensors')
+  networks = load_networks('~/all.safetensors', template)
+  same(networks['G'], variables)
+  same(networks['D'], d_variables['params'])
+
+  np.savez(tmp_path / 'both.npz', **of('G', 'G_ema'))
+  networks = load_networks(tmp_path / 'both.npz', template)
+  assert networks.keys() == {'G', 'G_ema'}
+  same(networks['G'], variables)
+
+  np.savez(tmp_path / 'average.npz', **of('G_ema'))
+  networks = load_networks(tmp_path / 'average.npz', template)
+  assert networks.keys() == {'G', 'G_ema'}
+  same(networks['G'], networks['G_ema'])
+
+  damaged = arrays | {'D/b4.out.bias': np.full_like(arrays['D/b4.out.bias'], np.nan)}
+  np.savez(tmp_path / 'damaged.npz', **damaged)
+  with pytest.raises(UserError, match='damaged.npz: b4.out.bias holds NaN'):
+    load_networks(tmp_path / 'damaged.npz', template)
 
 
 def test_networks_of_another_size(job):

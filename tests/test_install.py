@@ -9,9 +9,11 @@ import tomllib
 import zipfile
 
 import pytest
+from absl import flags
 
 import palm_jax
 from palm_jax.base import command
+from palm_jax.base.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -131,6 +133,18 @@ def test_a_file_of_the_working_folder_comes_first(tmp_path, monkeypatch):
   (tmp_path / 'configs').mkdir()
   (tmp_path / 'configs' / 'digits.py').touch()
   assert command.find_config('configs/digits.py:x') == 'configs/digits.py:x'
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert command.find_config('~/mine.py:a') == f'{tmp_path}/mine.py:a'
+
+
+@pytest.mark.parametrize('words', [('--config=digits',), ('--config', 'digits')])
+def test_a_config_is_named_in_one_word_or_two(tmp_path, monkeypatch, words):
+  """Also beside a folder of its name."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'digits').mkdir()
+  monkeypatch.setattr(flags, 'FLAGS', flags.FlagValues())
+  with pytest.raises(UserError, match=f'{ROOT}/configs/digits.py .did you mean seed'):
+    command.parse_config_flags(['palm', *words, '--config.sed=1'], 'cifar')
 
 
 def test_versions_agree():

@@ -14,22 +14,24 @@ from palm_jax import runner
 from palm_jax.base import figures
 from palm_jax.base.errors import UserError
 from palm_jax.base.training import Training
-from palm_jax.offline import behaviours, figure, records, train
+from palm_jax.offline import behaviours, figure, origins, records, train
 from palm_jax.offline.methods import METHODS
 from tests.test_bear import batch
 from tests.test_bear import config as bear_config
+from tests.test_meta_job import PIXELS
+from tests.worlds import LinearGenerator
 
 
 class Counter(gymnasium.vector.VectorEnv):
-  """Counts its steps: observation (env, episode, step), reward step, episodes of 3 steps.
+  """Counts its steps: observation (env, episode, step), reward step, episodes of `length` steps.
 
   The second environment's episodes terminate, the others are cut.
   """
 
   metadata = {'autoreset_mode': gymnasium.vector.AutoresetMode.NEXT_STEP}
 
-  def __init__(self, num_envs=3):
-    self.num_envs = num_envs
+  def __init__(self, num_envs=3, length=3):
+    self.num_envs, self.length = num_envs, length
     self.single_observation_space = gymnasium.spaces.Box(-9, 99, (3,), np.float32)
     self.single_action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
     self.seen = np.zeros((num_envs, 3), np.float32)  # reused, as some environments do
@@ -40,10 +42,10 @@ class Counter(gymnasium.vector.VectorEnv):
     return self.seen, {}
 
   def step(self, actions):
-    begins = self.seen[:, 2] == 3
+    begins = self.seen[:, 2] == self.length
     self.seen[:, 1] += begins
     self.seen[:, 2] = np.where(begins, 0, self.seen[:, 2] + 1)
-    ends = self.seen[:, 2] == 3
+    ends = self.seen[:, 2] == self.length
     true = np.arange(self.num_envs) == 1
     return self.seen, np.where(begins, 50, self.seen[:, 2]), ends & true, ends & ~true, {}
 
@@ -63,6 +65,18 @@ def test_no_step_of_a_record_crosses_an_end():
   assert records.mean_return(record) == 6  # the third episode is cut by the record's end
   more = player.play(lambda seen, t: seen[:, :1] / 9, 2)  # it plays on
   assert more.observations[:, 1].min() == 2
+
+
+def test_the_mean_return_is_of_all_whole_episodes():
+  player = records.Player(Counter(length=np.array([2, 5, 4])))
+  player.begin(0)
+  blocks = [player.play(lambda seen, t: seen[:, :1] / 9, steps) for steps in (1, 9)]
+  record = records.join(blocks)
+  whole = [1 + 2] * 3 + [1 + 2 + 3 + 4 + 5] + [1 + 2 + 3 + 4] * 2  # in 10 steps
+  assert record.ended.sum() == len(whole)
+  np.testing.assert_allclose(records.mean_return(record), np.mean(whole))
+  np.testing.assert_allclose(records.mean_return(blocks[0]), 1)  # none is whole
+  assert records.mean_return(record._replace(ended=None)) == 15  # of an older version
 
 
 def test_an_episode_is_summed_to_its_end():
@@ -87,6 +101,9 @@ def test_records_are_written_and_damage_is_named(tmp_path):
   record = player.play(lambda seen, t: seen[:, :1] / 9, 4)
   records.save(tmp_path / 'r.npz', record)
   jax.tree.map(np.testing.assert_array_equal, records.load(tmp_path / 'r.npz'), record)
+  with (tmp_path / 'old.npz').open('wb') as file:  # as older versions wrote it
+    np.savez(file, **{name: x for name, x in record._asdict().items() if name != 'ended'})
+  assert records.load(tmp_path / 'old.npz', {'generator': 'a'}).ended is None
   content = bytearray((tmp_path / 'r.npz').read_bytes())
   content[200] ^= 1
   (tmp_path / 'r.npz').write_bytes(content)
@@ -175,6 +192,46 @@ def test_a_stopped_job_ends_as_one_that_was_not(finished, tiny, tmp_path, monkey
   read = lambda folder: json.loads((folder / 'results' / 'offline.json').read_text())
   for name in ('rows', 'behaviours', 'behaviour_curve'):
     assert read(tmp_path)[name] == read(finished)[name]
+
+
+def test_it_is_not_resumed_in_another_world(tmp_path, monkeypatch):
+  """Behaviours, records and what learns from them each know of which world they are."""
+  generator = LinearGenerator()
+  monkeypatch.setattr('palm_jax.world._features', lambda *_: PIXELS)
+  monkeypatch.setattr('palm_jax.world.config.load_generator', lambda path: generator)
+  c = configs.get_config('smoke')
+  c.offline.update(dict(methods=('bc',), behaviours=('random',), behaviour_steps=32, updates=20))
+  c.offline.record_steps = 32
+  folder, own = tmp_path / 'offline', dict(generator.variables)
+
+  def again():
+    (tmp_path / 'results' / 'offline.json').unlink(missing_ok=True)
+    runner.run(c, 'offline', tmp_path)
+
+  again()
+  path = folder / 'records' / 'random.npz'
+  content, record = path.read_bytes(), records.load(path)
+  generator.variables['w'] = own['w'] + 1
+  with pytest.raises(UserError, match='random.npz was made with another generator .digest .*back'):
+    again()
+  assert path.read_bytes() == content
+  assert not (tmp_path / 'results' / 'offline.json').exists()
+  path.unlink()
+  with pytest.raises(UserError, match='behaviours was made with another generator'):
+    again()
+  assert not path.exists()
+  generator.variables = own  # the behaviours go on
+  records.save(path, records.take(record, 20))  # as of an older version, which does not say whose
+  with pytest.raises(UserError, match='random_bc was made with another record'):
+    again()
+
+
+def test_what_older_versions_wrote_fits_any_world():
+  now = dict(generator='a' * 64, encoder='b' * 64)
+  origins.check('x', None, now)
+  origins.check('x', dict(encoder='b' * 64), now)
+  with pytest.raises(UserError, match='another generator .digest c.* and another encoder .* back'):
+    origins.check('x', dict(generator='c' * 64, encoder='d' * 64), now)
 
 
 def test_what_critics_promise_is_drawn_beside_what_came_true(tmp_path):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from palm_jax import encoder as encoders
@@ -15,7 +16,7 @@ from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
 from palm_jax.data import published
 from palm_jax.data.arrays import Data, Split
-from palm_jax.evaluate import features, linear, ood, scores, sgd, table_1
+from palm_jax.evaluate import features, image_sets, linear, ood, scores, sgd, table_1
 from tests.jobs import finish, saved_result
 
 pytestmark = pytest.mark.usefixtures('shallow')
@@ -249,6 +250,17 @@ def test_table_1():
     'Interp.': 'PALM',
     'CelebA': 'PALM',
   }
+
+
+def test_lsun_that_was_resized_here_is_not_the_papers(tmp_path):
+  Image.new('RGB', (300, 256)).save(tmp_path / 'x.png')
+  resized = image_sets.load_images(str(tmp_path), 32)[1]
+  found = table_1.papers({'LSUN': resized, 'svhn': ''}, table_1.CIFAR10)
+  assert list(found['rows']['PALM']) == ['svhn']
+  Image.new('RGB', (32, 32)).save(tmp_path / 'x.png')
+  as_it_is = image_sets.load_images(str(tmp_path), 32)[1]
+  found = table_1.papers({'LSUN': as_it_is, 'LSUN_FIX': resized}, table_1.CIFAR10)
+  assert list(found['rows']['PALM']) == ['LSUN']
 
 
 def test_the_papers_numbers_stand_beside_cifar10_only(run, data, mesh):

@@ -1,5 +1,7 @@
 """What each source's pairs are, and that a recorded run's order gives its encoder again."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 
 from palm_jax import environment, experience, material, pairs, pretrain, worlds
 from palm_jax.base import devices
+from palm_jax.base.checkpoints import Checkpoints
+from palm_jax.base.digests import digest
 from palm_jax.base.errors import UserError
 from palm_jax.data.arrays import Data, Split
 from tests.worlds import LargeGenerator, LinearGenerator, nature_config
@@ -225,6 +229,15 @@ def test_settings_that_cannot_work(changes, message):
     pretrain.check(c, 8)
 
 
+def test_grey_pictures_in_a_stack_are_no_colours():
+  c = config_of('explored')
+  c.environment.stack, c.simsiam.augment = 3, 'simsiam'
+  with pytest.raises(UserError, match='environment.stack=3 grey pictures for the colours of one'):
+    pretrain.make_program(c, LargeGenerator(), devices.make_mesh())
+  c.simsiam.augment = 'shift_flip'
+  pretrain.make_program(c, LargeGenerator(), devices.make_mesh())
+
+
 def test_objectives_that_cannot_work():
   c = config_of('explored')
   c.simsiam.objective = 'supcon'
@@ -232,6 +245,8 @@ def test_objectives_that_cannot_work():
   unconditional.num_classes = 0
   with pytest.raises(UserError, match="'supcon' with a generator without classes"):
     pretrain.make_program(c, unconditional, devices.make_mesh())
+  c.pairs.source = 'static'  # whose labels are those of the images
+  pretrain.make_program(c, unconditional, devices.make_mesh())
   c.simsiam.objective = 'moco'
   with pytest.raises(
     UserError, match="simsiam.objective='moco' is unknown: choose one of simsiam, simclr, supcon"
@@ -254,6 +269,21 @@ def test_objectives_that_cannot_work():
   c.simsiam.update(dict(objective='simclr', temperature=0.0))
   with pytest.raises(UserError, match='simsiam.temperature=0'):
     pretrain.check(c, 8)
+
+
+def test_a_record_of_another_generator_is_refused(explored, tmp_path):
+  workdir, generator, mesh = tmp_path / 'explored', LargeGenerator(), devices.make_mesh()
+  shutil.copytree(explored[0], workdir)
+  c = config_of('passive_random', record=str(workdir))
+  load(c, generator, mesh)  # without checkpoints it does not say
+  for step, world in enumerate([None, digest(generator.variables, {}), 'f' * 64]):
+    with Checkpoints(workdir / 'pretrain' / 'checkpoints') as checkpoints:
+      metadata = {'world': world} if world else {}
+      checkpoints.save(step, {'encoder': {'x': np.zeros(1, np.float32)}}, metadata)
+    if step < 2:
+      load(c, generator, mesh)
+  with pytest.raises(UserError, match='world of another generator .digest ffffffffffff, here'):
+    load(c, generator, mesh)
 
 
 def test_records_and_images_that_do_not_fit(explored, data, tmp_path):

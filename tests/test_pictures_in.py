@@ -20,6 +20,7 @@ from configs import atari, cifar
 from palm_jax import runner, workdir
 from palm_jax.base.errors import UserError
 from palm_jax.data import arrays, safe_pickle
+from palm_jax.data import parquet as parquet_module
 from palm_jax.data.identity import fingerprint
 from palm_jax.data.load import load
 from tests import test_data
@@ -548,6 +549,16 @@ def parquet_folder(tmp, below):
   parquet(tmp / f'set/{below}test-00000-of-00001.parquet', second)
   parquet(tmp / f'set/{below}validation-00000-of-00001.parquet', first)
   return tmp / 'set', {'cat': shots()['cat'], 'dog': 2 * shots()['dog']}
+
+
+def test_parquet_beyond_the_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
+  path, _ = parquet_folder(tmp_path, '')
+  size = sum(file.stat().st_size for file in path.glob('t*'))
+  monkeypatch.setattr(parquet_module, 'machine_memory', lambda: size)
+  load(str(path))
+  monkeypatch.setattr(parquet_module, 'machine_memory', lambda: size - 1)
+  with pytest.raises(UserError, match='its files take .* GiB of memory: give fewer'):
+    load(str(path))
 
 
 @read()

@@ -316,9 +316,11 @@ def test_a_run_without_a_readable_agent_is_played_all_the_same(run, tmp_path):
 
 def test_mistakes_are_said_before_anything_compiles(tmp_path, monkeypatch):
   before = len(COMPILED)
+  monkeypatch.setenv('HOME', str(tmp_path))
   for message, given in {
     'neither a path nor a bundled generator': dict(generator='cifar11-small'),
     'config.json is missing': dict(workdir=tmp_path),
+    f'{tmp_path}/run/config.json is missing': dict(workdir='~/run'),
     'unknown data': dict(data='digit'),
     r'pictures of \(8, 8, 1\).*draws \(32, 32, 3\)': dict(data='digits'),
   }.items():

@@ -15,6 +15,7 @@ from palm_jax.data.load import load
 from palm_jax.encoder import make_encoder
 from palm_jax.evaluate import features, judge, knn, probe
 from palm_jax.evaluate.labels import Task, make_tasks
+from palm_jax.job import Run
 from tests import worlds
 from tests.jobs import finish, saved_result
 from tests.test_data import cifar, write_folder
@@ -192,6 +193,17 @@ def test_the_job_judges_all_that_was_asked(run, results):
   assert 'downsample:2' in text.splitlines()[0]
 
 
+def test_pixels_wait_for_methods_that_have_them(run, results, tmp_path, monkeypatch):
+  c, workdir, data = run
+  c = c.copy_and_resolve_references()
+  c.probe.update(dict(methods=('sgd',), corruptions=()))
+  (tmp_path / 'pretrain').symlink_to(workdir / 'pretrain')
+  (tmp_path / 'config.json').write_text(c.to_json_best_effort())
+  monkeypatch.setattr(features, 'pixels', None)  # not called
+  rows = finish(probe.JOB, c, tmp_path, data, devices.make_mesh(2))['rows']
+  assert {row['features'] for row in rows} == {'PALM encoder', 'untrained encoder'}
+
+
 def test_validation_leaves_the_test_images_alone(run, results, tmp_path):
   c, workdir, data = run
   c = c.copy_and_resolve_references()
@@ -301,6 +313,23 @@ def test_small_shares_of_labels_are_drawn_several_times(blobs):
   ]
   assert f'{np.mean(shares):.2f} +- {np.std(shares, ddof=1):.2f}' in lines[1]
   assert set(tasks[0].rows) < set(tasks[3].rows)
+
+
+def test_sgd_makes_as_many_updates_with_fewer_labels():
+  c = cifar_config.get_config().probe.sgd
+  assert judge.for_share(c, 0.1).epochs == 10 * c.epochs and judge.for_share(c, 1.0) == c
+
+
+def test_a_class_of_which_none_can_be_held_out_is_refused(run):
+  c, workdir, data = run
+  labels = np.zeros(len(data.train.labels), np.int64)
+  labels[:3] = 1, 1, 2
+  data = data._replace(train=data.train._replace(labels=labels))
+  with pytest.raises(UserError, match='class c has 1 training image.*needs two of each'):
+    probe.check_data(Run(c, workdir, devices.make_mesh(1), data))
+  c = c.copy_and_resolve_references()
+  c.probe.methods = ('knn',)
+  probe.check_data(Run(c, workdir, devices.make_mesh(1), data))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A result says what it was made from, and is made again when that has changed."""
 
+import importlib
 import json
 import sys
 import types
@@ -10,11 +11,12 @@ import pytest
 
 from palm_jax import provenance, runner
 from palm_jax.base.checkpoints import Checkpoints
+from palm_jax.base.digests import file_digest
 from palm_jax.base.errors import UserError
 from palm_jax.base.results import read_result, write_result
 from palm_jax.base.training import Training
 from palm_jax.data.identity import fingerprint
-from palm_jax.job import Job
+from palm_jax.job import Job, Run
 from tests.worlds import tiny_config
 
 
@@ -111,6 +113,22 @@ def test_results_of_older_versions_have_no_digest(tmp_path):
       read_result(path)
 
 
+def test_quality_is_of_the_generator_that_it_judged(tmp_path):
+  c = config_for(tmp_path)
+  files = [tmp_path / 'a.pkl', tmp_path / 'b.pkl']
+  for file in files:
+    file.write_text(file.name)
+  c.generator.path, c.quality.path = map(str, files)
+  made_from = lambda job: provenance.made_from(
+    runner.find(job), Run(c, tmp_path, None, data_digest='x')
+  )
+  digests = [file_digest(file) for file in files]
+  assert made_from('quality')['generator'] == {'sha256': digests[1]}
+  assert made_from('diversity')['generator'] == {'sha256': digests[0]}
+  c.quality.path = ''
+  assert made_from('quality')['generator'] == {'sha256': digests[0]}
+
+
 def test_a_training_is_not_resumed_on_other_data(tmp_path):
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -144,6 +162,20 @@ def test_fingerprints(tmp_path):
   (folder / 'a' / '1.png').write_bytes(b'123')
   assert of_folder and fingerprint(str(folder)) != of_folder
   assert fingerprint('digits') and fingerprint(str(tmp_path / 'none.npz')) is None
+
+
+@pytest.mark.parametrize('name', ['offline', 'meta'])
+def test_a_result_is_of_the_encoder_that_its_agents_saw_by(name, tmp_path):
+  c = importlib.import_module(f'configs.{name}').get_config('smoke')
+  made_from = lambda: provenance.made_from(runner.find(name), Run(c, tmp_path, None))
+  assert made_from().keys() == {'generator'}  # the random encoder is no checkpoint
+  c.world.encoder = str(tmp_path / 'seeing')
+  pretrain(tmp_path / 'seeing', 3)
+  before = made_from()
+  assert before['encoder'] == provenance.newest_step(tmp_path / 'seeing' / 'pretrain')
+  pretrain(tmp_path / 'seeing', 4)
+  expected = 'encoder at step 3, which is now at step 4'
+  assert provenance.difference(before, made_from()) == expected
 
 
 def test_the_newest_step(tmp_path):

@@ -16,10 +16,12 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
-from palm_jax import report, study
+from palm_jax import report, runner, study
 from palm_jax.base import devices, pictures
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
+from palm_jax.base.files import write_json
+from palm_jax.base.results import write_result
 from palm_jax.data.arrays import Data, Split
 from palm_jax.encoder import make_encoder
 from palm_jax.evaluate import features
@@ -325,6 +327,25 @@ def test_asks_nobody_and_is_well_formed(full):
   ] == ids
 
 
+def test_notes_say_which_settings_were_changed(tmp_path):
+  """Not those of jobs that judge, which may change, nor the arms that only a study's result has."""
+  assert set(read.JUDGES) == {name for name in runner.names() if runner.find(name).judges}
+  now = dict(name='x', seed=0, sac=dict(gamma=0.9), concepts=dict(concepts=8))
+  keep = lambda job, config: write_result(
+    tmp_path / 'results' / f'{job}.json', dict(job=job), {}, config
+  )
+  write_json(tmp_path / 'config.json', now)
+  had = now | dict(study=dict(seeds=[0]), concepts=dict(concepts=4))
+  keep('study', had)
+  assert not read.read_run('x', tmp_path).notes
+  keep('probe', now | dict(seed=1))
+  keep('concepts', had)
+  assert [note.partition(';')[0] for note in read.read_run('x', tmp_path).notes] == [
+    'x: config.json is not what concepts had: concepts.concepts',
+    'x: config.json is not what probe had: seed',
+  ]
+
+
 def test_every_number_is_in_its_file(full):
   folder, _, _, page = full
   files = set()
@@ -604,6 +625,16 @@ def test_a_setting_that_one_run_lacks_is_a_difference(tmp_path):
   c.report.compare = (str(folders[1]),)
   page = Page(make(folders[0], c)[1])
   assert page.table('Where the runs differ')[1:] == [['simsiam.symmetric', 'True', 'absent']]
+
+
+def test_a_workdir_beside_may_lie_in_the_home_folder(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  first = write(tmp_path / 'a')
+  write(tmp_path / 'b')
+  c = config()
+  c.report.compare = ('~/b',)
+  report.check(c, 1)
+  assert '2 runs compared' in make(first, c)[1]
 
 
 def test_names_tell_workdirs_apart(tmp_path):

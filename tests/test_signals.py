@@ -154,6 +154,32 @@ sys.meta_path.insert(0, Interrupting())
   assert done.stderr == f'palm_jax: {signals.MESSAGE}\n' and done.returncode == 128 + number
 
 
+@pytest.mark.parametrize('words', [('palm.py',), ('-m', 'lab.train', 'palm_jax.main')])
+def test_a_program_of_the_users_keeps_its_ctrl_c(words, tmp_path):
+  """Also one of the command's name, and one whose package imports this one."""
+  (tmp_path / 'lab').mkdir()
+  (tmp_path / 'lab' / '__init__.py').write_text('import palm_jax')
+  for path in (tmp_path / 'palm.py', tmp_path / 'lab' / 'train.py'):
+    path.write_text("""
+import os, signal
+import palm_jax
+try:
+  os.kill(os.getpid(), signal.SIGINT)
+  [None for _ in range(10**6)]
+except KeyboardInterrupt:
+  print('saved')
+""")
+  done = subprocess.run(
+    [sys.executable, *words],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    timeout=60,
+    env=dict(os.environ, PYTHONPATH=str(pathlib.Path(signals.__file__).parents[2])),
+  )
+  assert done.stdout == 'saved\n' and done.returncode == 0, done.stderr
+
+
 def test_nothing_is_raised_while_modules_are_imported(tmp_path):
   """A compiled module whose start an exception leaves would abort the process."""
   program = """

@@ -723,6 +723,13 @@ def test_convert_to_a_folder(network, tmp_path):
   assert {path.name for path in tmp_path.iterdir()} == {'out', 'empty'}
 
 
+def test_the_working_folder_is_not_replaced(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for target in ('.', tmp_path):
+    with pytest.raises(UserError, match='is the folder you are in, .*: name a new one'):
+      convert('cifar10-small', target)
+
+
 def test_convert_to_a_file(network, tmp_path):
   convert(network, tmp_path / 'out.safetensors')
   assert load_generator(tmp_path / 'out.safetensors').network == load_generator(network).network

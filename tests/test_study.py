@@ -521,6 +521,10 @@ def test_it_goes_on_with_another_seed_and_runs_nothing_twice(finished, capfd):
   )
   assert {path: path.stat().st_mtime_ns for path in before} == before
   assert len([*(workdir / 'compilation_cache').glob('jit_call-*')]) == 1  # nor does a seed compile
+  # A study that judges has been at one of the runs, with settings of its own.
+  judged, settings = workdir / 'PALM' / 'seed3', workdir / 'PALM' / 'seed3' / 'config.json'
+  write_json(judged / 'results' / 'diversity.json', {})
+  write_json(settings, json.loads(settings.read_text()) | dict(diversity=dict(num_images=7)))
   another = small_study(workdir.parent, seeds=(3,), runs=str(workdir))
   another.name = 'another'
   finish(study.JOB, another, workdir.parent / 'another')  # has the same runs

@@ -12,7 +12,7 @@ import pytest
 
 from palm_jax import runner
 from palm_jax import workdir as workdirs
-from palm_jax.base import signals
+from palm_jax.base import files, signals
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import replacing, scratch
 from tests.worlds import tiny_config
@@ -42,6 +42,36 @@ def test_until_a_job_begins_the_config_may_change(tmp_path):
     claim(tmp_path, seed=2)
 
 
+def test_sections_that_others_settled_stay_theirs(tmp_path):
+  """As in a run that two studies share, of which one has judged."""
+  there = {'diversity.features': ('pixels', 'proxy'), 'diversity.num_images': 100}
+  assert workdirs.as_there(tmp_path, config_of(), {'diversity'}).diversity.num_images == 10_000
+  claim(tmp_path, **there)
+  (tmp_path / 'results').mkdir()
+  (tmp_path / 'results' / 'diversity.json').write_text('{}')
+  with pytest.raises(UserError, match='diversity.features'):
+    claim(tmp_path)
+  config = config_of(seed=0)
+  settled = workdirs.as_there(tmp_path, config, {'diversity'})
+  runner.claim(tmp_path, settled)
+  assert settled.diversity.features == there['diversity.features']
+  assert config.diversity.features != settled.diversity.features
+  with pytest.raises(UserError, match='sac.gamma'):
+    runner.claim(tmp_path, workdirs.as_there(tmp_path, config_of(**{'sac.gamma': 0.5}), {'ood'}))
+
+
+def test_features_of_others_may_change_until_they_were_judged(tmp_path):
+  """Other settings of that section always may."""
+  claim(tmp_path)
+  (tmp_path / 'results').mkdir()
+  (tmp_path / 'results' / 'quality.json').write_text('{}')
+  claim(tmp_path, **{'features.path': 'a.npz', 'features.batch_size': 7})
+  (tmp_path / 'results' / 'ood.json').write_text('{}')
+  claim(tmp_path, **{'features.path': 'a.npz', 'features.batch_size': 8})
+  with pytest.raises(UserError, match='features.path: a.npz there, b.npz now.*delete results/ood'):
+    claim(tmp_path, **{'features.path': 'b.npz', 'features.batch_size': 8})
+
+
 def test_a_refused_command_takes_back_what_it_wrote(tmp_path):
   workdir = tmp_path / 'run'
   claim(workdir)
@@ -69,6 +99,16 @@ def test_what_another_command_works_on_is_not_taken_back(tmp_path):
     fcntl.flock(lock, fcntl.LOCK_EX)
     workdirs.release(tmp_path, ['pretrain'])
   assert (tmp_path / 'config.json').exists()
+
+
+def test_a_command_that_begins_meanwhile_keeps_its_lock(tmp_path, monkeypatch):
+  monkeypatch.setattr(workdirs, 'held', lambda path: False)  # as nobody worked when it was asked
+  with (tmp_path / '.pretrain.lock').open('w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    claim(tmp_path)
+    assert (tmp_path / '.pretrain.lock').exists()
+  claim(tmp_path)
+  assert not (tmp_path / '.pretrain.lock').exists()
 
 
 def test_names_that_are_no_folder():
@@ -158,6 +198,17 @@ def test_scratch_is_removed_and_so_is_that_of_killed_commands(tmp_path):
   assert [*(tmp_path / 'sets').iterdir()] == [left]
   with scratch(tmp_path / 'sets'):
     assert not left.exists()
+
+
+def test_what_is_left_is_known_by_a_machine_whose_name_has_dots(tmp_path, monkeypatch):
+  monkeypatch.setattr(files.socket, 'gethostname', lambda: 'node1.example.com')
+  dead = subprocess.Popen([sys.executable, '-c', ''])
+  dead.wait()
+  with replacing(tmp_path / 'a.json'):
+    (mine,) = tmp_path.glob('.*.part')
+    left = tmp_path / mine.name.replace(f'.{os.getpid()}.', f'.{dead.pid}.')
+    left.touch()
+    assert files.abandoned(left) and not files.abandoned(mine)
 
 
 def test_a_link_to_nothing(tmp_path):

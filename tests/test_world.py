@@ -317,12 +317,20 @@ def test_who_knows_the_goal_is_rewarded_more():
     (dict(task='goal', encoder=PIXELS, threshold='high'), "threshold='high': expected a number"),
     (dict(crop=4), 'environment.crop=4 of pictures of 8x8'),
     (dict(latent_space='q'), "environment.latent_space='q' is unknown"),
+    (dict(latent_space='w'), "environment.latent_space='w' of a LinearGenerator, which has no"),
+    (dict(style_mixing=4), 'environment.style_mixing=4 of a LinearGenerator, which has no network'),
   ],
 )
 def test_what_cannot_be_is_one_line(settings, words):
   with pytest.raises(UserError) as caught:
     small(**settings)
   assert words in str(caught.value) and '\n' not in str(caught.value)
+
+
+def test_an_encoder_in_the_home_folder(monkeypatch, tmp_path):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  with pytest.raises(UserError, match=f'^{tmp_path}/config.json is missing'):
+    small(encoder='~')
 
 
 @pytest.mark.parametrize('generator', [None, 5])

@@ -228,6 +228,15 @@ def test_names_that_are_nowhere(bundled, tmp_path, monkeypatch, name, message):
     palm_jax.load_encoder(name)
 
 
+def test_paths_in_the_home_folder(workdir, monkeypatch):
+  monkeypatch.setenv('HOME', str(workdir.parent))
+  path, _ = export.export('~/tiny', out='~/home.safetensors')
+  assert path == workdir.parent / 'home.safetensors' and export.load('~/home.safetensors')
+  for there in ('~/tiny', '~/home.safetensors'):
+    assert palm_jax.load_encoder(there).features == 24
+  assert load_generator('~/tiny').z_dim == 6
+
+
 def test_without_bundled_encoders_paths_are_read(written, tmp_path, monkeypatch):
   monkeypatch.setattr(loaded, 'BUNDLED', tmp_path / 'absent')
   assert loaded.names() == () and palm_jax.load_encoder(str(written)).features == 24
@@ -397,6 +406,21 @@ def test_refusals(workdir, tmp_path, monkeypatch, arguments, message):
   with pytest.raises(UserError, match=message):
     bundle.write(workdir, **arguments)
   assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_no_card_is_not_replaced(workdir, monkeypatch):
+  monkeypatch.setenv('HOME', str(workdir.parent))
+  before = (workdir / 'config.json').read_text()
+  with pytest.raises(UserError, match=f'^{workdir}/config.json is there and no card .*--name'):
+    bundle.write('~/tiny', 'config')
+  assert (workdir / 'config.json').read_text() == before
+  assert not (workdir / 'config.safetensors').exists()
+
+
+def test_a_card_is_replaced(workdir, tmp_path):
+  for licence in ('MIT', 'Apache-2.0'):
+    path = bundle.write(workdir, 'e', tmp_path, licence=licence)
+  assert json.loads(path.with_suffix('.json').read_text())['licence'] == licence
 
 
 def test_frames_as_channels_are_drawn_as_such(workdir):

@@ -10,8 +10,9 @@ that of the base run at every size: with fewer samples each is seen more often (
 say what it kept equal). x is env steps, drawn pairs (Jahanian), or real images, of which there are
 no more than the data have. Gaussian neighbours have the truncation of their source, 0.9. The
 passive arms replay PALM's record with weights and batches of their own; with the same ones they
-would be PALM again, bit for bit. At paper scale PALM's records take 2 kB a sample, and twice that
-in the host's memory of a passive run. The effective rank stands beside the accuracy, because
+would be PALM again, bit for bit. At paper scale PALM's records take 4 kB a sample; without actions,
+which they do not read, 2 kB, and each process of a passive run takes twice that of its host's
+memory. The effective rank stands beside the accuracy, because
 SimSiam collapses in part on large sets unless they come in order (arXiv 2209.15007).
 """
 

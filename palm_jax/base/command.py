@@ -4,6 +4,7 @@ import ast
 import contextlib
 import functools
 import importlib.util
+import itertools
 import logging as python_logging
 import os
 import pathlib
@@ -27,6 +28,7 @@ except ImportError:  # Windows
   resource = None
 
 SIGPIPE = 13
+CONFIG_FLAG = '--config', '-config'  # absl takes both
 LEAST_MEMORY = 3_000_000_000  # bytes of addresses: with fewer JAX aborts without a word
 # How Python says that a flag has a value of another type, and what it wants instead.
 OTHER_TYPES = {
@@ -159,7 +161,7 @@ def parse_config_flags(argv: list[str], default: str) -> list[str]:
   Raises:
     UserError: an invalid flag, config file, variant, key or value; in one line.
   """
-  argv[:] = [_located(argument) for argument in argv]
+  argv[:] = _located(argv)
   default = find_config(default)
   define = functools.partial(
     config_flags.DEFINE_config_file,
@@ -212,19 +214,26 @@ def find_config(value: str) -> str:
     value: path of a file, or the name of one of the package's: 'digits', 'cifar:small',
       'configs/studies/figure3.py:laptop'. A file of the working folder comes first.
   """
+  value = os.path.expanduser(value)
   path, colon, variant = value.partition(':')
   folder = _configs()
-  if folder is None or pathlib.Path(path).exists():
+  if folder is None or pathlib.Path(path).is_file():
     return value
   own = folder / f'{path.removeprefix("configs/").removesuffix(".py")}.py'
   return f'{own}{colon}{variant}' if own.exists() else value
 
 
-def _located(argument):
-  name, equals, value = argument.partition('=')
-  if name.lstrip('-') != 'config' or not equals:
-    return argument
-  return f'{name}={find_config(value)}'
+def _located(argv):
+  """argv with paths for the names of configs, in one word (--config=NAME) or two."""
+  located = []
+  for before, argument in itertools.pairwise(['', *argv]):
+    name, equals, value = argument.partition('=')
+    if before in CONFIG_FLAG:
+      argument = find_config(argument)
+    elif name in CONFIG_FLAG and equals:
+      argument = f'{name}={find_config(value)}'
+    located.append(argument)
+  return located
 
 
 def _configs():

@@ -146,7 +146,8 @@ def check_writable(path: str | os.PathLike) -> None:
 
 
 def _host():
-  return socket.gethostname()[:32]
+  """Without dots, which part the names of what is being written."""
+  return socket.gethostname()[:32].replace('.', '-')
 
 
 def abandoned(part: pathlib.Path) -> bool:

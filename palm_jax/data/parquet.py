@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from palm_jax.base.devices import machine_memory
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import reading
 from palm_jax.data import decoding, published
@@ -48,9 +49,16 @@ def read(path: pathlib.Path, label_set: str = 'fine', size: int = 0) -> Found:
     size: see `decoding.read_all`.
 
   Raises:
-    UserError: pyarrow is missing, or a file is damaged or has other columns.
+    UserError: pyarrow is missing, the files do not fit the memory, or one is damaged or has other
+      columns.
   """
   parts = _parts(path)
+  need, memory = sum(file.stat().st_size for part in parts for file in part), machine_memory()
+  if need > memory:
+    raise UserError(
+      f'{path}: its files take {need / 2**30:.1f} GiB, of {memory / 2**30:.1f} GiB of memory: give '
+      'fewer of them, or a folder of pictures'
+    )
   read_parts = [[_read_file(file, label_set) for file in files] for files in parts if files]
   columns = [file[2] for part in read_parts for file in part]
   for other in columns:

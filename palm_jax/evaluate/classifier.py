@@ -184,6 +184,9 @@ def train(
   """
   sgd.check(c, name)
   passes = plan_passes(c, len(split.images), mesh, name)
+  need = split.images.nbytes
+  remedy = 'lower data.size, or leave out what trains an encoder on labels'
+  devices.check_fits(need, mesh, f'{name}: the training images take', remedy)
   optimizer = sgd.make_optimizer(c, passes.calls * passes.steps, nesterov=True)
   call = make_call(network, optimizer, make_augment(c.augment), mesh)
   everywhere = NamedSharding(mesh, P())

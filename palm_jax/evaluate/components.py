@@ -1,10 +1,16 @@
 """Principal components: pixels in as many numbers as an encoder has features."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
+
+from palm_jax.base import devices
 
 ROWS = 4096  # images at a time
+MOST_PIXELS = 64 * 64 * 3  # numbers a picture: components of more take minutes and many GB
+BYTES_A_PIXEL = 16  # float32 twice, and once float64
 
 
 class Components(NamedTuple):
@@ -18,6 +24,21 @@ class Components(NamedTuple):
     return np.concatenate(
       [(x[i : i + ROWS] - self.mean) @ self.axes for i in range(0, len(x), ROWS)]
     ).astype(np.float32)
+
+
+def pixels_fit(images: np.ndarray) -> bool:
+  """Whether pixels (N, H, W, C) can be features; a warning says why they cannot."""
+  width, need = math.prod(images.shape[1:]), BYTES_A_PIXEL * images.size
+  if width <= MOST_PIXELS and need <= devices.machine_memory():
+    return True
+  logging.warning(
+    'probe: no rows of raw pixels, as pictures of %d numbers (at most %d) would take %.0f GiB: '
+    '--config.probe.pixels=False says that you know',
+    width,
+    MOST_PIXELS,
+    need / 2**30,
+  )
+  return False
 
 
 def principal_components(x: np.ndarray, count: int) -> Components:

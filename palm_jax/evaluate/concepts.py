@@ -16,14 +16,13 @@ from PIL import Image
 from sklearn.decomposition import NMF
 from sklearn.exceptions import ConvergenceWarning
 
-from palm_jax import checkpoint
 from palm_jax.base import checks
 from palm_jax.base.errors import UserError
 from palm_jax.base.pictures import grid, save_png
 from palm_jax.base.processes import is_first
 from palm_jax.base.tables import aligned, protocol_line
 from palm_jax.encoder import make_encoder
-from palm_jax.evaluate import features
+from palm_jax.evaluate import features, preconditions
 from palm_jax.job import Job, Run
 from palm_jax.layers.maps import feature_maps
 
@@ -58,6 +57,7 @@ RANGES = dict(
 def check(config: ConfigDict, num_devices: int) -> None:
   """Raises UserError on invalid settings of the config's section `concepts`."""
   del num_devices
+  preconditions.check_single_pictures(config, 'concepts')
   checks.choice('concepts.loss', config.concepts.loss, LOSSES)
   checks.ranges('concepts', config.concepts, RANGES)
 
@@ -121,7 +121,8 @@ def run(this: Run) -> dict[str, Any]:
   # Not the first: many sets are sorted by class.
   drawn = np.random.default_rng(config.seed).permutation(len(split.images))[: c.num_images]
   images, labels = split.images[drawn], split.labels[drawn]
-  _, variables, step = checkpoint.load_encoder(this.workdir)
+  encoder = features.load_encoder(config, this.workdir, images.shape[1:])
+  [variables], step = encoder.apply.args, encoder.about['checkpoint_step']
   network = make_encoder(config.encoder)
   shape = jax.eval_shape(lambda v: feature_maps(network, v, images[:1]), variables).shape[1:]
   flat = jax.tree_util.Partial(

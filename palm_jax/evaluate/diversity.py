@@ -73,7 +73,7 @@ def run(this: Run) -> dict[str, Any]:
   """The job: coverage of the training images by what the agent explores.
 
   Sets of N images each: `explored`, one uniformly random step of each of N episodes that the last
-  policy plays; `whole record`, the same of the episodes that all policies of the run played, where
+  policy plays; `whole record`, N random frames of all that the policies of the run played, where
   pretrain.record kept them; `random actions`; `independent`, independent normal latents; and as
   references other training images and test images. All played ones but the record have the same
   labels.
@@ -199,7 +199,7 @@ def _protocol(config, data, step, used, widths, n):
     seed=config.seed,
     neighbours=c.neighbours,
     explored='last policy, one uniformly random step of each episode',
-    whole_record='of all complete recorded episodes, one uniformly random step of each',
+    whole_record='uniformly random frames of all that were recorded, without replacement',
     episode_length=config.environment.episode_length,
     alpha=config.environment.alpha,
     beta=config.environment.beta,
@@ -248,4 +248,12 @@ def _quality_config(config, name):
   return copied
 
 
-JOB = Job('diversity', run, check, table=table, reads=('generator', 'pretrain'), judges=True)
+JOB = Job(
+  'diversity',
+  run,
+  check,
+  table=table,
+  reads=('generator', 'pretrain'),
+  judges=True,
+  judges_with='quality',
+)

@@ -17,11 +17,10 @@ Pictures = Callable[[np.ndarray], np.ndarray]  # rows (B,) int -> (B, H, W, C) u
 
 
 def records(this: Run, generator: Any) -> list[tuple[np.ndarray, np.ndarray]]:
-  """(z, labels) of recorded episodes, one pair a draw. Raises UserError, see play.recorded."""
+  """(z, labels) of recorded frames, one pair a draw. Raises UserError, see play.recorded."""
   c, folder = this.config.diversity, this.workdir / 'pretrain' / 'experience'
-  length = this.config.environment.episode_length
   records = [
-    play.recorded(folder, length, c.num_images, [this.config.seed, draw]) for draw in range(c.draws)
+    play.recorded(folder, c.num_images, [this.config.seed, draw]) for draw in range(c.draws)
   ]
   shape = records[0][0].shape[1:]
   if shape != (generator.z_dim,):
@@ -39,7 +38,7 @@ def number(c: ConfigDict, data: Data, records: list | None) -> int:
     'test images': len(data.test.images),
   }
   if records:
-    available['recorded episodes'] = len(records[0][0])
+    available['recorded frames'] = len(records[0][0])
   least = min(available, key=lambda name: available[name])
   n = min(c.num_images, available[least])
   if n <= c.neighbours:

@@ -17,6 +17,7 @@ from palm_jax.data.load import load as load_data
 INTERP = ('interp:pairs', 'interp:csi')
 BATCH = 100  # alinlab/CSI's test batch, which its interpolation partners by
 CELEBA_SIDE = 178  # the width of an aligned CelebA picture
+RESIZED = 'then Pillow bilinear (antialiased)'  # in descriptions
 CELEBA_PARTS = 'list_eval_partition.txt'  # as published: '000001.jpg 0' a line, 2 for test
 
 
@@ -249,7 +250,7 @@ def _read_folder(root, files, size, channels, celeba):
   if sides == {size}:
     return images, f'folder {part}, as they are'
   span = f'{min(sides)}' if len(sides) == 1 else f'{min(sides)} to {max(sides)}'
-  how = f'central squares of side {span}, then Pillow bilinear (antialiased) to {size}'
+  how = f'central squares of side {span}, {RESIZED} to {size}'
   return images, f'folder {part}, {how}'
 
 

@@ -67,6 +67,13 @@ def cached(
   return scored(source.name, train_x.shape[1], task, method, shares, started, **report)
 
 
+def for_share(c: ConfigDict, fraction: float) -> ConfigDict:
+  """SGD's settings for a share of the labels: as many updates as with all of them."""
+  c = c.copy_and_resolve_references()
+  c.epochs = round(c.epochs / fraction)
+  return c
+
+
 def by_sgd(
   source: Source, task: Task, images: np.ndarray, config: ConfigDict, mesh: Mesh
 ) -> dict[str, Any]:
@@ -78,7 +85,7 @@ def by_sgd(
     config: the whole config; read are seed and probe.sgd.
     mesh: one-dimensional mesh, axis 'data'.
   """
-  c, started = config.probe.sgd, time.perf_counter()
+  c, started = for_share(config.probe.sgd, task.fraction), time.perf_counter()
   of: Any = source.train[task.rows]
   if c.augment != 'none':
     of = source.encoder, images[task.rows]
@@ -109,7 +116,7 @@ def end_to_end(
   name = f'{pretrained.name}, fine-tuned' if start else 'supervised from scratch'
   encoder, head = classifier.fit(
     config,
-    config.probe[method],
+    for_share(config.probe[method], task.fraction),
     Split(images[task.rows], task.train_y),
     task.num_classes,
     config.seed,

@@ -1,5 +1,6 @@
 """Which labels a classifier may learn from, and which are held out."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,18 +38,18 @@ def make_tasks(
     name: of the set, 'fine' or 'coarse'.
     train_y: (N,) labels.
     test_y: (M,) labels.
-    seed: of the draws.
+    seed: of the draws; those of another seed are others.
   """
   tasks = []
   for fraction in c.label_fractions:
     for draw in range(c.label_draws if fraction <= FEW else 1):
       everything = fraction == 1
-      rows = slice(None) if everything else nested_rows(train_y, fraction, seed + draw)
+      rows = slice(None) if everything else nested_rows(train_y, fraction, (seed, draw))
       tasks.append(Task(name, float(fraction), draw, rows, train_y[rows], test_y, num_classes))
   return tasks
 
 
-def nested_rows(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+def nested_rows(labels: np.ndarray, fraction: float, seed: Sequence[int]) -> np.ndarray:
   """Sorted row numbers of a stratified share of labels (N,).
 
   Of each class `fraction` is taken, rounded, two at least. The rows of a smaller fraction with the
@@ -56,7 +57,7 @@ def nested_rows(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
   """
   chosen = []
   for label in np.unique(labels):
-    rows = np.random.default_rng([seed, label]).permutation(np.flatnonzero(labels == label))
+    rows = np.random.default_rng([*seed, label]).permutation(np.flatnonzero(labels == label))
     chosen.append(rows[: max(2, round(fraction * len(rows)))])
   return np.sort(np.concatenate(chosen))
 

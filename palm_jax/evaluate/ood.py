@@ -164,7 +164,8 @@ def run(this: Run) -> dict[str, Any]:
     sizes = dict(n_id=len(data.test.images), n=len(sets[ood][0]), trials=len(trials))
     metrics = {metric: summary([trial[metric] for trial in trials]) for metric in METRICS}
     rows.append(dict(encoder=name, score=score, set=ood, **sizes, **metrics))
-  paper = table_1.papers(sets, data.class_names)
+  described = {name: description for name, (_, description) in sets.items()}
+  paper = table_1.papers(described, data.class_names)
   return dict(
     job='ood',
     rows=rows,

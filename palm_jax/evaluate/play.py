@@ -198,46 +198,28 @@ def chosen_steps(key: jax.Array, ids: jax.Array | np.ndarray, episode_length: in
 
 
 def recorded(
-  folder: pathlib.Path, episode_length: int, num_episodes: int, seed: int | Sequence[int]
+  folder: pathlib.Path, count: int, seed: int | Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-  """One uniformly random step of each of some complete recorded episodes.
-
-  They are drawn without replacement.
+  """Frames of a record, each as likely as any other, drawn without replacement.
 
   Args:
     folder: of palm_jax.experience.
-    episode_length: frames an episode.
-    num_episodes: how many; fewer where there are no more.
+    count: how many; fewer where there are no more.
     seed: of numpy's generator.
 
   Returns:
-    z (n, z_dim) and labels (n,) int32.
+    z (n, z_dim) and labels (n,) int32, in random order.
 
   Raises:
-    UserError: no record, or no complete episode in it.
+    UserError: no record.
   """
   rng = np.random.default_rng(seed)
-  kept: Any = None  # z, label, rank of the episodes drawn so far
-  chosen: Any = None  # of the episode that each environment is in: its step
-  held: Any = None  # and z there
+  kept: list[np.ndarray] = []  # z, label and rank of the frames of lowest rank so far
   for part in experience.read(folder):
-    found = [kept or (part.z[0, :0], part.label[0, :0], np.empty(0))]
-    for z, label, step in zip(*part[:3], strict=True):
-      if chosen is None:
-        chosen = np.full(step.shape, -1)  # it had begun before the record
-        held = np.zeros_like(z)
-      begins = step == 0
-      chosen[begins] = rng.integers(episode_length, size=begins.sum())
-      hit = step == chosen
-      held[hit] = z[hit]
-      ends = (step == episode_length - 1) & (chosen >= 0)
-      if ends.any():
-        found.append((held[ends], label[ends], rng.random(ends.sum())))
-    z, label, rank = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-    order = np.argsort(rank)[:num_episodes]
-    kept = z[order], label[order], rank[order]
-  if not len(kept[0]):
-    raise UserError(
-      f'{folder} holds no complete episode of {episode_length} steps: record a longer pretraining'
-    )
+    z = part.z.reshape(-1, part.z.shape[-1])
+    found = z, part.label.reshape(-1), rng.random(len(z))
+    if kept:
+      found = [np.concatenate(arrays) for arrays in zip(kept, found, strict=True)]
+    order = np.argsort(found[2])[:count]
+    kept = [x[order] for x in found]
   return kept[0], kept[1].astype(np.int32)

@@ -3,6 +3,7 @@
 import pathlib
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from palm_jax.base.errors import UserError
@@ -32,6 +33,17 @@ def check_classes(this: Run, job: str) -> None:
     raise UserError(
       f'the job {job} tells classes apart, but {this.config.data.name} has one: leave it out of '
       'config.jobs, or label the pictures'
+    )
+
+
+def check_examples(this: Run, method: str) -> None:
+  """Raises UserError where a class has fewer than two training images: one is held out."""
+  names, labels = this.data.class_names, this.data.train.labels
+  counts = np.bincount(labels, minlength=len(names))
+  if counts.min() < 2:
+    raise UserError(
+      f'{this.config.data.name}: class {names[counts.argmin()]} has {counts.min()} training '
+      f'image(s), but probe.methods={method} needs two of each: give more, or leave that class out'
     )
 
 

@@ -6,7 +6,6 @@ choose nothing, and the test images are read once, at the end. probe.split='vali
 alone altogether.
 """
 
-import functools
 import time
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ from palm_jax.evaluate import (
   preconditions,
   sgd,
 )
-from palm_jax.evaluate.components import principal_components
+from palm_jax.evaluate.components import pixels_fit, principal_components
 from palm_jax.evaluate.foreign import load_foreign
 from palm_jax.evaluate.judge import Source
 from palm_jax.evaluate.labels import make_tasks, stratified_split
@@ -39,7 +38,7 @@ from palm_jax.job import Job, Run
 # lbfgs, knn: cached features of clean images; sgd: augmented anew in every epoch, encoder frozen;
 # finetune: the encoder, too; supervised: the same from random weights.
 METHODS = ('lbfgs', 'knn', 'sgd', 'finetune', 'supervised')
-BY_SGD = METHODS[2:]
+ON_CACHED, BY_SGD = METHODS[:2], METHODS[2:]
 
 
 def default_config() -> ConfigDict:
@@ -50,9 +49,10 @@ def default_config() -> ConfigDict:
       methods=('sgd', 'lbfgs', 'knn'),  # see METHODS
       split='test',  # 'validation': a tenth of the training images instead, to choose settings with
       # raw pixels as features, for lbfgs and knn, and their principal components, as many as the
-      # encoder has features, where there are more pixels
+      # encoder has features, where there are more pixels; of pictures of up to 64x64
       pixels=True,
-      label_fractions=(1.0,),  # of the training labels: stratified and nested
+      # of the training labels: stratified and nested; SGD makes as many updates with fewer
+      label_fractions=(1.0,),
       label_draws=3,  # at fractions up to 0.1
       coarse=False,  # CIFAR-100's 20 superclasses, beside its 100 classes
       corruptions=(),  # of test images: 'salt_pepper:SHARE', 'downsample:PIXELS'
@@ -96,6 +96,13 @@ def check(config: ConfigDict, num_devices: int) -> None:
   for method in BY_SGD:
     if method in c.methods:
       sgd.check(c[method], f'probe.{method}', num_devices)
+
+
+def check_data(this: Run) -> None:
+  """Raises UserError where the data have one class, or lbfgs cannot hold out one of each."""
+  preconditions.check_classes(this, 'probe')
+  if 'lbfgs' in this.config.probe.methods:
+    preconditions.check_examples(this, 'lbfgs')
 
 
 class Images(NamedTuple):
@@ -208,7 +215,8 @@ def _others(this, images, width):
     if images.held_out is not None:
       test = foreign['train'][images.held_out]
     sources.append(Source('foreign features', foreign['train'][images.rest], {'clean': test}))
-  if config.probe.pixels:
+  methods = set(ON_CACHED) & set(config.probe.methods)
+  if config.probe.pixels and methods and pixels_fit(images.train.images):
     flat = {name: features.pixels(corrupted) for name, corrupted in images.corrupted.items()}
     raw = Source('pixels', features.pixels(images.train.images), flat)
     sources.append(raw)
@@ -221,7 +229,7 @@ def _others(this, images, width):
 
 def _rows(this, method, task, sources, images):
   """The rows of one method and task."""
-  if method in ('lbfgs', 'knn'):
+  if method in ON_CACHED:
     return [judge.cached(source, task, method, this.config.seed) for source in sources]
   ours, train = [source for source in sources if source.encoder], images.train.images
   if method == 'sgd':
@@ -232,7 +240,9 @@ def _rows(this, method, task, sources, images):
 def _protocol(config, data, images, encoder):
   """Every setting that made the numbers."""
   c = config.probe
-  foreign = dict(foreign_features=config.features.path) if config.features.path else {}
+  more = dict(foreign_features=config.features.path) if config.features.path else {}
+  if min(c.label_fractions) < 1:
+    more['epochs_of_a_share'] = 'divided by it: as many updates as with all labels'
   return dict(
     data=data.source,
     split=c.split,
@@ -241,7 +251,7 @@ def _protocol(config, data, images, encoder):
     seed=int(config.seed),
     **encoder.about,
     encoder_sha256=encoder.sha256,
-    **foreign,
+    **more,
     images='not augmented',
     lbfgs='multinomial logistic regression on cached features, '
     'mean cross-entropy + l2/2 |weight|^2',
@@ -315,7 +325,7 @@ JOB = Job(
   'probe',
   run,
   check,
-  check_data=functools.partial(preconditions.check_classes, job='probe'),
+  check_data=check_data,
   table=table,
   reads=('pretrain',),
   judges=True,

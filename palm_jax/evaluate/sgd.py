@@ -122,6 +122,12 @@ def fit_heads(
   represent = functools.partial(_represent, encoder, make_augment(c.augment))
   params = _initial(seeds, _width(represent, variables, inputs), num_classes)
   carry = devices.replicate(mesh, (params, optimizer.init(params)))
+  devices.check_fits(
+    inputs.nbytes,
+    mesh,
+    f'{name}: the training images, or their features, take',
+    "lower data.size, leave the method out, or set its augment to 'none', which takes features",
+  )
   fixed = devices.replicate(mesh, (variables, inputs, np.asarray(labels, np.int32)))
   epoch = _compile_epoch(represent, optimizer, seeds, mesh)
   progress = Progress(name, c.epochs, 'epochs')

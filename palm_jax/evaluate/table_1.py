@@ -6,10 +6,11 @@ where given; classifiers (ResNet-18) of CIFAR-10. LSUN is ODIN's LSUN_resize, wh
 
 import collections
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from palm_jax.base.tables import aligned, protocol_line
+from palm_jax.evaluate.image_sets import RESIZED
 
 COLUMNS = ('SVHN', 'LSUN', 'CIFAR-100', 'Interp.', 'CelebA')
 TABLE_1: dict[str, dict[str, tuple[float, ...]]] = {
@@ -30,10 +31,16 @@ def column(name: str) -> str | None:
   return next((known for known in COLUMNS if plain(known) == plain(name)), None)
 
 
-def papers(sets: Iterable[str], class_names: Iterable[str]) -> dict[str, Any] | None:
-  """The paper's numbers of these sets; None where it has none, or the data are not CIFAR-10."""
+def papers(sets: Mapping[str, str], class_names: Iterable[str]) -> dict[str, Any] | None:
+  """The paper's numbers of these sets; None where it has none, or the data are not CIFAR-10.
+
+  Args:
+    sets: {name: image_sets' description}. LSUN that was resized here is another than the paper's.
+    class_names: of the data.
+  """
   found = {name: column(name) for name in sets}
-  columns = {name: known for name, known in found.items() if known}
+  ours = lambda name: found[name] == 'LSUN' and RESIZED in sets[name]
+  columns = {name: known for name, known in found.items() if known and not ours(name)}
   if not columns or {name.lower() for name in class_names} != CIFAR10:
     return None
   rows = {

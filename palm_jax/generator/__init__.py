@@ -93,7 +93,7 @@ def _path(path_or_name):
       'browser, for example) and give its path'
     )
   try:
-    path = pathlib.Path(path_or_name)
+    path = pathlib.Path(os.path.expanduser(path_or_name))
     path.stat()
   except FileNotFoundError:
     pass

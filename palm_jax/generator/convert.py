@@ -46,17 +46,19 @@ def convert(
     class_averages: whether truncation pulls towards the average w of a picture's class.
 
   Raises:
-    UserError: what `load_generator` refuses, a target that holds something, or class averages
-      without classes.
+    UserError: what `load_generator` refuses, a target that holds something or is the working
+      folder, or class averages without classes.
   """
   source = pathlib.Path(source)
-  target = pathlib.Path(target)
+  target = pathlib.Path(os.path.expanduser(target))
   in_file = target.suffix == '.safetensors'
   used_folder = target.is_dir() and (in_file or any(target.iterdir()))
   if used_folder or (target.exists() and not target.is_dir() and not in_file):
     raise UserError(
       f'{target} holds something already: name an empty or new folder, or a new .safetensors file'
     )
+  if target.is_dir() and target.samefile('.'):
+    raise UserError(f'{target} is the folder you are in, which would be replaced: name a new one')
   files.check_writable(target)
   generator = load_generator(source, network)
   if class_averages:

@@ -15,6 +15,8 @@ from palm_jax.base.errors import UserError
 from palm_jax.generator.loaded import LoadedGenerator
 from palm_jax.generator.protocol import PictureGenerator
 
+OF_STYLES = 'mapping', 'synthesis', 'w_dim', 'num_ws'  # what StyleGAN's networks have
+
 
 def prepared(generator: PictureGenerator, variables: Any) -> Any:
   """Variables of which it draws the same with less work; as they are where it knows none."""
@@ -287,8 +289,16 @@ def viewed(
   """The generator as the settings of config.environment with these names want it.
 
   Raises:
-    UserError: a layer that it does not have, or a crop that leaves nothing.
+    UserError: a generator without styles where they are wanted, a layer that it does not have, or a
+      crop that leaves nothing.
   """
+  network = getattr(generator, 'network', None)
+  if (latent_space == 'w' or style_mixing) and not all(hasattr(network, x) for x in OF_STYLES):
+    wanted = f'style_mixing={style_mixing}' if style_mixing else f'latent_space={latent_space!r}'
+    raise UserError(
+      f'environment.{wanted} of a {type(generator).__name__}, which has no network with '
+      f'{", ".join(OF_STYLES)}: give a StyleGAN, or leave that setting out'
+    )
   if latent_space == 'w':
     generator = w_latents(generator)
   if style_mixing:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,8 +11,10 @@ from absl import logging
 
 from palm_jax.base.checkpoints import load_item
 from palm_jax.base.errors import UserError
-from palm_jax.formats.kinds import kind_of
+from palm_jax.formats.arrays import read_arrays
+from palm_jax.formats.kinds import SnapshotError, kind_of
 from palm_jax.generator import load_generator, snapshots
+from palm_jax.generator.saved import NETWORK_KEY
 from palm_jax.generator.step import State
 
 
@@ -20,8 +23,8 @@ def load_networks(path: str | os.PathLike, template: State) -> dict[str, Any]:
 
   Args:
     path: workdir of a palm_jax run whose generator job has saved at least once, a file (see
-      `snapshots.load_snapshot`) with G, G_ema and D, or what `load_generator` reads else, which
-      has no D.
+      `snapshots.load_snapshot`) with G_ema and, where it has them, G and D, or what
+      `load_generator` reads else, which has no D. G_ema stands in for a G that is not there.
     template: shapes, dtypes and shardings of the State that they go into.
 
   Returns:
@@ -30,7 +33,7 @@ def load_networks(path: str | os.PathLike, template: State) -> dict[str, Any]:
   Raises:
     UserError: nothing of this kind there, or networks of other sizes.
   """
-  given, path = path, pathlib.Path(path)
+  given, path = path, pathlib.Path(os.path.expanduser(path))
   if (path / 'generator').is_dir():
     try:
       step, state = load_item(path / 'generator' / 'checkpoints', 'state', template=template)
@@ -52,11 +55,29 @@ def load_networks(path: str | os.PathLike, template: State) -> dict[str, Any]:
 
 def _in_file(given, path):
   """The networks as `load_networks` returns them, but of any size."""
-  if path.is_file() and kind_of(path) != 'safetensors':
-    found = {name: snapshots.load_snapshot(path, name)[1] for name in ('G', 'G_ema')}
-    return found | {'D': snapshots.load_discriminator(path)[1]['params']}
-  variables = load_generator(given).variables
-  return dict(G=variables, G_ema=variables)
+  if not path.is_file() or _is_ours(path):
+    variables = load_generator(given).variables
+    return dict(G=variables, G_ema=variables)
+  averaged = snapshots.load_snapshot(path)[1]
+  G = _if_there(path, 'G', lambda: snapshots.load_snapshot(path, 'G')[1])
+  D = _if_there(path, 'D', lambda: snapshots.load_discriminator(path)[1]['params'])
+  found = dict(G=averaged if G is None else G, G_ema=averaged)
+  return found if D is None else dict(found, D=D)
+
+
+def _is_ours(path):
+  """Whether a file is of `save_safetensors`."""
+  return kind_of(path) == 'safetensors' and NETWORK_KEY in read_arrays(path)[1]
+
+
+def _if_there(path: pathlib.Path, name: str, load: Callable[[], Any]) -> Any:
+  """What `load` reads of a file; None where the file has no network of this name."""
+  try:
+    return load()
+  except SnapshotError as e:
+    if not str(e).startswith(f'{path}: no {name} in it'):  # else it is there, but damaged
+      raise
+    return None
 
 
 def fit(name: str, tree: Any, template: Any) -> Any:

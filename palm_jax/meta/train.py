@@ -293,4 +293,4 @@ def mean_metrics(
   return {name: float(x.mean()) for name, x in values.items() if learned or 'return' in name}
 
 
-JOB = Job('meta', run, check, needs_data=never, table=table, reads=('generator',))
+JOB = Job('meta', run, check, needs_data=never, table=table, reads=('generator', 'encoder'))

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 
 from palm_jax import sac
 from palm_jax.base.training import Training
-from palm_jax.offline import records
+from palm_jax.offline import origins, records
 from palm_jax.offline.methods import act_sac, update_sac
 
 BEHAVIOURS = 'random', 'half', 'trained'
@@ -35,7 +36,11 @@ class Behaviours(NamedTuple):
 
 
 def train(
-  config: ConfigDict, folder: pathlib.Path, player: records.Player, judge: records.Player
+  config: ConfigDict,
+  folder: pathlib.Path,
+  player: records.Player,
+  judge: records.Player,
+  origin: Mapping[str, str] | None = None,
 ) -> Behaviours:
   """Trains SAC in the environments of a player, or resumes it; another judges it.
 
@@ -43,7 +48,14 @@ def train(
   between two rounds holds all there is. 'trained' is the best of the policies after each round,
   'half' the first whose return has passed the middle between random and that.
 
+  Args:
+    config: the whole config.
+    folder: for checkpoints and metrics.
+    player, judge: see above.
+    origin: of `origins.of_world`.
+
   Raises:
+    UserError: the training in the folder is of another world.
     Stopped: by a signal; everything is saved.
   """
   c = config.offline
@@ -56,10 +68,7 @@ def train(
   first = jax.jit(lambda key: sac.init(key, observations, actions, config.sac))
   at_random = judge.episode(_random(actions, config.seed), JUDGE_SEED, 1.0).returns.mean()
   state = first(jax.random.key(config.seed))
-  empty = lambda *shape: np.zeros((rounds * per_round, *shape), np.float32)
-  ring = records.Record(
-    empty(observations), empty(actions), empty(), empty(observations), empty(), empty()
-  )
+  ring = _ring(rounds * per_round, observations, actions)
   actors = jax.tree.map(lambda x: np.zeros((rounds, *x.shape), np.float32), state.actor)
   items = dict(state=state, ring=ring, actors=actors)
   with Training(
@@ -68,6 +77,7 @@ def train(
     restored = training.resume({'all': jax.device_put(items)})
     size, curve = 0, []
     if restored:
+      origins.check(folder, restored.metadata.get('origin'), origin or {})
       items = restored.items['all']
       ring, actors = jax.tree.map(np.array, (items['ring'], items['actors']))
       state, size, curve = items['state'], *restored.metadata['position']
@@ -83,7 +93,8 @@ def train(
         size = _add(ring, size, player.play(chosen, c.block_length))
         count = c.block_length * c.num_envs
         rows = generator.integers(0, size, (count, config.offline.batch_size))
-        batches = batch_of(jax.tree.map(lambda x, rows=rows: x[rows], ring), config.sac.gamma)
+        learned = records.Record(**{name: x[rows] for name, x in ring.items()})
+        batches = batch_of(learned, config.sac.gamma)
         state, metrics = learn(state, batches, keys[1])
       actors = jax.tree.map(_put(training.step), actors, state.actor)
       score = judge.episode(lambda o, t, s=state: best_act(s, o, None), JUDGE_SEED, 1.0).returns
@@ -94,7 +105,8 @@ def train(
       training.show(scalars)
       if training.should_save:
         items = dict(state=state, ring=ring, actors=actors)
-        training.save({'all': jax.device_put(items)}, position=(size, curve))
+        about = dict(position=(size, curve), origin=dict(origin or {}))
+        training.save({'all': jax.device_put(items)}, **about)
   return _chosen(state, actors, curve, float(at_random))
 
 
@@ -161,10 +173,24 @@ def _random(action_dim, seed):
   return lambda seen, t: generator.uniform(-1, 1, (len(seen), action_dim))
 
 
+def _ring(rows, observations, actions):
+  """Room for a record's steps; `ended` is left out, as older checkpoints do not hold it."""
+  empty = lambda *shape: np.zeros((rows, *shape), np.float32)
+  return dict(
+    observations=empty(observations),
+    actions=empty(actions),
+    rewards=empty(),
+    next_observations=empty(observations),
+    terminated=empty(),
+    episode=empty(),
+  )
+
+
 def _add(ring, size, block):
-  for old, new in zip(ring, block, strict=True):
-    old[size : size + len(new)] = new
-  return size + len(block.rewards)
+  after = size + len(block.rewards)
+  for name, old in ring.items():
+    old[size:after] = getattr(block, name)
+  return after
 
 
 def _put(row):

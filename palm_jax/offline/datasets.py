@@ -4,21 +4,34 @@ import pathlib
 from typing import Any
 
 import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
 
+from palm_jax import environment
 from palm_jax.base.errors import UserError
 from palm_jax.base.signals import raise_if_interrupted
 from palm_jax.base.steps import one_line
 from palm_jax.offline.records import Record, join
+from palm_jax.world import NAME
+from palm_jax.world.config import settings_of
 from palm_jax.world.dataset import WORLD, import_minari
 
+DYNAMICS = 'alpha', 'beta', 'episode_length', 'dynamics', 'start'  # not what is seen or rewarded
 
-def load(name: str, envs: Any, expected: dict[str, str] | None = None) -> Record:
+
+def load(
+  name: str,
+  envs: Any,
+  expected: dict[str, str] | None = None,
+  config: ConfigDict | None = None,
+) -> Record:
   """A Minari data set of vectors as a Record.
 
   Args:
     name: of `minari.load_dataset`, or a data set's folder.
     envs: environments in which is played; observations and actions must have their sizes.
     expected: `identity` of the world in which is played; data sets that name none fit any.
+    config: the whole config, of that world; None with Gymnasium's own environments.
 
   Raises:
     UserError: Minari is missing, the data set is not there, damaged, empty, not of vectors and
@@ -28,7 +41,7 @@ def load(name: str, envs: Any, expected: dict[str, str] | None = None) -> Record
   try:
     folder = pathlib.Path(name)
     found = minari.MinariDataset(folder / 'data') if folder.is_dir() else minari.load_dataset(name)
-    about = found.storage.metadata
+    about, made_with = found.storage.metadata, _made_with(found.spec.env_spec)
     episodes = list(found.iterate_episodes())
   except Exception as e:  # h5py and Minari raise a dozen kinds
     raise_if_interrupted(e)
@@ -43,10 +56,48 @@ def load(name: str, envs: Any, expected: dict[str, str] | None = None) -> Record
         f'the data set {name!r} was recorded {what} (digest {about[key][:12]}, here {value[:12]}): '
         'give that in the config, or another data set'
       )
+  if made_with and config:
+    _check_settings(name, made_with, config)
   if not episodes:
     raise UserError(f'the data set {name!r} holds no episodes: give another')
-  parts = [_record_of(i, episode, name, envs) for i, episode in enumerate(episodes)]
+  # An episode of the latent world is cut at its length, and one that a record cut is shorter.
+  whole = made_with['episode_length'] - 1 if made_with else None
+  parts = [_record_of(i, episode, name, envs, whole) for i, episode in enumerate(episodes)]
   return join(parts)
+
+
+def _made_with(spec) -> dict[str, Any]:
+  """Settings of the latent world that a data set is of; {} where it is of another environment."""
+  if spec is None or spec.id != NAME:
+    return {}
+  given = {key: value for key, value in spec.kwargs.items() if value is not None}
+  # Those of `world.make` where it names none.
+  return dict(task='none', goal=0, label=-1, **settings_of(environment.default_config())) | given
+
+
+def _check_settings(name, there, config):
+  """Raises UserError where others are seen or rewarded; the log says where only dynamics differ."""
+  w = config.world
+  here = dict(task=w.task, label=w.label, **settings_of(config.environment))
+  if w.task == 'goal':
+    here['goal'] = w.goal
+  differ = {
+    key: f'{"world" if key in w else "environment"}.{key}={there[key]!r} there, {value!r} here'
+    for key, value in here.items()
+    if there[key] != value
+  }
+  dynamics = [differ.pop(key) for key in DYNAMICS if key in differ]
+  if differ:
+    raise UserError(
+      f'the data set {name!r} is of another world ({"; ".join(differ.values())}): give that in the '
+      'config, or another data set'
+    )
+  if dynamics:
+    logging.warning(
+      'the data set %r was recorded in other dynamics (%s): learning is judged in those here',
+      name,
+      '; '.join(dynamics),
+    )
 
 
 def check_there(name: str) -> None:
@@ -60,7 +111,7 @@ def check_there(name: str) -> None:
   )
 
 
-def _record_of(number, episode, name, envs):
+def _record_of(number, episode, name, envs, whole):
   seen, done = np.asarray(episode.observations), np.asarray(episode.actions)
   if seen.ndim != 2 or done.ndim != 2 or seen.dtype == np.uint8:
     raise UserError(
@@ -80,11 +131,16 @@ def _record_of(number, episode, name, envs):
       'rescale its actions'
     )
   seen, done = seen.astype(np.float32), done.astype(np.float32)
+  terminated = np.asarray(episode.terminations, bool)
+  ended = terminated | np.asarray(episode.truncations, bool)
+  if whole is not None:
+    ended[-1:] = len(done) == whole
   return Record(
     seen[:-1],
     done,
     np.asarray(episode.rewards, np.float32),
     seen[1:],
-    np.asarray(episode.terminations, bool),
+    terminated,
     np.full(len(done), number, np.int32),
+    ended,
   )

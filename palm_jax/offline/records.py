@@ -1,7 +1,8 @@
 """Records of what an agent did, and the environments they come from."""
 
+import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from ml_collections import ConfigDict
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import replacing
 from palm_jax.base.signals import raise_if_interrupted
+from palm_jax.offline import origins
 from palm_jax.world.config import from_config
 
 WORLD = 'world'  # the latent world of the config
@@ -25,6 +27,8 @@ class Record(NamedTuple):
     rewards: (N,) float32.
     terminated: (N,) bool: a true end, after which nothing has a value.
     episode: (N,) int32 number of the episode that a step is of.
+    ended: (N,) bool: the last step of its episode, by a true end or a cut of the environment's;
+      None in what older versions recorded.
   """
 
   observations: Any
@@ -33,6 +37,7 @@ class Record(NamedTuple):
   next_observations: Any
   terminated: Any
   episode: Any
+  ended: Any = None
 
 
 class Episode(NamedTuple):
@@ -125,11 +130,11 @@ class Player:
     """
     rows = []
     for t in range(steps):
-      seen, ended, episode = self._seen, self._ended, self._episode
+      seen, begins, episode = self._seen, self._ended, self._episode
       actions = np.asarray(act(seen, t), np.float32)
       rewards, terminated = self._step(actions)
-      row = seen, actions, rewards, self._seen, terminated, episode
-      rows.append([x[~ended] for x in row])
+      row = seen, actions, rewards, self._seen, terminated, episode, self._ended
+      rows.append([x[~begins] for x in row])
     return join([Record(*row) for row in rows])
 
   def _step(self, actions):
@@ -167,25 +172,37 @@ def take(record: Record, count: int) -> Record:
 
 
 def mean_return(record: Record) -> float:
-  """Of its longest episodes: those cut by the record's end are left out."""
+  """Of its whole episodes: those cut by the record's end are left out.
+
+  Where it does not say which are whole, or none is, the longest are taken for them.
+  """
   _, numbers = np.unique(record.episode, return_inverse=True)
   lengths = np.bincount(numbers)
-  return float(np.bincount(numbers, record.rewards)[lengths == lengths.max()].mean())
+  whole = np.zeros(len(lengths), bool)
+  if record.ended is not None:
+    whole[numbers[record.ended]] = True
+  if not whole.any():
+    whole = lengths == lengths.max()
+  return float(np.bincount(numbers, record.rewards)[whole].mean())
 
 
-def save(path: pathlib.Path, record: Record) -> None:
-  """Writes it whole, or nothing. Raises OSError."""
+def save(path: pathlib.Path, record: Record, origin: Mapping[str, str] | None = None) -> None:
+  """Writes it whole, or nothing, and beside it its origin (`origins.of_world`). Raises OSError."""
   with replacing(path) as file:
-    np.savez(file, **record._asdict())
+    np.savez(file, **record._asdict(), origin=json.dumps(origin or {}))
 
 
-def load(path: pathlib.Path) -> Record:
-  """What `save` wrote. Raises UserError where it is damaged."""
+def load(path: pathlib.Path, origin: Mapping[str, str] | None = None) -> Record:
+  """What `save` wrote. Raises UserError where it is damaged, or of another origin."""
   try:
     with np.load(path) as file:
-      return Record(**file)
+      arrays = dict(file)
+    before = json.loads(str(arrays.pop('origin', '{}')))
+    record = Record(**arrays)
   except Exception as e:  # numpy and zipfile raise a dozen kinds on damage
     raise_if_interrupted(e)
     raise UserError(
       f'{path} is damaged ({type(e).__name__}): delete it, and it is recorded again'
     ) from e
+  origins.check(path, before, origin or {})
+  return record

@@ -11,11 +11,12 @@ from ml_collections import ConfigDict
 
 from palm_jax import environment, sac
 from palm_jax.base import checks, devices
+from palm_jax.base.digests import digest
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.tables import aligned, protocol_line
 from palm_jax.base.training import Training
 from palm_jax.job import Job, Run, never
-from palm_jax.offline import bear, behaviours, datasets, figure, records
+from palm_jax.offline import bear, behaviours, datasets, figure, origins, records
 from palm_jax.offline.methods import METHODS
 from palm_jax.world import config as worlds
 from palm_jax.world import goal_latent
@@ -104,7 +105,8 @@ def run(this: Run) -> dict[str, Any]:
     What stands in results/offline.json.
 
   Raises:
-    UserError: an environment or record that is missing, damaged or refused.
+    UserError: an environment or record that is missing, damaged or refused, or a workdir of another
+      world.
     NonFiniteError: something learned is NaN or infinite.
     Stopped: by a signal; everything is saved.
   """
@@ -113,12 +115,15 @@ def run(this: Run) -> dict[str, Any]:
     datasets.check_there(name)
   world = records.make_world(this.config, this.workdir)
   judge = records.Player(records.make_envs(this.config, world, c.seeds * c.episodes))
-  sources, about = _records(this, folder, world, judge.envs)
+  origin = origins.of_world(world)
+  sources, about = _records(this, folder, world, judge.envs, origin)
   rows, rest = [], dict[str, Any](about)
   for name, record in sources.items():
     own = records.mean_return(record)
+    of_record = origin | {'record': digest(record._asdict(), {})}
     for method in c.methods:
-      curve = _learn(this, folder / f'{name.replace("/", "_")}_{method}', record, method, judge)
+      place = folder / f'{name.replace("/", "_")}_{method}'
+      curve = _learn(this, place, record, method, judge, of_record)
       last = curve[-1]
       rows.append(
         dict(
@@ -139,23 +144,27 @@ def run(this: Run) -> dict[str, Any]:
   return dict(rows=rows, **rest, protocol=_protocol(this.config))
 
 
-def _records(this, folder, world, envs):
+def _records(this, folder, world, envs, origin):
   """{name: Record}, and what else is known of who made them."""
   c = this.config.offline
   if c.datasets:
     expected = identity(world[0]) if world else None
-    return {name: datasets.load(name, envs, expected) for name in c.datasets}, {}
+    config = this.config if world else None
+    return {name: datasets.load(name, envs, expected, config) for name in c.datasets}, {}
   made = {name: folder / 'records' / f'{name}.npz' for name in c.behaviours}
+  # Before anything is trained, so that those of another world are refused at once.
+  found = {name: records.load(path, origin) for name, path in made.items() if path.exists()}
   player = records.Player(records.make_envs(this.config, world, c.num_envs))
   judge = records.Player(records.make_envs(this.config, world, c.episodes))
-  found = behaviours.train(this.config, folder / 'behaviours', player, judge)
+  players = behaviours.train(this.config, folder / 'behaviours', player, judge, origin)
   for name, path in made.items():
-    if not path.exists():
+    if name not in found:
       path.parent.mkdir(exist_ok=True)
-      records.save(path, behaviours.record(this.config, player, found, name))
+      found[name] = behaviours.record(this.config, player, players, name)
+      records.save(path, found[name], origin)
       logging.info('offline: recorded %s', path)
-  about = dict(behaviours=found.returns, behaviour_curve=found.curve)
-  return {name: records.load(path) for name, path in made.items()}, about
+  about = dict(behaviours=players.returns, behaviour_curve=players.curve)
+  return {name: found[name] for name in made}, about
 
 
 def _oracle(judge, config):
@@ -166,7 +175,7 @@ def _oracle(judge, config):
   return float(judge.episode(act, JUDGE_SEED, config.sac.gamma).returns.mean())
 
 
-def _learn(this, folder, record, method, judge):
+def _learn(this, folder, record, method, judge, origin):
   """Learns from a record -> [dict] of what each judging found."""
   config, c = this.config, this.config.offline
   m = METHODS[method]
@@ -194,6 +203,7 @@ def _learn(this, folder, record, method, judge):
   ) as training:
     restored = training.resume({'state': state})
     if restored:
+      origins.check(folder, restored.metadata.get('origin'), origin)
       state, curve = restored.items['state'], list(restored.metadata['curve'])
     while not training.over:
       state, metrics = call(state, on_device, keys, training.step)
@@ -213,7 +223,7 @@ def _learn(this, folder, record, method, judge):
       training.write(metrics)
       training.show(metrics)
       if training.should_save:
-        training.save({'state': state}, curve=curve)
+        training.save({'state': state}, curve=curve, origin=origin)
   return curve
 
 
@@ -309,4 +319,4 @@ def table(result: dict[str, Any]) -> str:
   return '\n'.join([*aligned(cells), line, protocol_line(result['protocol'])])
 
 
-JOB = Job('offline', run, check, needs_data=never, table=table, reads=('generator',))
+JOB = Job('offline', run, check, needs_data=never, table=table, reads=('generator', 'encoder'))

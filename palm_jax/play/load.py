@@ -72,9 +72,10 @@ def load_game(
     config, step = ConfigDict(dict(environment=environment.default_config())), 0
     used = load_generator(generator or GENERATOR)
   else:
+    workdir = pathlib.Path(os.path.expanduser(workdir))
     config, step = run_config(workdir)
     config.generator.path = generator or config.generator.path
-    used = worlds.load_world_generator(config, pathlib.Path(workdir))
+    used = worlds.load_world_generator(config, workdir)
   path = config.generator.path if workdir is not None else generator or GENERATOR
   if found is not None:
     check_shape(found, used.image_shape)
@@ -84,7 +85,7 @@ def load_game(
   if workdir is not None:
     height, width, channels = used.image_shape
     features = pretrained(workdir, (height, width, channels * e.stack), step)
-    policy, why_not = load_agent(config, pathlib.Path(workdir), used, step)
+    policy, why_not = load_agent(config, workdir, used, step)
   settings: dict[str, Any] = settings_of(e)
   settings['episode_length'] = None  # the page has its own
   world, params = make(

@@ -4,6 +4,7 @@ Every number of its tables stands in a file of the workdir, and says on hovering
 only the map is computed here. A job without a result has no section.
 """
 
+import os
 import pathlib
 
 from absl import logging
@@ -51,7 +52,7 @@ def check(config: ConfigDict, num_devices: int) -> None:
     )
   checks.ranges('report', c, RANGES)
   for folder in c.compare:
-    if not (pathlib.Path(folder) / 'config.json').is_file():
+    if not (pathlib.Path(os.path.expanduser(folder)) / 'config.json').is_file():
       raise UserError(
         f'report.compare={tuple(c.compare)}: {folder} holds no config.json: name workdirs of this '
         'project'
@@ -71,7 +72,7 @@ def run(this: Run) -> dict:
   Raises:
     UserError: a workdir without a readable config.json.
   """
-  runs = read.read_runs([this.workdir, *this.config.report.compare])
+  runs = read.read_runs([this.workdir, *map(os.path.expanduser, this.config.report.compare)])
   notes = [note for run in runs for note in run.notes]
   report = read.Report(runs, this.config, this.workdir, this.mesh, this.data, notes)
   shown = sections.build(report)

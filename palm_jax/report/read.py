@@ -18,7 +18,7 @@ from palm_jax.base.steps import list_steps
 from palm_jax.data.arrays import Data
 from palm_jax.workdir import ADDED, FREE
 
-JUDGES = 'probe', 'ood', 'diversity', 'quality', 'scores'  # sections of jobs that judge
+JUDGES = 'probe', 'ood', 'diversity', 'quality', 'concepts', 'scores'  # sections of such jobs
 ORIGIN = MADE_FROM, CONFIG  # in results, for programs
 STEPS = {'pretrain': 'env_steps', 'generator': 'images'}  # jobs with metrics, and their x
 
@@ -119,7 +119,8 @@ def _note_config(run, job, then):
   if then is None:
     return
   before, now = checks.flatten(then), checks.flatten(run.config)
-  fixed = lambda key: key.partition('.')[0] not in (*FREE, *JUDGES) or key.startswith(f'{job}.')
+  free = ({*FREE, *JUDGES} - {job}) | {'study'}  # a study's config.json is that of its runs
+  fixed = lambda key: key.partition('.')[0] not in free
   value = lambda config, key: config.get(key, ADDED.get(key))
   keys = sorted(before.keys() | now.keys())
   differ = [key for key in keys if fixed(key) and value(before, key) != value(now, key)]

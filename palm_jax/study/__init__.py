@@ -188,9 +188,20 @@ def run(this: Run) -> dict | None:
 
 def _run_jobs(this, config, folder, jobs):
   """Runs jobs in a folder, those of its config or one -> whether they are complete."""
+  config = workdirs.as_there(folder, config, _unread(this.runner, config, folder, jobs))
   which = 'all' if jobs == tuple(config.jobs) else jobs[0]
   this.runner.run(config, which, folder, this.download)
   return all(workdirs.is_complete(folder, this.runner.find(name)) for name in jobs)
+
+
+def _unread(runner, config, folder, jobs):
+  """Sections of the config that the jobs do not read, and another study's may have in a folder."""
+  if jobs == ('generator',):
+    sections = [name for name, part in config.items() if isinstance(part, ConfigDict)]
+    return set(sections) - {'data', 'generator'}
+  found = [runner.find(name) for name in runner.names() if name in config]
+  judged = [job.name for job in found if job.judges and workdirs.result_path(folder, job).exists()]
+  return set(judged) - {*jobs, *(runner.find(name).judges_with for name in jobs)}
 
 
 def _line(study, reading, arm_run, place):

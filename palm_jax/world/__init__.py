@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import os
-import pathlib
 from typing import Any
 
 import jax
@@ -144,7 +143,7 @@ def _features(encoder, image_shape):
     return encoder
   if encoder is None or encoder == 'random':
     return at_random(image_shape)
-  if not isinstance(encoder, str | os.PathLike) or not pathlib.Path(encoder).exists():
+  if not isinstance(encoder, str | os.PathLike) or not os.path.exists(os.path.expanduser(encoder)):
     raise UserError(
       f"encoder={encoder!r} is neither 'random' nor the workdir of a pretraining: give one of them"
     )

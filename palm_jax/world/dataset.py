@@ -23,10 +23,11 @@ from ml_collections import ConfigDict
 
 from palm_jax import environment, experience, replay, worlds
 from palm_jax.base import command
+from palm_jax.base.checkpoints import load
 from palm_jax.base.digests import digest
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import scratch
-from palm_jax.base.steps import one_line
+from palm_jax.base.steps import list_steps, one_line
 from palm_jax.checkpoint import load_config
 from palm_jax.world import NAME, LatentManifold, make
 from palm_jax.world.config import settings_of, views_of
@@ -54,6 +55,7 @@ def write(
   task: str = 'none',
   encoder: str = '',
   goal: int = 0,
+  label: int = -1,
 ) -> pathlib.Path:
   """Writes what a pretraining recorded (pretrain.record) as a Minari data set.
 
@@ -66,13 +68,15 @@ def write(
     name: of the data set, as Minari wants it.
     observations, task, goal: of `world.make`.
     encoder: workdir of a pretraining, or 'random'; '' is the run's own.
+    label: class of the episodes that are written, and of `world.make`; -1 writes all. Rewards of
+      'entropy' are among the episodes of all classes.
 
   Returns:
     The folder of the data set.
 
   Raises:
-    UserError: no record, one without actions, a generator that is not there, a data set that is,
-      or Minari is missing.
+    UserError: no record, one without actions or episodes of the class, a generator that is not
+      there, or another than was played in, a data set that is there, or Minari is missing.
   """
   minari = import_minari()
   workdir, root = pathlib.Path(workdir), pathlib.Path(root)
@@ -81,10 +85,12 @@ def write(
     raise UserError(f'{target} holds something already: choose another --name, or delete it')
   config = ConfigDict(load_config(workdir))
   generator = worlds.load_world_generator(config, workdir)
+  _check_generator(workdir, config, generator)
   needs = task != 'none' or observations == 'features'
   settings: dict[str, Any] = dict(
     task=task,
     observations=observations,
+    label=label,
     **settings_of(config.environment),
     encoder=(encoder or str(workdir)) if needs else None,
   )
@@ -94,7 +100,8 @@ def write(
   buffers = _episodes(world, params, workdir / 'pretrain' / 'experience', config)
   first = next(buffers)
   if not first:
-    raise UserError(f'{workdir} recorded no episode of two pictures: pretrain longer')
+    of_class = '' if label < 0 else f' of class {label}'
+    raise UserError(f'{workdir} recorded no episode of two pictures{of_class}: pretrain longer')
   with scratch(root) as part:
     _check_space(root, first)
     with _minari_in(part):
@@ -114,10 +121,24 @@ def write(
   return target
 
 
+def _check_generator(workdir, config, generator):
+  """Raises UserError where the checkpoints say that the run played in the world of another."""
+  folder = workdir / 'pretrain' / 'checkpoints'
+  before = load(folder, 'encoder').metadata.get('world') if list_steps(folder) else None
+  now = digest(generator.variables, {})
+  if before not in (None, now):
+    raise UserError(
+      f'{workdir} recorded in the world of another generator than '
+      f'{config.generator.path or workdir} holds now (digest {before[:12]}, now {now[:12]}): its '
+      'latents would be other pictures; give that one back'
+    )
+
+
 def _episodes(world, params, folder, config) -> Iterator[list]:
   """Lists of Minari's EpisodeBuffer, in the order in which episodes end."""
   show = jax.jit(_show, static_argnums=0)
   open_episodes, ended, state = {}, [], None
+  of_class = int(params.label)
   for part in experience.read(folder):
     if not part.action.shape[-1]:
       raise UserError(
@@ -130,7 +151,9 @@ def _episodes(world, params, folder, config) -> Iterator[list]:
       for env in range(len(observed)):
         if row[2][env] == 0 and env in open_episodes:
           ended.append(open_episodes.pop(env))
-        open_episodes.setdefault(env, []).append((observed[env], actions[env], float(rewards[env])))
+        if of_class in (-1, row[1][env]):
+          step = observed[env], actions[env], float(rewards[env])
+          open_episodes.setdefault(env, []).append(step)
       if len(ended) >= EPISODES:
         yield [buffer for buffer in map(_buffer, ended) if buffer]
         ended = []
@@ -240,6 +263,7 @@ def parse_flags(argv: list[str]) -> list[str]:
   flags.DEFINE_enum('task', 'none', [x for x in TASKS if x != 'class'], 'What is rewarded.')
   flags.DEFINE_string('encoder', '', "A workdir, or 'random'; the run's own if empty.")
   flags.DEFINE_integer('goal', 0, 'Seed of the goal of --task=goal.')
+  flags.DEFINE_integer('label', -1, 'Class of the episodes to write, and of the goal; -1: all.')
   return command.parse_flags(argv)
 
 
@@ -259,6 +283,7 @@ def main(argv: list[str]) -> None:
     given.task,
     given.encoder,
     given.goal,
+    given.label,
   )
   print(f'{path}: MINARI_DATASETS_PATH={argv[1]} and minari.load_dataset({given.name!r}) read it')
 

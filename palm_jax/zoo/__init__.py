@@ -1,6 +1,6 @@
 """Writes the encoder of a finished run as a file of a few megabytes, with a card beside it.
 
-  python -m palm_jax.zoo --workdir=runs/cifar_small --name=palm-cifar10-small [--out=FOLDER]
+  python -m palm_jax.zoo --workdir=runs/cifar_small_best --name=palm-cifar10-small [--out=FOLDER]
 
 NAME.safetensors has its kernels in float16; NAME.json says how it was made and what was measured:
 results/probe.json and results/ood.json of the run, where they are. `palm_jax.load_encoder` reads
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
   if not given.workdir or not given.name:
     raise UserError(
       '--workdir and --name are needed: those of a pretraining run and of its encoder, such as '
-      '--workdir=runs/cifar_small --name=palm-cifar10-small'
+      '--workdir=runs/cifar_small_best --name=palm-cifar10-small'
     )
   command.start()
   from palm_jax.zoo import bundle  # here, because load_encoder needs no generators

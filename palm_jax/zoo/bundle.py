@@ -55,9 +55,11 @@ def write(
 
   Raises:
     UserError: no encoder or generator, results of another encoder, numbers that float16 does not
-      hold, or features that change by more than TOLERANCE: nothing is written. Or no room for it.
+      hold, features that change by more than TOLERANCE, or a NAME.json that is no card: nothing is
+      written. Or no room for it.
   """
-  workdir, folder = pathlib.Path(workdir), pathlib.Path(out or workdir)
+  workdir = pathlib.Path(os.path.expanduser(workdir))
+  folder = pathlib.Path(os.path.expanduser(out or workdir))
   if not NAME.fullmatch(name) or name.endswith(SUFFIX):
     raise UserError(
       f'--name={name}: expected letters, digits, - . or _, without {SUFFIX}, such as '
@@ -67,6 +69,8 @@ def write(
     raise UserError(f'--licence={licence}: expected an SPDX identifier, such as Apache-2.0')
   if not folder.is_dir():
     raise UserError(f'--out={folder}: no such folder; make it, or name another')
+  path = folder / f'{name}{SUFFIX}'
+  _check_is_card(path.with_suffix('.json'))
   config, variables, step = export.load_run(workdir, step)
   settings = config['encoder']
   images, generator = world_of(workdir, config, step)
@@ -77,7 +81,6 @@ def write(
   card = make_card(workdir, config, step, after, digest(variables, settings))
   card['made'] |= dict(generator=generator, command=command)
   card |= dict(licence=licence, difference=found)
-  path = folder / f'{name}{SUFFIX}'
   try:
     about = {SHAPE_KEY: json.dumps(images.shape[1:])}
     export.save(path, 'safetensors', settings, stored, step, about)
@@ -87,6 +90,18 @@ def write(
   except OSError as e:
     raise not_written(e, e.filename or path) from e
   return path
+
+
+def _check_is_card(path):
+  """Raises UserError where there is anything but a card, such as config.json of a run."""
+  try:
+    there = json.loads(path.read_text())
+  except FileNotFoundError:
+    return
+  except (OSError, ValueError, RecursionError):
+    there = None
+  if not isinstance(there, dict) or 'file_sha256' not in there:
+    raise UserError(f'{path} is there and no card of an encoder: choose another --name or --out')
 
 
 def halved(variables: Any) -> Any:

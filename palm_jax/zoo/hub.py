@@ -195,7 +195,7 @@ def pull(
   """
   _check_repo(repo)
   hub = import_hub()
-  target = pathlib.Path(out or f'{repo.rpartition("/")[2]}{SUFFIX}')
+  target = pathlib.Path(os.path.expanduser(out or f'{repo.rpartition("/")[2]}{SUFFIX}'))
   if target.suffix != SUFFIX or not target.absolute().parent.is_dir():
     raise UserError(f'--out={target}: expected a name that ends with {SUFFIX}, in a folder that is')
   api = _api(hub)

@@ -163,7 +163,7 @@ def load_encoder(name_or_path: str | os.PathLike) -> LoadedEncoder:
     )
   text = os.fspath(name_or_path)
   _refuse_addresses(text)
-  path = pathlib.Path(text)
+  path = pathlib.Path(os.path.expanduser(text))
   try:
     path.stat()
   except (FileNotFoundError, NotADirectoryError):
