@@ -49,8 +49,16 @@ while :; do
   [[ -n $again ]] || break # a signal ends `wait` early
 done
 
-if [[ -z $reason || ($code -ne 0 && $code -ne 143) ]]; then exit "$code"; fi # 143: ended by that SIGTERM between two jobs
+if ((code != 0 && code != 143)); then exit "$code"; fi # 143: ended by SIGTERM between two jobs
+about=$(SLURM_TIME_FORMAT=standard scontrol show job "$SLURM_JOB_ID") || about=''
+# A preemption with a GraceTime sends SIGTERM to the processes alone: they save and leave as if all were done.
+if [[ -z $reason && $about =~ PreemptTime=([0-9][0-9T:-]*) ]]; then
+  preempted=${BASH_REMATCH[1]} started=''
+  if [[ $about =~ [[:space:]]StartTime=([0-9][0-9T:-]*) ]]; then started=${BASH_REMATCH[1]}; fi
+  if [[ ! $preempted < $started ]]; then reason=preemption; fi # an earlier one is of an earlier start
+fi
+if [[ -z $reason ]]; then exit "$code"; fi
 # scancel sends SIGTERM too, and means it.
-if [[ $reason == TERM ]] && scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=CANCELLED'; then exit 0; fi
+if [[ $reason != USR1 && $about == *JobState=CANCELLED* ]]; then exit 0; fi
 echo "stopped by $reason and saved; resumes when SLURM has room"
 scontrol requeue "$SLURM_JOB_ID" || true # refused where SLURM has done so itself

@@ -79,7 +79,8 @@ class Job:
     clean: removes what only an incomplete job needs, when its result has been written.
     table: the result as text, for the screen.
     reads: what it reads of the workdir: 'generator' (or that of config.generator.path), 'pretrain',
-      or of another: 'encoder' (that of config.world.encoder). Its result is of their newest
+      or of another: 'encoder' (that of config.world.encoder), 'trunk' (that of
+      config.finetune.trunk, which may be this one's 'pretrain'). Its result is of their newest
       checkpoints, and no longer fits when there are newer ones.
     result: where the result lies in the workdir; '' is results/<name>.json.
     judges: whether it only judges what other jobs made; its section of the config may then change

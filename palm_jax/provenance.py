@@ -31,19 +31,29 @@ def made_from(job: Job, this: Run) -> dict[str, Any]:
 
   What is not there, or cannot be told, is left out.
   """
-  found = {}
+  found, reads = {}, _reads(job, this.config)
   if job.needs_data(this.config):
     found['data'] = {'sha256': this.data_digest}
-  if 'generator' in job.reads:
+  if 'generator' in reads:
     judged = this.config.quality.path if job.name == 'quality' else ''
     path = os.path.expanduser(judged or this.config.generator.path or this.workdir)
     found['generator'] = _generator(pathlib.Path(path))
-  if 'pretrain' in job.reads:
+  if 'pretrain' in reads:
     found['pretrain'] = newest_step(this.workdir / 'pretrain')
-  if 'encoder' in job.reads and this.config.world.encoder != 'random':
+  if 'encoder' in reads and this.config.world.encoder != 'random':
     seeing = os.path.expanduser(this.config.world.encoder)
     found['encoder'] = newest_step(pathlib.Path(seeing) / 'pretrain')
+  if 'trunk' in reads:
+    other = os.path.expanduser(this.config.finetune.trunk)
+    found['trunk'] = newest_step(pathlib.Path(other) / 'pretrain')
   return {name: about for name, about in found.items() if about.get('sha256')}
+
+
+def _reads(job, config):
+  """What a job reads: a trunk is the pretraining of this workdir, of another, or of none."""
+  if 'trunk' not in job.reads:
+    return job.reads
+  return {'own': ('pretrain',), 'scratch': ()}.get(config.finetune.trunk, job.reads)
 
 
 def begin(job: Job, this: Run) -> dict[str, Any]:
@@ -89,7 +99,7 @@ def waiting(jobs: Sequence[Job], this: Run) -> list[Job]:
   """Those that will run: what is not there or no longer fits, and what is of one before it."""
   found = []
   for job in jobs:
-    if _reason_to_run(job, this) or {each.name for each in found} & set(job.reads):
+    if _reason_to_run(job, this) or {each.name for each in found} & set(_reads(job, this.config)):
       found.append(job)
   return found
 

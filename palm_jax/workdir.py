@@ -234,7 +234,7 @@ def _remove_damaged_programs(folder):
     else:
       logging.warning('%s is damaged and removed: it is compiled again', path)
       path.unlink(missing_ok=True)
-  if found != known:
+  if found != known and os.access(folder, os.W_OK):  # a complete run may be read-only
     write_json(folder / DIGESTS, found)
 
 

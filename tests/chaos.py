@@ -73,6 +73,19 @@ class Wrong(Exception):
   """What a trial found that must not be."""
 
 
+def halt(process, moment, patience=300):
+  """Stops a process at the first moment at which `moment()` holds -> whether there was one."""
+  deadline = time.monotonic() + patience
+  while process.poll() is None and time.monotonic() < deadline:
+    if moment():
+      process.send_signal(signal.SIGSTOP)
+      if moment():  # it may have passed before the process stood still
+        return True
+      process.send_signal(signal.SIGCONT)
+    time.sleep(0.001)
+  return False
+
+
 class Chain:
   """A tiny chain in `base`: its workdir before and after each job, and how long each takes."""
 
@@ -130,14 +143,22 @@ class Chain:
       raise Wrong(f'{job}: ended with {code}:\n{text[-3000:]}')
     return text
 
-  def interrupt(self, job, workdir, kind, after):
-    """Starts a job, sends signals `after` so many seconds, and checks how it ends."""
+  def interrupt(self, job, workdir, kind, after=0.0, moment=None):
+    """Starts a job, sends signals `after` so many seconds, and checks how it ends.
+
+    Instead of a time there may be a function `moment`, which says when it has come.
+    """
     log = workdir.with_suffix('.log')
     process = self.start(job, workdir, log)
+    began = time.monotonic()
     try:
       time.sleep(after)
+      if moment and not halt(process, moment):
+        raise Wrong(f'{job}: the moment for a signal did not come:\n{log.read_text()[-3000:]}')
+      after = time.monotonic() - began
       number = getattr(signal, f'SIG{kind.split()[0]}')
       process.send_signal(number)
+      process.send_signal(signal.SIGCONT)
       if kind == 'INT twice':
         time.sleep(0.3)
         process.send_signal(number)
@@ -151,7 +172,9 @@ class Chain:
       process.kill()
       process.wait()
     text = log.read_text()
-    expected = {0, 128 + number}  # 0: it was complete, or SIGTERM was expected
+    expected = {128 + number}
+    if kind == 'TERM' or is_complete(job, workdir):  # whoever sends SIGTERM expects the end
+      expected.add(0)
     if kind == 'KILL' or after < EARLY:
       expected.add(-number)
     if after < EARLY and 'init_import_site' in text:  # Python's own way to end in the middle of it
@@ -184,6 +207,11 @@ class Chain:
       raise Wrong(f'trial {number} (seed {seed}, {job}, {", ".join(kinds)}): {e}') from None
     shutil.rmtree(workdir)
     return job, kinds, slowest
+
+
+def is_complete(job: str, workdir: pathlib.Path) -> bool:
+  """Whether a job has its result; that of the report is its page."""
+  return (workdir / ('report.html' if job == 'report' else f'results/{job}.json')).exists()
 
 
 def compare(got: pathlib.Path, want: pathlib.Path) -> None:

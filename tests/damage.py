@@ -27,9 +27,10 @@ from palm_jax.report import read
 
 def same(a, b):
   """Whether two trees hold the same."""
-  leaves = [jax.tree.leaves(tree) for tree in (a, b)]
-  return len(leaves[0]) == len(leaves[1]) and all(
-    np.array_equal(x, y) for x, y in zip(*leaves, strict=True)
+  if jax.tree.structure(a) != jax.tree.structure(b):  # names, too
+    return False
+  return all(
+    np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
   )
 
 
@@ -75,7 +76,7 @@ def readers(root):
   found.append((root / 'generator' / 'network.json', lambda root: load_generator(root).variables))
   for job in ('generator', 'pretrain'):
     found.append((root / job / 'metrics.jsonl', lambda root, job=job: of_metrics(root, job)))
-  items = (('generator', 'generator'), ('pretrain', 'encoder'))
+  items = (('generator', 'generator'), ('pretrain', 'encoder'), ('pretrain', 'state'))
   for job, item in items:
     step = max(list_steps(root / job / 'checkpoints'))
     folder = root / job / 'checkpoints' / str(step)

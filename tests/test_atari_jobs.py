@@ -11,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from configs import atari, cifar
-from palm_jax.atari import collect, dqn, drq, finetune
+from palm_jax.atari import collect, dqn, drq, finetune, play
 from palm_jax.base import devices
 from palm_jax.base.checkpoints import Checkpoints, load_item
 from palm_jax.base.errors import UserError
@@ -229,6 +229,35 @@ def test_finetuning_a_frozen_trunk_through_two_stops(tmp_path, mesh):
   assert len(results['scores']) == results['episodes'] == 5 and set(results['scores']) <= {-2, 0, 2}
   assert results['score'] == np.mean(results['scores'])
   assert not (tmp_path / 'finetune' / 'replay.dat').exists()
+
+
+def test_finetuning_is_not_resumed_from_another_trunk(tmp_path, mesh):
+  config = tiny_config()
+  c, complete = config.finetune, 90
+  agent = jax.jit(lambda: dqn.init(jax.random.key(0), SHAPE, Catch.num_actions, c.agent))()
+  origin = lambda name, step: dict(workdir=f'/runs/{name}', checkpoint_step=step, sha256=name * 64)
+  counters = dict(updates=50, games=4, recent=[], resumes=0, scalars={}, sampled=0)
+  make_games = functools.partial(Same, 'Pong')
+
+  def resumed(before, now):
+    """Origin of what goes on where a checkpoint says `before`."""
+    folder = tmp_path / str(len([*tmp_path.iterdir()]))
+    with Checkpoints(folder / 'checkpoints') as checkpoints:
+      checkpoints.save(complete, {'agent': agent}, counters | before)
+    return play.play('finetune', c, complete, make_games, 0, folder, mesh, origin=now).origin
+
+  assert resumed(dict(origin=origin('a', 3)), origin('a', 3)) == origin('a', 3)
+  moved = origin('a', 3) | dict(workdir='/runs/b')
+  assert resumed(dict(origin=origin('a', 3)), moved) == origin('a', 3)
+  assert resumed({}, origin('a', 3)) == origin('a', 3)  # of an older version
+  assert resumed(dict(origin=None), None) is None
+  for before, now, words in (
+    (origin('a', 3), origin('b', 4), r'/runs/a, step 3 \(digest a{12}\), and .* /runs/b, step 4'),
+    (None, origin('b', 4), r'fresh convolutions, and the trunk now is /runs/b, step 4'),
+    (origin('a', 3), None, r'/runs/a, step 3 \(.*\), and the trunk now is fresh convolutions'),
+  ):
+    with pytest.raises(UserError, match=f'{words}.*: delete .*, or choose another --workdir'):
+      resumed(dict(origin=before), now)
 
 
 def test_from_scratch_all_learn_at_one_rate():

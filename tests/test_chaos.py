@@ -1,9 +1,8 @@
 """What tests/chaos.py tries, in a minute; and the whole of it, slow."""
 
-import random
-
 import pytest
 
+from palm_jax.base.steps import list_steps
 from tests import chaos, damage
 
 
@@ -15,9 +14,16 @@ def chain(tmp_path_factory):
 @pytest.mark.parametrize('kind', ['KILL', 'INT'])
 def test_a_signal_in_a_training_loses_nothing(chain, kind):
   workdir = chain.base / f'trial_{kind}'
-  after = random.Random(kind).uniform(0.4, 0.9) * chain.seconds['generator']
-  chain.interrupt('generator', workdir, kind, after)
-  chain.finish('generator', workdir)
+  folder = workdir / 'generator'
+
+  def moment():
+    """Well within the training, which has saved a step."""
+    path = folder / 'metrics.jsonl'
+    lines = path.read_bytes().count(b'\n') if path.exists() else 0
+    return 3 <= lines < 12 and list_steps(folder / 'checkpoints')
+
+  chain.interrupt('generator', workdir, kind, moment=moment)
+  assert 'generator: resumed at step' in chain.finish('generator', workdir)
   chaos.compare(workdir, chain.base / 'after_generator')
 
 

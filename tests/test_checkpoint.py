@@ -1,6 +1,7 @@
 """What was saved comes back, on any number of devices; what was damaged is noticed, named, and
 passed over."""
 
+import contextlib
 import errno
 import gc
 import json
@@ -12,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -267,6 +269,7 @@ def test_when_every_step_is_damaged_nothing_is_loaded(copy):
   [
     OSError(errno.EIO, 'Input/output error'),
     OSError(errno.EACCES, 'Permission denied'),
+    OSError(errno.ENOTCONN, 'Transport endpoint is not connected'),
     MemoryError(),
     ValueError("Error reading: [os_error_code='5'] [strerror='Input/output error']"),
   ],
@@ -358,6 +361,30 @@ def test_a_full_disk_is_one_line_and_leaves_the_steps_before(copy, capfd):
   checkpoints.save(30, make_items(30), {})  # once there is room again
   checkpoints.close()
   assert checkpoints.steps() == [20, 30]
+
+
+def test_a_save_after_one_that_failed_is_not_lost_with_it(copy, warnings):
+  checkpoints = Checkpoints(copy)
+  limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+  try:
+    checkpoints.save(30, make_items(30), {})
+    with pytest.raises(UserError, match='checkpoint step 31 could not be written'):
+      checkpoints.save(31, make_items(31), {})  # there is no room yet
+    checkpoints.save(32, make_items(32), {})
+    for thread in threading.enumerate():  # of orbax, so that it fails before there is room
+      if thread is not threading.current_thread():
+        with contextlib.suppress(ValueError):  # raised again to whoever waits
+          thread.join(1)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+  checkpoints.save(40, make_items(40), {})
+  assert checkpoints.steps() == [20, 40]  # at once, whoever kills the run now
+  assert [line.partition(' could')[0] for line in warnings] == [
+    'checkpoint step 30',
+    'checkpoint step 32',
+  ]
+  assert_same(checkpoints.restore(template()).items['state'], make_state(40))
 
 
 @pytest.mark.parametrize('number', [errno.ESTALE, errno.EXDEV, errno.EBUSY])

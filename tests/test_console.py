@@ -1,7 +1,9 @@
 """What a run says on a terminal."""
 
+import contextlib
 import io
 import logging
+import os
 import re
 import sys
 
@@ -46,6 +48,22 @@ def test_no_colours():
   handler = console.Terminal(out, colours=False)
   say(handler, logging.ERROR, 'broken')
   assert out.getvalue() == 'error: broken\n'
+
+
+def test_a_closed_terminal_stops_nobody():
+  """As one whose connection broke: the kernel answers every write with EIO."""
+  ours, theirs = os.openpty()
+  # What was not written fails again as the stream is closed.
+  with contextlib.suppress(OSError), os.fdopen(theirs, 'w') as stream:
+    handler = console.Terminal(stream)
+    say(handler, logging.INFO, 'pretrain  1/9', progress=True)
+    os.close(ours)
+    with pytest.raises(OSError):
+      os.write(theirs, b'x')
+    say(handler, logging.INFO, 'pretrain  2/9', progress=True)
+    handler.rest()
+    lived = True
+  assert lived
 
 
 def test_errors_bring_their_traceback():

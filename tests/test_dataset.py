@@ -129,6 +129,82 @@ def test_features_feed_the_offline_agents(of_class_1):
     datasets.load(str(folder), envs)
 
 
+def set_with(root, space, actions):
+  """A set of one episode, of actions (3, 2) in a space -> its folder."""
+  from minari.data_collector import EpisodeBuffer
+
+  seen, last = np.zeros((4, 5), np.float32), [False, False, True]
+  buffer = EpisodeBuffer(
+    observations=seen,
+    actions=actions,
+    rewards=[0.0] * 3,
+    terminations=[False] * 3,
+    truncations=last,
+    infos={},
+  )
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('MINARI_DATASETS_PATH', str(root))
+    minari.create_dataset_from_buffers(
+      'tests/actions-v0',
+      [buffer],
+      observation_space=gymnasium.spaces.Box(-9, 9, (5,)),
+      action_space=space,
+      algorithm_name='x',
+    )
+  return str(root / 'tests' / 'actions-v0')
+
+
+@pytest.mark.filterwarnings('ignore::UserWarning')  # Minari's, of all that is not told
+@pytest.mark.parametrize(
+  ('low', 'high', 'expected'),
+  [
+    ([-0.4, -0.4], [0.4, 0.4], [[-0.5, 0.5], [-1, 1], [0.75, -0.25]]),
+    ([-3, 0], [3, 0.7], [[-0.5, 0.5], [-1, 1], [0.75, -0.25]]),
+    ([-1, -1], [1, 1], [[-0.3, 1e-30], [-1, 1], [0.1, -0.7]]),  # as they are
+    ([-1, -1], [1, 1], [[-0.3, 0.5], [-1, 1], [0.1, -1.1]]),
+    ([-np.inf, -1], [np.inf, 1], [[-0.3, 0.5], [-1, 1], [0.1, -0.7]]),  # nothing to rescale by
+    ([-np.inf, -1], [np.inf, 1], [[-0.3, 0.5], [-1, 1], [1.1, -0.7]]),
+  ],
+)
+def test_actions_are_rescaled_from_the_bounds_of_their_set(low, high, expected, tmp_path):
+  space = gymnasium.spaces.Box(np.array(low, np.float32), np.array(high, np.float32))
+  expected, actions = np.array(expected, np.float32), np.array(expected, np.float32)
+  if np.isfinite(low).all():
+    middle, half = (space.high + space.low) / 2, (space.high - space.low) / 2
+    actions = middle + half * expected
+  folder = set_with(tmp_path, space, actions)
+  envs = types.SimpleNamespace(
+    single_observation_space=gymnasium.spaces.Box(-9, 9, (5,)),
+    single_action_space=gymnasium.spaces.Box(-1, 1, (2,)),
+  )
+  if np.abs(expected).max() > 1:
+    bounds = r'\[-1, 1\], and .* no bounds' if np.isinf(low).any() else 'the bounds of its'
+    with pytest.raises(UserError, match=f'has actions outside {bounds}'):
+      datasets.load(folder, envs)
+    return
+  given = datasets.load(folder, envs).actions
+  assert given.dtype == np.float32 and np.abs(given).max() <= 1
+  if low == [-1, -1] or np.isinf(low).any():
+    np.testing.assert_array_equal(given, expected)
+  np.testing.assert_allclose(given, expected, atol=1e-6)
+
+
+def test_rewards_of_a_class_are_among_the_episodes_of_all(recorded):
+  """Each picture in the memory of `entropy` is of its own class."""
+
+  def rewards(label):
+    config = tiny_config()
+    settings = dict(task='entropy', encoder='random', label=label)
+    world, params = make(GENERATOR, **settings, **worlds_config.settings_of(config.environment))
+    parts = dataset._episodes(world, params, recorded[0] / 'pretrain' / 'experience', config)
+    return {np.stack(x.observations).tobytes(): x.rewards for part in parts for x in part}
+
+  of_all, of_one = rewards(-1), rewards(1)
+  assert 0 < len(of_one) < len(of_all) and any(map(any, of_one.values()))
+  for seen, given in of_one.items():
+    np.testing.assert_allclose(given, of_all[seen], rtol=1e-5)
+
+
 def test_a_set_of_a_class_has_its_episodes_only(recorded, of_class_1):
   parts = list(experience.read(recorded[0] / 'pretrain' / 'experience'))
   label, step = (np.concatenate([getattr(x, name) for x in parts]) for name in ('label', 'step'))

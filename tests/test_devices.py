@@ -50,3 +50,11 @@ def test_layers_that_no_device_holds_are_named():
   devices.check_layers({'a.hidden': (256, 256)}, 3, mesh)
   with pytest.raises(UserError, match=r'a.hidden=\(65536, 65536, 65536\) take .* lower a.hidden'):
     devices.check_layers({'a.hidden': (65_536,) * 3}, 100, mesh)
+
+
+def test_keys_are_put_on_every_device():
+  mesh = devices.make_mesh(4)
+  keys = jax.random.split(jax.random.key(3, impl='rbg'), 5)
+  [put] = devices.replicate(mesh, [keys])
+  assert put.sharding.is_fully_replicated and len(put.sharding.device_set) == 4
+  assert (put == keys).all() and jax.random.key_impl(put) == jax.random.key_impl(keys)

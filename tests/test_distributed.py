@@ -19,11 +19,10 @@ from jax.experimental import multihost_utils
 
 from palm_jax import pretrain, worlds
 from palm_jax.base import devices, processes
-from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
 from palm_jax.base.metrics import read_jsonl
 from palm_jax.base.steps import list_steps
-from palm_jax.base.training import Preemption
+from palm_jax.base.training import Stopped, Training
 from tests import compiler
 from tests.worlds import LargeGenerator, nature_config
 
@@ -32,7 +31,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def worker(folder, stop_at):
   """What each process of the quick tests runs: palm_jax's own loop without its monitors, saved at
-  every call."""
+  every call; a signal to one stops all."""
   processes.initialize_distributed()
   config, mesh, generator = nature_config(), devices.make_mesh(), LargeGenerator()
   config.replay.capacity = 8 * 8  # wraps within the run
@@ -58,21 +57,22 @@ def worker(folder, stop_at):
     jax.eval_shape(program.init, key, world),
     program.state_shardings,
   )
-  with Checkpoints(folder, keep=9) as checkpoints, Preemption() as preemption:
-    restored = checkpoints.restore({'state': template})
-    state, step = (
-      (restored.items['state'], restored.step) if restored else (program.init(key, world), 0)
-    )
-    while step < program.setup.num_calls:
-      state, _ = jax.block_until_ready(program.call(state, world))
-      step += 1
-      if step == stop_at and jax.process_index() == jax.process_count() - 1:
-        os.kill(os.getpid(), signal.SIGTERM)  # to one process only
-      stop = preemption.requested
-      checkpoints.save(step, {'state': state}, {})
-      write_arrays(folder / f'{step}.npz', state)
-      if stop:
-        break
+  training = Training('calls', folder, program.setup.num_calls, checkpoint_minutes=0.0, keep=9)
+  try:
+    with training as run:
+      restored = run.resume({'state': template})
+      state = restored.items['state'] if restored else program.init(key, world)
+      while not run.over:
+        state, output = jax.block_until_ready(program.call(state, world))
+        run.advance()
+        if run.step == stop_at and jax.process_index() == jax.process_count() - 1:
+          os.kill(os.getpid(), signal.SIGTERM)  # to one process only
+        run.write({name: x.mean() for name, x in jax.device_get(output.metrics).items()})
+        if run.should_save:
+          run.save({'state': state})
+        write_arrays(folder / f'{run.step}.npz', state)
+  except Stopped:
+    assert training.step == stop_at
   processes.wait_for_all()
 
 
@@ -159,6 +159,21 @@ def assert_same_state(got, want):
   print(f'largest difference {largest:.1e}')  # seen with -s
 
 
+def saved(folder):
+  return list_steps(folder / 'checkpoints')
+
+
+def assert_same_metrics(got, want, calls):
+  """One file, in which only the first process has written: a line a call."""
+  assert [path.parent for path in got.rglob('metrics.jsonl')] == [got]
+  assert (got / 'metrics.jsonl').read_bytes().count(b'\n') == calls
+  got, want = (read_jsonl(folder / 'metrics.jsonl') for folder in (got, want))
+  assert [row['step'] for row in got] == [*range(1, calls + 1)]
+  for a, b in zip(got, want[:calls], strict=True):
+    assert a.keys() == b.keys() and len(a) > 5
+    np.testing.assert_allclose([*a.values()], [*b.values()], rtol=1e-9, atol=1e-9)
+
+
 @pytest.fixture(scope='module')
 def one(tmp_path_factory):
   """The run of one process with eight devices, four calls, each saved."""
@@ -177,12 +192,13 @@ def two(one):
 
 
 def test_two_processes_are_one_run_and_stop_together(one, two):
-  assert list_steps(one) == [1, 2, 3, 4] and list_steps(two) == [1, 2]
+  assert saved(one) == [1, 2, 3, 4] and saved(two) == [1, 2]
   before, after = np.load(one / '1.npz'), np.load(one / '2.npz')
   assert all(
     (before[name] != after[name]).any() for name in after if 'kernel' in name and 'params' in name
   )
   assert_same_state(two / '2.npz', one / '2.npz')
+  assert_same_metrics(two, one, 2)
 
 
 @pytest.mark.slow
@@ -190,8 +206,9 @@ def test_two_processes_are_one_run_and_stop_together(one, two):
 def test_other_numbers_of_processes_go_on(one, two, processes, num_devices):
   folder = shutil.copytree(two, two.with_name(f'on{processes}'))
   run_workers(folder, processes, num_devices)
-  assert list_steps(folder) == [1, 2, 3, 4]
+  assert saved(folder) == [1, 2, 3, 4]
   assert_same_state(folder / '4.npz', one / '4.npz')
+  assert_same_metrics(folder, one, 4)
 
 
 def test_nothing_happens_on_one_machine(monkeypatch):

@@ -143,6 +143,19 @@ def test_adam_is_shared_and_corrected(network):
     np.testing.assert_allclose(params, x, rtol=1e-12)
 
 
+def test_the_average_waits_while_d_learns_alone():
+  G = dict(params={'w': jnp.ones(3)}, buffers={'w_avg': jnp.ones(2)})
+  before = dict(params={'w': jnp.zeros(3)}, buffers={'w_avg': jnp.zeros(2)})
+  config = tiny(d_alone_kimg=2 * BATCH / 1000, ema_rampup=0.0)
+  for done, moves in ((0, False), (1, False), (2, True)):
+    state = step.State(
+      **{field: None for field in step.State.__dataclass_fields__}
+      | dict(G=G, G_ema=before, step=jnp.int32(done))
+    )
+    after = step.average_generator(config, state).G_ema
+    assert (after['params']['w'][0] > 0) == (after['buffers']['w_avg'][0] == 1) == moves
+
+
 def test_ema_decay_ramps_up():
   config = train.default_config()
   for done, half_life in ((0, 1e-8), (1, 64 * 0.05), (10_000, 32_000.0), (10**6, 500_000.0)):

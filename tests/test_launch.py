@@ -37,7 +37,8 @@ if behaviour == 'ends by SIGTERM':
   signal.signal(signal.SIGTERM, signal.SIG_DFL)
 if behaviour != 'complete':
   open(f'waits.{number}', 'w').close()
-  time.sleep(300)
+  for _ in range(3000):  # a signal just before a sleep is handled after it
+    time.sleep(0.1)
 """
 
 COMMANDS = dict(
@@ -65,7 +66,12 @@ printf '%s\\n' "$@" >sbatch.called
 """,
   scontrol="""#!/usr/bin/env bash
 echo "$@" >>scontrol.called
-if [[ $1 == show ]]; then echo "   JobState=${STATE:-RUNNING} Reason=None"; fi
+if [[ -n ${REFUSES:-} ]]; then exit 1; fi
+if [[ $1 == show ]]; then
+  echo "   JobState=${STATE:-RUNNING} Reason=None"
+  echo "   StartTime=2026-05-01T10:00:00 EndTime=2026-05-02T10:00:00 Deadline=N/A"
+  echo "   PreemptEligibleTime=2026-05-01T10:00:00 PreemptTime=${PREEMPTED:-None}"
+fi
 """,
   gcloud="""#!/usr/bin/env bash
 printf '%s\\0' gcloud "$@" >>commands.called
@@ -256,6 +262,29 @@ def test_slurm_saves_and_queues_again(place, behaviour, number, state, times):
     and output.count('saved\n') == 2 * (behaviour == 'wait')
     and requeues(place[0]) == times
   )
+
+
+@pytest.mark.parametrize(
+  ('about', 'times'),
+  [
+    (dict(PREEMPTED='2026-05-01T12:00:00'), 1),
+    (dict(PREEMPTED='2026-04-30T12:00:00'), 0),  # of the start before this one
+    (dict(PREEMPTED='2026-05-01T12:00:00', STATE='CANCELLED'), 0),
+    (dict(PREEMPTED='Unknown'), 0),
+    (dict(), 0),
+    (dict(REFUSES='yes'), 0),
+  ],
+)
+@pytest.mark.parametrize('behaviour', ['wait', 'ends by SIGTERM'])
+def test_slurm_queues_again_what_is_preempted_with_a_grace_time(place, behaviour, about, times):
+  """Its SIGTERM comes to the processes alone."""
+  process = slurm(place, BEHAVIOUR=behaviour, **about, **IN_A_JOB)
+  wait_for(*(place[0] / f'waits.{i}' for i in range(2)))
+  for i in range(2):
+    os.kill(called(place[0], i)['pid'], signal.SIGTERM)
+  process.communicate(timeout=60)
+  ended_by_it = behaviour == 'ends by SIGTERM' and 'STATE' not in about and not times
+  assert process.returncode == (143 if ended_by_it else 0) and requeues(place[0]) == times
 
 
 @pytest.mark.parametrize(('behaviour', 'code'), [('bad exit after SIGTERM', 5), ('fail', 3)])

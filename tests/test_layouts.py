@@ -379,3 +379,17 @@ def test_one_network_under_many_names_is_looked_at_once(monkeypatch):
   many = {f'n{i}.synthesis.b4.const': tensors['synthesis.b4.const'] for i in range(500)}
   with pytest.raises(SnapshotError, match='more networks than a snapshot does'):
     layouts.find({'G_ema': many}, 'G_ema')
+
+
+def test_references_do_not_multiply_a_file(monkeypatch):
+  """A dict of tensors, or a part of modules, under very many names."""
+  places = layouts._places
+  tensors = {f't{i}': np.zeros(1, np.float32) for i in range(100)}
+  found = []
+  monkeypatch.setattr(layouts, '_places', lambda x: found.extend(places(x)) or found)
+  with pytest.raises(SnapshotError, match='no G_ema in it'):
+    layouts.find({f'k{i}': tensors for i in range(2000)}, 'G_ema')
+  assert len(found) == 2000 and len({id(arrays) for _, arrays in found}) == 1
+  monkeypatch.setattr(layouts, 'MAX_TENSORS', 1000)
+  with pytest.raises(SnapshotError, match='too many tensors'):
+    layouts.find({f'k{i}': dict(tensors) for i in range(11)}, 'G_ema')

@@ -22,6 +22,16 @@ from tests.test_meta_job import PIXELS
 from tests.worlds import LinearGenerator
 
 
+class Boundless(gymnasium.Env):
+  """Actions may be any numbers."""
+
+  observation_space = gymnasium.spaces.Box(-1, 1, (2,))
+  action_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,))
+
+
+gymnasium.register('Boundless-v0', Boundless)
+
+
 class Counter(gymnasium.vector.VectorEnv):
   """Counts its steps: observation (env, episode, step), reward step, episodes of `length` steps.
 
@@ -258,6 +268,7 @@ def test_what_critics_promise_is_drawn_beside_what_came_true(tmp_path):
   [
     ({'offline.environment': 'Nothing-v9'}, "offline.environment='Nothing-v9' cannot be made"),
     ({'offline.environment': 'CartPole-v1'}, 'both must be boxes'),
+    ({'offline.environment': 'Boundless-v0'}, r'actions Box\(-inf.* without bounds'),
     ({'offline.methods': ('bcq',)}, "'bcq' is unknown"),
     ({'offline.behaviours': ('expert',)}, "'expert' is unknown"),
     ({'offline.rollout_length': 10}, 'rollout_length=10 is not a positive multiple'),

@@ -255,7 +255,9 @@ def test_damaged_features_are_computed_again(run, results):
     key=lambda path: len(np.load(path)['features']) == 40,
   )
   whole = path.read_bytes()
-  for damage in (whole[:-200], bytes([*whole[:600], whole[600] ^ 1, *whole[601:]])):
+  flipped = lambda place: bytes([*whole[:place], whole[place] ^ 1, *whole[place + 1 :]])
+  encrypted = flipped(whole.index(b'PK\x01\x02') + 8)  # as a flag of zip's says now
+  for damage in (whole[:-200], flipped(600), encrypted):
     path.write_bytes(damage)
     np.testing.assert_allclose(
       features.cached(encoder, data.test.images, workdir / 'features', mesh), h, atol=1e-6

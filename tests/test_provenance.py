@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs import atari
 from palm_jax import provenance, runner
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.digests import file_digest
@@ -176,6 +177,33 @@ def test_a_result_is_of_the_encoder_that_its_agents_saw_by(name, tmp_path):
   pretrain(tmp_path / 'seeing', 4)
   expected = 'encoder at step 3, which is now at step 4'
   assert provenance.difference(before, made_from()) == expected
+
+
+def test_a_finetuning_is_of_the_pretraining_whose_trunk_it_begins_with(tmp_path):
+  c, workdir = atari.get_config('Pong,laptop'), tmp_path / 'run'
+  this, job = Run(c, workdir, None), runner.find('finetune')
+  pretrain(workdir, 3)
+  pretrain(tmp_path / 'other', 5)
+  begun = provenance.made_from(job, this)
+  assert begun == {'pretrain': provenance.newest_step(workdir / 'pretrain')}
+  write_result(workdir / 'results' / 'finetune.json', {}, begun, {})
+  write_result(workdir / 'results' / 'pretrain.json', {}, {}, {})
+  jobs = [runner.find('pretrain'), job]
+  assert provenance.is_current(job, this) and not provenance.waiting(jobs, this)
+  pretrain(workdir, 4)
+  assert not provenance.is_current(job, this)
+  c.finetune.trunk = str(tmp_path / 'other')
+  assert provenance.made_from(job, this) == {
+    'trunk': provenance.newest_step(tmp_path / 'other' / 'pretrain')
+  }
+  c.finetune.trunk = 'scratch'
+  assert not provenance.made_from(job, this)
+  assert not provenance.made_from(runner.find('scratch'), this)
+  (workdir / 'results' / 'pretrain.json').unlink()
+  names = lambda: [each.name for each in provenance.waiting(jobs, this)]
+  assert names() == ['pretrain']
+  c.finetune.trunk = 'own'
+  assert names() == ['pretrain', 'finetune']
 
 
 def test_the_newest_step(tmp_path):

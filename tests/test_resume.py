@@ -22,7 +22,7 @@ from palm_jax.base.files import write_json
 from palm_jax.base.metrics import read_jsonl
 from palm_jax.base.steps import list_steps
 from palm_jax.generator import train
-from tests import compiler
+from tests import chaos, compiler
 from tests.jobs import saved_result
 
 pytestmark = pytest.mark.filterwarnings('ignore:Sharding info not provided')
@@ -107,16 +107,9 @@ class Job:
   def interrupt(self, number, moment):
     """Starts, sends a signal at the first moment at which `moment()` holds, and returns the exit
     code."""
-    process, deadline = self.start(), time.monotonic() + 300
+    process = self.start()
     try:
-      while True:
-        assert process.poll() is None and time.monotonic() < deadline, self.log.read_text()
-        if moment():
-          process.send_signal(signal.SIGSTOP)
-          if moment():  # it may have passed before the process stood still
-            break
-          process.send_signal(signal.SIGCONT)
-        time.sleep(0.001)
+      assert chaos.halt(process, moment), self.log.read_text()
       process.send_signal(number)
       process.send_signal(signal.SIGCONT)
       return process.wait(60)
@@ -257,7 +250,7 @@ def test_kills_and_a_stop_change_nothing(reference, stopped):
   assert not stopped.saving() and not (stopped.workdir / 'results').exists()
   job = stopped.copy('continued')
   kill(job, random.Random(1))
-  assert f'pretrain: resumed at step {last} (' in job.log.read_text()
+  assert f'{job.name}: resumed at step {last} (' in job.log.read_text()
   log = job.finish()
   assert not job.saving() and not re.search(r'^[EWF]\d{4} |Warning', log, re.MULTILINE), log
   assert_same_outcome(job, reference)
@@ -267,7 +260,7 @@ def test_a_flipped_bit_costs_a_checkpoint_only(reference, damaged):
   job, process, before, newest = damaged
   log = job.finish(process)
   assert f'checkpoint step {newest} in {job.checkpoints} is damaged and passed over' in log
-  assert f'pretrain: resumed at step {before} (' in log
+  assert f'{job.name}: resumed at step {before} (' in log
   assert_same_outcome(job, reference)
 
 

@@ -100,6 +100,17 @@ def test_who_saves_is_waited_for(tmp_path, number, code, line):
   assert out == 'saved\n' and errors == line and process.returncode == code
 
 
+@pytest.mark.parametrize('body', [SLEEPING, COMPILING])
+def test_who_reads_the_output_may_have_ended(body, tmp_path):
+  """As `tee` by the same Ctrl-C."""
+  process = start(body, tmp_path)
+  process.stdout.close()
+  process.stderr.close()
+  time.sleep(0.5)
+  process.send_signal(signal.SIGINT)
+  assert process.wait(8) == 130
+
+
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
   process = start(SAVING.format(more=COMPILING), tmp_path)
   assert process.stdout.readline() == 'held\n'

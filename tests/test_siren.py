@@ -19,7 +19,7 @@ from palm_jax.generator import load_generator, train
 from palm_jax.generator.convert import convert
 from palm_jax.generator.loaded import LoadedGenerator
 from palm_jax.generator.saved import network_fields, network_of
-from palm_jax.generator.sines import Siren, SirenGenerator, coordinates
+from palm_jax.generator.sines import ModulatedSine, Siren, SirenGenerator, coordinates
 from palm_jax.generator.siren import (
   along_waves,
   fit,
@@ -257,6 +257,17 @@ def test_half_precision(generator):
   half = np.asarray(generator.with_dtype(jnp.bfloat16)(z, labels))
   assert half.dtype == np.float32
   assert 0 < np.sqrt(np.mean((half - exact) ** 2)) < 0.1 * exact.std()
+
+
+def test_half_precision_keeps_coordinates():
+  """Points that differ in the tenth bit are two to the first layer."""
+  layer = ModulatedSine(4, True, 30.0, jnp.bfloat16)
+  x = jnp.array([[[511 / 512, 0.0], [509 / 512, 0.0]]])
+  w = jnp.zeros((1, 3))
+  variables = layer.init(jax.random.key(0), x, w)
+  exact = ModulatedSine(4, True, 30.0, None).apply(variables, x, w)
+  np.testing.assert_allclose(layer.apply(variables, x, w), exact, atol=0.01)
+  assert np.abs(exact[0, 0] - exact[0, 1]).max() > 0.02
 
 
 def test_fields(generator, tmp_path):

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from palm_jax.base import training
 from palm_jax.base.metrics import read_jsonl
 from palm_jax.base.steps import list_steps
 from palm_jax.base.training import Preemption, Stopped, Training
@@ -58,10 +59,37 @@ def test_a_signal_saves_and_the_same_command_resumes(tmp_path, undisturbed, numb
     train(tmp_path, disturb=send(number, 2))
   assert signal.getsignal(number) == before
   assert list_steps(tmp_path / 'checkpoints') == [3]
-  x, seconds = train(tmp_path)
+  x, _ = train(tmp_path)
   np.testing.assert_array_equal(x, undisturbed)
   assert [row['step'] for row in read_jsonl(tmp_path / 'metrics.jsonl')] == [1, 2, 3, 4, 5, 6]
-  assert seconds > 0
+
+
+def test_seconds_are_those_of_all_starts(tmp_path, monkeypatch):
+  now = [100.0]
+  monkeypatch.setattr(training.time, 'monotonic', lambda: now[0])
+
+  def tick(step):
+    now[0] += 7.0
+    if step == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with pytest.raises(Stopped):
+    train(tmp_path, disturb=tick)
+  now[0] += 1000.0  # nothing runs
+  assert train(tmp_path, disturb=tick)[1] == 6 * 7.0
+
+
+def test_a_save_under_way_is_waited_for_whatever_fails(tmp_path, monkeypatch):
+  """As the metrics on a full disk."""
+
+  def fail(writer):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(training.MetricWriter, 'close', fail)
+  with pytest.raises(OSError):
+    train(tmp_path)
+  assert list_steps(tmp_path / 'checkpoints') == [6]
+  assert not [*(tmp_path / 'checkpoints').glob('*.orbax-checkpoint-tmp*')]
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path):

@@ -91,7 +91,8 @@ def run(this: Run, make_environment: Callable[..., Environment] = Environment) -
     What stands in results/finetune.json.
 
   Raises:
-    UserError: no trunk; see also `play`, as for NonFiniteError and Stopped.
+    UserError: no trunk, or an agent that began with another; see also `play`, as for
+      NonFiniteError and Stopped.
   """
   config, workdir, mesh = this.config, this.workdir, this.mesh
   c, game = settle(config.finetune), config.atari.game
@@ -190,7 +191,7 @@ def check_scratch(config: ConfigDict, num_devices: int) -> None:
   check(scratch_config(config), num_devices)
 
 
-JOB = Job('finetune', run, check, needs_data=never, clean=clean, table=table)
+JOB = Job('finetune', run, check, needs_data=never, clean=clean, table=table, reads=('trunk',))
 SCRATCH = Job(
   'scratch',
   lambda this: run(from_scratch(this)),

@@ -3,7 +3,7 @@
 import collections
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -107,10 +107,10 @@ def play(
     trunk: convolutions to begin with, see dqn.init.
     augment: see dqn.update.
     sample: stacks.StackSample that is shown every row.
-    origin: what the trunk is, kept with the agent.
+    origin: what the trunk is, as `check_origin` wants it; kept with the agent.
 
   Raises:
-    UserError: see Replay and Checkpoints.
+    UserError: see Replay, Checkpoints and `check_origin`.
     NonFiniteError: a loss became NaN or infinite; the last good checkpoint stays.
     Stopped: by a signal; everything is saved.
   """
@@ -175,6 +175,7 @@ class Player:
     origin: Any,
   ) -> None:
     self._c = c
+    self._folder = folder
     self._environment = environment
     self._seed = seed
     self._sample = sample
@@ -209,12 +210,15 @@ class Player:
     self.origin = origin
 
   def restore(self, restored: Restored | None, rows: int) -> None:
-    """Continues from a checkpoint, or begins with a new agent."""
+    """Continues from a checkpoint, or begins with a new agent. Raises UserError: `check_origin`."""
     if restored is None:
       self.agent = self._init()
       return
     self.agent, saved = restored.items['agent'], restored.metadata
-    self.resumes, self.origin = saved['resumes'], saved['origin']
+    self.resumes = saved['resumes']
+    if 'origin' in saved:  # else of an older version, which fits any
+      check_origin(self._folder, saved['origin'], self.origin)
+      self.origin = saved['origin']
     if restored.step < rows:  # else nobody needs the replay any more, and it may be gone
       self.resumes += 1
       self.replay.restore(restored.step)
@@ -276,6 +280,29 @@ class Player:
       sampled=self._sample.commit() if self._sample else 0,
       origin=self.origin,
     )
+
+
+def check_origin(
+  folder: pathlib.Path, before: Mapping[str, Any] | None, now: Mapping[str, Any] | None
+) -> None:
+  """Raises UserError where an agent began with another trunk than the one there is now.
+
+  Args:
+    folder: in which it is saved.
+    before, now: {'workdir', 'checkpoint_step', 'sha256'} of the trunk; None: fresh convolutions.
+      Only the digests count, since a workdir may be moved.
+  """
+  if (before or {}).get('sha256') != (now or {}).get('sha256'):
+    raise UserError(
+      f'{folder} began with {_named(before)}, and the trunk now is {_named(now)}: delete {folder} '
+      'to begin again with that, or choose another --workdir'
+    )
+
+
+def _named(origin):
+  if not origin:
+    return 'fresh convolutions'
+  return f'{origin["workdir"]}, step {origin["checkpoint_step"]} (digest {origin["sha256"][:12]})'
 
 
 def remember(

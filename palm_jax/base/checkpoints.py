@@ -77,7 +77,8 @@ class Checkpoints:
   def save(self, step: int, items: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
     """Starts to save.
 
-    Returns when all arrays are copied and hashed, so the caller may donate them at once.
+    Returns when all arrays are copied and hashed, so the caller may donate them at once. Where the
+    save before found no room, this one is waited for, too: all that was lost is in it.
 
     Args:
       step: beyond every step of the folder.
@@ -85,10 +86,22 @@ class Checkpoints:
       metadata: all of it JSON.
 
     Raises:
-      UserError: this save, or the one before, found no room or no permission (earlier steps are
-        untouched); or the folder has a newer step.
+      UserError: this save found no room or no permission after the one before (among several
+        processes, the one before did; earlier steps are untouched); or the folder has a newer step.
     """
-    self.wait()
+    try:
+      self.wait()
+    except UserError as e:
+      if jax.process_count() > 1:  # the others do not know
+        raise
+      logging.warning('%s; step %d is tried in its place', e, step)
+      self._begin(step, items, metadata)
+      self.wait()
+    else:
+      self._begin(step, items, metadata)
+
+  def _begin(self, step, items, metadata):
+    """Starts to save, when no save is under way."""
     good = [s for s in self.steps() if s not in self._damaged]
     if good and step <= good[-1]:
       raise UserError(

@@ -103,7 +103,8 @@ def _place(where):
 def fail(message: object, code: int = 2, at_once: bool = False) -> NoReturn:
   """Ends the process with one line and an exit code; at once: without Python's way out."""
   console.rest()
-  print(f'palm_jax: {message}', file=sys.stderr, flush=True)
+  with contextlib.suppress(OSError):  # nobody reads it
+    print(f'palm_jax: {message}', file=sys.stderr, flush=True)
   if at_once:
     os._exit(code)
   processes.leave(code)

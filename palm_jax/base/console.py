@@ -3,6 +3,7 @@
 Where the output is a file or a pipe, absl's lines with date and place stay.
 """
 
+import contextlib
 import logging
 import os
 import shutil
@@ -48,16 +49,19 @@ class Terminal(logging.Handler):
     elif record.levelno >= logging.WARNING:
       text = f'{self._painted(record.levelname.lower(), colour)}: {text}'
     begin = CLEAR if self._moving else ''
-    self._stream.write(f'{begin}{text}' + ('' if moves else '\n'))
-    self._stream.flush()
+    self._write(f'{begin}{text}' + ('' if moves else '\n'))
     self._moving = moves
 
   def rest(self) -> None:
     """Ends the line of progress, so that what others print begins a new one."""
     if self._moving:
-      self._stream.write('\n')
-      self._stream.flush()
+      self._write('\n')
       self._moving = False
+
+  def _write(self, text):
+    with contextlib.suppress(OSError):  # of a terminal that was closed: the work goes on
+      self._stream.write(text)
+      self._stream.flush()
 
   def _painted(self, text, colour):
     return f'\x1b[{colour}m{text}\x1b[0m' if self._colours and colour else text

@@ -1,6 +1,7 @@
 """Where a run's numbers go: JSON lines, TensorBoard, Weights & Biases, and lines of progress."""
 
 import collections
+import contextlib
 import importlib.util
 import json
 import math
@@ -73,8 +74,15 @@ class MetricWriter:
     if self._wandb:
       self._wandb.log({STEP: step, **finite})
 
+  def sync(self) -> None:
+    """Brings the lines to the disk."""
+    self._lines.flush()
+    with contextlib.suppress(OSError):  # a file system that cannot
+      os.fsync(self._lines.fileno())
+
   def close(self) -> None:
     """Flushes and closes all of them."""
+    self.sync()
     self._lines.close()
     if self._events:
       self._events.close()

@@ -155,7 +155,8 @@ def say() -> None:
     console = sys.modules.get('palm_jax.base.console')  # this module is imported before others
     if console:
       console.rest()
-    os.write(2, f'palm_jax: {MESSAGE}\n'.encode())
+    with contextlib.suppress(OSError):  # whoever read it has ended, as `tee` by the same Ctrl-C
+      os.write(2, f'palm_jax: {MESSAGE}\n'.encode())
 
 
 def end_at_once(number: int) -> NoReturn:

@@ -37,6 +37,10 @@ PASSING = (
   errno.ENFILE,
   errno.ETIMEDOUT,
   errno.ESTALE,
+  errno.EBUSY,
+  errno.ENOMEM,
+  errno.ENOTCONN,
+  errno.EHOSTDOWN,
 )
 
 

@@ -12,6 +12,7 @@ with Training('pretrain', folder, total, unit='env steps', per_step=512) as run:
       run.save({'state': state})
 """
 
+import contextlib
 import pathlib
 import signal
 import threading
@@ -151,13 +152,12 @@ class Training:
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     stopping = False
-    try:
+    with contextlib.ExitStack() as last:  # in the opposite order, whatever fails
+      last.callback(self.preemption.__exit__)
       if self._writer:
-        self._writer.close()
+        last.callback(self._writer.close)
       self.checkpoints.close()
       stopping = kind is None and self.preemption.requested
-    finally:
-      self.preemption.__exit__()
     if kind is None and (stopping or not self.complete):
       self.preemption.stop()
 
@@ -234,5 +234,7 @@ class Training:
 
   def save(self, items: Mapping[str, Any], **metadata: Any) -> None:
     """Saves the items, and beside them the metadata, `seconds` and `data`. Raises UserError."""
+    if self._writer:
+      self._writer.sync()  # a step on the disk has its line there
     self.checkpoints.save(self.step, dict(items), dict(metadata, **self._about()))
     self._saved_at = time.monotonic()

@@ -2,7 +2,6 @@
 
 import functools
 import pathlib
-import zipfile
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.files import replacing
 from palm_jax.base.metrics import Progress
 from palm_jax.base.processes import any_process, is_first
+from palm_jax.base.signals import raise_if_interrupted
 from palm_jax.encoder import make_encoder
 
 
@@ -182,8 +182,9 @@ def _read(path, about):
       saved = {name: str(file[name]) for name in (*about, 'features_sha256')}
     if digests.of_arrays(h) != saved.pop('features_sha256'):
       raise ValueError('its digest differs')
-  except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-    damage = error
+  except Exception as e:  # numpy and zipfile raise a dozen kinds on damage
+    raise_if_interrupted(e)
+    damage = e
   if any_process(damage):  # all together, as they compute together
     reason = damage or 'another process says why'
     logging.warning('%s: damaged (%s), computed again', path, reason)

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
+from palm_jax.base.processes import any_process
 from palm_jax.generator.samples import batch_indices
 
 PLACES = 'auto', 'device', 'host'
@@ -49,7 +50,7 @@ def place(c: ConfigDict, images: np.ndarray, mesh: Mesh) -> str:
   where = c.data_on
   if where == 'auto':
     fits = images.nbytes <= SHARE * devices.memory_bytes(mesh)
-    where = 'device' if fits else 'host'
+    where = 'host' if any_process(not fits) else 'device'  # one program for all
   if where == 'host' and not importlib.util.find_spec('grain'):
     raise UserError(
       f'generator.data_on={c.data_on}: {images.nbytes / 2**30:.1f} GiB of pictures are fed to the '

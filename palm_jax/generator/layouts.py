@@ -16,6 +16,7 @@ from palm_jax.formats.torch_files import MAX_NAME, modules, state_dict
 
 MAX_DEPTH = 4  # dicts in dicts around a network
 MAX_PLACES = 10_000  # in a file, to be looked at
+MAX_TENSORS = 1_000_000  # names of all networks in a file, which references may multiply
 MAX_LISTED = 16  # things in a list that could be networks
 # The tensor that tells a layout, below whatever prefix.
 ANCHORS = {
@@ -65,6 +66,14 @@ class Found:
   module: Inert | None
 
 
+@dataclasses.dataclass
+class _Known:
+  """What was found so far: by a holder's id, since it may stand under many names."""
+
+  found: dict[int, Any] = dataclasses.field(default_factory=dict)
+  tensors: int = 0  # in all of them
+
+
 def find(contents: Any, network: str) -> Found:
   """The network 'G_ema', 'G' or 'D' of what `torch_files.read` gives, or of {name: array}.
 
@@ -76,7 +85,7 @@ def find(contents: Any, network: str) -> Found:
   places = _places(contents)
   kinds = ('discriminator',) if network == 'D' else ('stylegan2', 'stylegan3', 'rosinality')
   labelled = [place for place in places if _role(place[0]) == network]
-  right, known = [], {}
+  right, known = [], _Known()
   for group in (labelled, places):
     if not right:
       alone = len(group) == 1
@@ -190,6 +199,7 @@ def _without_ones(name, x, rank):
 def _places(contents):
   """[(label, Inert or {name: array})] of all that could be networks."""
   places = []
+  looked = {}  # id of a dict: itself, and the arrays in it
   visited = 0
 
   def visit(label, value, depth):
@@ -206,7 +216,10 @@ def _places(contents):
       value = {f'{i}': inner for i, inner in enumerate(value[:MAX_LISTED])}
     if type(value) is not dict:
       return
-    arrays = {k: x for k, x in value.items() if type(k) is str and isinstance(x, np.ndarray)}
+    if id(value) not in looked:
+      named = [(k, x) for k, x in value.items() if type(k) is str]
+      looked[id(value)] = value, {k: x for k, x in named if isinstance(x, np.ndarray)}
+    arrays = looked[id(value)][1]
     if arrays:
       places.append((label, arrays))
     for key, inner in value.items():
@@ -222,12 +235,16 @@ def _networks(label, holder, alone, known):
 
   `known` keeps what was found in it: in a file it may stand under many names.
   """
-  if id(holder) not in known:
+  if id(holder) not in known.found:
     try:
-      known[id(holder)] = _unlabelled(holder)
+      arrays = state_dict(holder)
+      known.tensors += len(arrays)
+      known.found[id(holder)] = _unlabelled(holder, arrays)
     except SnapshotError as e:
-      known[id(holder)] = e
-  found = known[id(holder)]
+      known.found[id(holder)] = e
+    if known.tensors > MAX_TENSORS:
+      raise SnapshotError('it names too many tensors for a file of networks; it is damaged')
+  found = known.found[id(holder)]
   if isinstance(found, SnapshotError):
     if alone:
       raise found
@@ -238,9 +255,8 @@ def _networks(label, holder, alone, known):
   return [Found(join(prefix), *rest) for prefix, _, *rest in found]
 
 
-def _unlabelled(holder):
+def _unlabelled(holder, arrays):
   """[(prefix, names of all tensors, layout, tensors below the prefix, module there)]."""
-  arrays = state_dict(holder)
   of_parts = isinstance(holder, Inert) and '_modules' in holder.state
   parts = dict(modules(holder)) if of_parts else {}
   found = []

@@ -175,10 +175,11 @@ class ModulatedSine(nn.Module):
     film = ops.Dense(2 * self.features, name='affine')(w)
     frequency, phase = jnp.split(film[:, None], 2, -1)
     speed = self.w0 * (1 + frequency / 2)
-    if self.dtype is not None:
+    # A sine shows each lost bit of its argument: that is at least float32, and so are coordinates.
+    if self.dtype is not None and not self.first:
       x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-    # A sine shows each lost bit of its argument: that is at least float32.
-    y = jnp.matmul(x, kernel, preferred_element_type=ops.at_least_float32(x))
+    exact = 'highest' if self.first else None
+    y = jnp.matmul(x, kernel, precision=exact, preferred_element_type=ops.at_least_float32(x))
     y = sin(speed * (y + bias) + phase)
     return y if self.dtype is None else y.astype(self.dtype)
 

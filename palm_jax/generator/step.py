@@ -2,7 +2,7 @@
 
 The loop of stylegan2-ada-pytorch (training/training_loop.py): Gmain, [path lengths every 4], Dmain,
 [R1 every 16], the moving average of G, [every 4 the strength of augmentation]. What it computes
-does not depend on the number of devices.
+does not depend on the number of devices, where each has as many pictures as D compares.
 """
 
 from collections.abc import Callable
@@ -153,8 +153,13 @@ def is_due(config: ConfigDict, phase: str, interval: int, step: jax.Array) -> ja
   """Whether a phase runs in iterations `step`: bool, of its shape."""
   due = step % interval == 0
   if waits(config, phase):
-    due &= step * float(config.batch_size) >= 1000 * config.d_alone_kimg
+    due &= ~is_alone(config, step)
   return due
+
+
+def is_alone(config: ConfigDict, step: jax.Array) -> jax.Array:
+  """Whether D learns alone in iterations `step`: bool, of its shape."""
+  return step * float(config.batch_size) < 1000 * config.d_alone_kimg
 
 
 def run_if_due(due: jax.Array, run: Callable, state: State) -> tuple[State, dict]:
@@ -165,11 +170,15 @@ def run_if_due(due: jax.Array, run: Callable, state: State) -> tuple[State, dict
 
 
 def average_generator(config: ConfigDict, state: State) -> State:
-  """Moves G_ema towards G; buffers are taken as they are."""
+  """Moves G_ema towards G; buffers are taken as they are. Nothing moves while D learns alone."""
   decay = ema_decay(config, state.step)
   mix = lambda now, before: now + jnp.asarray(decay, now.dtype) * (before - now)
   params = jax.tree.map(mix, state.G['params'], state.G_ema['params'])
-  return state.replace(G_ema=dict(params=params, buffers=state.G['buffers']))
+  averaged = dict(params=params, buffers=state.G['buffers'])
+  if config.d_alone_kimg:
+    alone = is_alone(config, state.step)
+    averaged = jax.tree.map(lambda new, old: jnp.where(alone, old, new), averaged, state.G_ema)
+  return state.replace(G_ema=averaged)
 
 
 def ema_decay(config: ConfigDict, step: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """The job that trains a StyleGAN2 (arXiv 1912.04958, 2006.06676): its settings, and the loop.
 
 Many iterations (step.py) run in one compiled, donated call over all devices; Python sees scalars.
-What a run computes does not depend on the number of devices.
+What a run computes does not depend on their number, where each has `mbstd_group` pictures or more.
 """
 
 import math

@@ -33,13 +33,15 @@ def default_config() -> ConfigDict:
       hidden_actor=(400, 300),
       hidden_critic=(400, 300),
       hidden_behaviour=(750, 750),
-      lr_actor=3e-4,  # ours: 1e-4 there, for a million updates
+      lr_actor=3e-4,  # ours: 1e-3 there, Adam's default
       lr_critic=1e-3,
       lr_behaviour=1e-3,
       lr_lagrange=1e-3,
       tau=0.005,
       critics=2,
-      spread=0.4,  # lambda: how many of the critics' deviations a value is lowered by
+      # lambda: how many of the critics' deviations a value is lowered by; ours: sample deviations,
+      # which are sqrt(2) of theirs with two critics
+      spread=0.4,
       spread_share=0.1,  # delta
       samples=10,  # of actions: in targets, in the discrepancy, and when it acts
       kernel='laplacian',

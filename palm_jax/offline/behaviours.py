@@ -72,7 +72,12 @@ def train(
   actors = jax.tree.map(lambda x: np.zeros((rounds, *x.shape), np.float32), state.actor)
   items = dict(state=state, ring=ring, actors=actors)
   with Training(
-    'behaviours', folder, rounds, unit='env steps', per_step=per_round, checkpoint_minutes=5.0
+    'behaviours',
+    folder,
+    rounds,
+    unit='env steps',
+    per_step=per_round,
+    checkpoint_minutes=c.checkpoint_minutes,
   ) as training:
     restored = training.resume({'all': jax.device_put(items)})
     size, curve = 0, []

@@ -27,6 +27,8 @@ def load(
 ) -> Record:
   """A Minari data set of vectors as a Record.
 
+  Actions are rescaled to [-1, 1] from the bounds of the set's own action space, where it has any.
+
   Args:
     name: of `minari.load_dataset`, or a data set's folder.
     envs: environments in which is played; observations and actions must have their sizes.
@@ -34,14 +36,15 @@ def load(
     config: the whole config, of that world; None with Gymnasium's own environments.
 
   Raises:
-    UserError: Minari is missing, the data set is not there, damaged, empty, not of vectors and
-      actions in [-1, 1], or of another world.
+    UserError: Minari is missing, the data set is not there, damaged, empty, not of vectors, of
+      actions out of their bounds, or of another world.
   """
   minari = import_minari()
   try:
     folder = pathlib.Path(name)
     found = minari.MinariDataset(folder / 'data') if folder.is_dir() else minari.load_dataset(name)
     about, made_with = found.storage.metadata, _made_with(found.spec.env_spec)
+    space = found.action_space
     episodes = list(found.iterate_episodes())
   except Exception as e:  # h5py and Minari raise a dozen kinds
     raise_if_interrupted(e)
@@ -62,8 +65,9 @@ def load(
     raise UserError(f'the data set {name!r} holds no episodes: give another')
   # An episode of the latent world is cut at its length, and one that a record cut is shorter.
   whole = made_with['episode_length'] - 1 if made_with else None
-  parts = [_record_of(i, episode, name, envs, whole) for i, episode in enumerate(episodes)]
-  return join(parts)
+  return join(
+    [_record_of(i, episode, name, envs, space, whole) for i, episode in enumerate(episodes)]
+  )
 
 
 def _made_with(spec) -> dict[str, Any]:
@@ -111,7 +115,7 @@ def check_there(name: str) -> None:
   )
 
 
-def _record_of(number, episode, name, envs, whole):
+def _record_of(number, episode, name, envs, space, whole):
   seen, done = np.asarray(episode.observations), np.asarray(episode.actions)
   if seen.ndim != 2 or done.ndim != 2 or seen.dtype == np.uint8:
     raise UserError(
@@ -125,12 +129,11 @@ def _record_of(number, episode, name, envs, whole):
       f'the data set {name!r} has observations and actions of {sizes} numbers, the environment '
       f'has {expected}: set offline.environment to the one it was recorded in'
     )
-  if not np.isfinite(seen).all() or not np.abs(done).max(initial=0) <= 1:
+  if not np.isfinite(seen).all():
     raise UserError(
-      f'the data set {name!r} has actions outside [-1, 1] or observations that are not finite: '
-      'rescale its actions'
+      f'the data set {name!r} has observations that are not finite: give another data set'
     )
-  seen, done = seen.astype(np.float32), done.astype(np.float32)
+  seen, done = seen.astype(np.float32), _rescaled(done, space, name)
   terminated = np.asarray(episode.terminations, bool)
   ended = terminated | np.asarray(episode.truncations, bool)
   if whole is not None:
@@ -144,3 +147,24 @@ def _record_of(number, episode, name, envs, whole):
     np.full(len(done), number, np.int32),
     ended,
   )
+
+
+def _rescaled(actions, space, name):
+  """Actions (N, A) of a set's own space as the environments take them: float32 in [-1, 1]."""
+  # Float32 like the actions, so that those at a bound come to -1 or 1 and not beyond; NaN: none.
+  low, high = (
+    np.asarray(getattr(space, bound, np.nan), np.float32).astype(np.float64)
+    for bound in ('low', 'high')
+  )
+  bounded = bool((np.isfinite(low) & np.isfinite(high) & (low < high)).all())
+  actions = actions.astype(np.float32)
+  if bounded:  # changes no bit where they are -1 and 1
+    actions = ((actions - (high + low) / 2) / ((high - low) / 2)).astype(np.float32)
+  if not np.abs(actions).max(initial=0) <= 1:
+    where = (
+      'the bounds of its action space: clip them'
+      if bounded
+      else '[-1, 1], and its action space has no bounds to rescale them by: rescale them'
+    )
+    raise UserError(f'the data set {name!r} has actions outside {where}, or give another data set')
+  return actions

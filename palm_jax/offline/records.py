@@ -72,7 +72,8 @@ def make_envs(config: ConfigDict, world: Any, count: int) -> Any:
     count: how many.
 
   Raises:
-    UserError: gymnasium is missing, or the environment is unknown or not of that kind.
+    UserError: gymnasium is missing, or the environment is unknown, not of that kind, or of actions
+      without bounds.
   """
   name = config.offline.environment
   try:
@@ -91,11 +92,16 @@ def make_envs(config: ConfigDict, world: Any, count: int) -> Any:
       f'offline.environment={name!r} cannot be made ({e}): give {WORLD!r} or the id of a Gymnasium '
       'environment that is installed'
     ) from e
-  spaces = envs.single_observation_space, envs.single_action_space
-  if not all(isinstance(space, gymnasium.spaces.Box) for space in spaces):
+  spaces, box = (envs.single_observation_space, envs.single_action_space), gymnasium.spaces.Box
+  if not isinstance(spaces[0], box) or not isinstance(spaces[1], box):
     raise UserError(
       f'offline.environment={name!r} has observations {spaces[0]} and actions {spaces[1]}: both '
       'must be boxes of numbers'
+    )
+  if not spaces[1].is_bounded():
+    raise UserError(
+      f'offline.environment={name!r} has actions {spaces[1]} without bounds, which nothing can '
+      'rescale from [-1, 1]: give an environment whose actions have bounds'
     )
   edge = np.ones(envs.single_action_space.shape or (), np.float32)
   return RescaleAction(FlattenObservation(envs), -edge, edge)

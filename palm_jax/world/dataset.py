@@ -161,13 +161,17 @@ def _episodes(world, params, folder, config) -> Iterator[list]:
 
 
 def _show(world, params, row, before):
-  """The pictures of a row of the record after those before it -> State, rewards (E,)."""
+  """The pictures of a row of the record after those before it -> State, rewards (E,).
+
+  Each environment shows its own class, whatever params.label is: a task's memory is of all.
+  """
   z, label, step, _ = row
   if before is None:
     seen = jnp.zeros((len(step), *world.image_shape), jnp.uint8)
   else:
     seen = before.seen
-  state = world.show(environment.EnvState(z=z, label=label, step=step), seen, params)
+  env = environment.EnvState(z=z, label=label, step=step)
+  state = world.show(env, seen, params.replace(label=-1))
   memory = world.task.init(state.features) if before is None else before.memory
   if before is None:
     return state.replace(memory=memory), jnp.zeros(len(step))
