@@ -44,6 +44,7 @@ ADDED = {
 CONFIG = 'config.json'
 RESTORE = 'restore it or choose another --workdir (each of results/*.json has it as "config")'
 COMPILED = 'compilation_cache'
+CLAIM = '.claim.lock'  # of whoever reads or writes config.json
 DIGESTS = 'digests.json'  # in there
 ZSTD = b'\x28\xb5\x2f\xfd'  # how its files begin
 
@@ -98,7 +99,7 @@ def claim(
   try:
     if is_first():
       workdir.mkdir(parents=True, exist_ok=True)
-      with _locked(workdir / '.claim.lock'):
+      with _locked(workdir / CLAIM):
         working = [name for name in names if held(_lock_path(workdir, name))]
         begun = any((workdir / name).exists() for name in (*names, 'results'))
         begun = begun or bool(working and is_claimed(workdir))
@@ -151,7 +152,7 @@ def release(workdir: pathlib.Path, jobs: Sequence[str]) -> None:
   """Takes back what `claim` wrote where a job was refused before any has written."""
   if not is_first() or not is_claimed(workdir):
     return
-  with _locked(workdir / '.claim.lock'):
+  with _locked(workdir / CLAIM):
     folders = [workdir / name for name in (*jobs, 'results')]
     written = any(path.is_file() for folder in folders for path in folder.rglob('*'))
     if written or any(held(_lock_path(workdir, name)) for name in jobs):
@@ -171,7 +172,9 @@ def compare(workdir: pathlib.Path, config: ConfigDict, jobs: Sequence[Job]) -> N
   """Raises UserError where another command, or process, has the workdir with another config."""
   refused = None
   try:
-    _fits(workdir, json.loads(config.to_json_best_effort()), jobs)
+    # Not between another command's look at who works here and its claim.
+    with _locked(workdir / CLAIM) if is_first() else contextlib.nullcontext():
+      _fits(workdir, json.loads(config.to_json_best_effort()), jobs)
   except UserError as e:
     refused = e
   _raise_together(workdir, refused)
@@ -261,8 +264,8 @@ def _is_whole(program):
 
 @contextlib.contextmanager
 def _locked(path):
-  """Holds the lock; on a file system that can only be read there is no need."""
-  if path.parent.exists() and not os.access(path.parent, os.W_OK):
+  """Holds the lock; where nobody can write, and in a folder that is gone, there is no need."""
+  if not os.access(path.parent, os.W_OK):
     yield
     return
   with locked(path, PATIENCE) as mine:

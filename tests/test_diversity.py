@@ -341,16 +341,16 @@ def test_several_features_judge_and_too_few_are_told(data, saved, mesh, finished
   with caplog.at_level(logging.WARNING):
     results = finish(
       diversity.JOB,
-      job_config(features=('pixels', 'encoder'), num_images=30),
+      job_config(features=('pixels', 'encoder'), num_images=40),
       workdir,
       data,
       mesh,
     )
   assert (
-    '24 images of each set instead of diversity.num_images=30, because there are 24 recorded '
-    'episodes' in caplog.text
+    '33 images of each set instead of diversity.num_images=40, because there are 33 test images'
+    in caplog.text
   )
-  assert [row['n'] for row in results['rows']] == [24] * 12
+  assert [row['n'] for row in results['rows']] == [33] * 12
   assert [row['features'] for row in results['rows']] == ['pixels'] * 6 + ['encoder'] * 6
   assert 'pixel-unique_nn' in results['rows'][0] and 'encoder-unique_nn' in results['rows'][6]
   assert results['protocol']['num_features'] == dict(pixels=64, encoder=16)

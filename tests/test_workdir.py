@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import zlib
 
@@ -248,6 +249,32 @@ def test_a_lock_that_is_a_folder(tmp_path):
 def test_an_empty_workdir_is_an_unset_variable():
   with pytest.raises(UserError, match='--workdir= is empty'):
     workdirs.locate(config_of(), '')
+
+
+def test_a_command_that_begins_during_a_claim_waits_for_it(tmp_path, monkeypatch):
+  """Else it would run with what config.json said before."""
+  claim(tmp_path, seed=0)
+  said, write = [], workdirs.write_json
+
+  def begin():
+    try:
+      with workdirs.only_one(tmp_path, 'pretrain'):
+        workdirs.compare(tmp_path, config_of(seed=0), list(map(runner.find, runner.names())))
+        said.append('it runs')
+    except UserError as e:
+      said.append(str(e))
+
+  first = threading.Thread(target=begin)
+
+  def write_slowly(*arguments):
+    first.start()
+    time.sleep(0.3)
+    write(*arguments)
+
+  monkeypatch.setattr(workdirs, 'write_json', write_slowly)
+  claim(tmp_path, seed=1)  # nobody works there yet
+  first.join()
+  assert 'seed: 1 there, 0 now' in said[0]
 
 
 def test_of_three_commands_started_together_one_runs(tmp_path):
