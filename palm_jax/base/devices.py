@@ -118,7 +118,7 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
   everywhere = NamedSharding(mesh, P())
 
   def put(x):
-    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
       # device_put to the devices of several processes takes no typed keys.
       data = put(np.asarray(jax.random.key_data(x)))
       return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
