@@ -33,7 +33,7 @@ def pixels_fit(images: np.ndarray) -> bool:
     return True
   logging.warning(
     'probe: no rows of raw pixels, as pictures of %d numbers (at most %d) would take %.0f GiB: '
-    '--config.probe.pixels=False says that you know',
+    '--config.probe.pixels=False leaves them out without a word',
     width,
     MOST_PIXELS,
     need / 2**30,
