@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from palm_jax.base.checkpoints import load
+from palm_jax.base.digests import digest
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import replacing
 from palm_jax.base.processes import any_process, is_first
@@ -135,6 +137,21 @@ def _rows_played(folder):
     return max(list_steps(folder.parent / 'checkpoints'), default=0) * length
   except (OSError, ValueError, KeyError, TypeError, RecursionError):
     return 0
+
+
+def check_generator(run: pathlib.Path, generator: Any) -> None:
+  """Raises UserError where a run played in the world of another generator than this.
+
+  It is not known of runs without checkpoints, and of those of older versions.
+  """
+  folder = run / 'pretrain' / 'checkpoints'
+  there = load(folder, 'encoder').metadata.get('world') if list_steps(folder) else None
+  here = digest(generator.variables, {})
+  if there not in (None, here):
+    raise UserError(
+      f'{run} was recorded in the world of another generator (digest {there[:12]}, here '
+      f'{here[:12]}): its latents would be other pictures; give that one'
+    )
 
 
 def _load(path):

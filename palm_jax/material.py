@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 from typing import Any, NamedTuple
 
@@ -13,10 +14,7 @@ from ml_collections import ConfigDict
 
 from palm_jax import experience
 from palm_jax.base import devices
-from palm_jax.base.checkpoints import load as load_checkpoint
-from palm_jax.base.digests import digest
 from palm_jax.base.errors import UserError
-from palm_jax.base.steps import list_steps
 from palm_jax.data.arrays import Data
 from palm_jax.experience import Experience
 
@@ -92,9 +90,10 @@ def _images(config, data, image_shape):
 def _record(config, generator):
   """The Experience of pairs.record, or its first rows where pairs.samples are fewer."""
   c, p, length = config.pairs, config.pretrain, config.environment.episode_length
-  check_same_world(config, pathlib.Path(c.record))
-  check_same_generator(pathlib.Path(c.record), generator)
-  folder = pathlib.Path(c.record) / 'pretrain' / 'experience'
+  recorded = pathlib.Path(os.path.expanduser(c.record))
+  check_same_world(config, recorded)
+  experience.check_generator(recorded, generator)
+  folder = recorded / 'pretrain' / 'experience'
   wanted = max(3, -(-c.samples // p.num_envs)) if c.samples else math.inf
   parts, held = [], 0
   for part in experience.read(folder):
@@ -133,19 +132,4 @@ def check_same_world(config: ConfigDict, record: pathlib.Path) -> None:
     raise UserError(
       f'pairs.record={record} was made in another world ({"; ".join(differ)}): its latents would '
       'be other pictures'
-    )
-
-
-def check_same_generator(record: pathlib.Path, generator: Any) -> None:
-  """Raises UserError where the run in the folder `record` played in the world of another generator.
-
-  It is not known of runs without checkpoints, and of those of older versions.
-  """
-  folder = record / 'pretrain' / 'checkpoints'
-  there = load_checkpoint(folder, 'encoder').metadata.get('world') if list_steps(folder) else None
-  here = digest(generator.variables, {})
-  if there not in (None, here):
-    raise UserError(
-      f'pairs.record={record} was made in the world of another generator (digest {there[:12]}, '
-      f'here {here[:12]}): its latents would be other pictures; set generator.path to that one'
     )

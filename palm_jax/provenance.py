@@ -37,7 +37,8 @@ def made_from(job: Job, this: Run) -> dict[str, Any]:
   if 'generator' in reads:
     judged = this.config.quality.path if job.name == 'quality' else ''
     path = os.path.expanduser(judged or this.config.generator.path or this.workdir)
-    found['generator'] = _generator(pathlib.Path(path))
+    # Older results name under 'generator' what was not judged.
+    found['judged' if judged else 'generator'] = _generator(pathlib.Path(path))
   if 'pretrain' in reads:
     found['pretrain'] = newest_step(this.workdir / 'pretrain')
   if 'encoder' in reads and this.config.world.encoder != 'random':
@@ -61,7 +62,7 @@ def begin(job: Job, this: Run) -> dict[str, Any]:
   found = made_from(job, this)
   step = found.get('pretrain', {}).get('step')
   if step and not (this.workdir / 'results' / 'pretrain.json').exists():
-    logging.warning('%s: the pretraining is not complete, judged is its step %d', job.name, step)
+    logging.warning('%s: the pretraining is not complete: its step %d is read', job.name, step)
   return found
 
 

@@ -26,6 +26,8 @@ from palm_jax.job import Job
 PATIENCE = 120  # seconds: so long a file server may hold what a lost machine had
 # Sections that may change at any time.
 FREE = 'name', 'jobs', 'plan', 'benchmark', 'features', 'report'
+# Settings that change nothing of what is learned.
+FREE_KEYS = 'pretrain.monitor_fraction', 'pretrain.checkpoint_minutes'
 # But for these, once one of their jobs has a result.
 BOUND = {'features.path': ('probe', 'ood')}
 ABSENT = '(absent)'
@@ -285,7 +287,7 @@ def _refuse_differences(workdir, saved, wanted, jobs):
   for key in sorted(saved.keys() | wanted.keys()):
     there, now = (config.get(key, ADDED.get(key, ABSENT)) for config in (saved, wanted))
     of = {name for name in BOUND.get(key, ()) if judges.get(name)} or {_section(key)}
-    if there != now and not of <= free:
+    if there != now and not of <= free and key not in FREE_KEYS:
       differ[key] = f'{key}: {there} there, {now} now'
       owners |= of
   if not differ:

@@ -20,7 +20,7 @@ def test_a_signal_in_a_training_loses_nothing(chain, kind):
     """Well within the training, which has saved a step."""
     path = folder / 'metrics.jsonl'
     lines = path.read_bytes().count(b'\n') if path.exists() else 0
-    return 3 <= lines < 12 and list_steps(folder / 'checkpoints')
+    return 3 <= lines < 14 and list_steps(folder / 'checkpoints')
 
   chain.interrupt('generator', workdir, kind, moment=moment)
   assert 'generator: resumed at step' in chain.finish('generator', workdir)

@@ -319,7 +319,10 @@ def test_small_shares_of_labels_are_drawn_several_times(blobs):
 
 def test_sgd_makes_as_many_updates_with_fewer_labels():
   c = cifar_config.get_config().probe.sgd
-  assert judge.for_share(c, 0.1).epochs == 10 * c.epochs and judge.for_share(c, 1.0) == c
+  assert judge.for_share(c, 50_000, 50_000) == c
+  for count in (5000, 500, 20):  # fewer than a batch are one
+    epochs, steps = judge.for_share(c, count, 50_000).epochs, max(count // c.batch_size, 1)
+    np.testing.assert_allclose(epochs * steps, c.epochs * (50_000 // c.batch_size), rtol=1e-2)
 
 
 def test_a_class_of_which_none_can_be_held_out_is_refused(run):

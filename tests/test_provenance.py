@@ -62,7 +62,7 @@ def test_a_result_that_no_longer_fits_is_made_again(toy, tmp_path, caplog):
   pretrain(workdir, 5)
   runner.run(c, 'toy', workdir)
   [line] = warnings_of(caplog)
-  assert line == 'toy: the pretraining is not complete, judged is its step 5'
+  assert line == 'toy: the pretraining is not complete: its step 5 is read'
   result = read_result(workdir / 'results' / 'toy.json')
   assert result['made_from']['pretrain']['step'] == 5 and len(result['made_from']['data']) == 1
   assert result['config'] == json.loads((workdir / 'config.json').read_text())
@@ -124,7 +124,7 @@ def test_quality_is_of_the_generator_that_it_judged(tmp_path):
     runner.find(job), Run(c, tmp_path, None, data_digest='x')
   )
   digests = [file_digest(file) for file in files]
-  assert made_from('quality')['generator'] == {'sha256': digests[1]}
+  assert made_from('quality') == {'data': {'sha256': 'x'}, 'judged': {'sha256': digests[1]}}
   assert made_from('diversity')['generator'] == {'sha256': digests[0]}
   c.quality.path = ''
   assert made_from('quality')['generator'] == {'sha256': digests[0]}

@@ -61,6 +61,15 @@ def test_sections_that_others_settled_stay_theirs(tmp_path):
     runner.claim(tmp_path, workdirs.as_there(tmp_path, config_of(**{'sac.gamma': 0.5}), {'ood'}))
 
 
+def test_what_is_shown_and_saved_in_between_may_change(tmp_path):
+  claim(tmp_path)
+  (tmp_path / 'pretrain').mkdir()
+  claim(tmp_path, **{'pretrain.monitor_fraction': 0.5, 'pretrain.checkpoint_minutes': 3.0})
+  assert saved(tmp_path)['pretrain']['monitor_fraction'] == 0.5
+  with pytest.raises(UserError, match='pretrain.batch_size'):
+    claim(tmp_path, **{'pretrain.batch_size': 64})
+
+
 def test_features_of_others_may_change_until_they_were_judged(tmp_path):
   """Other settings of that section always may."""
   claim(tmp_path)

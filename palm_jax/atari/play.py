@@ -216,9 +216,8 @@ class Player:
       return
     self.agent, saved = restored.items['agent'], restored.metadata
     self.resumes = saved['resumes']
-    if 'origin' in saved:  # else of an older version, which fits any
-      check_origin(self._folder, saved['origin'], self.origin)
-      self.origin = saved['origin']
+    check_origin(self._folder, saved['origin'], self.origin)
+    self.origin = saved['origin']
     if restored.step < rows:  # else nobody needs the replay any more, and it may be gone
       self.resumes += 1
       self.replay.restore(restored.step)

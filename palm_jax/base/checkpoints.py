@@ -94,7 +94,7 @@ class Checkpoints:
     except UserError as e:
       if jax.process_count() > 1:  # the others do not know
         raise
-      logging.warning('%s; step %d is tried in its place', e, step)
+      logging.warning('%s): step %d is tried in its place', str(e).rpartition('): ')[0], step)
       self._begin(step, items, metadata)
       self.wait()
     else:

@@ -1,7 +1,6 @@
 """Where a run's numbers go: JSON lines, TensorBoard, Weights & Biases, and lines of progress."""
 
 import collections
-import contextlib
 import importlib.util
 import json
 import math
@@ -18,7 +17,7 @@ from absl import logging
 
 from palm_jax.base import console
 from palm_jax.base.errors import UserError
-from palm_jax.base.files import replacing
+from palm_jax.base.files import replacing, sync
 
 STEP = 'step'
 WANDB_ID = 'wandb_id'
@@ -75,10 +74,12 @@ class MetricWriter:
       self._wandb.log({STEP: step, **finite})
 
   def sync(self) -> None:
-    """Brings the lines to the disk."""
+    """Brings the lines to the disk, or says that they may not be there: steps count for more."""
     self._lines.flush()
-    with contextlib.suppress(OSError):  # a file system that cannot
-      os.fsync(self._lines.fileno())
+    try:
+      sync(self._path)
+    except OSError as e:
+      logging.warning('%s may not be on the disk (%s)', self._path, e.strerror)
 
   def close(self) -> None:
     """Flushes and closes all of them."""

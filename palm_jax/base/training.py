@@ -235,6 +235,6 @@ class Training:
   def save(self, items: Mapping[str, Any], **metadata: Any) -> None:
     """Saves the items, and beside them the metadata, `seconds` and `data`. Raises UserError."""
     if self._writer:
-      self._writer.sync()  # a step on the disk has its line there
+      self._writer.sync()  # first: a step on the disk has its line
     self.checkpoints.save(self.step, dict(items), dict(metadata, **self._about()))
     self._saved_at = time.monotonic()

@@ -1,6 +1,7 @@
 """Features of whole image sets under a frozen encoder: computed once, shared by all who judge."""
 
 import functools
+import os
 import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -142,7 +143,9 @@ def check_finite(h: np.ndarray, what: str, advice: str) -> None:
 
 def folder_of(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
   """Where features are kept: config.features.folder, or that of the workdir."""
-  return pathlib.Path(config.features.folder or pathlib.Path(workdir) / 'features')
+  return pathlib.Path(
+    os.path.expanduser(config.features.folder or pathlib.Path(workdir) / 'features')
+  )
 
 
 def cached(

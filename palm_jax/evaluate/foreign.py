@@ -1,5 +1,6 @@
 """Features of another encoder, from a file, to be judged beside ours."""
 
+import os
 import pathlib
 
 import numpy as np
@@ -26,7 +27,7 @@ def load_foreign(config: ConfigDict, counts: dict[str, int]) -> dict[str, np.nda
     UserError: no such file, a damaged one, one without a part, or features that are not (images of
       that part, F).
   """
-  path = config.features.path
+  path = os.path.expanduser(config.features.path)
   if not path:
     return {}
   tell = lambda why: (

@@ -67,10 +67,11 @@ def cached(
   return scored(source.name, train_x.shape[1], task, method, shares, started, **report)
 
 
-def for_share(c: ConfigDict, fraction: float) -> ConfigDict:
-  """SGD's settings for a share of the labels: as many updates as with all of them."""
+def for_share(c: ConfigDict, count: int, of: int) -> ConfigDict:
+  """SGD's settings for `count` labels: about as many updates as with all, `of` of them."""
+  steps = lambda n: max(n // c.batch_size, 1)  # an epoch's
   c = c.copy_and_resolve_references()
-  c.epochs = round(c.epochs / fraction)
+  c.epochs = round(c.epochs * steps(of) / steps(count))
   return c
 
 
@@ -85,7 +86,8 @@ def by_sgd(
     config: the whole config; read are seed and probe.sgd.
     mesh: one-dimensional mesh, axis 'data'.
   """
-  c, started = for_share(config.probe.sgd, task.fraction), time.perf_counter()
+  started, count = time.perf_counter(), len(task.train_y)
+  c = for_share(config.probe.sgd, count, len(source.train))
   of: Any = source.train[task.rows]
   if c.augment != 'none':
     of = source.encoder, images[task.rows]
@@ -116,7 +118,7 @@ def end_to_end(
   name = f'{pretrained.name}, fine-tuned' if start else 'supervised from scratch'
   encoder, head = classifier.fit(
     config,
-    for_share(config.probe[method], task.fraction),
+    for_share(config.probe[method], len(task.train_y), len(images)),
     Split(images[task.rows], task.train_y),
     task.num_classes,
     config.seed,

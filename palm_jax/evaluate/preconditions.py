@@ -1,5 +1,6 @@
 """What jobs that judge ask of the config and of the data."""
 
+import os
 import pathlib
 from typing import Any
 
@@ -16,7 +17,7 @@ def check_single_pictures(config: ConfigDict, job: str) -> None:
 
   Also where there is no place for its features.
   """
-  folder = pathlib.Path(config.features.folder or '.')
+  folder = pathlib.Path(os.path.expanduser(config.features.folder or '.'))
   if folder.exists() and not folder.is_dir():
     raise UserError(f'features.folder={folder} is no folder: name one, or leave it empty')
   stack = config.environment.stack

@@ -51,7 +51,7 @@ def default_config() -> ConfigDict:
       # raw pixels as features, for lbfgs and knn, and their principal components, as many as the
       # encoder has features, where there are more pixels; of pictures of up to 64x64
       pixels=True,
-      # of the training labels: stratified and nested; SGD makes as many updates with fewer
+      # of the training labels: stratified and nested; SGD makes about as many updates
       label_fractions=(1.0,),
       label_draws=3,  # at fractions up to 0.1
       coarse=False,  # CIFAR-100's 20 superclasses, beside its 100 classes
@@ -242,7 +242,7 @@ def _protocol(config, data, images, encoder):
   c = config.probe
   more = dict(foreign_features=config.features.path) if config.features.path else {}
   if min(c.label_fractions) < 1:
-    more['epochs_of_a_share'] = 'divided by it: as many updates as with all labels'
+    more['epochs_of_a_share'] = 'so many that there are about as many updates as with all labels'
   return dict(
     data=data.source,
     split=c.split,

@@ -1,5 +1,6 @@
 """Minari data sets as records to learn from."""
 
+import os
 import pathlib
 from typing import Any
 
@@ -41,7 +42,7 @@ def load(
   """
   minari = import_minari()
   try:
-    folder = pathlib.Path(name)
+    folder = pathlib.Path(os.path.expanduser(name))
     found = minari.MinariDataset(folder / 'data') if folder.is_dir() else minari.load_dataset(name)
     about, made_with = found.storage.metadata, _made_with(found.spec.env_spec)
     space = found.action_space
@@ -107,7 +108,7 @@ def _check_settings(name, there, config):
 def check_there(name: str) -> None:
   """Raises UserError where no data set has the name, or Minari is missing; reads none."""
   minari = import_minari()
-  if pathlib.Path(name).is_dir() or name in minari.list_local_datasets():
+  if os.path.isdir(os.path.expanduser(name)) or name in minari.list_local_datasets():
     return
   raise UserError(
     f'the data set {name!r} is not there: give a name of `minari list local`, or the folder of a '

@@ -16,7 +16,7 @@ from palm_jax.base.errors import UserError
 from palm_jax.base.results import CONFIG, MADE_FROM, read_result
 from palm_jax.base.steps import list_steps
 from palm_jax.data.arrays import Data
-from palm_jax.workdir import ADDED, FREE
+from palm_jax.workdir import ADDED, FREE, FREE_KEYS
 
 JUDGES = 'probe', 'ood', 'diversity', 'quality', 'concepts', 'scores'  # sections of such jobs
 ORIGIN = MADE_FROM, CONFIG  # in results, for programs
@@ -120,7 +120,7 @@ def _note_config(run, job, then):
     return
   before, now = checks.flatten(then), checks.flatten(run.config)
   free = ({*FREE, *JUDGES} - {job}) | {'study'}  # a study's config.json is that of its runs
-  fixed = lambda key: key.partition('.')[0] not in free
+  fixed = lambda key: key.partition('.')[0] not in free and key not in FREE_KEYS
   value = lambda config, key: config.get(key, ADDED.get(key))
   keys = sorted(before.keys() | now.keys())
   differ = [key for key in keys if fixed(key) and value(before, key) != value(now, key)]

@@ -23,11 +23,10 @@ from ml_collections import ConfigDict
 
 from palm_jax import environment, experience, replay, worlds
 from palm_jax.base import command
-from palm_jax.base.checkpoints import load
 from palm_jax.base.digests import digest
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import scratch
-from palm_jax.base.steps import list_steps, one_line
+from palm_jax.base.steps import one_line
 from palm_jax.checkpoint import load_config
 from palm_jax.world import NAME, LatentManifold, make
 from palm_jax.world.config import settings_of, views_of
@@ -79,13 +78,13 @@ def write(
       there, or another than was played in, a data set that is there, or Minari is missing.
   """
   minari = import_minari()
-  workdir, root = pathlib.Path(workdir), pathlib.Path(root)
+  workdir, root = (pathlib.Path(os.path.expanduser(path)) for path in (workdir, root))
   target = root / name
   if target.exists():
     raise UserError(f'{target} holds something already: choose another --name, or delete it')
   config = ConfigDict(load_config(workdir))
   generator = worlds.load_world_generator(config, workdir)
-  _check_generator(workdir, config, generator)
+  experience.check_generator(workdir, generator)
   needs = task != 'none' or observations == 'features'
   settings: dict[str, Any] = dict(
     task=task,
@@ -119,19 +118,6 @@ def write(
     os.rename(part / name, target)
   logging.info('%s: %d episodes of %d steps', target, made.total_episodes, made.total_steps)
   return target
-
-
-def _check_generator(workdir, config, generator):
-  """Raises UserError where the checkpoints say that the run played in the world of another."""
-  folder = workdir / 'pretrain' / 'checkpoints'
-  before = load(folder, 'encoder').metadata.get('world') if list_steps(folder) else None
-  now = digest(generator.variables, {})
-  if before not in (None, now):
-    raise UserError(
-      f'{workdir} recorded in the world of another generator than '
-      f'{config.generator.path or workdir} holds now (digest {before[:12]}, now {now[:12]}): its '
-      'latents would be other pictures; give that one back'
-    )
 
 
 def _episodes(world, params, folder, config) -> Iterator[list]:
