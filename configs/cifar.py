@@ -37,6 +37,8 @@ from palm_jax.generator import train
 from palm_jax.speed import benchmark, plan
 
 PRESETS = {'paper_text': (0.5, 0.95), 'paper_fig5': (0.95, 0.75)}
+# Of the section simsiam: to it frames of one episode are no negatives. Ours.
+CONTRASTIVE = dict(objective='simclr', temperature=0.2, mask_episode=True)
 
 
 def get_config(variant: str = '') -> ConfigDict:
@@ -120,7 +122,7 @@ def best(c: ConfigDict) -> None:
   """
   c.name += '_best'
   c.environment.alpha, c.environment.beta = PRESETS['paper_fig5']
-  c.simsiam.update(dict(objective='simclr', temperature=0.2, mask_episode=True, augment='simsiam'))
+  c.simsiam.update(dict(CONTRASTIVE, augment='simsiam'))
   c.pretrain.update(dict(env_steps=345_600, updates_per_iteration=3, iterations_per_call=6))
 
 

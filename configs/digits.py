@@ -57,9 +57,7 @@ def get_config() -> ConfigDict:
   # learning rate is ten times the paper's.
   c.simsiam.update(
     dict(
-      objective='simclr',
-      temperature=0.2,
-      mask_episode=True,
+      cifar.CONTRASTIVE,
       proj_hidden=256,
       proj_dim=256,
       pred_hidden=64,

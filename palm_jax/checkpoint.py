@@ -1,12 +1,12 @@
 """What people read of a run's checkpoints: the pretrained encoder, or any saved item."""
 
 import json
-import os
 import pathlib
 from typing import Any
 
 from palm_jax.base.checkpoints import Checkpoints, load_item
 from palm_jax.base.errors import UserError
+from palm_jax.base.files import user_path
 from palm_jax.base.steps import Restored, list_steps, one_line
 
 __all__ = ['Checkpoints', 'Restored', 'list_steps', 'load_config', 'load_encoder', 'load_item']
@@ -14,7 +14,7 @@ __all__ = ['Checkpoints', 'Restored', 'list_steps', 'load_config', 'load_encoder
 
 def load_config(workdir: str | pathlib.Path) -> dict[str, Any]:
   """The config of a workdir. Raises UserError where there is none, or a damaged one."""
-  path = pathlib.Path(os.path.expanduser(workdir)) / 'config.json'
+  path = user_path(workdir) / 'config.json'
   try:
     return json.loads(path.read_text())
   except (FileNotFoundError, NotADirectoryError):
@@ -36,7 +36,7 @@ def load_encoder(
   Raises:
     UserError: no or damaged config or checkpoint.
   """
-  workdir = pathlib.Path(os.path.expanduser(workdir))
+  workdir = user_path(workdir)
   config = load_config(workdir)
   step, variables = load_item(workdir / 'pretrain' / 'checkpoints', 'encoder', step)
   return config, variables, step

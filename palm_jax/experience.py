@@ -146,8 +146,7 @@ def check_generator(run: pathlib.Path, generator: Any) -> None:
   """
   folder = run / 'pretrain' / 'checkpoints'
   there = load(folder, 'encoder').metadata.get('world') if list_steps(folder) else None
-  here = digest(generator.variables, {})
-  if there not in (None, here):
+  if there and there != (here := digest(generator.variables, {})):
     raise UserError(
       f'{run} was recorded in the world of another generator (digest {there[:12]}, here '
       f'{here[:12]}): its latents would be other pictures; give that one'

@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 from palm_jax.base import checks, command, files
 from palm_jax.base.digests import digest
 from palm_jax.base.errors import UserError
-from palm_jax.base.files import replacing
+from palm_jax.base.files import replacing, user_path
 from palm_jax.checkpoint import load_encoder
 from palm_jax.encoder import make_encoder
 from palm_jax.formats import onnx_file, torch_encoders
@@ -90,9 +90,9 @@ def export(
       f'--format={format} is unknown: expected one of '
       f'{", ".join(FORMATS)}{checks.nearest(format, FORMATS)}'
     )
-  workdir = pathlib.Path(os.path.expanduser(workdir))
+  workdir = user_path(workdir)
   if out is not None:
-    out = os.path.expanduser(out)
+    out = user_path(out)
     suffix = pathlib.Path(FORMATS[format]).suffix
     if not pathlib.Path(out).absolute().parent.is_dir():
       raise UserError(f'--out={out}: its folder is missing; make it, or name a file in another')
@@ -192,7 +192,7 @@ def load(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any], dict[
   Raises:
     UserError: no such file, one of another kind, or damage.
   """
-  arrays, metadata = read_arrays(os.path.expanduser(path))
+  arrays, metadata = read_arrays(user_path(path))
   if metadata.get('format') != 'safetensors' or ENCODER_KEY not in metadata:
     raise UserError(
       f'{path} is no encoder under the names of palm_jax: give a file that palm_jax.export wrote '

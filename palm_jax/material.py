@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import pathlib
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 from palm_jax import experience
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
+from palm_jax.base.files import user_path
 from palm_jax.data.arrays import Data
 from palm_jax.experience import Experience
 
@@ -90,7 +90,7 @@ def _images(config, data, image_shape):
 def _record(config, generator):
   """The Experience of pairs.record, or its first rows where pairs.samples are fewer."""
   c, p, length = config.pairs, config.pretrain, config.environment.episode_length
-  recorded = pathlib.Path(os.path.expanduser(c.record))
+  recorded = user_path(c.record)
   check_same_world(config, recorded)
   experience.check_generator(recorded, generator)
   folder = recorded / 'pretrain' / 'experience'

@@ -5,7 +5,6 @@ A digest of each stands in the result, and in the checkpoints on the way to it.
 
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 
 from palm_jax.base.digests import file_digest
 from palm_jax.base.errors import one_line
+from palm_jax.base.files import user_path
 from palm_jax.base.processes import any_process, is_first
 from palm_jax.base.results import MADE_FROM, read_result
 from palm_jax.base.steps import list_steps
@@ -36,17 +36,15 @@ def made_from(job: Job, this: Run) -> dict[str, Any]:
     found['data'] = {'sha256': this.data_digest}
   if 'generator' in reads:
     judged = this.config.quality.path if job.name == 'quality' else ''
-    path = os.path.expanduser(judged or this.config.generator.path or this.workdir)
+    path = user_path(judged or this.config.generator.path or this.workdir)
     # Older results name under 'generator' what was not judged.
-    found['judged' if judged else 'generator'] = _generator(pathlib.Path(path))
+    found['judged' if judged else 'generator'] = _generator(path)
   if 'pretrain' in reads:
     found['pretrain'] = newest_step(this.workdir / 'pretrain')
   if 'encoder' in reads and this.config.world.encoder != 'random':
-    seeing = os.path.expanduser(this.config.world.encoder)
-    found['encoder'] = newest_step(pathlib.Path(seeing) / 'pretrain')
+    found['encoder'] = newest_step(user_path(this.config.world.encoder) / 'pretrain')
   if 'trunk' in reads:
-    other = os.path.expanduser(this.config.finetune.trunk)
-    found['trunk'] = newest_step(pathlib.Path(other) / 'pretrain')
+    found['trunk'] = newest_step(user_path(this.config.finetune.trunk) / 'pretrain')
   return {name: about for name, about in found.items() if about.get('sha256')}
 
 

@@ -26,10 +26,10 @@ from palm_jax.job import Job
 PATIENCE = 120  # seconds: so long a file server may hold what a lost machine had
 # Sections that may change at any time.
 FREE = 'name', 'jobs', 'plan', 'benchmark', 'features', 'report'
-# Settings that change nothing of what is learned.
-FREE_KEYS = 'pretrain.monitor_fraction', 'pretrain.checkpoint_minutes'
 # But for these, once one of their jobs has a result.
 BOUND = {'features.path': ('probe', 'ood')}
+# Settings that change nothing of what is learned.
+FREE_KEYS = 'pretrain.monitor_fraction', 'pretrain.checkpoint_minutes'
 ABSENT = '(absent)'
 # Settings that came later: what was made without them was made as with these values.
 ADDED = {

@@ -1,6 +1,5 @@
 """The world that a config describes: its generator and dynamics, on the devices."""
 
-import os
 import pathlib
 from typing import Any
 
@@ -13,6 +12,7 @@ from ml_collections import ConfigDict
 from palm_jax import environment, material, pairs
 from palm_jax.base import devices
 from palm_jax.base.errors import NonFiniteError
+from palm_jax.base.files import user_path
 from palm_jax.data.arrays import Data
 from palm_jax.generator import load_generator
 from palm_jax.generator.views import viewed
@@ -27,7 +27,7 @@ def load_world_generator(config: ConfigDict, workdir: pathlib.Path) -> Any:
   Raises:
     UserError: none there, a damaged one, or one whose pictures the crop leaves nothing of.
   """
-  path = pathlib.Path(os.path.expanduser(config.generator.path or workdir))
+  path = user_path(config.generator.path or workdir)
   generator = load_generator(config.generator.path or workdir)
   is_run = (path / 'config.json').exists() and (path / 'generator').exists()
   if is_run and not (path / 'results' / 'generator.json').exists():

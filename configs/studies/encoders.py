@@ -10,6 +10,7 @@ is not here. VICReg diverged at the others' learning rate; the rates here were n
 
 from ml_collections import ConfigDict
 
+from configs import cifar
 from configs.studies import scales
 
 BASE = 'resnet18, simclr'
@@ -20,7 +21,7 @@ def get_config(variant: str = 'digits') -> ConfigDict:
   """The config of a scale; see above."""
   b = scales.base('encoders', variant)
   c = b.config
-  c.simsiam.update(dict(objective='simclr', temperature=0.2, mask_episode=True))
+  c.simsiam.update(cifar.CONTRASTIVE)
   if b.scale == 'digits':
     c.pretrain.env_steps = 50_000
   few = b.train_images < 50_000  # pixels: 8 a side, not 32

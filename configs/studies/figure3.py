@@ -14,21 +14,21 @@ first of them without hand-made augmentation.
 
 from ml_collections import ConfigDict
 
+from configs import cifar
 from configs.studies import scales
 
-CONTRASTIVE = 'simsiam.objective=simclr simsiam.temperature=0.2 simsiam.mask_episode=True'
+CONTRASTIVE = ' '.join(f'simsiam.{key}={value}' for key, value in cifar.CONTRASTIVE.items())
 
 
 def get_config(variant: str = 'laptop') -> ConfigDict:
   """The config of a scale; see above."""
   b = scales.base('figure3', variant)
   c = b.config
-  small = b.scale in scales.WITHOUT_WORDS  # a generator of few layers
   methods = (*c.probe.methods, 'supervised')
   c.study.arms = (
     ('PALM', f'probe.methods={methods}'),
     ('PALM + data aug', 'simsiam.augment=simsiam'),
-    ('PALM, contrastive', f'{CONTRASTIVE} environment.style_mixing={2 if small else 4}'),
+    ('PALM, contrastive', f'{CONTRASTIVE} {b.style_mixing}'),
     ('PALM, contrastive + data aug', f'{CONTRASTIVE} simsiam.augment=simsiam'),
     ('SimSiam', 'pairs.source=two_views simsiam.augment=simsiam'),
     ('SimCLR', 'pairs.source=two_views simsiam.augment=simsiam simsiam.objective=simclr'),

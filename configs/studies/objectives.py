@@ -29,7 +29,7 @@ def get_config(variant: str = 'laptop') -> ConfigDict:
     ('temperature 0.2', f'{CLR} simsiam.temperature=0.2'),
     ('temperature 0.1', f'{CLR} simsiam.temperature=0.1'),
     ('masked episode', f'{CLR} simsiam.mask_episode=True'),
-    ('style mixing', f'{CLR} environment.style_mixing={2 if b.scale == "smoke" else 4}'),
+    ('style mixing', f'{CLR} {b.style_mixing}'),
     ('episode groups', GROUPS),
     ('windows of 8', f'{GROUPS} pairs.window=8'),
     ('augmented', f'{CLR} simsiam.augment=simsiam'),

@@ -34,6 +34,11 @@ class Base(NamedTuple):
   train_images: int  # of the scale's data
   method: str  # of the linear probe
 
+  @property
+  def style_mixing(self) -> str:
+    """Setting of an arm: fine layers take a new style; pictures of 8x8 have four layers in all."""
+    return f'environment.style_mixing={2 if self.scale in WITHOUT_WORDS else 4}'
+
   def row(self, features: str = 'PALM encoder', method: str | None = None, rest: str = '') -> str:
     """Path of an accuracy in results/probe.json.
 

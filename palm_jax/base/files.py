@@ -136,6 +136,11 @@ def not_written(error: OSError, path: str | os.PathLike) -> UserError:
   )
 
 
+def user_path(path: str | os.PathLike) -> pathlib.Path:
+  """A path as people give it, ~ for a home folder; pathlib's own fails where there is none."""
+  return pathlib.Path(os.path.expanduser(path))
+
+
 def check_writable(path: str | os.PathLike) -> None:
   """Raises UserError where a file or folder could not be made at `path`; makes nothing."""
   folder = pathlib.Path(path).absolute().parent

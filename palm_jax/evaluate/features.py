@@ -1,7 +1,6 @@
 """Features of whole image sets under a frozen encoder: computed once, shared by all who judge."""
 
 import functools
-import os
 import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict
 from palm_jax import checkpoint
 from palm_jax.base import checks, devices, digests
 from palm_jax.base.errors import NonFiniteError, UserError
-from palm_jax.base.files import replacing
+from palm_jax.base.files import replacing, user_path
 from palm_jax.base.metrics import Progress
 from palm_jax.base.processes import any_process, is_first
 from palm_jax.base.signals import raise_if_interrupted
@@ -143,9 +142,7 @@ def check_finite(h: np.ndarray, what: str, advice: str) -> None:
 
 def folder_of(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
   """Where features are kept: config.features.folder, or that of the workdir."""
-  return pathlib.Path(
-    os.path.expanduser(config.features.folder or pathlib.Path(workdir) / 'features')
-  )
+  return user_path(config.features.folder or pathlib.Path(workdir) / 'features')
 
 
 def cached(

@@ -1,13 +1,10 @@
 """Features of another encoder, from a file, to be judged beside ours."""
 
-import os
-import pathlib
-
 import numpy as np
 from ml_collections import ConfigDict
 
 from palm_jax.base.errors import UserError
-from palm_jax.base.files import reading
+from palm_jax.base.files import reading, user_path
 from palm_jax.data.arrays import check_expansion
 
 
@@ -27,15 +24,15 @@ def load_foreign(config: ConfigDict, counts: dict[str, int]) -> dict[str, np.nda
     UserError: no such file, a damaged one, one without a part, or features that are not (images of
       that part, F).
   """
-  path = os.path.expanduser(config.features.path)
-  if not path:
+  if not config.features.path:
     return {}
+  path = user_path(config.features.path)
   tell = lambda why: (
     f'features.path={path} cannot be read ({why}): give an .npz file with train_features and '
     'test_features'
   )
   with reading(tell):
-    check_expansion(pathlib.Path(path))
+    check_expansion(path)
     with np.load(path, allow_pickle=False) as file:
       arrays = dict(file)
   parts = {}

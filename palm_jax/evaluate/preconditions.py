@@ -1,6 +1,5 @@
 """What jobs that judge ask of the config and of the data."""
 
-import os
 import pathlib
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from palm_jax.base.errors import UserError
+from palm_jax.base.files import user_path
 from palm_jax.data.arrays import Data
 from palm_jax.job import Run
 
@@ -17,7 +17,7 @@ def check_single_pictures(config: ConfigDict, job: str) -> None:
 
   Also where there is no place for its features.
   """
-  folder = pathlib.Path(os.path.expanduser(config.features.folder or '.'))
+  folder = user_path(config.features.folder or '.')
   if folder.exists() and not folder.is_dir():
     raise UserError(f'features.folder={folder} is no folder: name one, or leave it empty')
   stack = config.environment.stack

@@ -27,6 +27,10 @@ class SnapshotError(UserError):
   """A file of weights that is damaged or holds what is not read from such files."""
 
 
+class AbsentError(SnapshotError):
+  """A file of weights without the network that is asked for."""
+
+
 def check_file(path: str | os.PathLike) -> pathlib.Path:
   """The path of a file that can be read.
 

@@ -2,11 +2,11 @@
 
 import importlib.resources
 import os
-import pathlib
 import re
 
 from palm_jax.base import checks
 from palm_jax.base.errors import UserError
+from palm_jax.base.files import user_path
 from palm_jax.formats.arrays import read_arrays
 from palm_jax.formats.kinds import kind_of
 from palm_jax.generator.loaded import LoadedGenerator
@@ -93,7 +93,7 @@ def _path(path_or_name):
       'browser, for example) and give its path'
     )
   try:
-    path = pathlib.Path(os.path.expanduser(path_or_name))
+    path = user_path(path_or_name)
     path.stat()
   except FileNotFoundError:
     pass

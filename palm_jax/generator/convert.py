@@ -18,7 +18,7 @@ from absl import flags
 from palm_jax.base import command, files
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
-from palm_jax.base.files import write_json
+from palm_jax.base.files import user_path, write_json
 from palm_jax.generator import (
   LoadedGenerator,
   load_generator,
@@ -50,7 +50,7 @@ def convert(
       folder, or class averages without classes.
   """
   source = pathlib.Path(source)
-  target = pathlib.Path(os.path.expanduser(target))
+  target = user_path(target)
   in_file = target.suffix == '.safetensors'
   used_folder = target.is_dir() and (in_file or any(target.iterdir()))
   if used_folder or (target.exists() and not target.is_dir() and not in_file):

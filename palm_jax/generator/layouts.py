@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from palm_jax.formats.kinds import SnapshotError
+from palm_jax.formats.kinds import AbsentError, SnapshotError
 from palm_jax.formats.pickle_machine import Inert
 from palm_jax.formats.torch_files import MAX_NAME, modules, state_dict
 
@@ -290,14 +290,14 @@ def _refuse(network, places, right):
     _refuse_others(_names(holder), LOOKALIKES + OTHERS)
   generators = [role for role in roles if role != 'D']
   if network != 'D' and generators:
-    raise SnapshotError(
+    raise AbsentError(
       f"no {network} in it, but {generators[0]}: ask for that (network='{generators[0]}', or "
       f'--which={generators[0]})'
     )
   known = f', but {", ".join(roles)}' if roles else ''
   kinds = {holder.class_name[:60] for _, holder in places if isinstance(holder, Inert)}
   classes = f' (there is {", ".join(sorted(kinds)[:3])})' if kinds else ''
-  raise SnapshotError(
+  raise AbsentError(
     f'no {network} in it{known}{classes}: expected a snapshot or state_dict of StyleGAN2 or 3, '
     'with the names of NVIDIA or rosinality'
   )

@@ -184,8 +184,8 @@ def _path_in_errors(path):
   try:
     yield
   except UserError as e:
-    message = str(e)
-    raise SnapshotError(message if message.startswith(f'{path}') else f'{path}: {message}') from e
+    message, kind = str(e), type(e) if isinstance(e, SnapshotError) else SnapshotError
+    raise kind(message if message.startswith(f'{path}') else f'{path}: {message}') from e
   except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as e:
     raise SnapshotError(
       f'{path}: the weights do not belong together ({type(e).__name__}); fetch or save it again'

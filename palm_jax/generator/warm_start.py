@@ -1,8 +1,7 @@
 """Training that starts from trained networks, as --resume of stylegan2-ada-pytorch does."""
 
+import contextlib
 import os
-import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,8 +10,9 @@ from absl import logging
 
 from palm_jax.base.checkpoints import load_item
 from palm_jax.base.errors import UserError
+from palm_jax.base.files import user_path
 from palm_jax.formats.arrays import read_arrays
-from palm_jax.formats.kinds import SnapshotError, kind_of
+from palm_jax.formats.kinds import AbsentError, kind_of
 from palm_jax.generator import load_generator, snapshots
 from palm_jax.generator.saved import NETWORK_KEY
 from palm_jax.generator.step import State
@@ -33,7 +33,7 @@ def load_networks(path: str | os.PathLike, template: State) -> dict[str, Any]:
   Raises:
     UserError: nothing of this kind there, or networks of other sizes.
   """
-  given, path = path, pathlib.Path(os.path.expanduser(path))
+  given, path = path, user_path(path)
   if (path / 'generator').is_dir():
     try:
       step, state = load_item(path / 'generator' / 'checkpoints', 'state', template=template)
@@ -59,25 +59,17 @@ def _in_file(given, path):
     variables = load_generator(given).variables
     return dict(G=variables, G_ema=variables)
   averaged = snapshots.load_snapshot(path)[1]
-  G = _if_there(path, 'G', lambda: snapshots.load_snapshot(path, 'G')[1])
-  D = _if_there(path, 'D', lambda: snapshots.load_discriminator(path)[1]['params'])
-  found = dict(G=averaged if G is None else G, G_ema=averaged)
-  return found if D is None else dict(found, D=D)
+  found = dict(G=averaged, G_ema=averaged)
+  with contextlib.suppress(AbsentError):
+    found['G'] = snapshots.load_snapshot(path, 'G')[1]
+  with contextlib.suppress(AbsentError):
+    found['D'] = snapshots.load_discriminator(path)[1]['params']
+  return found
 
 
 def _is_ours(path):
   """Whether a file is of `save_safetensors`."""
   return kind_of(path) == 'safetensors' and NETWORK_KEY in read_arrays(path)[1]
-
-
-def _if_there(path: pathlib.Path, name: str, load: Callable[[], Any]) -> Any:
-  """What `load` reads of a file; None where the file has no network of this name."""
-  try:
-    return load()
-  except SnapshotError as e:
-    if not str(e).startswith(f'{path}: no {name} in it'):  # else it is there, but damaged
-      raise
-    return None
 
 
 def fit(name: str, tree: Any, template: Any) -> Any:

@@ -1,7 +1,5 @@
 """Minari data sets as records to learn from."""
 
-import os
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -10,6 +8,7 @@ from ml_collections import ConfigDict
 
 from palm_jax import environment
 from palm_jax.base.errors import UserError
+from palm_jax.base.files import user_path
 from palm_jax.base.signals import raise_if_interrupted
 from palm_jax.base.steps import one_line
 from palm_jax.offline.records import Record, join
@@ -42,7 +41,7 @@ def load(
   """
   minari = import_minari()
   try:
-    folder = pathlib.Path(os.path.expanduser(name))
+    folder = user_path(name)
     found = minari.MinariDataset(folder / 'data') if folder.is_dir() else minari.load_dataset(name)
     about, made_with = found.storage.metadata, _made_with(found.spec.env_spec)
     space = found.action_space
@@ -108,7 +107,7 @@ def _check_settings(name, there, config):
 def check_there(name: str) -> None:
   """Raises UserError where no data set has the name, or Minari is missing; reads none."""
   minari = import_minari()
-  if os.path.isdir(os.path.expanduser(name)) or name in minari.list_local_datasets():
+  if user_path(name).is_dir() or name in minari.list_local_datasets():
     return
   raise UserError(
     f'the data set {name!r} is not there: give a name of `minari list local`, or the folder of a '

@@ -21,6 +21,7 @@ from palm_jax import (
 )
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError, one_line
+from palm_jax.base.files import user_path
 from palm_jax.checkpoint import load_encoder
 from palm_jax.data.arrays import Data
 from palm_jax.data.load import load as load_data
@@ -72,7 +73,7 @@ def load_game(
     config, step = ConfigDict(dict(environment=environment.default_config())), 0
     used = load_generator(generator or GENERATOR)
   else:
-    workdir = pathlib.Path(os.path.expanduser(workdir))
+    workdir = user_path(workdir)
     config, step = run_config(workdir)
     config.generator.path = generator or config.generator.path
     used = worlds.load_world_generator(config, workdir)

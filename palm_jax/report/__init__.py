@@ -4,7 +4,6 @@ Every number of its tables stands in a file of the workdir, and says on hovering
 only the map is computed here. A job without a result has no section.
 """
 
-import os
 import pathlib
 
 from absl import logging
@@ -12,7 +11,7 @@ from ml_collections import ConfigDict
 
 from palm_jax.base import checks
 from palm_jax.base.errors import UserError
-from palm_jax.base.files import replacing
+from palm_jax.base.files import replacing, user_path
 from palm_jax.base.processes import is_first
 from palm_jax.job import Job, Run
 from palm_jax.report import feature_map, page, read, sections, settings
@@ -52,7 +51,7 @@ def check(config: ConfigDict, num_devices: int) -> None:
     )
   checks.ranges('report', c, RANGES)
   for folder in c.compare:
-    if not (pathlib.Path(os.path.expanduser(folder)) / 'config.json').is_file():
+    if not (user_path(folder) / 'config.json').is_file():
       raise UserError(
         f'report.compare={tuple(c.compare)}: {folder} holds no config.json: name workdirs of this '
         'project'
@@ -72,7 +71,7 @@ def run(this: Run) -> dict:
   Raises:
     UserError: a workdir without a readable config.json.
   """
-  runs = read.read_runs([this.workdir, *map(os.path.expanduser, this.config.report.compare)])
+  runs = read.read_runs([this.workdir, *map(user_path, this.config.report.compare)])
   notes = [note for run in runs for note in run.notes]
   report = read.Report(runs, this.config, this.workdir, this.mesh, this.data, notes)
   shown = sections.build(report)

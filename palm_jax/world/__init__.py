@@ -12,6 +12,7 @@ import numpy as np
 from palm_jax import environment
 from palm_jax.base import checks
 from palm_jax.base.errors import UserError
+from palm_jax.base.files import user_path
 from palm_jax.generator import load_generator
 from palm_jax.generator.views import viewed
 from palm_jax.world.manifold import OBSERVATIONS, LatentManifold, Params, State
@@ -143,7 +144,7 @@ def _features(encoder, image_shape):
     return encoder
   if encoder is None or encoder == 'random':
     return at_random(image_shape)
-  if not isinstance(encoder, str | os.PathLike) or not os.path.exists(os.path.expanduser(encoder)):
+  if not isinstance(encoder, str | os.PathLike) or not user_path(encoder).exists():
     raise UserError(
       f"encoder={encoder!r} is neither 'random' nor the workdir of a pretraining: give one of them"
     )

@@ -25,7 +25,7 @@ from palm_jax import environment, experience, replay, worlds
 from palm_jax.base import command
 from palm_jax.base.digests import digest
 from palm_jax.base.errors import UserError
-from palm_jax.base.files import scratch
+from palm_jax.base.files import scratch, user_path
 from palm_jax.base.steps import one_line
 from palm_jax.checkpoint import load_config
 from palm_jax.world import NAME, LatentManifold, make
@@ -78,7 +78,7 @@ def write(
       there, or another than was played in, a data set that is there, or Minari is missing.
   """
   minari = import_minari()
-  workdir, root = (pathlib.Path(os.path.expanduser(path)) for path in (workdir, root))
+  workdir, root = (user_path(path) for path in (workdir, root))
   target = root / name
   if target.exists():
     raise UserError(f'{target} holds something already: choose another --name, or delete it')

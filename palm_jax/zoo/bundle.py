@@ -14,7 +14,7 @@ from palm_jax import __version__, environment, export, worlds
 from palm_jax.base.checkpoints import load
 from palm_jax.base.digests import digest, file_digest
 from palm_jax.base.errors import UserError, one_line
-from palm_jax.base.files import not_written, replacing
+from palm_jax.base.files import not_written, replacing, user_path
 from palm_jax.generator import PictureGenerator, load_generator
 from palm_jax.layers.pixels import to_uint8
 from palm_jax.zoo import card as cards
@@ -58,8 +58,8 @@ def write(
       hold, features that change by more than TOLERANCE, or a NAME.json that is no card: nothing is
       written. Or no room for it.
   """
-  workdir = pathlib.Path(os.path.expanduser(workdir))
-  folder = pathlib.Path(os.path.expanduser(out or workdir))
+  workdir = user_path(workdir)
+  folder = user_path(out or workdir)
   if not NAME.fullmatch(name) or name.endswith(SUFFIX):
     raise UserError(
       f'--name={name}: expected letters, digits, - . or _, without {SUFFIX}, such as '

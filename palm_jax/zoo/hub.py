@@ -23,7 +23,7 @@ from palm_jax import __version__
 from palm_jax.base import checks
 from palm_jax.base.digests import file_digest
 from palm_jax.base.errors import UserError, one_line
-from palm_jax.base.files import replacing
+from palm_jax.base.files import replacing, user_path
 from palm_jax.base.signals import raise_if_interrupted
 from palm_jax.generator import load_generator
 from palm_jax.generator.convert import convert
@@ -195,7 +195,7 @@ def pull(
   """
   _check_repo(repo)
   hub = import_hub()
-  target = pathlib.Path(os.path.expanduser(out or f'{repo.rpartition("/")[2]}{SUFFIX}'))
+  target = user_path(out or f'{repo.rpartition("/")[2]}{SUFFIX}')
   if target.suffix != SUFFIX or not target.absolute().parent.is_dir():
     raise UserError(f'--out={target}: expected a name that ends with {SUFFIX}, in a folder that is')
   api = _api(hub)

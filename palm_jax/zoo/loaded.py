@@ -21,6 +21,7 @@ from palm_jax import export
 from palm_jax.base import checks
 from palm_jax.base.digests import file_digest
 from palm_jax.base.errors import UserError
+from palm_jax.base.files import user_path
 from palm_jax.encoder import make_encoder
 from palm_jax.evaluate.features import extract_batches
 from palm_jax.formats.arrays import check_numbers
@@ -163,7 +164,7 @@ def load_encoder(name_or_path: str | os.PathLike) -> LoadedEncoder:
     )
   text = os.fspath(name_or_path)
   _refuse_addresses(text)
-  path = pathlib.Path(os.path.expanduser(text))
+  path = user_path(text)
   try:
     path.stat()
   except (FileNotFoundError, NotADirectoryError):
