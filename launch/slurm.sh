@@ -33,10 +33,14 @@ fi
 
 if ((gpus == 0)); then export JAX_PLATFORMS=cpu; fi
 step='' reason='' again=''
-# srun passes SIGTERM on to every process; they save together and leave.
+# The processes save together and leave. srun itself would kill them on SIGTERM; scancel passes the signal on.
 stop() {
   reason=$1 again=yes
-  if [[ -n $step ]]; then kill -TERM "$step" 2>/dev/null || true; fi
+  if [[ -z $step ]]; then return; fi
+  until scancel --signal=TERM "$SLURM_JOB_ID.0"; do # .0: the first step of this start
+    if ! kill -0 "$step" 2>/dev/null; then break; fi
+    sleep 1 # it is not there yet
+  done
 }
 trap 'stop USR1' USR1
 trap 'stop TERM' TERM

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from palm_jax.base import checks
 from palm_jax.base.errors import UserError, one_line
-from palm_jax.base.files import abandoned, held, locked, write_json
+from palm_jax.base.files import abandoned, held, locked, user_path, write_json
 from palm_jax.base.processes import any_process, is_first
 from palm_jax.base.signals import raise_if_interrupted
 from palm_jax.job import Job
@@ -57,7 +57,7 @@ def locate(config: ConfigDict, workdir: str | pathlib.Path | None) -> pathlib.Pa
     raise UserError('--workdir= is empty (an unset variable?): name a folder, or leave it out')
   if not workdir and not config.name.strip('/.'):
     raise UserError(f'name={config.name!r} is no name of a folder: set --config.name, or --workdir')
-  return pathlib.Path(workdir or f'runs/{config.name}').expanduser().absolute()
+  return user_path(workdir or f'runs/{config.name}').absolute()
 
 
 def result_path(workdir: pathlib.Path, job: Job) -> pathlib.Path:

@@ -253,7 +253,13 @@ def test_npz_in_its_three_forms(tmp_path):
   np.savez(tmp_path / 'parts.npz', **parts)
   np.savez(tmp_path / 'a.npz', images=images[:15], labels=labels[:15], class_names=['no', 'yes'])
   np.savez(tmp_path / 'b.npz', images=images[15:], labels=labels[15:])
-  for name, names in (('parts.npz', ('0', '1')), (f'a.npz, {tmp_path}/b.npz', ('no', 'yes'))):
+  bytes_and_objects = dict(class_names=np.array([b'no', b'yes']), about=np.array([None]))
+  whole = dict(images=images[:15], labels=labels[:15])
+  np.savez(tmp_path / 'both.npz', **whole, **parts | bytes_and_objects)
+  both = {key: value for key, value in parts.items() if 'train' not in key}
+  np.savez(tmp_path / 'mixed.npz', **whole, **both | bytes_and_objects)
+  forms = [(name, ('no', 'yes')) for name in (f'a.npz, {tmp_path}/b.npz', 'both.npz', 'mixed.npz')]
+  for name, names in (('parts.npz', ('0', '1')), *forms):
     got = load(f'{tmp_path}/{name}')
     same(got.train, images[:15], labels[:15])
     same(got.test, images[15:], labels[15:])
@@ -798,7 +804,7 @@ def tfds():
   return pytest.importorskip('tensorflow_datasets')
 
 
-def prepare(tfds, root, parts):
+def prepare(tfds, root, parts, shape=(8, 8, 3), labels=('even', 'odd')):
   """A real set in array_record; tensorflow-datasets stores ready PNG files without tensorflow."""
 
   def png(image):
@@ -815,8 +821,8 @@ def prepare(tfds, root, parts):
         builder=self,
         features=tfds.features.FeaturesDict(
           {
-            'image': tfds.features.Image(shape=(8, 8, 3)),
-            'label': tfds.features.ClassLabel(names=['even', 'odd']),
+            'image': tfds.features.Image(shape=shape),
+            'label': tfds.features.ClassLabel(names=['even', 'odd']) if labels else np.int64,
           }
         ),
       )
@@ -826,7 +832,7 @@ def prepare(tfds, root, parts):
 
     def _generate_examples(self, images):
       for i, image in enumerate(images):
-        yield i, {'image': png(image), 'label': i % 2}
+        yield i, {'image': png(image), 'label': i % 2 if labels or len(images) > 6 else -1}
 
   PalmTinySet(data_dir=root, file_format='array_record').download_and_prepare()
 
@@ -852,6 +858,27 @@ def test_a_prepared_set(tfds, tmp_path):
   refused(
     f'tfds convert_format --dataset_version_dir={version}', 'tfds:palm_tiny_set', data_dir=root
   )
+
+
+def test_a_prepared_set_of_several_sizes(tfds, tmp_path):
+  """Also where only one of its parts has several."""
+  one, two = list(pictures(10, 12)), [*pictures(3, 12), *pictures(3, 16)]
+  for name, train, test in (('a', one, two), ('b', two, one)):
+    prepare(tfds, tmp_path / name, {'train': train, 'test': test}, (None, None, 3))
+    refused('several sizes', 'tfds:palm_tiny_set', data_dir=tmp_path / name)
+    got = load('tfds:palm_tiny_set', data_dir=tmp_path / name, size=8)
+    assert got.train.images.shape == (len(train), 8, 8, 3)
+    assert got.test.images.shape == (len(test), 8, 8, 3)
+    assert 'central squares of side 12 to 16, then Pillow Lanczos' in got.source
+
+
+def test_a_prepared_set_whose_test_part_has_no_labels(tfds, tmp_path, caplog):
+  images, more = pictures(10, 8), pictures(6, 8, seed=1)
+  parts = {'train': images, 'test': more, 'validation': images}
+  prepare(tfds, tmp_path, parts, labels=())
+  got = load('tfds:palm_tiny_set', data_dir=tmp_path)
+  assert len(got.test.labels) == 10 and 'its validation part' in got.source
+  assert 'its test part is not read: its labels are all below 0' in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -58,3 +58,24 @@ def test_keys_are_put_on_every_device():
   [put] = devices.replicate(mesh, [keys])
   assert put.sharding.is_fully_replicated and len(put.sharding.device_set) == 4
   assert (put == keys).all() and jax.random.key_impl(put) == jax.random.key_impl(keys)
+
+
+def test_memory_is_what_the_control_groups_leave(tmp_path):
+  groups, root = tmp_path / 'cgroup', tmp_path / 'fs'
+
+  def limit(lines, **files):
+    groups.write_text(lines)
+    for name, text in files.items():
+      path = root / name.replace('__', '/').replace('_max', '.max')
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_text(text)
+    return devices._cgroup_memory(groups, root)
+
+  none = limit('0::/\n')
+  assert none > 2**50 and devices._cgroup_memory(tmp_path / 'absent', root) == none
+  assert limit('0::/a/b\n', a__b__memory_max='max\n', a__memory_max='7000\n') == 7000
+  assert limit('0::/of/the/host\n', memory_max='5000\n') == 5000  # as within a container
+  (root / 'memory' / 'a').mkdir(parents=True)
+  (root / 'memory' / 'a' / 'memory.limit_in_bytes').write_text('3000\n')
+  assert limit('4:memory:/a\n3:cpu:/a\n') == 3000
+  assert 0 < devices.machine_memory() <= none

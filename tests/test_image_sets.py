@@ -336,6 +336,10 @@ def test_invalid_folders(tmp_path):
   (tmp_path / 'broken' / 'z.png').write_bytes(b'no picture')
   with pytest.raises(UserError, match='z.png: not a readable image'):
     load_images(str(tmp_path / 'broken'), 32)
+  write(tmp_path / 'deep', pictures(1))
+  Image.fromarray(np.full((32, 32), 999, np.uint16)).save(tmp_path / 'deep' / 'z.png')
+  with pytest.raises(UserError, match='z.png has pixels of type I;16, expected 8 bits a channel'):
+    load_images(str(tmp_path / 'deep'), 32)
   with pytest.raises(UserError, match=r'make grey of colour in them'):
     np.savez(tmp_path / 'x.npz', images=pictures(2))
     load_images(str(tmp_path / 'x.npz'), 32, channels=1)

@@ -42,14 +42,15 @@ if behaviour != 'complete':
 """
 
 COMMANDS = dict(
-  # As the real ones where it matters: srun sets a task's variables, passes SIGTERM on and gives the
-  # worst exit code.
+  # As the real ones where it matters: srun sets a task's variables, kills all tasks on SIGTERM and
+  # gives the worst exit code; scancel knows no step before srun has made it.
   srun="""#!/usr/bin/env bash
 printf '%s\\n' "$@" >srun.called
 while [[ $1 == --* ]]; do shift; done
 pids=()
-trap 'kill -TERM "${pids[@]}"' TERM
+trap 'kill -KILL "${pids[@]}"' TERM
 for ((i = 0; i < SLURM_NTASKS; i++)); do SLURM_PROCID=$i "$@" & pids+=($!); done
+echo "${pids[@]}" >step.pids
 worst=0
 for pid in "${pids[@]}"; do
   while :; do
@@ -60,6 +61,11 @@ for pid in "${pids[@]}"; do
   if ((code > worst)); then worst=$code; fi
 done
 exit "$worst"
+""",
+  scancel="""#!/usr/bin/env bash
+if [[ ! -e scancel.called ]]; then touch scancel.called; exit 1; fi
+if [[ $* != '--signal=TERM 17.0' ]]; then exit 2; fi
+kill -TERM $(<step.pids)
 """,
   sbatch="""#!/usr/bin/env bash
 printf '%s\\n' "$@" >sbatch.called

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import pathlib
 import pickle
 import sys
@@ -286,6 +287,47 @@ def nested_links(tmp, _):
 
 
 @read()
+def nested_links_to_each_other(tmp, _):
+  root = folder(tmp / 'set', files_of(shots()))
+  for one, other in (('cat', 'dog'), ('dog', 'cat')):
+    (root / one / other).symlink_to(root / other, target_is_directory=True)
+  cats, dogs = shots().values()
+  return root, {'cat': cats + dogs, 'dog': dogs + cats}
+
+
+@pytest.mark.parametrize(
+  'train, test', [('Train', 'TEST'), ('Training', 'Testing'), ('train', 'valid')]
+)
+def test_parts_have_other_names_too(tmp_path, train, test):
+  files = files_of(shots(), train + '/{name}/{i}.png')
+  root = folder(tmp_path / 'set', files | files_of(shots(), test + '/{name}/{i}.png'))
+  got = load(root)
+  assert got.class_names == ('cat', 'dog') and len(got.train.labels) == len(got.test.labels) == 10
+  assert f'{train} and {test}' in got.source
+
+
+def test_a_test_part_without_labels_is_not_the_test_part(tmp_path):
+  files = files_of(shots(), 'train/{name}/{i}.png') | files_of(shots(), 'val/{name}/{i}.png')
+  loose = files_of(shots(), 'test/{name}{i}.png')
+  got = load(folder(tmp_path / 'set', files | loose))
+  assert len(got.test.labels) == 10 and 'train and val' in got.source
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
+  root = folder(tmp_path / 'set', files_of(shots(), '{name}/a/{i}.png'))
+  scandir = os.scandir
+
+  def refuse(path):
+    if str(path).endswith('dog/a'):
+      raise PermissionError(13, 'Permission denied', str(path))
+    return scandir(path)
+
+  monkeypatch.setattr(os, 'scandir', refuse)
+  test_data.refused(r'dog/a cannot be listed \(.*Permission denied.*make it readable', root)
+  assert fingerprint(str(root)) is None
+
+
+@read()
 def one_class(tmp, _):
   cats = {'cat': shots()['cat']}
   return folder(tmp / 'set', files_of(cats, '{name}/a/{i}.png')), {'a': cats['cat']}
@@ -561,6 +603,34 @@ def test_parquet_beyond_the_memory_is_refused_before_it_is_read(tmp_path, monkey
     load(str(path))
 
 
+@pytest.mark.parametrize(
+  'train, test',
+  [
+    ('train_0', 'test_0'),
+    ('cifar10_train', 'cifar10_test'),
+    ('default/partial-train/0000', 'default/partial-test/0000'),
+    ('Training', 'Valid'),
+  ],
+)
+def test_parts_in_names_of_parquet(tmp_path, train, test):
+  parquet(tmp_path / f'set/{train}.parquet', shots())
+  parquet(tmp_path / f'set/{test}.parquet', {'cat': shots()['cat'], 'dog': []})
+  folder(tmp_path, {'set/preview.png': encode(shots()['cat'][0])})
+  got = load(tmp_path / 'set')
+  assert (len(got.train.labels), len(got.test.labels)) == (10, 5)
+
+
+def test_parquet_without_labels_of_the_test_part(tmp_path, caplog):
+  parquet(tmp_path / 'set/train-0.parquet', shots())
+  parquet(tmp_path / 'set/test-0.parquet', shots(), numbers=[-1] * 10)
+  got = load(tmp_path / 'set')
+  assert (len(got.train.labels), len(got.test.labels)) == (8, 2)
+  parquet(tmp_path / 'set/validation-0.parquet', {'cat': shots()['cat'], 'dog': []})
+  got = load(tmp_path / 'set')
+  assert (len(got.train.labels), len(got.test.labels)) == (10, 5)
+  assert 'test-0.parquet is not read: its labels are all below 0' in caplog.text
+
+
 @read()
 def parquet_coarse(tmp, _):
   path = parquet(tmp / 'x.parquet', shots(), labels='coarse_label', names=())
@@ -572,6 +642,16 @@ def parquet_coarse(tmp, _):
 def parquet_without_labels(tmp, _):
   path = parquet(tmp / 'x.parquet', shots(), labels='', names=())
   return path, {'0': sum(shots().values(), [])}
+
+
+@refused(['cat', 'dog'] * 5, [True, False] * 5, [0.0, 1.0] * 5, ['cat'] * 10)
+def parquet_labels_of_other_kinds(tmp, labels):
+  path = parquet(tmp / 'x.parquet', shots(), numbers=labels, names=())
+  if len(set(labels)) == 1:  # as pandas writes categories
+    table = pyarrow.parquet.read_table(path)
+    table = table.set_column(1, 'label', table['label'].dictionary_encode())
+    pyarrow.parquet.write_table(table, path)
+  return path, r'expected whole numbers in one called label .* number the classes'
 
 
 @refused('no image', 'no label', 'path', 'bytes', 'null', 'cut', 'text', 'empty', 'other', 'test')
@@ -723,11 +803,35 @@ def test_digests_stay_those_of_older_versions_unless_more_is_read(tmp_path):
   assert fingerprint(str(root), size=0) == old != fingerprint(str(root), size=8)
   folder(root, {'notes/a/b/c.txt': b''})
   assert fingerprint(str(root)) != old
+  folder(root, {'.DS_Store': b'1', 'cat/._0.png': b'2'})
+  listed = fingerprint(str(root))
+  (root / '.DS_Store').write_bytes(b'other')
+  assert fingerprint(str(root)) == listed
   seen = {old}
   for name in ('dog/2.gif', 'dog/deeper/3.png'):  # both were skipped
     listed = fingerprint(str(folder(root, {name: b''})))
     assert listed not in seen
     seen.add(listed)
+
+
+def test_digests_follow_links_and_labels(tmp_path):
+  root = tmp_path / 'set'
+  root.mkdir()
+  (root / 'cat').symlink_to(folder(tmp_path / 'cats', {'0.png': b'1'}))
+  seen = [fingerprint(str(root))]
+  folder(tmp_path / 'cats', {'1.png': b'1'})
+  seen.append(fingerprint(str(root)))
+  for label in (0, 1):  # of one size
+    folder(root, listed([['cat/0.png', label]]))
+    seen.append(fingerprint(str(root)))
+  assert len(set(seen)) == 4
+  test_data.write_svhn(tmp_path / 'svhn')
+  for name in ('train_32x32.mat', 'test_32x32.mat'):
+    before = fingerprint(str(tmp_path / 'svhn' / 'train_32x32.mat'))
+    assert before == fingerprint(str(tmp_path / 'svhn'))
+    file = tmp_path / 'svhn' / name
+    file.write_bytes(file.read_bytes()[:-1] + b'?')
+    assert fingerprint(str(tmp_path / 'svhn' / 'train_32x32.mat')) != before
 
 
 def test_old_workdirs_resume(tmp_path):

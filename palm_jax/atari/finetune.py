@@ -5,7 +5,6 @@ Its result is the score of what was learned.
 
 import dataclasses
 import functools
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +20,7 @@ from palm_jax.atari.play import check_play, draw_seed, play
 from palm_jax.base import checks, devices
 from palm_jax.base.digests import digest
 from palm_jax.base.errors import UserError
+from palm_jax.base.files import user_path
 from palm_jax.base.metrics import Progress
 from palm_jax.base.training import Preemption
 from palm_jax.job import Job, Run, never
@@ -68,7 +68,7 @@ def check(config: ConfigDict, num_devices: int) -> None:
       f"finetune.trunk='own' with encoder.name={config.encoder.name!r}: only convolutions of "
       "'nature' fit; pretrain that, or set finetune.trunk='scratch'"
     )
-  other = pathlib.Path(c.trunk).expanduser()
+  other = user_path(c.trunk)
   if c.trunk not in ('own', 'scratch') and not (other / 'config.json').is_file():
     raise UserError(
       f"finetune.trunk={c.trunk!r} has no config.json: expected 'own', 'scratch' or the workdir "
@@ -99,7 +99,7 @@ def run(this: Run, make_environment: Callable[..., Environment] = Environment) -
   make_environment = functools.partial(make_environment, game)
   trunk = about = None
   if c.trunk != 'scratch':
-    path = workdir if c.trunk == 'own' else pathlib.Path(c.trunk).expanduser()
+    path = workdir if c.trunk == 'own' else user_path(c.trunk)
     trunk, step = drq.load_trunk(path)
     about = dict(workdir=str(path), checkpoint_step=step, sha256=digest(trunk, {}))
     logging.info('finetune: trunk of %s, step %d', path, step)

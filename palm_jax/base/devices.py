@@ -1,10 +1,12 @@
 """Devices: what must be set before the backend starts, the mesh, and checks of sizes against it."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import itertools
 import math
 import os
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -152,10 +154,33 @@ def memory_bytes(mesh: Mesh) -> int:
 
 
 def machine_memory() -> int:
-  """Bytes of this machine's memory; more than any has where it does not say (Windows)."""
+  """Bytes of this machine's memory that its container or batch system lets this process have.
+
+  More than any has where the machine does not say (Windows).
+  """
   if not hasattr(os, 'sysconf'):
     return 2**60
-  return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  return min(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'), _cgroup_memory())
+
+
+def _cgroup_memory(groups='/proc/self/cgroup', root='/sys/fs/cgroup'):
+  """The least that Linux's control groups of this process set, of version 2 and 1."""
+  limit = 2**60
+  try:
+    lines = pathlib.Path(groups).read_text().splitlines()
+  except OSError:
+    return limit
+  for line in lines:
+    _, kinds, group = line.split(':', 2)
+    if kinds not in ('', 'memory'):
+      continue
+    name = 'memory.limit_in_bytes' if kinds else 'memory.max'
+    place = pathlib.Path(root, kinds)
+    below = pathlib.PurePosixPath(group.lstrip('/'))
+    for folder in (below, *below.parents):  # within a container only the last one may be there
+      with contextlib.suppress(OSError, ValueError):  # ValueError: 'max'
+        limit = min(limit, int((place / folder / name).read_text()))
+  return limit
 
 
 def mean(x: jax.Array, axis_name: str | None = None, axis: int | None = None) -> jax.Array:

@@ -253,15 +253,24 @@ def refuse_expansion(path: pathlib.Path, size: int) -> None:
 def read_npz(path: pathlib.Path) -> Found:
   """A .npz: `images` and `labels`, or those of `train_` and `test_`; perhaps `class_names`.
 
+  Other arrays in it are not read.
+
   Raises:
     UserError: damaged, not of plain arrays, or with other keys.
   """
+  whole = ('images', 'labels')
+  train = ('train_images', 'train_labels')
+  test = ('test_images', 'test_labels')
   try:
     check_expansion(path)
     with np.load(path, allow_pickle=False) as file:
-      arrays = {key: file[key] for key in file.files}
+      found = file.files
+      wanted = (*whole, *train, *test, 'class_names')
+      arrays = {key: file[key] for key in found if key in wanted}
   except UserError:
     raise
+  except MemoryError as error:
+    raise UserError(f'{path}: its arrays do not fit the memory ({one_line(error)})') from error
   except Exception as error:  # A damaged zip or header raises nearly anything.
     raise_if_interrupted(error)
     if 'Object arrays' in str(error):
@@ -275,22 +284,20 @@ def read_npz(path: pathlib.Path) -> Found:
     ) from error
   class_names = None
   if 'class_names' in arrays:
-    class_names = [str(name) for name in arrays['class_names'].reshape(-1)]
-  whole = ('images', 'labels')
-  train = ('train_images', 'train_labels')
-  test = ('test_images', 'test_labels')
-  if all(key in arrays for key in train + test):
-    train_split = Split(*(arrays[key] for key in train))
-    test_split = Split(*(arrays[key] for key in test))
-  elif all(key in arrays for key in whole):
-    train_split = Split(*(arrays[key] for key in whole))
-    test_split = None
-  else:
+    names = arrays['class_names'].reshape(-1).tolist()
+    class_names = [x.decode('utf-8', 'replace') if isinstance(x, bytes) else str(x) for x in names]
+
+  def split(keys):
+    return Split(*(arrays[key] for key in keys)) if set(keys) <= set(arrays) else None
+
+  of_test = split(test)
+  of_train = (split(train) if of_test else None) or split(whole)
+  if of_train is None:
     raise UserError(
-      f'{path} holds {", ".join(arrays) or "nothing"}; expected the keys {", ".join(whole)}, '
+      f'{path} holds {", ".join(found) or "nothing"}; expected the keys {", ".join(whole)}, '
       f'or {", ".join(train + test)}'
     )
-  return Found(train_split, test_split, class_names, published.describe(path))
+  return Found(of_train, of_test, class_names, published.describe(path))
 
 
 def read_mat(path: pathlib.Path) -> Found:

@@ -64,8 +64,9 @@ def read_pixels(file: str | os.PathLike | Source, mode: str) -> np.ndarray:
     mode: Pillow's: 'L' grey, 'RGB' colour.
 
   Raises:
-    UserError: not readable, or transparent.
+    UserError: not readable, transparent, or as `read_header`.
   """
+  read_header(file)
   return np.asarray(_picture(_source(file), mode))
 
 

@@ -12,12 +12,11 @@ import numpy as np
 from absl import logging
 
 from palm_jax.base.errors import UserError, one_line
-from palm_jax.data import decoding, published
+from palm_jax.data import decoding, parts, published
 from palm_jax.data.arrays import FORMS, Found, Split
 from palm_jax.data.decoding import SHOWN_SUFFIXES
 from palm_jax.data.trees import LISTED, Tree, is_archive, is_listed, open_tree
 
-PARTS = 'train', 'test', 'val'
 SHOWN = 3  # names in a line about many
 
 
@@ -37,12 +36,21 @@ class _Levels:
   def of(self, folder: str) -> list[str]:
     return self.subfolders.get(folder, [])
 
+  def parts_in(self, folder: str) -> tuple[str, str]:
+    """The folders of train and test in it, '' for what is not there."""
+    train = parts.first(self.of(folder), parts.TRAIN)
+    if not train or not self.of(f'{folder}{train}/'):
+      return '', ''
+    # A test part without class folders may be of pictures without labels.
+    labelled = [name for name in self.of(folder) if self.of(f'{folder}{name}/')]
+    return train, parts.first(labelled, parts.TESTS) or parts.first(self.of(folder), parts.TESTS)
+
   def descend(self, folder: str, stop: set[str]) -> str:
     """The first folder from there down with several in it, or with pictures, or in `stop`."""
     while folder not in stop and len(self.of(folder)) == 1:
       below = f'{folder}{self.of(folder)[0]}/'
       passable = below in stop or self.of(below)
-      if self.of(folder)[0] in PARTS or below in self.with_pictures - stop or not passable:
+      if parts.is_part(self.of(folder)[0]) or below in self.with_pictures - stop or not passable:
         break
       folder = below
     return folder
@@ -52,8 +60,8 @@ def read(path: pathlib.Path, size: int = 0) -> Found:
   """The pictures of a folder or archive.
 
   Args:
-    path: holds class folders; or `train/` and `test/` (or `val/`) folders of class folders; or a
-      dataset.json.
+    path: holds class folders; or `train/` and `test/` folders of class folders (or as `parts` has
+      them); or a dataset.json.
     size: see `decoding.read_all`.
 
   Raises:
@@ -64,7 +72,7 @@ def read(path: pathlib.Path, size: int = 0) -> Found:
     listed = {file[: -len(LISTED)] for file in tree.files if is_listed(file)}
     if not is_archive(path):  # a folder with pictures of its own may be a class
       listed -= levels.with_pictures - {''}
-    top = '' if levels.of('train/') else levels.descend('', listed)
+    top = '' if levels.parts_in('')[0] else levels.descend('', listed)
     if top in listed:
       return _read_listed(tree, top, size)
     return _read_classes(tree, levels, top, size)
@@ -73,11 +81,11 @@ def read(path: pathlib.Path, size: int = 0) -> Found:
 def _read_classes(tree, levels, top, size):
   train_folder = top
   test_folder = None
-  if levels.of(f'{top}train/'):
-    train_folder = levels.descend(f'{top}train/', set())
-    inner = train_folder.removeprefix(f'{top}train/')
-    tests = [part for part in ('test', 'val') if part in levels.of(top)]
-    test_folder = f'{top}{tests[0]}/{inner}' if tests else None
+  train, test = levels.parts_in(top)
+  if train:
+    train_folder = levels.descend(f'{top}{train}/', set())
+    inner = train_folder.removeprefix(f'{top}{train}/')
+    test_folder = f'{top}{test}/{inner}' if test else None
   names = levels.of(train_folder)
   if not names:
     nothing = 'has no folders' if tree.root.is_dir() else 'holds no CIFAR folder and no folders'
@@ -85,17 +93,17 @@ def _read_classes(tree, levels, top, size):
       f'{tree.where(train_folder)} {nothing}; expected one folder of images per class, and '
       f'pictures without labels in one folder; or data may be {FORMS}'
     )
-  if set(names) <= set(PARTS):
+  if all(map(parts.is_part, names)):
     raise UserError(
       f'{tree.where(top)} would have the classes {", ".join(names)}; expected a folder per class, '
       'also within those of train and test; pictures without labels go into one folder with '
       'another name'
     )
   folders = [train_folder] if test_folder is None else [train_folder, test_folder]
-  parts = [_list_classes(tree, levels, folder, names) for folder in folders]
-  both = f', train and {test_folder[len(top) :].partition("/")[0]}' if test_folder else ''
+  listed = [_list_classes(tree, levels, folder, names) for folder in folders]
+  both = f', {train} and {test}' if test else ''
   source = f'{published.describe(tree.root)}: {len(names)} class folders{both}'
-  return _read_pictures(tree, parts, names, source, size)
+  return _read_pictures(tree, listed, names, source, size)
 
 
 def _list_classes(tree, levels, folder, names):
@@ -169,13 +177,13 @@ def _read_listed(tree, top, size):
   return _read_pictures(tree, [(files, numbers)], None, source, size)
 
 
-def _read_pictures(tree, parts, class_names, source, size):
+def _read_pictures(tree, listed, class_names, source, size):
   """[(files, labels)] of train, and of test where there is one -> Found."""
-  arrays, how = decoding.read_all([[tree.source(x) for x in files] for files, _ in parts], size)
+  arrays, how = decoding.read_all([[tree.source(x) for x in files] for files, _ in listed], size)
   splits = [
-    Split(images, np.asarray(labels)) for images, (_, labels) in zip(arrays, parts, strict=True)
+    Split(images, np.asarray(labels)) for images, (_, labels) in zip(arrays, listed, strict=True)
   ]
-  read_now = {file for files, _ in parts for file in files}
+  read_now = {file for files, _ in listed for file in files}
   log_skipped(
     tree.root,
     [x for x in tree.files if x not in read_now and not is_listed(x)],

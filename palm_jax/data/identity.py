@@ -2,18 +2,18 @@
 
 import hashlib
 import os
-import pathlib
 import stat
 
 from palm_jax.base.digests import file_digest
 from palm_jax.base.errors import UserError
-from palm_jax.data import decoding, folders, published
-from palm_jax.data.load import find
+from palm_jax.data import cifar, decoding, parts, published, trees
+from palm_jax.data.load import files_of, find
 from palm_jax.data.trees import LISTED
 
 
 def fingerprint(name: str, data_dir: str | os.PathLike | None = None, size: int = 0) -> str | None:
-  """A digest of what `load(name)` reads: of files their bytes, of folders names and sizes.
+  """A digest of what `load(name)` reads: of files and lists of labels their bytes, of folders of
+  pictures names and sizes.
 
   None where there is nothing of that name, or it cannot be told.
 
@@ -32,7 +32,7 @@ def _of_name(name, data_dir):
   if name == 'digits' or name.startswith('tfds:'):  # with a version of their own, said in results
     return hashlib.sha256(name.encode()).hexdigest()
   try:
-    paths = published.locate(name, data_dir) if name in published.SETS else find(name)
+    paths = published.locate(name, data_dir) if name in published.SETS else files_of(find(name))
     return hashlib.sha256(' '.join(map(_of_path, paths)).encode()).hexdigest()
   except (OSError, UserError):
     return None
@@ -41,15 +41,15 @@ def _of_name(name, data_dir):
 def _of_path(path):
   if not path.is_dir():
     return file_digest(path) if stat.S_ISREG(path.stat().st_mode) else path.name
-  sizes = []
+  whole = cifar.matches(path)  # a file has many pictures
   new = _read_only_now(path)
-  for folder, below, files in os.walk(path):
-    below.sort()
-    for name in sorted(files):
-      file = pathlib.Path(folder, name)
-      relative = file.relative_to(path)
-      sizes.append(f'{relative} {file.stat().st_size}{" read" if new(relative) else ""}')
-  return hashlib.sha256('\n'.join(sizes).encode()).hexdigest()
+  lines = []
+  for folder, _, names in trees.walk(path):
+    for name in names:
+      file = path / folder / name
+      line = f'{folder / name} {file.stat().st_size}{" read" if new(folder / name) else ""}'
+      lines.append(f'{line} {file_digest(file)}' if whole or name == LISTED else line)
+  return hashlib.sha256('\n'.join(lines).encode()).hexdigest()
 
 
 def _read_only_now(root):
@@ -65,7 +65,9 @@ def _read_only_now(root):
     skipped = relative.suffix.lower() not in decoding.FIRST_SUFFIXES
     if listed:
       return skipped
-    if in_parts and relative.parts[0] not in folders.PARTS:
+    if parts.is_part(relative.parts[0]) and relative.parts[0] not in ('train', 'test', 'val'):
+      return True  # of a part that older versions took for a class, or for none
+    if in_parts and not parts.is_part(relative.parts[0]):
       return False
     return len(relative.parts) > depth or (skipped and len(relative.parts) == depth)
 

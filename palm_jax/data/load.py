@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from palm_jax.base import checks
 from palm_jax.base.errors import UserError
+from palm_jax.base.files import user_path
 from palm_jax.data import arrays, cifar, decoding, folders, parquet, published, tfds, trees
 from palm_jax.data.arrays import Data, Found, Split
 
@@ -47,9 +48,9 @@ def load(
       `x.npz`: `images` (N, H, W, C) uint8 and `labels` (N,) integer, or `train_images`,
         `train_labels`, `test_images`, `test_labels`; optionally `class_names`.
       `train.npz,test.npz`: two files with `images` and `labels`.
-      A folder of class folders of pictures, or `train/` and `test/` (or `val/`) folders of class
-        folders, or pictures with a dataset.json of stylegan2-ada; or a .zip or .tar (.gz, .bz2,
-        .xz) of such a folder.
+      A folder of class folders of pictures, or `train/` and `test/` (or `val/`, see `parts`)
+        folders of class folders, or pictures with a dataset.json of stylegan2-ada; or a .zip or
+        .tar (.gz, .bz2, .xz) of such a folder.
       `x.parquet`, or a folder of `train-*.parquet` and `test-*.parquet`, as of the Hugging Face
         Hub.
       A CIFAR-10/100 `.tar.gz` or folder as published, python or binary version.
@@ -101,11 +102,11 @@ def load(
 
 def find(name: str) -> tuple[pathlib.Path, ...]:
   """The one path that the name is, or its two: train and test. Raises UserError."""
-  path = pathlib.Path(name).expanduser()
+  path = user_path(name)
   if name and path.exists():
     return (path,)
   if ',' in name:
-    paths = tuple(pathlib.Path(part.strip()).expanduser() for part in name.split(','))
+    paths = tuple(user_path(part.strip()) for part in name.split(','))
     if len(paths) != 2 or {path.suffix for path in paths} not in ({'.npz'}, {'.mat'}):
       raise UserError(f'{name}: a list with commas must be two .npz or two .mat files, train first')
     for path in paths:
@@ -120,6 +121,16 @@ def find(name: str) -> tuple[pathlib.Path, ...]:
   near = difflib.get_close_matches(name.lower(), ('digits', *published.SETS), 1, 0.4)
   hint = f'did you mean {near[0]}? ' if near else ''
   raise UserError(f'unknown data {name!r}: {hint}expected {arrays.FORMS}')
+
+
+def files_of(paths: tuple[pathlib.Path, ...]) -> tuple[pathlib.Path, ...]:
+  """SVHN's two files where the path is one of them or their folder; else the paths."""
+  if len(paths) == 1:
+    folder = paths[0] if paths[0].is_dir() else paths[0].parent
+    svhn = tuple(folder / name for name in published.SETS['svhn'].download)
+    if paths[0] in (folder, *svhn) and all(file.is_file() for file in svhn):
+      return svhn
+  return paths
 
 
 def _resized(data, size):
@@ -137,19 +148,9 @@ def _resized(data, size):
 
 def _read_paths(paths, size):
   """A folder, a file, or the two files of train and test."""
-  first = paths[0]
-  names = published.SETS['svhn'].download
-  if first.is_dir():
-    svhn = tuple(first / name for name in names)
-    if not all(file.is_file() for file in svhn):
-      return folders.read(first, size)
-    paths = svhn
-  elif len(paths) == 1 and trees.is_archive(first):
-    return folders.read(first, size)
-  elif len(paths) == 1 and first.name in names:
-    svhn = tuple(first.with_name(name) for name in names)
-    if all(file.is_file() for file in svhn):
-      paths = svhn
+  paths = files_of(paths)
+  if paths[0].is_dir() or (len(paths) == 1 and trees.is_archive(paths[0])):
+    return folders.read(paths[0], size)
   suffix = paths[0].suffix
   read = {'.npz': arrays.read_npz, '.mat': arrays.read_mat}.get(suffix)
   if read is None:

@@ -1,23 +1,25 @@
 """Parquet files as the Hugging Face Hub has them: encoded pictures and labels in columns."""
 
 import io
+import itertools
 import json
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from palm_jax.base.devices import machine_memory
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import reading
-from palm_jax.data import decoding, published
+from palm_jax.data import decoding, parts, published, trees
 from palm_jax.data.arrays import Found, Split, refuse_expansion
 from palm_jax.data.folders import log_skipped
 
 SUFFIX = '.parquet'
 IMAGES = 'image', 'img'
 LABELS = {'fine': ('label', 'labels', 'fine_label'), 'coarse': ('coarse_label',)}
-TESTS = 'test', 'validation', 'val', 'valid'  # the first that is there is the test part
 
 
 class _Columns(NamedTuple):
@@ -27,14 +29,15 @@ class _Columns(NamedTuple):
 
 
 def matches(path: pathlib.Path) -> bool:
-  """Whether the path is such a file, or a folder in which such files lie and no pictures."""
+  """Whether the path is such a file, or a folder in which such files lie and no set of pictures."""
   if not path.is_dir():
     return path.suffix.lower() == SUFFIX
   found = False
-  for file in path.rglob('*'):
-    if decoding.is_picture(file):  # mostly the first file of a million pictures
+  for folder, _, names in trees.walk(path):
+    pictures = any(decoding.is_picture(pathlib.PurePath(name)) for name in names)
+    if trees.LISTED in names or (pictures and folder.parts):  # beside the files it shows them
       return False
-    found = found or file.suffix.lower() == SUFFIX
+    found = found or any(name.lower().endswith(SUFFIX) for name in names)
   return found
 
 
@@ -52,14 +55,17 @@ def read(path: pathlib.Path, label_set: str = 'fine', size: int = 0) -> Found:
     UserError: pyarrow is missing, the files do not fit the memory, or one is damaged or has other
       columns.
   """
-  parts = _parts(path)
-  need, memory = sum(file.stat().st_size for part in parts for file in part), machine_memory()
+  train, tests = _parts(path)
+  read_now = itertools.chain(train, *tests[:1])
+  need, memory = sum(file.stat().st_size for file in read_now), machine_memory()
   if need > memory:
     raise UserError(
       f'{path}: its files take {need / 2**30:.1f} GiB, of {memory / 2**30:.1f} GiB of memory: give '
       'fewer of them, or a folder of pictures'
     )
-  read_parts = [[_read_file(file, label_set) for file in files] for files in parts if files]
+  read_parts = [[_read_file(file, label_set) for file in train]]
+  test = _first_labelled(path, tests, label_set)
+  read_parts += [test] if test else []
   columns = [file[2] for part in read_parts for file in part]
   for other in columns:
     if other.names != columns[0].names or bool(other.label) != bool(columns[0].label):
@@ -77,20 +83,24 @@ def read(path: pathlib.Path, label_set: str = 'fine', size: int = 0) -> Found:
   return Found(splits[0], splits[1] if len(splits) > 1 else None, first.names, source)
 
 
+def _first_labelled(path, tests, label_set):
+  """The contents of the first test part that has labels; None where there is none."""
+  for files in tests:
+    part = [_read_file(file, label_set) for file in files]
+    if any((labels >= 0).any() for _, labels, _ in part):
+      return part
+    logging.warning('%s is not read: its labels are all below 0', files[0])
+  return None
+
+
 def _parts(path):
-  """(files of train, files of test)."""
+  """(files of train, [files of each test part])."""
   if path.is_file():
     return [path], []
-  files = sorted(
-    file
-    for file in path.rglob(f'*{SUFFIX}')
-    if file.is_file() and not any(x.startswith('.') for x in file.relative_to(path).parts)
-  )
-  if not files:
-    raise UserError(f'{path}: no {SUFFIX} files that are not hidden; give the files themselves')
+  below = (folder / name for folder, _, names in trees.walk(path) for name in names)
   by_part = {}
-  for file in files:
-    by_part.setdefault(_part(file.relative_to(path)), []).append(file)
+  for file in sorted(file for file in below if file.suffix.lower() == SUFFIX):
+    by_part.setdefault(_part(file), []).append(path / file)
   train = by_part.pop('train', None)
   if train is None:
     if set(by_part) - {''}:
@@ -99,16 +109,17 @@ def _parts(path):
         f'train-*{SUFFIX}; give the file that is to be read'
       )
     train = by_part.pop('')
-  test = next((by_part.pop(part) for part in TESTS if part in by_part), [])
+  tests = [by_part.pop(part) for part in parts.TESTS if part in by_part]
   rest = [str(file.relative_to(path)) for files in by_part.values() for file in files]
   log_skipped(path, rest, 'of neither part')
-  return train, test
+  return train, tests
 
 
 def _part(relative):
   """'train', one of TESTS, or ''."""
-  words = [relative.name.split('-')[0].split('.')[0], *reversed(relative.parts[:-1])]
-  return next((word for word in words if word in ('train', *TESTS)), '')
+  words = [word for name in reversed(relative.parts) for word in re.split(r'[-_.]', name.lower())]
+  found = next(filter(parts.is_part, words), '')
+  return 'train' if found in parts.TRAIN else found
 
 
 def _read_file(path, label_set):
@@ -175,10 +186,12 @@ def _choose(path, schema, label_set, types):
     )
   numbers = [field.name for field in schema if types.is_integer(field.type)]
   label = next((name for name in LABELS[label_set] if name in numbers), '')
-  if not label and (numbers or label_set == 'coarse'):
+  named = set(schema.names) & set(LABELS[label_set])
+  if not label and (numbers or named or label_set == 'coarse'):
     raise UserError(
       f'{path} has the columns {found[:300]}; expected whole numbers in one called '
-      f'{" or ".join(LABELS[label_set])}; rename that of the classes, or drop those numbers where '
+      f'{" or ".join(LABELS[label_set])}; number the classes '
+      '(pandas: astype("category").cat.codes), rename their column, or drop such columns where '
       'pictures have no labels'
     )
   return _Columns(image, label, _class_names(schema.metadata, label) if label else None)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from palm_jax.base.digests import file_digest
 from palm_jax.base.errors import UserError, one_line
+from palm_jax.base.files import user_path
 
 _KRIZ = 'https://www.cs.toronto.edu/~kriz/'
 _HOUSENUMBERS = 'http://ufldl.stanford.edu/housenumbers/'
@@ -102,8 +103,7 @@ def locate(
     UserError: not all there, with the commands that provide it; or a failed download.
   """
   known = SETS[name]
-  root = data_dir or os.environ.get('PALM_DATA') or '~/.cache/palm_jax'
-  root = pathlib.Path(root).expanduser()
+  root = user_path(data_dir or os.environ.get('PALM_DATA') or '~/.cache/palm_jax')
   for group in known.files:
     if all((root / part).exists() for part in group):
       return tuple(root / part for part in group)

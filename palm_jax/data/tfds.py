@@ -6,6 +6,7 @@ import shlex
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from palm_jax.base.errors import UserError, one_line
 from palm_jax.base.files import reading
@@ -22,7 +23,7 @@ def read(name: str, data_dir: str | os.PathLike | None, label_set: str, size: in
     name: what tensorflow-datasets calls it, without 'tfds:'.
     data_dir: its folder; None: its default.
     label_set: 'fine' reads the feature `label`, 'coarse' `coarse_label`.
-    size: images of several sizes become squares of it; 0 refuses them.
+    size: images become squares of it; 0 leaves them as they are, and refuses several sizes.
 
   Raises:
     UserError: not installed, unknown, not prepared, damaged, or without images and labels.
@@ -32,7 +33,8 @@ def read(name: str, data_dir: str | os.PathLike | None, label_set: str, size: in
   key = 'coarse_label' if label_set == 'coarse' else 'label'
   if 'image' not in features or key not in features:
     raise UserError(f'tfds:{name} has the features {", ".join(features)}; expected image and {key}')
-  train = _read_split(builder, 'train', key, size)
+  sizes = set()
+  train = _read_split(builder, 'train', key, size, sizes)
   if train is None:
     raise UserError(
       f'tfds:{name} {builder.info.version} is not prepared in {builder.data_dir}; run: '
@@ -40,11 +42,16 @@ def read(name: str, data_dir: str | os.PathLike | None, label_set: str, size: in
     )
   source = f'{builder.info.full_name} of tensorflow-datasets, {key}'
   names = getattr(features[key], 'names', None)
+  test = None
   for part in ('test', 'validation'):
-    test = _read_split(builder, part, key, size)
-    if test is not None:
-      return Found(train, test, names, f'{source}, its {part} part as test')
-  return Found(train, None, names, source)
+    found = _read_split(builder, part, key, size, sizes)
+    if found is not None and (found.labels < 0).all():
+      logging.warning('tfds:%s: its %s part is not read: its labels are all below 0', name, part)
+    elif found is not None:
+      source += f', its {part} part as test'
+      test = found
+      break
+  return Found(train, test, names, source + (decoding.fitted(sizes, size) if size else ''))
 
 
 def _open(name, data_dir) -> Any:
@@ -79,19 +86,24 @@ def _open(name, data_dir) -> Any:
     raise UserError(f'tfds:{name} cannot be opened ({one_line(error)}); run: {command}') from error
 
 
-def _read_split(builder, part, key, size):
-  """None where the set has no such part."""
+def _read_split(builder, part, key, size, sizes):
+  """None where the set has no such part; adds the (width, height) of its pictures to `sizes`."""
   try:
     examples = builder.as_data_source(split=part)
   except (AssertionError, KeyError, ValueError):
     return None
+  if size:
+    channels = builder.info.features['image'].shape[-1] or 3
+    decoding.check_room(len(examples), (size, size, channels))
   where = f'tfds:{builder.info.full_name} ({part})'
   with reading(
     lambda why: f'{where}: damaged ({why}); remove {builder.data_dir} and prepare it again'
   ):
-    pairs = [(example['image'], example[key]) for example in examples]
-  if size and len({image.shape[:2] for image, _ in pairs}) > 1:
-    pairs = [(decoding.fit_array(image, size), label) for image, label in pairs]
+    pairs = []
+    for example in examples:
+      image = example['image']
+      sizes.add(image.shape[1::-1])
+      pairs.append((decoding.fit_array(image, size) if size else image, example[key]))
   if len({image.shape for image, _ in pairs}) != 1:
     raise UserError(
       f'{where} has images of several sizes or none; expected one size: --config.data.size=64, for '

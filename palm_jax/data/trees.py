@@ -94,21 +94,34 @@ def _parts(name):
   return [part for part in name.replace('\\', '/').split('/') if part not in ('', '.')]
 
 
+def walk(root: pathlib.Path) -> Iterator[tuple[pathlib.Path, list[str], list[str]]]:
+  """As os.walk in sorted order: (folder below root, its folders, its files), without hidden ones.
+
+  Links are followed. Raises UserError where a folder cannot be listed.
+  """
+
+  def refuse(error):
+    raise UserError(
+      f'{error.filename} cannot be listed ({one_line(error)}); make it readable, or remove it'
+    ) from error
+
+  passed = {str(root): {os.path.realpath(root)}}  # by each folder, from the root down to it
+  for here, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
+    above = passed.pop(here)
+    real = {name: os.path.realpath(os.path.join(here, name)) for name in subfolders}
+    # A link to a folder that was passed on the way would have no end.
+    subfolders[:] = sorted(x for x in subfolders if not _is_hidden(x) and real[x] not in above)
+    passed |= {os.path.join(here, name): above | {real[name]} for name in subfolders}
+    relative = pathlib.Path(here).relative_to(root)
+    yield relative, subfolders, sorted(name for name in names if not name.startswith('.'))
+
+
 def _of_folder(root):
   files = []
   folders = []
-  for here, subfolders, names in os.walk(root, followlinks=True):
-    real = os.path.realpath(here)
-    # A link to a folder that it lies in would have no end.
-    subfolders[:] = [
-      name
-      for name in subfolders
-      if not _is_hidden(name)
-      and not f'{real}/'.startswith(f'{os.path.realpath(os.path.join(here, name))}/')
-    ]
-    relative = pathlib.Path(here).relative_to(root)
-    folders += [(relative / name).as_posix() for name in subfolders]
-    files += [(relative / name).as_posix() for name in names if not name.startswith('.')]
+  for here, subfolders, names in walk(root):
+    folders += [(here / name).as_posix() for name in subfolders]
+    files += [(here / name).as_posix() for name in names]
   return Tree(*_in_order(root, files, folders), lambda name: root / name, os.sep)
 
 

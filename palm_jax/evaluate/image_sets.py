@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image
 
 from palm_jax.base.errors import UserError
-from palm_jax.base.files import reading
+from palm_jax.base.files import reading, user_path
 from palm_jax.base.metrics import Progress
-from palm_jax.data import arrays, decoding, published
+from palm_jax.data import arrays, decoding, parts, published, trees
 from palm_jax.data.arrays import Split
 from palm_jax.data.load import load as load_data
 
@@ -59,7 +59,7 @@ def check_source(source: str) -> None:
     raise UserError(
       f'image set {source!r} is unknown: expected {" or ".join(INTERP)}, or where images lie'
     )
-  path = pathlib.Path(source.removeprefix('celeba:')).expanduser()
+  path = user_path(source.removeprefix('celeba:'))
   looks_like_a_path = source.startswith('celeba:') or path.suffix or '/' in source
   may_be_something_else = ',' in source or source.startswith(('interp:', 'tfds:'))
   if looks_like_a_path and not may_be_something_else and not path.exists():
@@ -82,10 +82,10 @@ def load_images(
 
   Args:
     path_or_name: `x.npz` with `images` (all are taken, whatever `labels` are) or `test_images`; a
-      folder with pictures at any depth, of which `test/` or `val/` is taken if `train/`
-      is beside it; `celeba:FOLDER`, the same with the central 178x178 pixels, of the test part if
-      list_eval_partition.txt is in the folder or beside it; or anything that palm_jax.data.load
-      understands, its test part.
+      folder with pictures at any depth, of which `test/` (or `val/`, see palm_jax.data.parts) is
+      taken if `train/` is beside it; `celeba:FOLDER`, the same with the central 178x178 pixels, of
+      the test part if list_eval_partition.txt is in the folder or beside it; or anything that
+      palm_jax.data.load understands, its test part.
     size: height and width of the result.
     data_dir: where bare names lie, see palm_jax.data.load.
     channels: of the result, 3 or 1.
@@ -98,7 +98,7 @@ def load_images(
   """
   check_source(path_or_name)
   celeba = path_or_name.startswith('celeba:')
-  path = pathlib.Path(path_or_name.removeprefix('celeba:')).expanduser()
+  path = user_path(path_or_name.removeprefix('celeba:'))
   files = _image_files(path) if path.is_dir() else []
   if files:
     images, description = _read_folder(path, files, size, channels, celeba)
@@ -212,16 +212,12 @@ def _check_shape(name, shape, expected):
 
 
 def _image_files(root):
-  """All picture files below `root`, sorted; those of test/ or val/ where train/ is beside it."""
-  if (root / 'train').is_dir():
-    root = next((root / part for part in ('test', 'val') if (root / part).is_dir()), root)
-  return sorted(
-    path
-    for path in root.rglob('*')
-    if decoding.is_picture(path)
-    and path.is_file()
-    and not any(part.startswith(('.', '__MACOSX')) for part in path.relative_to(root).parts)
-  )
+  """All picture files below `root`, sorted; of the test part where a train part is beside it."""
+  with trees.open_tree(root) as tree:
+    top = [name for name in tree.folders if '/' not in name]
+    part = parts.first(top, parts.TESTS) if parts.first(top, parts.TRAIN) else ''
+    files = [file for file in map(pathlib.PurePosixPath, tree.files) if decoding.is_picture(file)]
+  return [root / file for file in files if not part or file.parts[0] == part]
 
 
 def _read_folder(root, files, size, channels, celeba):

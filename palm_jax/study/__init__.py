@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from palm_jax import workdir as workdirs
 from palm_jax.base import checks, devices
 from palm_jax.base.errors import UserError
+from palm_jax.base.files import user_path
 from palm_jax.base.metrics import Progress
 from palm_jax.base.processes import is_first
 from palm_jax.base.results import write_result
@@ -152,7 +153,7 @@ def run(this: Run) -> dict | None:
   workdir = this.workdir
   runner = this.runner
   assert runner is not None  # the runner gives itself to the jobs
-  place = pathlib.Path(config.study.runs or workdir).expanduser().absolute()
+  place = user_path(config.study.runs or workdir).absolute()
   runs, readings = make_study(config, place, this.mesh.size, runner)
   base = base_config(config, place)
   base.generator.path = config.generator.path
