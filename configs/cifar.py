@@ -42,7 +42,7 @@ CONTRASTIVE = dict(objective='simclr', temperature=0.2, mask_episode=True)
 
 
 def get_config(variant: str = '') -> ConfigDict:
-  """The config of a variant: words as above with commas between. UserError where one is unknown."""
+  """The config of a variant: words as above with commas between, in any order. Raises UserError."""
   c = ConfigDict()
   c.name = 'cifar'
   c.seed = 0
@@ -68,26 +68,33 @@ def get_config(variant: str = '') -> ConfigDict:
   c.report = report.default_config()  # --job=report: one page
   c.quality = quality.default_config()  # --job=quality: FID and its like of the generator
 
-  for word in filter(None, variant.split(',')):
-    if word in PRESETS:
-      c.environment.alpha, c.environment.beta = PRESETS[word]
-    elif word == 'cifar100':
-      c.name = c.name.replace('cifar', 'cifar100')
-      c.data.name = 'cifar100'
-    elif word == 'small':
-      small(c)
-    elif word not in ('able', 'best'):
+  words = [word for word in variant.split(',') if word]
+  presets = [word for word in words if word in PRESETS]
+  for word in words:
+    if word not in ('cifar100', 'small', 'able', 'best', *PRESETS):
       raise UserError(
         f'configs/cifar.py:{word} is unknown: variants are cifar100, small, able, best, '
         f'{", ".join(PRESETS)}'
       )
-  # These follow the sizes that the others set.
-  if 'best' in variant.split(','):
-    best(c)
-  if 'able' in variant.split(','):
-    able(c)
-  if c.data.name == 'cifar100':
+  if len(presets) > 1 or ('best' in words and 'small' not in words):
+    raise UserError(
+      f'configs/cifar.py:{variant} cannot be: best is a variant of small (small,best), and of '
+      f'{", ".join(PRESETS)} one can be taken'
+    )
+  # In this order, as each may change or follow what one before it has set.
+  if 'small' in words:
+    small(c)
+  if 'cifar100' in words:
+    c.name = c.name.replace('cifar', 'cifar100')
+    c.data.name = 'cifar100'
+    c.plan.num_classes = 100
     c.generator.path = ''  # the bundled generator of `small` draws the classes of CIFAR-10
+  if 'best' in words:
+    best(c)
+  for word in presets:
+    c.environment.alpha, c.environment.beta = PRESETS[word]
+  if 'able' in words:
+    able(c)
   return c
 
 

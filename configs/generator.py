@@ -44,14 +44,14 @@ def get_config(variant: str = 'cifar') -> ConfigDict:
     c.data.name = 'digits'
     c.plan.update(dict(image_size=8, image_channels=1))
     c.generator = digits.get_config().generator
-  elif auto and 8 <= int(auto[1]) <= 4096 and int(auto[2] or 1) > 0:
+  elif auto and 8 <= int(auto[1]) <= 2048 and int(auto[2] or 1) > 0:
     c.data.name = 'folder'
     c.generator.update(by_resolution(*map(int, auto.groups('1'))))
     c.plan.update(dict(image_size=int(auto[1]), num_classes=0))
   else:
     raise UserError(
       f'configs/generator.py:{variant} is unknown: variants are {VARIANTS}; '
-      'resolutions are 8 to 4096'
+      'resolutions are 8 to 2048'
     )
   return c
 

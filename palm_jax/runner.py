@@ -62,6 +62,13 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
   workdirs.claim(workdir, config, list(map(find, JOBS)))
 
 
+def check(config: ConfigDict, num_devices: int) -> None:
+  """Raises UserError where a number of the config means nothing, or one of its jobs refuses it."""
+  settings.check(config)
+  for name in config.jobs:
+    find(name).check(config, num_devices)
+
+
 def run(
   config: ConfigDict, job: str, workdir: str | pathlib.Path | None = None, download: bool = False
 ) -> None:

@@ -1,6 +1,7 @@
 """What stands around SAC: standardised features, skills, past policies, memory, and the cone."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -321,6 +322,22 @@ def test_the_able_preset_follows_the_world():
   c.environment.beta = 0.5  # as by a flag
   assert c.sac.gamma == 0.75
   pretrain.check(c, 8)
+
+
+@pytest.mark.parametrize('order', list(itertools.permutations(['small', 'able', 'paper_text'])))
+def test_variants_have_no_order(order):
+  assert (
+    cifar.get_config(','.join(order)).to_dict()
+    == cifar.get_config(','.join(sorted(order))).to_dict()
+  )
+  c = cifar.get_config(','.join(['best', *order]))
+  assert (c.environment.alpha, c.environment.beta, c.sac.gamma) == (0.5, 0.95, 0.975)
+
+
+@pytest.mark.parametrize('variant', ['best', 'small,paper_text,paper_fig5'])
+def test_variants_that_cannot_be(variant):
+  with pytest.raises(UserError, match='cannot be: best is a variant of small'):
+    cifar.get_config(variant)
 
 
 @pytest.mark.parametrize('variant', ['small,best', 'best,small'])

@@ -437,7 +437,7 @@ def test_values_of_presets():
   train.check_config(presets.get_config('auto1024x8').generator, 8)
   with pytest.raises(UserError, match='auto0 is unknown'):
     presets.get_config('auto0')
-  with pytest.raises(UserError, match='auto99999 is unknown.*resolutions are 8 to 4096'):
+  with pytest.raises(UserError, match='auto4096 is unknown.*resolutions are 8 to 2048'):
     presets.get_config('auto99999')
 
 

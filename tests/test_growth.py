@@ -34,6 +34,21 @@ def test_what_cannot_grow(key, words):
     benchmark.check(config, 1)
 
 
+@pytest.mark.parametrize(
+  'key, times, words',
+  [
+    ('pretrain.num_envs', 1.3, 'is no whole number'),
+    ('pretrain.num_envs', 1024, 'replay.capacity=8192 is not a positive multiple'),
+  ],
+)
+def test_what_cannot_grow_so_much(key, times, words):
+  config = scales.smoke()
+  config.jobs = ('pretrain',)
+  config.benchmark.update(dict(grow=(key,), times=(1, times)))
+  with pytest.raises(UserError, match=words):
+    benchmark.check(config, 1)
+
+
 @pytest.mark.slow  # five compilations
 def test_environments_and_batch_share_the_work(tmp_path):
   """All of an iteration is done by environment or by sample; the reward alone is quadratic."""

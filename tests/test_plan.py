@@ -11,7 +11,7 @@ from palm_jax import pretrain, settings, train, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from palm_jax.runner import run
-from palm_jax.speed import cost, plan
+from palm_jax.speed import cost, plan, workload
 from tests.jobs import finish
 from tests.worlds import LinearGenerator, tiny_config
 
@@ -55,10 +55,14 @@ def test_memory_is_that_of_the_state(planned):
   )
 
 
-def test_arithmetic_is_that_of_the_program(planned):
+@pytest.mark.parametrize('features', ['train', 'eval'])
+def test_arithmetic_is_that_of_the_program(planned, features):
   """What the parts have counted in sum is what the whole call does, but for the policy's own small
   network."""
   config, generator, mesh = tiny_config(), LinearGenerator(), devices.make_mesh(2)
+  if features == 'eval':
+    config.sac.update(features='eval', updates_per_batch=4)
+    planned = plan.estimate(config, generator, 2)
   program = pretrain.make_program(config, generator, mesh)
   world = jax.eval_shape(lambda: worlds.host_world(config, generator))
   traced = program.call.trace(jax.eval_shape(program.init, jax.random.key(0), world), world)
@@ -123,14 +127,17 @@ def test_job(tmp_path, capsys):
   assert 'plan for 8 device(s)' in printed and '0.001 TFLOP/s a device (plan.tflops)' in printed
   # With a benchmark there, its rate counts.
   (tmp_path / 'run' / 'results').mkdir(parents=True)
-  (tmp_path / 'run' / 'results' / 'benchmark.json').write_text(
-    json.dumps(dict(pretrain=dict(flops=dict(whole=6e9), seconds_per_iteration=2.0)))
-  )
-  result = finish(plan.JOB, planning_config(tflops=0.0), tmp_path / 'run')
+  config = planning_config(tflops=0.0)
+  measured = dict(flops=dict(whole=6e9), seconds_per_iteration=2.0)
+  measured['settings'] = workload.settings(config)
+  (tmp_path / 'run' / 'results' / 'benchmark.json').write_text(json.dumps(dict(pretrain=measured)))
+  result = finish(plan.JOB, config, tmp_path / 'run')
   assert result['flops_per_second'] == 3e9
   assert result['hours'] == pytest.approx(
     result['iterations'] * result['flops_per_iteration'] / 3e9 / 3600
   )
+  config.encoder.width *= 2  # that of another encoder does not
+  assert 'guess' in plan.sustained_rate(config, tmp_path / 'run')[1]
 
 
 def test_pictures_of_an_impossible_size():

@@ -563,6 +563,9 @@ def test_thinning_keeps_peaks_and_ends():
     and min(kept) == -50.0
     and all(ys[x] == y for x, y in zip(xs, kept, strict=True))
   )
+  ys[4000:6000] = [None] * 2000
+  xs, kept = charts.thinned(list(range(10_000)), ys)
+  assert any(y is None and 4000 <= x < 6000 for x, y in zip(xs, kept, strict=True))
 
 
 def test_two_workdirs_side_by_side(tmp_path):

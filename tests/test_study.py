@@ -17,12 +17,13 @@ import scipy.stats
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
+from configs.studies import figure4
 from palm_jax import runner, study
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import write_json
 from palm_jax.generator import train
-from palm_jax.study import figure, numbers
+from palm_jax.study import arms, figure, numbers
 from tests.jobs import finish
 from tests.worlds import COMPILED, nature_config, tiny_config
 
@@ -90,8 +91,12 @@ def test_differences_are_paired_by_seed():
   np.testing.assert_allclose(
     [found[name] for name in ('difference', 'low', 'high')], 0.1, atol=1e-12
   )  # unpaired: within +-50
-  assert numbers.verdict(found) == 'holds'
+  assert numbers.verdict(found) == 'undecided'  # by rounding alone they differ at all
+  a[1] = 50.11
+  assert numbers.verdict(numbers.difference(a, b)) == 'holds'
   assert numbers.verdict(numbers.difference(b, a)) == 'does not hold'
+  nan = numbers.difference({0: 1.0, 1: float('nan')}, {0: 0.0, 1: 0.0})
+  assert numbers.verdict(nan) == 'undecided'
   assert numbers.verdict(numbers.difference({0: 1.0, 1: 2.0}, {0: 2.0, 1: 1.0})) == 'undecided'
   assert (
     numbers.verdict(numbers.difference({0: 9.0}, {0: 1.0})) == 'undecided'
@@ -330,6 +335,7 @@ def small_study(folder, **changes):
       ),
       ['--job=diversity asks for a policy'],
     ),
+    (dict(arms=(('a', 'features.batch_size=0'),)), ["study, arm 'a': features.batch_size=0"]),
     (dict(seeds=()), ['study.seeds=()', 'one or more']),
     (dict(seeds=(1, 1)), ['study.seeds=(1, 1)', 'different']),
     (dict(seeds=(-1,)), ['study.seeds=(-1,)', 'at least 0']),
@@ -364,6 +370,22 @@ def test_bad_studies_are_one_line_before_any_work(tmp_path, changes, words):
   line = str(caught.value)
   assert all(word in line for word in words) and '\n' not in line, line
   assert len(COMPILED) == compiled and not any(tmp_path.iterdir())
+
+
+def test_settings_of_arms_are_as_on_the_command_line(tmp_path):
+  c = figure4.get_config('laptop,able')
+  c.study.arms = (
+    ('PALM', ''),
+    ('beta 0', 'environment.beta=0'),
+    ('quoted', "probe.methods='lbfgs'"),
+    ('word', 'probe.methods=lbfgs'),
+    ('two', "probe.methods=('lbfgs','knn')"),
+  )
+  made = {arm.name: run for arm, *_, run in arms.make_runs(c, tmp_path, arms.make_arms(c))[:5]}
+  assert (made['PALM'].sac.gamma, made['beta 0'].sac.gamma) == (0.875, 0.5)  # it follows beta
+  assert c.environment.beta == 0.75
+  methods = [made[name].probe.methods for name in ('quoted', 'word', 'two')]
+  assert methods == [('lbfgs',), ('lbfgs',), ('lbfgs', 'knn')]
 
 
 def test_a_config_without_a_study(tmp_path):

@@ -60,13 +60,15 @@ def log_ticks(low: float, high: float) -> list[float]:
 def thinned(
   xs: Sequence[float], ys: Sequence[float | None], most: int = 300
 ) -> tuple[Sequence[float], Sequence[float | None]]:
-  """About `most` points of a curve: of each of its pieces the lowest and highest, so peaks stay."""
+  """About `most` points of a curve: of each of its pieces the lowest, the highest and a gap."""
   if len(xs) <= most:
     return xs, ys
   kept = {0, len(xs) - 1}
   size = math.ceil(len(xs) / (most // 2 - 1))
   for start in range(0, len(xs), size):
-    piece = [(y, i) for i, y in enumerate(ys[start : start + size], start) if y is not None]
+    every = list(enumerate(ys[start : start + size], start))
+    kept |= set([i for i, y in every if y is None][:1])
+    piece = [(y, i) for i, y in every if y is not None]
     if piece:
       lowest = min(piece, key=operator.itemgetter(0))
       highest = max(piece, key=operator.itemgetter(0))

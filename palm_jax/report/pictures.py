@@ -11,6 +11,7 @@ from palm_jax.report import page
 from palm_jax.report.read import Report, RunFiles
 
 MOST_BYTES = 6_000_000  # of all films, strips and grids together; a third more as text
+PARTS = 6  # pictures of a run, at most: of pretraining, its generator, a study, its concepts
 FACTORS = (0.75, 0.5, 0.35, 0.25, 0.15)  # that a picture is made smaller by until it fits
 
 
@@ -21,7 +22,7 @@ def section(job: str, report: Report) -> str:
   for run in runs:
     for path, what in _find(job, run):
       name = path.relative_to(run.folder)
-      uri = embed(path, MOST_BYTES // (3 * len(runs)))
+      uri = embed(path, MOST_BYTES // (PARTS * len(runs)))
       if uri is None:
         report.notes.append(
           f'{run.name}: {name} is no picture that can be shown within the page, and is left out'

@@ -279,12 +279,12 @@ def table(result: dict[str, Any], about: dict[str, Any]) -> str:
 
 
 def check(config: ConfigDict, num_devices: int) -> None:
-  """Raises UserError where the pretraining trains no policy, or what should grow is no number."""
-  del num_devices
+  """Raises UserError where the pretraining trains no policy, or cannot grow as it should."""
   if 'pretrain' in config.jobs:
     pairs.require_policy(config, 'benchmark')
   for key in to_grow(config):
-    growth.grown(config, key, 1)
+    for times in config.benchmark.times:
+      pretrain.check(growth.grown(config, key, times), num_devices)
 
 
 JOB = Job('benchmark', run, check, trains_generator)

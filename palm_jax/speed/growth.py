@@ -30,11 +30,11 @@ class Case(NamedTuple):
   bytes: int  # that a call needs on a device
 
 
-def grown(config: ConfigDict, key: str, times: int) -> ConfigDict:
+def grown(config: ConfigDict, key: str, times: float) -> ConfigDict:
   """A copy of the config in which one setting has `times` its value.
 
   Raises:
-    UserError: the setting does not exist, or is no number.
+    UserError: the setting does not exist, is no number, or cannot have that value.
   """
   c = config.copy_and_resolve_references()
   flat = checks.flatten(c.to_dict())
@@ -43,7 +43,14 @@ def grown(config: ConfigDict, key: str, times: int) -> ConfigDict:
       f'benchmark.grow: {key!r} is no number of the config: expected a key such as '
       f'pretrain.num_envs{checks.nearest(key, flat)}'
     )
-  c.update_from_flattened_dict({key: times * flat[key]})
+  value = times * flat[key]
+  if isinstance(flat[key], int):
+    if value % 1:
+      raise UserError(
+        f'benchmark.times: {times} times {key}={flat[key]} is no whole number: give others'
+      )
+    value = int(value)
+  c.update_from_flattened_dict({key: value})
   return c
 
 

@@ -3,6 +3,7 @@
 Nothing of the pretraining is compiled for it.
 """
 
+import json
 import math
 import pathlib
 from typing import Any
@@ -171,8 +172,10 @@ def sustained_rate(config: ConfigDict, workdir: pathlib.Path) -> tuple[float, st
     return config.plan.tflops * 1e12, 'plan.tflops'
   path = workdir / 'results' / 'benchmark.json'
   try:
-    found = read_result(path)['pretrain']
-    return found['flops']['whole'] / found['seconds_per_iteration'], str(path)
+    found = read_result(path).get('pretrain')  # not in one of the generator alone, or of growth
+    if found and found['settings'] == json.loads(json.dumps(workload.settings(config))):
+      return found['flops']['whole'] / found['seconds_per_iteration'], str(path)
+    logging.info('plan: %s is of other settings, and is not used', path)
   except FileNotFoundError:
     pass
   except (OSError, ValueError, KeyError) as e:

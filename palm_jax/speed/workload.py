@@ -27,6 +27,7 @@ from palm_jax.setup import Setup
 
 UNAVOIDABLE = 'generator', 'acting', 'simsiam'
 ROWS = P(None, 'data')
+ENCODER = 'params', 'batch_stats'  # in State.ssl
 
 
 class Part(NamedTuple):
@@ -90,9 +91,9 @@ def make_parts(setup: Setup, mesh: Mesh) -> dict[str, Part]:
     return Part(jax.jit(sharded, donate_argnums=() if carries is None else 0), arguments, carries)
 
   ring = State.specs().ring
-  of_encoder = lambda state, name: state.ssl[name]['encoder']
   without_optimizer = lambda ssl: {name: ssl[name] for name in ssl if name != 'opt_state'}
-  transitions = 'h', 'action', 'reward', 'h_next', 'noise'
+  encoder = lambda ssl: {name: {'encoder': ssl[name]['encoder']} for name in ENCODER}
+  transitions = 's', 's_next', 'h', 'action', 'reward', 'h_next', 'noise'
   return dict(
     generator=part(
       draw,
@@ -102,13 +103,9 @@ def make_parts(setup: Setup, mesh: Mesh) -> dict[str, Part]:
     ),
     acting=part(
       look,
-      (P(), P(), ROWS),
+      (P(), ROWS),
       ROWS,
-      lambda state, world, x: (
-        of_encoder(state, 'params'),
-        of_encoder(state, 'batch_stats'),
-        x['seen'],
-      ),
+      lambda state, world, x: (encoder(state.ssl), x['seen']),
     ),
     simsiam=part(
       learn,
@@ -119,9 +116,9 @@ def make_parts(setup: Setup, mesh: Mesh) -> dict[str, Part]:
     reward=part(reward_of, ROWS, ROWS, lambda state, world, x: (x['h'],)),
     sac=part(
       learn_policy,
-      (P(), *[ROWS] * 5),
+      (P(), P(), *[ROWS] * 7),
       P(),
-      lambda state, world, x: (state.agent, *(x[name] for name in transitions)),
+      lambda state, world, x: (state.agent, encoder(state.ssl), *(x[k] for k in transitions)),
       carries='agent',
     ),
     replay=part(
@@ -150,11 +147,10 @@ def draw(setup: Setup, variables: Any, z: jax.Array, labels: jax.Array) -> jax.A
   return one_by_one(pictures, z, labels)
 
 
-def look(setup: Setup, params: Any, batch_stats: Any, frames: jax.Array) -> jax.Array:
+def look(setup: Setup, encoder: dict[str, Any], frames: jax.Array) -> jax.Array:
   """The encoder's features of the rollout's frames, as the policy sees them."""
-  ssl = dict(params={'encoder': params}, batch_stats={'encoder': batch_stats})
-  play, ssl = rollout.folded(setup, ssl)
-  see = functools.partial(rollout.encode, play, ssl['params'], ssl['batch_stats'])
+  play, encoder = rollout.folded(setup, encoder)
+  see = functools.partial(rollout.encode, play, *(encoder[name] for name in ENCODER))
   return one_by_one(see, frames)
 
 
@@ -188,25 +184,31 @@ def reward_of(setup: Setup, h: jax.Array) -> jax.Array:
 def learn_policy(
   setup: Setup,
   agent: agents.Agent,
+  encoder: dict[str, Any],
+  s: jax.Array,
+  s_next: jax.Array,
   h: jax.Array,
   action: jax.Array,
   r: jax.Array,
   h_next: jax.Array,
   noise: jax.Array,
 ) -> tuple[agents.Agent, dict]:
-  """SAC's updates."""
+  """SAC's updates, on features of its own where sac.features is 'eval'."""
   c = setup.config.sac
+  encode = functools.partial(rollout.encode, setup, *(encoder[name] for name in ENCODER))
   see = lambda h: agents.observe(agent, h, jnp.zeros(len(h), jnp.int32), c)
 
   def update(agent, x):
-    h, action, r, h_next, noise = x
+    s, s_next, h, action, r, h_next, noise = x
+    if c.features == 'eval':
+      h, h_next = (encode(x).astype(setup.real) for x in (s, s_next))
     batch = sac.Batch(see(h), action, r, see(h_next), jnp.full_like(r, c.gamma))
     again = lambda agent, _: sac.update(agent, batch, noise.swapaxes(0, 1), c, axis_name='data')
     after: Any = jax.lax.scan(again, agent, length=c.updates_per_batch)
     agent, metrics = after
     return agent, jax.tree.map(lambda x: x[-1], metrics)
 
-  return jax.lax.scan(update, agent, (h, action, r, h_next, noise))
+  return jax.lax.scan(update, agent, (s, s_next, h, action, r, h_next, noise))
 
 
 def remember(

@@ -114,8 +114,7 @@ def make_study(
 def _check_arm(arm, arms, configs, num_devices, runner):
   """Raises UserError where a job refuses the arm's settings, or no record is kept that it reads."""
   try:
-    for name in configs[arm].jobs:
-      runner.find(name).check(configs[arm], num_devices)
+    runner.check(configs[arm], num_devices)
   except UserError as e:
     raise UserError(f'study, arm {arm.name!r}{at(arm.x)}: {e}') from e
   recorded = ' '.join(text for key, text in arm.settings if key == 'pairs.record')
@@ -155,7 +154,7 @@ def run(this: Run) -> dict | None:
   assert runner is not None  # the runner gives itself to the jobs
   place = user_path(config.study.runs or workdir).absolute()
   runs, readings = make_study(config, place, this.mesh.size, runner)
-  base = base_config(config, place)
+  base = base_config(config, place).copy_and_resolve_references()
   base.generator.path = config.generator.path
   runner.claim(workdir, base)
   workdirs.keep_compiled(place)

@@ -1,6 +1,7 @@
 """The arms of a study, and the runs that they are made of."""
 
 import ast
+import copy
 import pathlib
 import re
 from collections.abc import Sequence
@@ -169,15 +170,31 @@ def make_runs(config: ConfigDict, place: pathlib.Path, arms: Sequence[Arm]) -> l
 def base_config(config: ConfigDict, place: pathlib.Path) -> ConfigDict:
   """What the arms start from: the config without its study, and with the study's jobs.
 
-  All share one generator, and arms of a seed the untrained encoder.
+  All share one generator, and arms of a seed the untrained encoder. Settings that follow others
+  still do, as on the command line.
   """
-  base = config.copy_and_resolve_references()
+  base = copy.deepcopy(config)
   with base.unlocked():
     del base['study']
   base.jobs = tuple(config.study.jobs)
   base.generator.path = base.generator.path or str(place / GENERATOR)
   base.features.folder = base.features.folder or str(place / 'features')
   return base
+
+
+def _value(text, known):
+  """What a text means for a setting that has the value `known`; one word may be a tuple of it."""
+  if isinstance(known, str):
+    return text
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    if not isinstance(known, tuple):
+      raise
+    value = text
+  if isinstance(known, tuple):
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+  return value
 
 
 def _run_config(config, place, arm, arms, seed):
@@ -191,11 +208,11 @@ def _run_config(config, place, arm, arms, seed):
     fill = lambda match: str(place / _folder(named_arm(match[1], arm, arms)) / f'seed{seed}')
     text = re.sub(r'\{([^{}]*)\}', fill, text)
     try:
-      value = text if isinstance(known[key], str) else ast.literal_eval(text)
-      c.update_from_flattened_dict({key: tuple(value) if isinstance(known[key], tuple) else value})
+      c.update_from_flattened_dict({key: _value(text, known[key])})
     except (TypeError, ValueError, SyntaxError) as e:
       raise UserError(
         f'study.arms: {key}={text} of {arm.name!r} is invalid: expected a value like {known[key]!r}'
       ) from e
+  c = c.copy_and_resolve_references()
   c.seed = seed
   return c

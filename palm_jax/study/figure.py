@@ -105,6 +105,8 @@ def _draw_lines(panel, rows, looks):
     colour, marker = looks[arm]
     if of_arm[0]['x'] == '':  # an arm without an axis, such as a reference
       marks[arm] = panel.axhline(of_arm[0]['mean'], color=colour, linestyle='--')
+      if of_arm[0]['low'] is not None:
+        panel.axhspan(of_arm[0]['low'], of_arm[0]['high'], color=colour, alpha=0.12, linewidth=0)
     else:
       marks[arm] = panel.errorbar(
         [row['x'] for row in of_arm],

@@ -145,12 +145,14 @@ def difference(a: Mapping[int, float], b: Mapping[int, float]) -> dict[str, Any]
 def verdict(found: Mapping[str, Any]) -> str:
   """What a `difference` says of a claim: 'holds', 'does not hold' or 'undecided'.
 
-  It is undecided where Student's interval includes 0. The bootstrap's interval of three seeds is
+  It is undecided where Student's interval includes 0, is no number, or has no width: seeds that
+  agree to the last picture say nothing of how they vary. The bootstrap's interval of three seeds is
   their range, so it would decide whenever three signs agree.
   """
-  if found['t_low'] is None or found['t_low'] <= 0 <= found['t_high']:
+  low, high = found['t_low'], found['t_high']
+  if low is None or not high - low > 1e-9 * max(abs(low), abs(high)) or low <= 0 <= high:
     return 'undecided'
-  return 'holds' if found['t_low'] > 0 else 'does not hold'
+  return 'holds' if low > 0 else 'does not hold'
 
 
 def summarise(c: ConfigDict, lines: Iterable[Mapping[str, Any]]) -> dict[str, list[dict]]:

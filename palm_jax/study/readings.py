@@ -149,7 +149,7 @@ def look_up(folder: pathlib.Path, path: str) -> float:
         f'{path} is {len(values)} rows of {file}: expected one, or draws of one; there are '
         f'{known or "none"}'
       )
-  if not all(isinstance(value, (int, float)) for value in values):
+  if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in values):
     raise UserError(
       f'{path} is no number in {file}: the path of the measure names something else or nothing'
     )
