@@ -37,6 +37,5 @@ for seed in $seeds; do
   done
 done
 if [[ -z ${SLURM:-} ]]; then
-  rm -f "$root/all/results/scores.json" # of fewer runs
   python -m palm_jax.main --workdir="$root/all" --config=configs/atari.py:Assault --job=scores --config.scores.runs="('$root/**',)"
 fi

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from jax.sharding import Mesh
@@ -84,6 +84,7 @@ class Job:
       or of another: 'encoder' (that of config.world.encoder), 'trunk' (that of
       config.finetune.trunk, which may be this one's 'pretrain'). Its result is of their newest
       checkpoints, and no longer fits when there are newer ones.
+    reads_files: whose results of other workdirs it reads, as far as they are there.
     result: where the result lies in the workdir; '' is results/<name>.json.
     judges: whether it only judges what other jobs made; its section of the config may then change
       until it has a result.
@@ -101,6 +102,7 @@ class Job:
   clean: Callable[[Run], None] = accept
   table: Callable[[dict[str, Any]], str] | None = None
   reads: tuple[str, ...] = ()
+  reads_files: Callable[[Run], Iterable[pathlib.Path]] | None = None
   result: str = ''
   judges: bool = False
   judges_with: str = ''

@@ -356,15 +356,33 @@ def test_catch_is_learned(tmp_path, mesh):
       'config.json is missing',
     ),
     ('finetune', dict(finetune=dict(agent=dict(eval_epsilon=2.0))), 'eval_epsilon=2.0'),
+    ('scratch', dict(jobs=('finetune', 'scratch')), 'finetune the same as the job scratch'),
   ],
 )
 def test_settings_that_cannot_work_are_named(tmp_path, mesh, job, changes, message):
   config = tiny_config()
   config.update(changes)
   with pytest.raises(UserError, match=message) as caught:
-    job = dict(collect=collect, finetune=finetune)[job].JOB
+    job = dict(collect=collect.JOB, finetune=finetune.JOB, scratch=finetune.SCRATCH)[job]
     finish(job, config, tmp_path, mesh=mesh, make_environment=Same)
   assert '\n' not in str(caught.value)
+
+
+def test_a_trunk_of_another_kind_is_refused_before_anything_is_made(tmp_path):
+  config = tiny_config()
+  encoder = dict(name='resnet18')
+  (tmp_path / 'other').mkdir()
+  (tmp_path / 'other' / 'config.json').write_text(json.dumps(dict(encoder=encoder)))
+  variables = dict(params=dict(conv1=dict(kernel=np.zeros((8, 8, 3, 32), np.float32))))
+  with Checkpoints(tmp_path / 'other' / 'pretrain' / 'checkpoints') as checkpoints:
+    checkpoints.save(1, {'encoder': variables}, {})
+  config.finetune.trunk = str(tmp_path / 'other')
+  with pytest.raises(UserError, match="is 'resnet18', expected 'nature'"):
+    finetune.check(config, 1)
+  encoder['name'] = 'nature'
+  (tmp_path / 'other' / 'config.json').write_text(json.dumps(dict(encoder=encoder)))
+  with pytest.raises(UserError, match=r'takes pictures of 3 channel\(s\), expected 4'):
+    finetune.check(config, 1)
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,23 @@
 the job and its table."""
 
 import importlib.util
+import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
 import scipy.stats
 from ml_collections import ConfigDict
 
-from palm_jax.atari import aggregates, scores
+from palm_jax import provenance, runner
+from palm_jax.atari import aggregates, finetune, scores
 from palm_jax.atari import results as results_of
 from palm_jax.atari.environment import GAMES
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
+from palm_jax.base.results import write_result
+from palm_jax.job import Run
 from tests.jobs import finish, saved_result
 
 
@@ -347,6 +352,28 @@ def test_what_differs_is_said(tmp_path):
   assert 'differ in agent.eval_epsilon: 0.001, 0.05' in notes and 'agent.lr' not in notes
   assert 'runs of 10,000 agent steps' in notes and 'evaluations of 7 episodes' in notes
   assert results['protocol']['episodes'] == [7, 100]
+
+
+def test_scores_no_longer_fit_when_a_run_is_made_anew_or_added(tmp_path):
+  config = ConfigDict(dict(seed=0, scores=scores.default_config(), atari=dict(game='Pong')))
+  this = Run(config, tmp_path, devices.make_mesh(1))
+  assert scores.read_files(this) == []
+  seen = []
+  for score in (1.0, 2.0):
+    shutil.rmtree(tmp_path / 'a', ignore_errors=True)
+    write_run(tmp_path / 'a', 'Pong', 0, score)
+    seen.append(provenance.made_from(scores.JOB, this))
+    assert provenance.made_from(scores.JOB, this) == seen[-1]
+  write_run(tmp_path / 'b', 'Pong', 1, 2.0)
+  seen.append(provenance.made_from(scores.JOB, this))
+  assert [provenance.difference(a, b) for a, b in itertools.pairwise(seen)] == [
+    'files, which is now another'
+  ] * 2
+  write_result(tmp_path / 'results' / 'scores.json', {}, seen[-1], {})
+  assert provenance.is_current(scores.JOB, this)
+  jobs = [runner.find('finetune'), scores.JOB]  # what waits makes what reads it wait
+  config.finetune = finetune.default_config()
+  assert [job.name for job in provenance.waiting(jobs, this)] == ['finetune', 'scores']
 
 
 def test_the_workdir_itself_counts(tmp_path):

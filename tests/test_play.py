@@ -221,6 +221,49 @@ def test_the_world_waits(opened):
   assert one.due
 
 
+def test_each_press_of_step_is_a_step(opened):
+  one = session.Session(opened, 0)
+  one.step()
+  one.take(dict(do='set', paused=True))
+  for _ in range(3):
+    one.take(dict(do='step'))
+  reached = [int(one.step().step) for _ in range(3) if one.due]
+  assert reached == [1, 2, 3] and not one.due
+
+
+@pytest.mark.parametrize('dynamics', ['ema', 'momentum'])
+def test_while_it_is_paused_psi_and_class_move_nothing(dynamics):
+  made = make(
+    GENERATOR, 'entropy', encoder=PIXELS, alpha=0.5, beta=0.9, memory=40, dynamics=dynamics
+  )
+  one = session.Session(game.open_game(*made), 3)
+  one.take(dict(do='set', who='random', length=8))
+  before = [one.step() for _ in range(8)][-1]  # the next step would begin another episode
+  latent = lambda: jax.tree.map(np.array, (one._state.env.z, one._state.env.velocity))
+  where = latent()
+  one.take(dict(do='set', paused=True, psi=1.0))
+  for psi in (0.0, 1.7, 1.0):
+    one.take(dict(do='set', psi=psi))
+    assert one.due
+    shown = one.step()
+    assert (shown.step, one.episode) == (before.step, 1) and not one.due
+    assert (psi == 1) == np.array_equal(shown.picture, before.picture)
+  for old, new in zip(jax.tree.leaves(where), jax.tree.leaves(latent()), strict=True):
+    np.testing.assert_array_equal(old, new)
+  one.take(dict(do='step'))
+  assert one.step().step == 0 and one.episode == 2
+
+
+def test_real_pictures_that_lie_by_class_are_of_all_of_them(monkeypatch):
+  """Also where there is no time for all."""
+  monkeypatch.setattr(game, 'PATIENCE', 0.0)
+  data = images_of(2000)
+  data.train.labels.sort()
+  made = make(GENERATOR, 'entropy', encoder=PIXELS, memory=40)
+  real = game.open_game(*made, data=data).real
+  assert len(real.labels) < 200 and set(real.labels) == {0, 1, 2}
+
+
 def test_nearest_is_the_picture_itself(opened):
   one = session.Session(opened, 0)
   shown = one.step()

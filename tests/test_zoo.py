@@ -271,7 +271,8 @@ def test_importing_the_package_imports_no_encoder():
 
 
 def test_what_is_bundled_is_small_whole_and_described():
-  """All of the package's own; there may be none."""
+  """All of the package's own."""
+  assert 'palm-cifar10-small' in loaded.names()
   for name in loaded.names():
     path = loaded.BUNDLED / f'{name}.safetensors'
     assert path.stat().st_size <= 3_000_000
@@ -376,6 +377,11 @@ def test_an_unfinished_run_says_so(workdir, tmp_path):
   (run / 'results' / 'ood.json').write_text('{')
   with pytest.raises(UserError, match='ood.json is damaged'):
     bundle.write(run, 'e', tmp_path, step=3)
+  finetuned = dict(job='ood', rows=[], accuracy={}, protocol=dict(encoders={'fine-tuned': []}))
+  write_result(run / 'results' / 'ood.json', finetuned, {'pretrain': {'step': 3}}, {})
+  bundle.write(run, 'e', tmp_path, step=3)
+  with pytest.raises(UserError, match=f'of the checkpoint at step 3, this is step {STEP}: run'):
+    bundle.write(run, 'e', tmp_path, step=STEP)
 
 
 def test_numbers_that_float16_does_not_hold_are_refused(written, variables, images):

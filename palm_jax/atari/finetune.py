@@ -68,12 +68,13 @@ def check(config: ConfigDict, num_devices: int) -> None:
       f"finetune.trunk='own' with encoder.name={config.encoder.name!r}: only convolutions of "
       "'nature' fit; pretrain that, or set finetune.trunk='scratch'"
     )
-  other = user_path(c.trunk)
-  if c.trunk not in ('own', 'scratch') and not (other / 'config.json').is_file():
-    raise UserError(
-      f"finetune.trunk={c.trunk!r} has no config.json: expected 'own', 'scratch' or the workdir "
-      'of a pretraining'
-    )
+  if c.trunk not in ('own', 'scratch'):
+    if not (user_path(c.trunk) / 'config.json').is_file():
+      raise UserError(
+        f"finetune.trunk={c.trunk!r} has no config.json: expected 'own', 'scratch' or the workdir "
+        'of a pretraining'
+      )
+    drq.load_trunk(user_path(c.trunk))
 
 
 def run(this: Run, make_environment: Callable[..., Environment] = Environment) -> dict:
@@ -188,6 +189,11 @@ def scratch_config(config: ConfigDict) -> ConfigDict:
 def check_scratch(config: ConfigDict, num_devices: int) -> None:
   """As `check`, for the job `scratch`."""
   require_game(config, 'scratch')
+  if config.finetune.trunk == 'scratch' and 'finetune' in config.jobs:
+    raise UserError(
+      "finetune.trunk='scratch' makes the job finetune the same as the job scratch: leave one of "
+      'them out of --config.jobs'
+    )
   check(scratch_config(config), num_devices)
 
 

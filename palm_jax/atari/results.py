@@ -12,6 +12,8 @@ from palm_jax.atari.environment import rom_id
 from palm_jax.base.errors import UserError
 from palm_jax.base.results import read_result
 
+RESULT = pathlib.Path('results', 'finetune.json')
+
 
 class FineTuned(NamedTuple):
   """What is read of a fine-tuning's result."""
@@ -38,24 +40,23 @@ def find(patterns: Sequence[str], workdir: pathlib.Path) -> list[pathlib.Path]:
   Raises:
     UserError: a pattern that names none, or none at all.
   """
-  result = pathlib.Path('results', 'finetune.json')
   here = glob.escape(str(workdir))
   found = set()
   for pattern in patterns or (here, os.path.join(here, '*')):
     matches = {
       path.resolve()
       for path in map(pathlib.Path, glob.glob(os.path.expanduser(pattern), recursive=True))
-      if (path / result).is_file()
+      if (path / RESULT).is_file()
     }
     if patterns and not matches:
       raise UserError(
-        f'scores.runs: {pattern!r} names no folder with {result} (working folder: '
+        f'scores.runs: {pattern!r} names no folder with {RESULT} (working folder: '
         f'{pathlib.Path.cwd()}): name workdirs whose job finetune is complete'
       )
     found |= matches
   if not found:
     raise UserError(
-      f'neither {workdir} nor a folder in it has {result}: run the job finetune, or name its '
+      f'neither {workdir} nor a folder in it has {RESULT}: run the job finetune, or name its '
       'workdirs in scores.runs'
     )
   return sorted(found)
@@ -69,7 +70,7 @@ def read_runs(folders: Iterable[str | os.PathLike]) -> list[FineTuned]:
   """
   runs: dict[tuple[str, str, int], FineTuned] = {}
   for folder in folders:
-    path = pathlib.Path(folder) / 'results' / 'finetune.json'
+    path = pathlib.Path(folder) / RESULT
     try:
       run = _fine_tuned(read_result(path), str(folder))
       if not np.isfinite(run.score) or not run.episodes:

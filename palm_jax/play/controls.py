@@ -29,7 +29,7 @@ class Controls:
     who: acts, one of the game's players.
     drag: (x, y) within the unit circle: how far the person pulls along the two directions.
     rate: most frames a second.
-    paused: nothing moves but by `steps`.
+    paused: nothing moves but by `steps`; what psi and label change is shown.
     waits: the world stands still while the person does nothing.
     steps, resets, turns, draws: how often a step, a new episode, another pair of directions and a
       random class were asked for.

@@ -15,7 +15,7 @@ from palm_jax import agent as agents
 from palm_jax import environment
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.data.arrays import Data
-from palm_jax.play.controls import Controls
+from palm_jax.play.controls import ENDLESS, Controls
 from palm_jax.world import LatentManifold, Params, State
 
 POINTS = 256  # random pictures of the map
@@ -53,6 +53,7 @@ class Asked(NamedTuple):
     action: (z_dim,) the person's.
     alpha, beta, psi: () float32.
     length: () int32 frames of an episode; 0 begins the next one.
+    still: () bool, whether the latent stays, and only psi and label are shown anew.
     label: () int32 class; -1 keeps the episode's.
     episode: () int32 number of the episode, by which an agent with skills has one.
   """
@@ -64,6 +65,7 @@ class Asked(NamedTuple):
   beta: Any
   psi: Any
   length: Any
+  still: Any
   label: Any
   episode: Any
 
@@ -167,15 +169,24 @@ def make_advance(world: LatentManifold, sac: ConfigDict | None = None) -> Callab
 
   def advance(told, key, state, asked):
     key_act, key_step = jax.random.split(jax.random.fold_in(key, asked.count))
+    still, before = asked.still, state.env
     params = told.params.replace(
       alpha=asked.alpha,
-      beta=asked.beta,
+      beta=jnp.where(still, 1, asked.beta),
       truncation_psi=asked.psi,
-      episode_length=asked.length,
+      episode_length=jnp.where(still, ENDLESS, asked.length),
       label=asked.label,
     )
+    at_rest = jax.tree.map(lambda x: jnp.where(still, 0, x), before.velocity)
+    state = state.replace(env=before.replace(velocity=at_rest))
     actions = jax.lax.switch(asked.who, players, told, key_act, state, asked)
     _, state, rewards, _ = world.step_all(key_step[None], state, actions, params)
+    kept = lambda old, new: jnp.where(still, old, new)
+    env = state.env.replace(
+      velocity=jax.tree.map(kept, before.velocity, state.env.velocity),
+      step=kept(before.step, state.env.step),
+    )
+    state = state.replace(env=env)
     shown = Shown(
       picture=state.seen[0, ..., -world.generator.image_shape[-1] :],
       features=state.features[0],
@@ -277,6 +288,7 @@ def _random_features(world, told, advance, start, state):
       beta=np.float32(start.beta),
       psi=np.float32(start.psi),
       length=np.int32(0),
+      still=np.bool_(False),
       label=np.int32(-1),
       episode=np.int32(0),
     )
@@ -295,7 +307,8 @@ def _random_features(world, told, advance, start, state):
 
 def _real(world, params, data):
   """Real of at most REAL training pictures, drawn with one seed."""
-  rows = np.sort(np.random.default_rng(0).permutation(len(data.train.images))[:REAL])
+  # Not sorted: where not all are looked at, sets that lie by class would show the first ones.
+  rows = np.random.default_rng(0).permutation(len(data.train.images))[:REAL]
   images = data.train.images[rows]
   look, found, began = jax.jit(world.features.apply), [], None
   for at in range(0, len(images), BATCH):

@@ -14,7 +14,7 @@ let pulled = [0, 0];  // the drag that acts now
 let grip = null;  // where a pointer went down, in pixels of the stage
 const held = new Set();  // arrow keys
 const rewards = [], path = [], times = [];
-let dirty = false;
+let dirty = false, failed = false;
 
 const address = new URL('play', location.href.replace(/^http/, 'ws'));
 const socket = new WebSocket(address);
@@ -46,7 +46,7 @@ function later() {
 socket.onopen = () => say('Connected');
 socket.onclose = event => {
   if (event.code === 1013) say('Too many tabs: close one, then reload', true);
-  else if (!$('status').classList.contains('bad')) say('The server has ended: start it again and open its new address', true);
+  else if (!failed) say('The connection has ended: reload; if that fails, start the server again and open its new address', true);
   for (const element of document.querySelectorAll('button, input, select')) element.disabled = true;
 };
 socket.onmessage = event => {
@@ -61,7 +61,7 @@ function receive(message, content) {
   else if (message.kind === 'frame') frame(message, content);
   else if (message.kind === 'nearest') nearest(message.found);
   else if (message.kind === 'film') save(message, content);
-  else if (message.kind === 'error') { say(message.text, true); $('film').disabled = false; $('saved').textContent = ''; }
+  else if (message.kind === 'error') { failed = message.text.includes('has failed'); say(message.text, true); $('film').disabled = false; $('saved').textContent = ''; }
 }
 
 function frame(message, pixels) {

@@ -88,7 +88,7 @@ def make_app(game: Game, port: int, token: str) -> web.Application:
 
 def _guard(port, token):
   """Refuses other hosts (names that were pointed to this machine), other pages, other tokens."""
-  hosts = {f'{name}:{port}' for name in NAMES}
+  hosts = {name if port == 80 else f'{name}:{port}' for name in NAMES}  # as browsers write them
   origins = {f'http://{host}' for host in hosts}
   sockets = ' '.join(sorted(f'ws://{host}' for host in hosts))  # 'self' lacks them in older Safari
   headers = {

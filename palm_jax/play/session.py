@@ -60,7 +60,13 @@ class Session:
   def due(self) -> bool:
     """Whether the world is to move on."""
     c, done = self.controls, self._done
-    if (c.resets, c.steps) != (done.resets, done.steps) or _look(c) != _look(done):
+    return self._moves or _look(c) != _look(done)
+
+  @property
+  def _moves(self):
+    """Whether the latent is to move on."""
+    c, done = self.controls, self._done
+    if (c.resets, c.steps) != (done.resets, done.steps):
       return True
     idle = c.waits and c.who == 'person' and c.drag == (0.0, 0.0)
     return not (c.paused or idle)
@@ -85,12 +91,14 @@ class Session:
       beta=np.float32(c.beta),
       psi=np.float32(c.psi),
       length=np.int32(0 if begins else c.length),
+      still=np.bool_(not self._moves),
       label=np.int32(self._label(c, begins)),
       episode=np.int32(self.episode),
     )
     self._state, shown = self.game.advance(self.game.told, self._key, self._state, asked)
     shown = Shown(*jax.device_get(shown))
-    self._done = c
+    stepped = (done.steps + 1) % controls.LAST if c.steps != done.steps else c.steps
+    self._done = dataclasses.replace(c, steps=stepped)  # several were asked for, one is done
     self.count = (self.count + 1) % controls.LAST
     self.episode = (self.episode + int(shown.step == 0)) % controls.LAST
     self.last = shown

@@ -223,6 +223,8 @@ def make_card(
       env_steps=made.pop('env_steps', env_steps),
       **made,
     ),
-    results=dict(probe=cards.read_probe(workdir, sha256), ood=cards.read_ood(workdir, sha256)),
+    results=dict(
+      probe=cards.read_probe(workdir, sha256), ood=cards.read_ood(workdir, sha256, step)
+    ),
     config=config,
   )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from palm_jax.base.errors import UserError, one_line
-from palm_jax.base.results import read_result
+from palm_jax.base.results import MADE_FROM, read_result
 
 OUR_NAME = 'PALM encoder'  # in results
 ROW_PARTS = 'features F method labels num_classes fraction draw n_train n_test'.split()
@@ -65,17 +65,24 @@ def read_probe(workdir: pathlib.Path, sha256: str) -> dict[str, Any] | None:
   return dict(rows=rows, protocol=protocol)
 
 
-def read_ood(workdir: pathlib.Path, sha256: str) -> dict[str, Any] | None:
+def read_ood(workdir: pathlib.Path, sha256: str, step: int) -> dict[str, Any] | None:
   """Rows (means and standard deviations), accuracy and protocol of results/ood.json, as
-  `read_probe`."""
+  `read_probe`; `step` is that of the checkpoint."""
   path = workdir / 'results' / 'ood.json'
   result = _read(path)
   if result is None:
     return None
   protocol = result.get('protocol', {})
-  frozen = protocol.get('encoders', {}).get(OUR_NAME)  # with ood.protocol=finetune there is none
+  frozen = protocol.get('encoders', {}).get(OUR_NAME)
   if frozen:
     _check_encoder(path, frozen[0].get('sha256'), sha256)
+  else:  # with ood.protocol=finetune only the checkpoint is known
+    judged = result.get(MADE_FROM, {}).get('pretrain', {}).get('step')
+    if judged != step:
+      raise UserError(
+        f'{path} is of the checkpoint at step {judged}, this is step {step}: run that job again, '
+        'or give the --step that it judged'
+      )
   means = lambda row: {name: _mean(part) for name, part in row.items()}
   return dict(
     rows=[means(row) for row in result.get('rows', [])],

@@ -43,8 +43,9 @@ class LoadedEncoder:
     network: called as `network.apply(variables, images, train=False)`.
     settings: of which `encoder.make_encoder` makes the network.
     variables: {'params', 'batch_stats'} of float32 numpy arrays.
-    image_shape: (H, W, C) that it was trained on. H and W are None where that is not known and
-      images of any size are taken.
+    image_shape: (H, W, C) that it was trained on; of a Nature CNN whose file does not say it, the
+      smallest that its layers take. H and W are None where that is not known and images of any
+      size are taken.
     sides: H and W that it takes, in words.
     features: F.
     card: how it was made and what was measured (card.py); None where there is none.
