@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.decomposition import NMF
 from sklearn.exceptions import ConvergenceWarning
 
-from palm_jax.base import checks
+from palm_jax.base import checks, devices
 from palm_jax.base.errors import UserError
 from palm_jax.base.pictures import grid, save_png
 from palm_jax.base.processes import is_first
@@ -155,6 +155,7 @@ def run(this: Run) -> dict[str, Any]:
       concepts=c.concepts,
       seed=config.seed,
     ),
+    **devices.describe(this.mesh),
   )
 
 

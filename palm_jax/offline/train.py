@@ -141,7 +141,8 @@ def run(this: Run) -> dict[str, Any]:
   figure.draw(rows, folder / 'values.png')
   if world and this.config.world.task == 'goal':
     rest['oracle'] = _oracle(judge, this.config)
-  return dict(rows=rows, **rest, protocol=_protocol(this.config))
+  about = devices.describe(this.mesh)
+  return dict(rows=rows, **rest, protocol=_protocol(this.config), **about)
 
 
 def _records(this, folder, world, envs, origin):

@@ -72,9 +72,8 @@ def make(
   Raises:
     UserError: an invalid setting; names it and what was expected.
   """
-  given = dict(alpha=alpha, beta=beta, truncation_psi=truncation_psi, episode_length=episode_length)
   defaults = _environment(
-    {name: value for name, value in given.items() if value is not None}
+    dict(alpha=alpha, beta=beta, truncation_psi=truncation_psi, episode_length=episode_length)
     | dict(dynamics=dynamics, start=start, stack=stack)
     | dict(latent_space=latent_space, style_mixing=style_mixing, crop=crop)
   )
@@ -83,10 +82,7 @@ def make(
   if task == 'class' and head is None:
     raise UserError("task 'class' without a head: give head=(kernel, bias) of a linear probe")
   generator = viewed(_loaded(generator), latent_space, style_mixing, crop)
-  if not isinstance(label, INTEGERS) or not -1 <= label < max(generator.num_classes, 1):
-    raise UserError(
-      f'label={label!r}: expected -1 or a class below {max(generator.num_classes, 1)}'
-    )
+  _check_label(label, max(generator.num_classes, 1))
   if task == 'goal':
     _check_goal(goal, generator.image_shape)
   height, width, channels = generator.image_shape
@@ -126,10 +122,17 @@ def _loaded(generator):
   return generator
 
 
+def _check_label(label, num_classes):
+  if not isinstance(label, INTEGERS) or not -1 <= label < num_classes:
+    raise UserError(f'label={label!r}: expected -1 or a class below {num_classes}')
+
+
 def _environment(settings):
-  """`environment.default_config` with the settings, checked."""
+  """`environment.default_config` with the settings that are not None, checked."""
   found = environment.default_config()
   for name, value in settings.items():
+    if value is None:
+      continue
     kind = {int: 'a whole number', float: 'a number'}.get(type(found[name]), 'text')
     try:
       found[name] = value
