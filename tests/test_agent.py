@@ -14,6 +14,7 @@ from configs import cifar
 from palm_jax import agent, environment, pretrain, reward, sac
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
+from tests.test_curiosity import mlp
 from tests.worlds import tiny_config
 
 B, F, D, A = 16, 5, 4, 3
@@ -87,6 +88,14 @@ def test_features_are_standardised_by_all_that_was_seen():
   want = (h - np.mean(seen, (0, 1))) / np.sqrt(within)
   got = agent.observe(state, h, np.zeros(B, np.int32), c.sac)
   np.testing.assert_allclose(got, np.clip(want, -5, 5), rtol=1e-3, atol=1e-4)
+  far = np.mean(seen, (0, 1)) + 50 * np.sqrt(within) * [[1], [-1]]
+  got = agent.observe(state, far.astype(np.float32), np.zeros(2, np.int32), c.sac)
+  np.testing.assert_array_equal(got, [[5] * F, [-5] * F])
+  # However many came before, a batch moves them by a hundredth of the way.
+  old = state.replace(moments=state.moments.replace(count=state.moments.count * 0 + 10_000))
+  new = update(old, transitions(7).replace(h=transitions(7).h + 100))
+  gap = transitions(7).h.mean(0) + 100 - old.moments.mean
+  np.testing.assert_allclose(new.moments.mean - old.moments.mean, 0.01 * gap, rtol=1e-3)
 
 
 def test_a_skill_is_a_direction_of_its_episode():
@@ -101,6 +110,55 @@ def test_a_skill_is_a_direction_of_its_episode():
   h = transitions(0).h
   seen = agent.observe(state, h, episodes[:B], c.sac)
   np.testing.assert_allclose(seen, np.append(h, found[:B], 1), rtol=1e-6)
+
+
+def test_following_the_skill_is_rewarded():
+  """cos(phi(s'), skill), by numpy."""
+  rewards = []
+  for weight in (0.0, 3.0):
+    c = config_of(reward=dict(skill=weight, k=3), skill_dim=2, standardise=True)
+    state, t = init(jax.random.key(0), F, D, A, c), transitions(0)
+    mean, var = t.h.mean(0), t.h.var(0)
+    state = state.replace(moments=state.moments.replace(mean=mean, var=var))
+    learned, r, _ = jax.jit(lambda s, t=t, c=c: agent.intrinsic_reward(s, t, c))(state)
+    rewards.append(np.asarray(r))
+  arrived = np.clip((t.next_h - mean) / np.sqrt(var), -5, 5)
+  phi = mlp(jax.device_get(learned.skill.params), arrived)
+  phi /= np.linalg.norm(phi, axis=1, keepdims=True)
+  cosine = np.sum(phi * np.asarray(agent.skills(t.episodes, 2)), 1)
+  np.testing.assert_allclose(rewards[1] - rewards[0], 3 * cosine, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('on', ['next', 'current'])
+@pytest.mark.parametrize('kind, space', [('apt', 'h'), ('apt', 'projection'), ('rnd', 'h')])
+def test_a_reward_is_of_the_frame_that_it_should_be_of(kind, space, on):
+  c = config_of(reward=dict(kind=kind, space=space, on=on, k=3), standardise=True)
+  state, t = init(jax.random.key(0), F, D, A, c), transitions(0)
+  state = state.replace(moments=state.moments.replace(var=np.full(F, 9, np.float32)))
+  given = jax.jit(lambda s, t: agent.intrinsic_reward(s, t, c)[1])
+  features = dict(h=('h', 'next_h'), projection=('z', 'next_z'))[space]
+  changed = []
+  for name in ('h', 'next_h', 'z', 'next_z'):
+    x = getattr(t, name)
+    other = t.replace(**{name: x[:, ::-1] * np.linspace(0.5, 2, x.shape[1], dtype=np.float32)})
+    if not np.allclose(given(state, t), given(state, other), rtol=1e-5):
+      changed.append(name)
+  assert changed == [features[on == 'next']]
+
+
+@pytest.mark.parametrize('kind', ['icm', 'disagreement'])
+def test_what_is_predicted_is_the_next_frame_of_the_one_before(kind):
+  c = config_of(reward=dict(kind=kind, models=3))
+  state, t = init(jax.random.key(0), F, D, A, c), transitions(0)
+  learned, r, _ = jax.jit(lambda s: agent.intrinsic_reward(s, t, c))(state)
+  params = jax.device_get(learned.curiosity.params)
+  before = np.append(t.h, t.action, 1).astype(np.float64)
+  if kind == 'icm':
+    expected = np.log1p(np.linalg.norm(t.next_h - mlp(params['forward'], before), axis=1))
+  else:
+    guesses = [mlp(jax.tree.map(lambda x, i=i: x[i], params), before) for i in range(3)]
+    expected = np.var(guesses, 0, ddof=1).mean(-1)
+  np.testing.assert_allclose(r, expected, rtol=1e-4)
 
 
 def test_an_episode_is_played_by_one_of_the_past_policies():
