@@ -93,7 +93,7 @@ def init(
   if r.memory:
     width = projection_dim if r.space == 'projection' else feature_dim
     parts['memory'] = reward.empty_memory(r.memory, width)
-  if r.kind != 'apt':
+  if r.kind in reward.LEARNED:
     parts['curiosity'] = curiosity.init(key_curiosity, r.kind, feature_dim, action_dim, r)
   if c.skill_dim:
     parts['skill'] = curiosity.init(key_skill, 'aps', feature_dim, c.skill_dim, r)
@@ -194,14 +194,14 @@ def intrinsic_reward(
   """
   c, metrics = config.reward, {}
   novel_next = c.on == 'next'
-  if c.kind == 'apt':
+  if c.kind in reward.OF_FEATURES:
     if c.space == 'projection':
       x = t.next_z if novel_next else t.z
     else:
       x = t.next_h if novel_next else t.h
     if c.space == 'unit':
       x = reward.unit(x, state.moments.mean)
-    r = reward.global_entropy_reward(x, axis_name, memory=state.memory, **reward.options(c))
+    r = reward.OF_FEATURES[c.kind](x, axis_name, memory=state.memory, **reward.options(c))
     if c.memory:
       state = state.replace(memory=reward.remember(state.memory, x, axis_name))
   else:

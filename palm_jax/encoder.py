@@ -29,6 +29,7 @@ RESNETS = {'resnet18': 18, 'resnet34': 34, 'resnet50': 50}
 VITS = {f'vit_{size}': heads for size, heads in HEADS.items()}
 NAMES = *RESNETS, *VITS, 'nature'
 LEAST_SIDE = 36  # of the Nature CNN's pictures
+LARGE = 96  # side of pictures for which a stem that halves them is meant
 
 
 def default_config() -> ConfigDict:
@@ -55,6 +56,13 @@ def check(c: ConfigDict) -> None:
   """Raises UserError on invalid settings of the config's section `encoder`."""
   checks.ranges('encoder', c, RANGES)
   make_encoder(c)
+
+
+def cheaper_eyes(c: ConfigDict, shape: tuple[int, ...]) -> str:
+  """Setting with which pictures of a shape (H, W, C) take less memory, for messages; else ''."""
+  if c.name in RESNETS and c.stem == 'cifar' and min(shape[:2]) >= LARGE:
+    return f", encoder.stem to 'imagenet' (for {shape[0]}x{shape[1]} a sixteenth of the memory)"
+  return ''
 
 
 def check_picture(c: ConfigDict, shape: tuple[int, ...]) -> None:

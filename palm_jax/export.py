@@ -33,7 +33,7 @@ from palm_jax.base.digests import digest
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import replacing, user_path
 from palm_jax.checkpoint import load_encoder
-from palm_jax.encoder import make_encoder
+from palm_jax.encoder import VITS, make_encoder
 from palm_jax.formats import onnx_file, torch_encoders
 from palm_jax.formats.arrays import read_arrays
 from palm_jax.formats.torch_encoders import torch_state
@@ -241,11 +241,16 @@ def sizes(settings: dict[str, Any], variables: dict[str, Any]) -> Sizes:
       side = math.isqrt(params['dense']['kernel'].shape[0] // params['conv3']['kernel'].shape[-1])
       # Strides 4, 2 and 1 without padding; generators draw squares.
       shape = (8 * side + 28, 8 * side + 28, params['conv1']['kernel'].shape[2])
-    elif 'patch' in params:
+    elif settings['name'] in VITS:
       side, _, channels, _ = params['patch']['kernel'].shape
       count = params['position'].shape[1] - ('class_token' in params)
       shape = (math.isqrt(count) * side, math.isqrt(count) * side, channels)  # squares again
-    else:
+    else:  # a ResNet, or an encoder of someone's own that says its pictures as they do
+      if 'stem_conv' not in params:
+        raise UserError(
+          f'encoder {settings["name"]!r} has no stem_conv: call its first convolution so, and have '
+          'it take pictures of 8x8 or more, to export and load it'
+        )
       shape = (8, 8, params['stem_conv']['kernel'].shape[2])
     images = jax.ShapeDtypeStruct((1, *shape), np.uint8)
     init = functools.partial(encoder.init_with_output, train=False)
@@ -263,7 +268,7 @@ def sizes(settings: dict[str, Any], variables: dict[str, Any]) -> Sizes:
         f'encoder of {settings}: give the config and the checkpoint of one run'
       )
   sides = ANY
-  if 'patch' in params:
+  if settings['name'] in VITS:
     sides = f'H and W {shape[0]}'
   elif settings['name'] == 'nature':
     sides = f'H and W {shape[0]} to {shape[0] + 7}'

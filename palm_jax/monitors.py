@@ -1,6 +1,7 @@
 """What people look at while an encoder trains: collapse monitors and films of the agent at play."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from palm_jax import environment, rollout
 from palm_jax.rollout import World
 from palm_jax.setup import Setup
 
-BATCH = 128  # pictures that the rank's encoder sees at once
+BATCH = 128  # pictures of up to 64x64 that the rank's encoder sees at once; fewer of larger ones
 LEAST_SPREAD = 0.1  # of z_std_ratio, 1 when healthy
 LEAST_RANK = 3.0  # of h: so few directions tell no ten classes apart
 WIDEST_CONE = 0.5  # length of the mean unit latent, 0 when latents go everywhere
@@ -90,9 +91,16 @@ def representations(
     h = setup.modules.encoder.apply(variables['encoder'], frames, train=False)
     return h, setup.modules.projector.apply(variables['projector'], h, train=False)
 
-  in_batches = lambda x: x.reshape(-1, min(BATCH, num_images), *x.shape[1:])
+  at_once = math.gcd(num_images, _at_once(setup.image_shape))
+  in_batches = lambda x: x.reshape(-1, at_once, *x.shape[1:])
   found = jax.lax.map(encode, jax.tree.map(in_batches, (ids, env)))
   return jax.tree.map(lambda x: x.reshape(num_images, -1), found)
+
+
+def _at_once(image_shape):
+  """A power of 2, of pictures that take no more memory than BATCH of 64x64."""
+  pixels = max(64 * 64, image_shape[0] * image_shape[1])
+  return max(1, 2 ** int(math.log2(BATCH * 64 * 64 / pixels)))
 
 
 def fill_stack(

@@ -1,6 +1,7 @@
 """Exploration reward: k-nearest-neighbour entropy of the representation (APT, Liu and Abbeel, arXiv
 2103.04551)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -15,7 +16,7 @@ from palm_jax.contrastive import normalize
 FEWEST_CHOSEN = 6  # candidates whose distance is computed exactly, where k is 1 or 2
 LOG_FLOOR = 1e-6  # log d has no bound on identical frames
 ON = 'next', 'current'  # of the two frames
-KINDS = 'apt', 'rnd', 'icm', 'disagreement'
+LEARNED = 'rnd', 'icm', 'disagreement'  # in curiosity.py
 SPACES = 'h', 'unit', 'projection'
 TRANSFORMS = {
   'log1p': jnp.log1p,  # URLB utils.PBE
@@ -34,8 +35,7 @@ def default_config() -> ConfigDict:
       clip=0.0,  # URLB icm_apt.yaml; 1e-4 in its aps.yaml
       # PALM 4.2: r(s, a, s'), and s' is what the action changed; 'current': URLB icm_apt.py
       on='next',
-      # PALM 4.2: 'apt'; others in KINDS learn what is new (curiosity.py): URLB's knowledge-based
-      # three
+      # PALM 4.2: 'apt'; those in LEARNED learn what is new: URLB's knowledge-based three
       kind='apt',
       # of apt: 'h' as PALM 4.2; 'unit': (h - running mean) / norm, which no contrast enlarges;
       # 'projection': SimSiam's z
@@ -69,11 +69,11 @@ def check(c: ConfigDict, batch_size: int) -> None:
   checks.between('reward.k', c.k, 1, batch_size - 1, hint=larger)
   checks.choice('reward.on', c.on, ON)
   checks.choice('reward.transform', c.transform, TRANSFORMS)
-  checks.choice('reward.kind', c.kind, KINDS)
+  checks.choice('reward.kind', c.kind, (*OF_FEATURES, *LEARNED))
   checks.choice('reward.space', c.space, SPACES)
   checks.ranges('reward', c, RANGES)
   for name in ('space', 'memory'):
-    if c.kind != 'apt' and c[name] != default_config()[name]:
+    if c.kind in LEARNED and c[name] != default_config()[name]:
       raise UserError(f"reward.{name}={c[name]!r} with reward.kind={c.kind!r}: it is of 'apt'")
   if c.memory:
     checks.divisible('reward.memory', c.memory, batch_size, 'pretrain.batch_size')
@@ -224,3 +224,8 @@ def global_entropy_reward(
     valid = jnp.concatenate([jnp.ones(len(candidates), bool), valid])
     candidates = jnp.concatenate([candidates, memory.features.astype(h.dtype)])
   return entropy_reward(h, candidates, self_index=self_index, valid=valid, **options)
+
+
+# By reward.kind: (x (B, F), axis_name, memory, **options) -> (B,), of features and nothing that is
+# learned; x, memory and options as of `global_entropy_reward`.
+OF_FEATURES: dict[str, Callable[..., jax.Array]] = {'apt': global_entropy_reward}

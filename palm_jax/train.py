@@ -56,7 +56,8 @@ def run(this: Run) -> dict:
   key = first_key(config)
   template = template_of(program, key, world)
   activations = cost.activation_bytes(config, generator, template.ssl, mesh.size)
-  check_memory(template, world, mesh, activations)
+  eyes = encoder.cheaper_eyes(config.encoder, program.setup.image_shape)
+  check_memory(template, world, mesh, activations, eyes)
   worlds.check_pictures(config, generator)
   per_call, env_steps = p.iterations_per_call, program.env_steps_per_iteration
   total = program.setup.num_calls * per_call
@@ -155,13 +156,16 @@ def note_devices(before: int, now: int) -> None:
     )
 
 
-def check_memory(state: pretrain.State, world: World, mesh: Mesh, activations: int) -> None:
+def check_memory(
+  state: pretrain.State, world: World, mesh: Mesh, activations: int, eyes: str = ''
+) -> None:
   """Raises UserError where what a device holds exceeds its memory; reads shapes only.
 
   Args:
     state, world: arrays or their shapes.
     mesh: whose devices share them.
     activations: bytes that a device's backward pass needs besides.
+    eyes: of `encoder.cheaper_eyes`.
   """
   split, whole = [state.ring, state.env, state.frames], [state.ssl, state.agent]
   (split if isinstance(world.material, Experience) else whole).append(world.material)
@@ -171,7 +175,9 @@ def check_memory(state: pretrain.State, world: World, mesh: Mesh, activations: i
     'encoder.width, simsiam.* or sac.hidden': cost.nbytes(whole),
     'pretrain.batch_size or encoder.width': activations,
   }
-  remedy = f'lower {max(takes, key=takes.__getitem__)}; --job=plan says what fits'
+  most = max(takes, key=takes.__getitem__)
+  eyes = eyes.replace(', ', ', or set ', 1) if takes[most] == activations else ''
+  remedy = f'lower {most}{eyes}; --job=plan says what fits'
   what = 'replay, networks and activations take'
   devices.check_fits(sum(takes.values()), mesh, what, remedy)
 

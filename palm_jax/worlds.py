@@ -15,7 +15,7 @@ from palm_jax.base.errors import NonFiniteError
 from palm_jax.base.files import user_path
 from palm_jax.data.arrays import Data
 from palm_jax.generator import load_generator
-from palm_jax.generator.views import viewed
+from palm_jax.generator.views import viewed, with_dtype
 from palm_jax.rollout import DTYPES, World
 
 PROBED = 8  # pictures
@@ -35,7 +35,7 @@ def load_world_generator(config: ConfigDict, workdir: pathlib.Path) -> Any:
       'the generator of %s is not complete: if it trains on, this run continues in another world',
       path,
     )
-  return as_world(config, generator.with_dtype(DTYPES[config.pretrain.dtype]))
+  return as_world(config, with_dtype(generator, DTYPES[config.pretrain.dtype]))
 
 
 def as_world(config: ConfigDict, generator: Any) -> Any:

@@ -16,6 +16,7 @@ from palm_jax.offline import behaviours, records
 from palm_jax.offline.methods import act_sac
 from palm_jax.world import goal_latent, make
 from palm_jax.world.gym import LatentManifoldVectorEnv
+from palm_jax.world.sb3 import make_vec_env
 from palm_jax.world.tasks import oracle_action
 
 pytestmark = pytest.mark.slow
@@ -54,51 +55,6 @@ def measures():
   return at_random, mean_return(lambda seen: np.broadcast_to(best, (len(seen), len(best))))
 
 
-class Envs:
-  """The batch of environments as Stable-Baselines3's VecEnv, which begins episodes at once."""
-
-  def __new__(cls, count):
-    base = pytest.importorskip('stable_baselines3.common.vec_env').VecEnv
-
-    class Batch(base):
-      def __init__(self):
-        self.envs = LatentManifoldVectorEnv(count, world=make(**GOAL))
-        super().__init__(count, self.envs.single_observation_space, self.envs.single_action_space)
-
-      def reset(self):
-        return self.envs.reset(seed=self._seeds[0] or 0)[0]
-
-      def step_async(self, actions):
-        self.actions = actions
-
-      def step_wait(self):
-        seen, rewards, _, cut, _ = self.envs.step(self.actions)
-        infos = [{} for _ in range(count)]
-        if cut.any():  # all at once: the step that begins the next episodes
-          last, (seen, *_) = seen, self.envs.step(self.actions)
-          for info, observation in zip(infos, last, strict=True):
-            info['terminal_observation'] = observation
-            info['TimeLimit.truncated'] = True
-        return seen, rewards, cut, infos
-
-      def close(self):
-        self.envs.close()
-
-      def get_attr(self, name, indices=None):
-        return [getattr(self.envs, name)] * count
-
-      def set_attr(self, name, value, indices=None):
-        setattr(self.envs, name, value)
-
-      def env_method(self, name, *args, indices=None, **kwargs):
-        return [getattr(self.envs, name)(*args, **kwargs)] * count
-
-      def env_is_wrapped(self, wrapper_class, indices=None):
-        return [False] * count
-
-    return Batch()
-
-
 def score(capsys, name, act):
   """Mean return of act: (E, F) -> (E, A), 0 that of random actions and 1 that of the oracle."""
   at_random, oracle = measures()
@@ -122,10 +78,35 @@ def test_stable_baselines_learns_to_reach_a_goal(name, capsys):
     SAC=dict(gamma=0.9, learning_rate=1e-3, gradient_steps=8, ent_coef='auto_0.01'),
     PPO=dict(gamma=0.9, n_steps=63, batch_size=252),
   )[name]
-  model = getattr(agents, name)('MlpPolicy', Envs(count), seed=0, device='cpu', **settings)
+  envs = make_vec_env(count, world=make(**GOAL))
+  model = getattr(agents, name)('MlpPolicy', envs, seed=0, device='cpu', **settings)
   model.learn(STEPS if name == 'SAC' else 2 * STEPS)
   found = score(capsys, name, lambda seen: model.predict(seen, deterministic=True)[0])
   assert found > (0.5 if name == 'SAC' else 0.0)
+
+
+def test_stable_baselines_has_an_episodes_last_picture_and_return():
+  checks = pytest.importorskip('stable_baselines3.common.vec_env')
+  envs = checks.VecMonitor(make_vec_env(3, world=make(**GOAL | dict(episode_length=5))))
+  plain = LatentManifoldVectorEnv(3, world=make(**GOAL | dict(episode_length=5)))
+  for _ in range(2):  # a seed is for one reset
+    envs.seed(7)
+    seen, (other, _) = envs.reset(), plain.reset(seed=7)
+    np.testing.assert_array_equal(seen, other)
+    actions = np.random.default_rng(0).uniform(-1, 1, (12, 3, *envs.action_space.shape))
+    total = 0
+    for t in range(4):
+      seen, rewards, done, infos = envs.step(actions[t])
+      other, expected, *_ = plain.step(actions[t])
+      np.testing.assert_array_equal(rewards, expected)
+      total += expected
+      assert done.all() == (t == 3)
+    for info, last, sums in zip(infos, other, total, strict=True):
+      np.testing.assert_array_equal(info['terminal_observation'], last)
+      assert info['TimeLimit.truncated'] and info['episode']['l'] == 4
+      assert info['episode']['r'] == pytest.approx(float(sums), abs=1e-5)
+    other, *_ = plain.step(actions[3])
+    np.testing.assert_array_equal(seen, other)
 
 
 def test_our_sac_learns_to_reach_it(tmp_path, capsys):

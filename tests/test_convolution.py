@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -172,3 +173,24 @@ def test_gradients_inside_a_loop_have_the_fast_layout():
   assert not fast(in_loop(lambda x, k: xla(x, k, 1, 'SAME'))), (
     'XLA now does this itself: the module may go'
   )
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    dict(kernel_dilation=2),
+    dict(strides=(2, 1)),
+    dict(feature_group_count=4),
+    dict(padding='SAME', strides=(2, 2)),
+    dict(padding='SAME', kernel_size=(4, 4)),
+    dict(padding='VALID', kernel_size=(2, 2)),
+    dict(padding=1, strides=(2, 2)),
+  ],
+)
+def test_layers_of_other_forms_are_flaxs(options):
+  x = jax.random.normal(jax.random.key(0), (2, 9, 8, 4))
+  options = dict(dict(features=8, kernel_size=(3, 3), padding='VALID'), **options)
+  plain = nn.Conv(**options)
+  variables = plain.init(jax.random.key(1), x)
+  ours = nn.Conv(**options, conv_general_dilated=convolution.flax_conv)
+  np.testing.assert_allclose(ours.apply(variables, x), plain.apply(variables, x), atol=1e-5)

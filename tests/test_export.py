@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -588,6 +589,27 @@ def test_refusals(workdir, tmp_path, monkeypatch, arguments, message):
   with pytest.raises(UserError, match=message):
     export.export(workdir, **arguments)
   assert not list(tmp_path.iterdir())
+
+
+def test_an_encoder_of_someones_own_says_what_pictures_it_takes(monkeypatch):
+  class Own(nn.Module):
+    stem: str
+
+    @nn.compact
+    def __call__(self, images, train):
+      del train
+      h = nn.Conv(7, (3, 3), name=self.stem)(images / 127.5 - 1)
+      return h.mean((1, 2))
+
+  for stem in ('stem_conv', 'patch'):
+    monkeypatch.setattr(export, 'make_encoder', lambda c, stem=stem: Own(stem))
+    variables = Own(stem).init(jax.random.key(0), np.zeros((1, 9, 9, 5)), train=False)
+    if stem == 'stem_conv':
+      found = export.sizes(dict(name='own'), variables)
+      assert (found.image_shape, found.features) == ((8, 8, 5), 7)
+      continue
+    with pytest.raises(UserError, match="'own' has no stem_conv: call its first convolution so"):
+      export.sizes(dict(name='own'), variables)
 
 
 def test_workdirs_without_an_encoder(workdir, tmp_path):

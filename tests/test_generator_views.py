@@ -105,6 +105,18 @@ class Told(LinearGenerator):
   image_shape = (40, 40, 1)
 
 
+def test_views_compute_in_the_type_of_what_they_show(generator):
+  """And generators that know only one stay as they are."""
+  inner = Told()
+  assert views.with_dtype(prompts(inner, np.eye(3)), jnp.bfloat16).generator is inner
+  half = views.with_dtype(views.cropped(generator, 1), jnp.bfloat16)
+  z, labels = np.ones((1, generator.z_dim), np.float32), np.zeros(1, np.int32)
+  drawn = half.apply(half.variables, z, labels)
+  wanted = generator.with_dtype(jnp.bfloat16).apply(generator.variables, z, labels)
+  np.testing.assert_array_equal(drawn, wanted[:, 1:-1, 1:-1])
+  assert not np.array_equal(wanted, generator.apply(generator.variables, z, labels))
+
+
 @pytest.mark.slow
 def test_a_world_of_prompts_is_played_in_with_momentum_and_seen_in_stacks():
   c = nature_config()

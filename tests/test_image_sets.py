@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from palm_jax.base.errors import UserError
+from palm_jax.data import decoding
 from palm_jax.data.arrays import Split
 from palm_jax.evaluate.image_sets import check_source, image_set, interpolate, load_images
 
@@ -90,6 +91,17 @@ def test_pictures_are_cropped_and_averaged(tmp_path, height, width):
   np.testing.assert_allclose(got, wanted, atol=1)  # Pillow rounds after each of the two directions
   assert np.abs(got - np.asarray(wanted)).mean() < 0.5
   assert f'central squares of side {side}, then Pillow bilinear (antialiased) to 32' in description
+
+
+def test_pictures_beside_resized_data_are_resized_as_they_were(tmp_path):
+  images = pictures(3, 50, 90)
+  data = np.stack([decoding.fit_array(image, 16) for image in images])
+  folder = str(write(tmp_path / 'set', images))
+  got, description = load_images(folder, 16, lanczos=True)
+  np.testing.assert_array_equal(got, data)
+  assert 'Lanczos' in description
+  other, _ = image_set(folder, Split(data, np.zeros(3, np.int64)))
+  assert np.abs(other - data.astype(int)).mean() > 1
 
 
 def test_lsun_becomes_csis_lsun_fix(tmp_path):

@@ -1,9 +1,14 @@
 """Monitors see a collapse."""
 
+import dataclasses
+import types
+
+import jax
 import numpy as np
 import pytest
 
-from palm_jax import monitors
+from palm_jax import environment, monitors, rollout, simsiam
+from tests.test_rollout import made
 
 
 def test_effective_rank_sees_what_std_does_not():
@@ -46,3 +51,45 @@ def test_troubles_are_told():
   ):
     (line,) = monitors.troubles(healthy | changes).values()
     assert all(word in line for word in words) and '\n' not in line
+
+
+def test_ranks_are_of_what_the_encoder_makes_of_the_worlds_pictures():
+  play, world = made()
+  seen = lambda frames: frames.reshape(len(frames), -1)[:, :5].astype(np.float32)
+  encoder = types.SimpleNamespace(apply=lambda _, frames, train: seen(frames))
+  projector = types.SimpleNamespace(apply=lambda _, h, train: 2 * h[:, :3])
+  play = dataclasses.replace(play, modules=simsiam.Modules(encoder, projector, None))
+  parts = dict(encoder={}, projector={})
+  key = jax.random.key(2)
+  h, z = monitors.representations(
+    play, 24, dict(params=parts, batch_stats=parts), world, key
+  )  # 8 at a time
+  env, _ = monitors.begin(play, world, key, 24)
+  expected = seen(np.asarray(rollout.render(play, world, env.z, env.label)))
+  np.testing.assert_array_equal(h, expected)
+  np.testing.assert_array_equal(z, 2 * expected[:, :3])
+  found = monitors.ranks(lambda *_: (h, z), None, None, None)
+  assert found['h_effective_rank'] == monitors.effective_rank(expected)[0]
+  assert found['z_top_variance'] == monitors.effective_rank(expected[:, :3])[1]
+
+
+@pytest.mark.parametrize(
+  'side, count', [(8, 128), (64, 128), (128, 32), (500, 2), (512, 2), (4096, 1)]
+)
+def test_large_pictures_are_fewer_at_once(side, count):
+  assert monitors._at_once((side, side, 3)) == count
+
+
+def test_a_film_begins_with_what_is_seen_first(monkeypatch):
+  play, world = made()
+  actions = jax.random.uniform(jax.random.key(9), (4, 6), minval=-1, maxval=1)
+  monkeypatch.setattr(rollout, 'act', lambda *_: actions)
+  key = jax.random.key(2)
+  frames, labels = monitors.play_episodes(play, 4, 3, {}, (), world, key)
+  env, ids = monitors.begin(play, world, key, 4)
+  np.testing.assert_array_equal(labels, [0, 1, 2, 0])
+  env = env.replace(label=labels)
+  for t in range(3):
+    np.testing.assert_array_equal(frames[:, t], rollout.render(play, world, env.z, labels))
+    _, key_env = jax.random.split(jax.random.fold_in(key, t + 1))
+    env = environment.step(env, actions, key_env, ids, world.dynamics, 9, 3)

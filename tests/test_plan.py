@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from palm_jax import pretrain, settings, train, worlds
+from palm_jax import encoder, pretrain, settings, train, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from palm_jax.runner import run
@@ -89,6 +89,10 @@ def test_a_replay_beyond_the_memory_is_refused_before_it_is_made():
     train.check_memory(state, world, mesh, 0)
   with pytest.raises(UserError, match=r'take \d+.\d GiB .* lower pretrain.batch_size or encoder'):
     train.check_memory(state.replace(ring=()), world, mesh, 1 << 40)
+  eyes = encoder.cheaper_eyes(config.encoder, (512, 512, 3))
+  assert encoder.cheaper_eyes(config.encoder, (64, 64, 3)) == ''
+  with pytest.raises(UserError, match="encoder.width, or set encoder.stem to 'imagenet' .for 512x"):
+    train.check_memory(state.replace(ring=()), world, mesh, 1 << 40, eyes)
 
 
 @pytest.mark.parametrize('objective', ['simclr', 'supcon', 'byol', 'vicreg', 'barlow'])

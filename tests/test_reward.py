@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from palm_jax import reward
+from palm_jax import agent, reward
 from palm_jax.base.errors import UserError
+from tests.worlds import tiny_config
 
 OPTIONS = ('k', 'average', 'transform', 'include_self', 'clip')
 entropy = jax.jit(reward.entropy_reward, static_argnames=OPTIONS)
@@ -155,3 +156,17 @@ def test_defaults_are_those_of_the_function():
   h = jax.random.normal(jax.random.key(4), (32, 4))
   config = reward.options(reward.default_config())
   np.testing.assert_array_equal(entropy(h, **config), entropy(h))
+
+
+def test_a_reward_of_someones_own_has_a_name(monkeypatch):
+  """One entry makes it a choice of the config, and the agent's reward."""
+  monkeypatch.setitem(reward.OF_FEATURES, 'mine', lambda x, axis_name, memory, **_: x[:, 0])
+  c = tiny_config()
+  c.reward.kind = 'mine'
+  reward.check(c.reward, 32)
+  h = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+  t = agent.Transitions(-h, h, h, h, h, np.arange(4))
+  np.testing.assert_array_equal(agent.intrinsic_reward(agent.only_acting({}), t, c)[1], h[:, 0])
+  c.reward.kind = 'other'
+  with pytest.raises(UserError, match="reward.kind='other' is unknown.*apt, mine, rnd"):
+    reward.check(c.reward, 32)

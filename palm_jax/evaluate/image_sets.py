@@ -17,12 +17,20 @@ from palm_jax.data.load import load as load_data
 INTERP = ('interp:pairs', 'interp:csi')
 BATCH = 100  # alinlab/CSI's test batch, which its interpolation partners by
 CELEBA_SIDE = 178  # the width of an aligned CelebA picture
-RESIZED = 'then Pillow bilinear (antialiased)'  # in descriptions
+RESIZED = 'then Pillow'  # in descriptions
+# By whether it is Lanczos; both are antialiased.
+FILTERS = {
+  False: (Image.Resampling.BILINEAR, 'bilinear (antialiased)'),
+  True: (Image.Resampling.LANCZOS, 'Lanczos (antialiased)'),
+}
 CELEBA_PARTS = 'list_eval_partition.txt'  # as published: '000001.jpg 0' a line, 2 for test
 
 
 def image_set(
-  source: str, id_split: Split, data_dir: str | os.PathLike | None = None
+  source: str,
+  id_split: Split,
+  data_dir: str | os.PathLike | None = None,
+  lanczos: bool = False,
 ) -> tuple[np.ndarray, str]:
   """Images to be told apart from those of `id_split`.
 
@@ -30,6 +38,7 @@ def image_set(
     source: 'interp:pairs' or 'interp:csi', see `interpolate`; else what `load_images` reads.
     id_split: the in-distribution test images in their order.
     data_dir: where bare names lie, see palm_jax.data.load.
+    lanczos: see `load_images`.
 
   Returns:
     (images (M, H, W, C) uint8, description for protocols).
@@ -46,7 +55,7 @@ def image_set(
       f'{source}: the in-distribution images are {height}x{width}, expected square ones for sets '
       f'other than {" and ".join(INTERP)}'
     )
-  return load_images(source, height, data_dir, channels)
+  return load_images(source, height, data_dir, channels, lanczos)
 
 
 def check_source(source: str) -> None:
@@ -71,7 +80,11 @@ def check_source(source: str) -> None:
 
 
 def load_images(
-  path_or_name: str, size: int, data_dir: str | os.PathLike | None = None, channels: int = 3
+  path_or_name: str,
+  size: int,
+  data_dir: str | os.PathLike | None = None,
+  channels: int = 3,
+  lanczos: bool = False,
 ) -> tuple[np.ndarray, str]:
   """Images whose labels do not matter, all of one shape.
 
@@ -89,6 +102,8 @@ def load_images(
     size: height and width of the result.
     data_dir: where bare names lie, see palm_jax.data.load.
     channels: of the result, 3 or 1.
+    lanczos: resize by the filter of data.size. Pictures that another filter made smaller are told
+      apart by their sharpness alone.
 
   Returns:
     (images (N, size, size, channels) uint8, description: what was read, how many, how resized).
@@ -101,7 +116,7 @@ def load_images(
   path = user_path(path_or_name.removeprefix('celeba:'))
   files = _image_files(path) if path.is_dir() else []
   if files:
-    images, description = _read_folder(path, files, size, channels, celeba)
+    images, description = _read_folder(path, files, size, channels, celeba, lanczos)
   elif celeba:
     raise UserError(
       f'{path} holds no {decoding.SHOWN_SUFFIXES} files: name the folder of the aligned '
@@ -220,7 +235,7 @@ def _image_files(root):
   return [root / file for file in files if not part or file.parts[0] == part]
 
 
-def _read_folder(root, files, size, channels, celeba):
+def _read_folder(root, files, size, channels, celeba, lanczos):
   part = root.name
   if celeba:
     files, part = _celeba_test(root, files)
@@ -239,14 +254,14 @@ def _read_folder(root, files, size, channels, celeba):
     # Halves go to the even number, as in torchvision's CenterCrop.
     top, left = (round((length - side) / 2) for length in pixels.shape[:2])
     square = Image.fromarray(pixels[top : top + side, left : left + side])
-    resized = np.asarray(square.resize((size, size), Image.Resampling.BILINEAR))
+    resized = np.asarray(square.resize((size, size), FILTERS[lanczos][0]))
     images[i] = resized.reshape(size, size, channels)
     sides.add(side)
     progress.update(i + 1, {})
   if sides == {size}:
     return images, f'folder {part}, as they are'
   span = f'{min(sides)}' if len(sides) == 1 else f'{min(sides)} to {max(sides)}'
-  how = f'central squares of side {span}, {RESIZED} to {size}'
+  how = f'central squares of side {span}, {RESIZED} {FILTERS[lanczos][1]} to {size}'
   return images, f'folder {part}, {how}'
 
 

@@ -146,9 +146,9 @@ def run(this: Run) -> dict[str, Any]:
       f'ood.knn_k={config.ood.knn_k}, but there are {count} training images: set it to fewer'
     )
   sources = named_sources(config.ood.sets)
-  sets = {
-    name: image_set(source, data.test, config.data.dir or None) for name, source in sources.items()
-  }
+  lanczos = bool(config.data.get('size', 0))  # as the data were resized
+  folder = config.data.dir or None
+  sets = {name: image_set(x, data.test, folder, lanczos) for name, x in sources.items()}
   images = dict(train=data.train.images, test=data.test.images)
   images |= {f'ood_{name}': found for name, (found, _) in sets.items()}
   foreign = load_foreign(config, {name: len(found) for name, found in images.items()})

@@ -10,7 +10,9 @@ class PictureGenerator(Protocol):
 
   Attributes:
     variables: pytree of arrays; a compiled function takes it as an argument of `apply`.
-    z_dim: length of a latent. Latents are standard normal.
+    z_dim: length of a latent. StyleGAN reads a latent's direction alone. A world's latents are
+      shorter than standard normal ones: at alpha 0.5, beta 0.95 a tenth as long. A generator to
+      which length matters should normalise them.
     num_classes: labels are below it; 0 is unconditional, and labels are then not read.
     image_shape: (H, W, C).
   """

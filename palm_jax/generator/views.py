@@ -24,6 +24,12 @@ def prepared(generator: PictureGenerator, variables: Any) -> Any:
   return variables if own is None else own(variables)
 
 
+def with_dtype(generator: Any, dtype: Any) -> Any:
+  """The generator whose networks compute in `dtype`; itself where it knows only its own."""
+  own = getattr(generator, 'with_dtype', None)
+  return generator if own is None else own(dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class _MoreVariables:
   """A view with variables beside those of the generator within: {'generator', ...}."""
@@ -38,6 +44,10 @@ class _MoreVariables:
   def prepared(self, variables: Any) -> Any:
     """As of the inner generator."""
     return dict(variables, generator=prepared(self.generator, variables['generator']))
+
+  def with_dtype(self, dtype: Any) -> Any:
+    """With that of the inner generator."""
+    return dataclasses.replace(self, generator=with_dtype(self.generator, dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +199,10 @@ class _SameVariables:
   def prepared(self, variables: Any) -> Any:
     """As of the inner generator."""
     return prepared(self.generator, variables)
+
+  def with_dtype(self, dtype: Any) -> Any:
+    """With that of the inner generator."""
+    return dataclasses.replace(self, generator=with_dtype(self.generator, dtype))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,9 +94,33 @@ def _as_channels(x, size):
 
 
 def flax_conv(
-  x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Padding, **_: Any
+  x: jax.Array,
+  kernel: jax.Array,
+  strides: Sequence[int],
+  padding: Any,
+  lhs_dilation: Sequence[int] = (1, 1),
+  rhs_dilation: Sequence[int] = (1, 1),
+  feature_group_count: int = 1,
+  **how: Any,
 ) -> jax.Array:
-  """For nn.Conv(conv_general_dilated=flax_conv), with the same stride on both axes."""
+  """For nn.Conv(conv_general_dilated=flax_conv).
+
+  What the convolutions here do not do, such as groups, dilation, or two different strides, XLA's
+  does.
+  """
+  rare = {*lhs_dilation, *rhs_dilation, feature_group_count} != {1} or len({*strides}) > 1
+  even = not all(size % 2 for size in kernel.shape[:2])
+  if rare or (isinstance(padding, str) and (even or strides[0] > 1)):
+    return lax.conv_general_dilated(
+      x,
+      kernel,
+      strides,
+      padding,
+      lhs_dilation,
+      rhs_dilation,
+      feature_group_count=feature_group_count,
+      **how,
+    )
   if strides[0] == 1:
     return conv(x, kernel, padding)
   return strided_conv(x, kernel, strides[0], padding)

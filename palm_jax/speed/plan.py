@@ -20,8 +20,10 @@ from palm_jax.base import checks, devices
 from palm_jax.base.errors import UserError, one_line
 from palm_jax.base.processes import is_first
 from palm_jax.base.results import read_result
+from palm_jax.encoder import cheaper_eyes
 from palm_jax.generator import LoadedGenerator, PictureGenerator, load_generator
 from palm_jax.generator.networks import make_networks
+from palm_jax.generator.views import with_dtype
 from palm_jax.job import Job, Run, never
 from palm_jax.speed import cost, timing, workload
 
@@ -88,7 +90,7 @@ def make_generator(config: ConfigDict, workdir: pathlib.Path) -> LoadedGenerator
   """The generator of the config or of this workdir; `untrained_generator` where there is none."""
   if config.generator.path or (workdir / 'generator' / 'network.json').exists():
     generator = load_generator(config.generator.path or workdir)
-    return generator.with_dtype(rollout.DTYPES[config.pretrain.dtype])
+    return with_dtype(generator, rollout.DTYPES[config.pretrain.dtype])
   return untrained_generator(config)
 
 
@@ -199,6 +201,7 @@ def check_memory(config: ConfigDict, result: dict[str, Any]) -> None:
   else:
     remedy = 'lower pretrain.batch_size or encoder.width'
   more = ', replay.actions to int8' if ring.actions != 'int8' else ''
+  more += cheaper_eyes(config.encoder, result['picture'])
   raise UserError(
     f'replay.capacity={ring.capacity} with pretrain.batch_size={config.pretrain.batch_size} takes '
     f'about {need / 2**30:.1f} GiB on each of {result["num_devices"]} device(s), which have '

@@ -176,9 +176,10 @@ def learn(setup: Setup, ssl: dict[str, Any], s: jax.Array, s_next: jax.Array) ->
 
 
 def reward_of(setup: Setup, h: jax.Array) -> jax.Array:
-  """The reward of each batch."""
-  options = reward.options(setup.config.reward)
-  return one_by_one(lambda h: reward.global_entropy_reward(h, 'data', **options), h)
+  """The reward of each batch; where it is learned, apt's."""
+  c = setup.config.reward
+  of = reward.OF_FEATURES.get(c.kind, reward.global_entropy_reward)
+  return one_by_one(lambda h: of(h, 'data', **reward.options(c)), h)
 
 
 def learn_policy(

@@ -53,7 +53,7 @@ def make(
 
   Args:
     generator: a PictureGenerator, or path or name for `load_generator`.
-    task: 'none', 'entropy', 'class' or 'goal' (`tasks.py`).
+    task: 'none', 'entropy', 'class' or 'goal' (`tasks.py`), or a `tasks.Task`.
     observations: 'pixels' (H, W, C) uint8, or 'features' of the encoder.
     encoder: Features, the workdir of a pretraining, or 'random'; None is random where features are
       needed.

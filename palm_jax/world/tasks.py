@@ -17,6 +17,7 @@ from palm_jax.base.errors import UserError
 from palm_jax.reward import empty_memory, entropy_reward, remember
 
 TASKS = 'none', 'entropy', 'class', 'goal'
+PARTS = 'name', 'optimum', 'sees', 'init', 'reward'  # of a Task
 RANGES = dict(k=checks.Range(1, 10**6), memory=checks.Range(1, 10**9))  # whole numbers
 
 
@@ -24,7 +25,7 @@ class Task(Protocol):
   """A reward of features.
 
   Attributes:
-    name: of TASKS.
+    name: of TASKS, or another.
     optimum: largest reward of a step; None where there is none.
     sees: whether it reads features.
   """
@@ -153,12 +154,20 @@ class Goal(_WithoutMemory):
     return memory, _paid(cosine, self.threshold)
 
 
-def make_task(name: str, threshold: float | None = None, **settings: Any) -> Task:
-  """The task of a name, dense, or sparse with a threshold.
+def make_task(name: str | Task, threshold: float | None = None, **settings: Any) -> Task:
+  """The task of a name, dense, or sparse with a threshold; a Task of someone's own as it is.
 
   Raises:
     UserError: an unknown name, or a setting that the task does not have.
   """
+  if not isinstance(name, str):
+    missing = [part for part in PARTS if not hasattr(name, part)]
+    if missing or settings or threshold is not None:
+      raise UserError(
+        f'task is a {type(name).__name__}: expected one of {", ".join(TASKS)}, or an object with '
+        f'{", ".join(PARTS)} (tasks.Task) and no other settings'
+      )
+    return name
   checks.choice('task', name, TASKS)
   kinds = {'none': Nothing, 'entropy': Entropy, 'class': Classify, 'goal': Goal}
   if threshold is not None:
