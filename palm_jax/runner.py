@@ -1,21 +1,23 @@
 """Runs jobs by name, in order. It knows nothing else about any of them."""
 
 import dataclasses
+import functools
 import importlib
 import pathlib
 import sys
 
+import jax
 from absl import logging
 from ml_collections import ConfigDict
 
 from palm_jax import provenance, settings
 from palm_jax import workdir as workdirs
-from palm_jax.base import checks, console, devices
+from palm_jax.base import checks, console, devices, digests, processes
 from palm_jax.base.errors import UserError
 from palm_jax.base.processes import is_first
 from palm_jax.base.results import write_result
 from palm_jax.base.training import Stopped
-from palm_jax.data import collected
+from palm_jax.data import collected, published
 from palm_jax.data.collected import COLLECTED, load_collected
 from palm_jax.data.load import load as load_data
 from palm_jax.job import Job, Run
@@ -91,16 +93,22 @@ def run(
     each.check(config, mesh.size)
   for each in jobs:
     if download and each.fetch:
-      each.fetch(config)
+      processes.first_then_all(functools.partial(each.fetch, config), 'the download has failed')
   digest = provenance.data_digest(config, jobs)
   this = Run(config, workdir, mesh, None, download)
   this = dataclasses.replace(this, runner=sys.modules[__name__], data_digest=digest)
   waiting = provenance.waiting(jobs, this)
   if config.data.name != COLLECTED and any(each.needs_data(config) for each in waiting):
     c = config.data
+    if download:
+      fetch = functools.partial(published.fetch_missing, c.name, c.dir or None)
+      processes.first_then_all(fetch, 'the download has failed')
     data = load_data(c.name, download=download, data_dir=c.dir or None, size=c.get('size', 0))
     this = dataclasses.replace(this, data=data)
     logging.info('data: %s', data.source)
+    if jax.process_count() > 1:
+      splits = digests.of_arrays(*data.train, *data.test)
+      processes.agree({f'data {c.name}': splits}, 'give all of them the same files')
     for each in waiting:
       each.check_data(this)
   before = workdirs.is_claimed(workdir)

@@ -14,7 +14,7 @@ from palm_jax import encoder, experience, monitors, pairs, pretrain, worlds
 from palm_jax.base import devices, pictures
 from palm_jax.base.digests import digest
 from palm_jax.base.errors import NonFiniteError, UserError
-from palm_jax.base.processes import is_first
+from palm_jax.base.processes import agree, is_first
 from palm_jax.base.training import Training
 from palm_jax.experience import Experience
 from palm_jax.job import Job, Run
@@ -64,6 +64,8 @@ def run(this: Run) -> dict:
   check_record(config, world, total)
   monitor_every = max(1, round(program.setup.num_calls * p.monitor_fraction)) * per_call
   world_sha256 = digest(generator.variables, {})
+  # Each would play in a world of its own, and nothing would tell.
+  agree({'the generator': world_sha256}, 'give all of them the same files')
 
   with Training(
     'pretrain',

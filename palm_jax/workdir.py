@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from palm_jax.base import checks
 from palm_jax.base.errors import UserError, one_line
 from palm_jax.base.files import abandoned, held, locked, user_path, write_json
-from palm_jax.base.processes import any_process, is_first
+from palm_jax.base.processes import any_process, from_first, is_first, together
 from palm_jax.base.signals import raise_if_interrupted
 from palm_jax.job import Job
 
@@ -105,7 +105,7 @@ def claim(
         working = [name for name in names if held(_lock_path(workdir, name))]
         begun = any((workdir / name).exists() for name in (*names, 'results'))
         begun = begun or bool(working and is_claimed(workdir))
-        if not begun or not _fits(workdir, now, jobs):
+        if not begun or not _fits(workdir, _saved(workdir), now, jobs):
           write_json(workdir / CONFIG, now)
         if not working:
           _tidy(workdir, names)
@@ -119,7 +119,7 @@ def claim(
       f'{e.filename or workdir} cannot be written ({e.strerror}): fix that or choose another '
       '--workdir'
     )
-  _raise_together(workdir, refused)
+  together(refused, f'{workdir} cannot be had')
   compare(workdir, config, jobs)
 
 
@@ -172,24 +172,25 @@ def release(workdir: pathlib.Path, jobs: Sequence[str]) -> None:
 
 def compare(workdir: pathlib.Path, config: ConfigDict, jobs: Sequence[Job]) -> None:
   """Raises UserError where another command, or process, has the workdir with another config."""
-  refused = None
+  saved = refused = None
+  if is_first():  # to the others a file server may not show yet what this one has written
+    try:
+      # Not between another command's look at who works here and its claim.
+      with _locked(workdir / CLAIM):
+        saved = _saved(workdir)
+    except UserError as e:
+      refused = e
+  together(refused, f'{workdir} cannot be had')
+  saved = from_first(saved)
   try:
-    # Not between another command's look at who works here and its claim.
-    with _locked(workdir / CLAIM) if is_first() else contextlib.nullcontext():
-      _fits(workdir, json.loads(config.to_json_best_effort()), jobs)
+    _fits(workdir, saved, json.loads(config.to_json_best_effort()), jobs)
   except UserError as e:
     refused = e
-  _raise_together(workdir, refused)
+  together(refused, f'{workdir} cannot be had')
 
 
-def _raise_together(workdir, refused):
-  """Raises where any process has an error."""
-  if any_process(refused):
-    raise refused or UserError(f'{workdir} cannot be had: another process says why')
-
-
-def _fits(workdir, now, jobs):
-  """Whether config.json says the same. Raises UserError where it may not differ so."""
+def _saved(workdir):
+  """What config.json says. Raises UserError where it cannot be read."""
   path = workdir / CONFIG
   try:
     saved = json.loads(path.read_text())
@@ -199,6 +200,12 @@ def _fits(workdir, now, jobs):
     raise UserError(f'{path} is missing, but jobs have written there: {RESTORE}') from None
   except (OSError, ValueError, RecursionError) as e:
     raise UserError(f'{path} is damaged ({one_line(e)}): {RESTORE}') from e
+  return saved
+
+
+def _fits(workdir, saved, now, jobs):
+  """Whether config.json, which is `saved`, says the same. Raises UserError where it may not differ
+  so."""
   if saved != now:
     _refuse_differences(workdir, checks.flatten(saved), checks.flatten(now), jobs)
   return saved == now

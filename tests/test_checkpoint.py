@@ -498,11 +498,15 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_step_before(tmp_path, saved):
 
 
 ONE_OF_TWO = """
-import os, signal, sys, numpy as np, jax
+import os, pathlib, signal, sys, numpy as np, jax
 from jax.sharding import NamedSharding, PartitionSpec as P
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from palm_jax.base import processes
+from configs import digits
+from palm_jax import runner
+from palm_jax.base import checkpoints as checkpoint_module
+from palm_jax.base import processes, steps
 from palm_jax.base.checkpoints import Checkpoints
+from palm_jax.base.errors import UserError
 from palm_jax.base.training import Preemption
 sharding = NamedSharding(jax.sharding.Mesh(jax.devices(), ('data',)), P('data'))
 value = np.arange(4000.).reshape(4, 1000)
@@ -513,6 +517,29 @@ checkpoints.save(1, {'a': {'x': x}}, {})
 checkpoints.save(2, {'a': {'x': x * 2}}, {})
 checkpoints.wait()
 assert checkpoints.restore(wanted).step == 2
+told = {'by': jax.process_index(), 'x': [1, None, 'text' * jax.process_index()]}
+told = processes.from_first(told)
+assert told == {'by': 0, 'x': [1, None, '']}
+second = jax.process_index() == 1
+for failing in (0, 1):  # both raise where one has an error
+  mine = UserError('mine') if jax.process_index() == failing else None
+  try:
+    processes.together(mine, 'it cannot be')
+  except UserError as e:
+    assert str(e) == ('mine' if mine else 'it cannot be: another process says why')
+  else:
+    raise AssertionError
+# A file server that shows the second process nothing new.
+read, listed = pathlib.Path.read_text, steps.list_steps
+def stale(path, *_):
+  if second and path.name in ('config.json', '_CHECKPOINT_METADATA'):
+    raise FileNotFoundError(2, 'No such file', str(path))
+  return read(path)
+pathlib.Path.read_text = stale
+checkpoint_module.list_steps = lambda folder: [1] if second else listed(folder)
+runner.claim(pathlib.Path(sys.argv[3]) / 'run', digits.get_config())
+assert checkpoint_module.load(checkpoints.folder, 'a', template=wanted['a']).step == 2
+pathlib.Path.read_text, checkpoint_module.list_steps = read, listed
 if jax.process_index() == 1:  # what only the second process reads
   [path] = [p for p in (checkpoints.folder / '2').rglob('ocdbt.process_1/d/*')]
   data = bytearray(path.read_bytes())

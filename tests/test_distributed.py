@@ -259,7 +259,7 @@ def test_other_settings_are_refused_in_all_processes(monkeypatch):
       processes.agree(each)
 
   told({'seed': 0, 'lr': float('nan')}, {'seed': 0, 'lr': float('nan')})
-  message = 'process 2 was started with jobs=None, process 0 with .*: start all with the same'
+  message = 'process 2 has jobs=None, process 0 .*: start all with the same'
   with pytest.raises(UserError, match=message):
     told(*[{'seed': 0, 'jobs': ['probe']}] * 2, {'seed': 0})
 

@@ -20,7 +20,7 @@ from orbax.checkpoint import v1 as ocp
 from palm_jax.base import digests, files
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import sync
-from palm_jax.base.processes import any_process
+from palm_jax.base.processes import any_process, from_first
 from palm_jax.base.signals import raise_if_interrupted
 from palm_jax.base.steps import Restored, list_steps, nested_template, newest, one_line
 
@@ -212,7 +212,7 @@ class Checkpoints:
     """
     self.wait()
     self._damaged = []
-    steps = self.steps()
+    steps = from_first(self.steps())
     return newest(self.folder, steps, lambda _: templates, self._damaged) if steps else None
 
 
@@ -255,7 +255,7 @@ def load(
       )
     return {name: template or nested_template(record['items'][name])}
 
-  steps = list_steps(folder)
+  steps = from_first(list_steps(folder))  # another may be saved at any moment
   if step not in (None, *steps) or not steps:
     job = f'run --job={folder.parent.name} first'
     if steps:

@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -53,13 +53,58 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-def agree(settings: Mapping[str, Any]) -> None:
-  """Raises UserError, in all processes, where one has other settings than the first.
+def from_first(value: Any) -> Any:
+  """What the first process has, in all; JSON. All must ask together.
 
-  Each would wait for the others in another place.
+  It is for what is looked up in files: file servers show a new one at other times to each machine.
+  """
+  if jax.process_count() == 1:
+    return value
+  text = np.frombuffer(json.dumps(value if is_first() else None).encode(), np.uint8)
+  padded = np.full(largest(len(text)), ord(' '), np.uint8)
+  padded[: len(text)] = text
+  return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+
+
+def together(error: UserError | None, what: str) -> None:
+  """Raises UserError, in all processes, where any has one; all must ask together.
 
   Args:
-    settings: {name: value} of the command, all of it JSON.
+    error: of this process.
+    what: cannot be done, in the words of a process that could have.
+  """
+  if any_process(error):
+    raise error or UserError(f'{what}: another process says why')
+
+
+def first_then_all(prepare: Callable[[], None], what: str) -> None:
+  """Has the first process prepare something in the files that all may share, then the others.
+
+  Args:
+    prepare: does nothing where it is done already; raises UserError.
+    what: as for `together`.
+  """
+  error = None
+  if is_first():
+    try:
+      prepare()
+    except UserError as e:
+      error = e
+  together(error, what)
+  if not is_first():
+    prepare()
+
+
+def agree(
+  settings: Mapping[str, Any], remedy: str = 'start all with the same --job, --workdir and --config'
+) -> None:
+  """Raises UserError, in all processes, where one has other settings than the first.
+
+  Each would wait for the others in another place, or compute something else.
+
+  Args:
+    settings: {name: value}, all of it JSON.
+    remedy: what to do, for the message.
   """
   if jax.process_count() == 1:
     return
@@ -73,8 +118,7 @@ def agree(settings: Mapping[str, Any]) -> None:
     if differ:
       name = differ[0]
       raise UserError(
-        f'process {number} was started with {name}={other.get(name)!r}, process 0 with '
-        f'{first.get(name)!r}: start all with the same --job, --workdir and --config'
+        f'process {number} has {name}={other.get(name)!r}, process 0 {first.get(name)!r}: {remedy}'
       )
 
 

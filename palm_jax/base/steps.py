@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 from palm_jax.base import digests
 from palm_jax.base.errors import UserError
-from palm_jax.base.processes import any_process
+from palm_jax.base.processes import any_process, from_first, is_first
 from palm_jax.base.signals import raise_if_interrupted
 
 
@@ -111,22 +111,24 @@ def _load(folder, step, make_templates):
 
 
 def _read_record(path):
-  """The metadata that were saved with a step: {'metadata', 'items'}."""
-  record = {}
-  reason = None
-  passing = None
+  """The metadata that were saved with a step, {'metadata', 'items'}, as the first process reads it.
+
+  To the others a file server may not show yet what this one has written.
+  """
+  record = reason = passing = None
   try:
-    custom = json.loads((path / '_CHECKPOINT_METADATA').read_text())['custom_metadata']
-    record = custom['record']
-    if digests.json_digest(record) != custom['sha256']:
-      reason = 'its metadata do not match their digest'
+    if is_first():
+      custom = json.loads((path / '_CHECKPOINT_METADATA').read_text())['custom_metadata']
+      record = custom['record']
+      if digests.json_digest(record) != custom['sha256']:
+        reason = 'its metadata do not match their digest'
   except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
     reason = f'its metadata cannot be read: {one_line(e)}'
     passing = _passing(e)
   _refuse_passing(path, passing)
   if any_process(reason):
-    raise Damaged(reason or 'another process cannot read it')
-  return record
+    raise Damaged(reason or 'the first process cannot read it')
+  return from_first(record)
 
 
 def _read_items(path, templates):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
 from palm_jax import checkpoint
@@ -258,7 +258,7 @@ def extract_batches(
   if not isinstance(apply_fn, jax.tree_util.Partial):
     apply_fn = jax.tree_util.Partial(apply_fn)
   if mesh is not None:
-    apply_fn = jax.device_put(apply_fn, NamedSharding(mesh, PartitionSpec()))
+    apply_fn = devices.replicate(mesh, apply_fn)
   features, done = [], 0
   for batch in batches:
     done = min(done + len(batch), count)

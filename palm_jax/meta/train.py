@@ -156,7 +156,7 @@ def run(this: Run) -> dict:
   """
   config, c, mesh = this.config, this.config.meta, this.mesh
   family, tasks = latent_goals(config, this.workdir)
-  tasks = devices.replicate(mesh, tasks)
+  tasks = devices.replicate(mesh, jax.device_get(tasks))
   key = jax.random.key(config.seed)
   trained = {}
   for kind in c.agents:
@@ -248,7 +248,7 @@ def train(
       state, scalars = restored.items['state'], restored.metadata['metrics']
       returns = restored.metadata['returns']
     else:
-      state, scalars, returns = devices.replicate(mesh, program.init(key)), {}, {}
+      state, scalars, returns = devices.jit_once(program.init, everywhere)(key), {}, {}
     while not training.over:
       state, metrics = program.call(state, tasks.variables, tasks.training)
       learned = training.step >= loop.warmup_iterations(c)

@@ -71,6 +71,8 @@ RANGES = dict(
 def check(config: ConfigDict, num_devices: int) -> None:
   """Raises UserError on settings that the job would refuse."""
   del num_devices  # it computes on the first
+  if jax.process_count() > 1:
+    raise UserError('--job=offline runs in one process: start it without several')
   if 'offline' not in config or 'world' not in config:
     raise UserError('this config has no section offline: take --config=configs/offline.py')
   c = config.offline
@@ -89,8 +91,6 @@ def check(config: ConfigDict, num_devices: int) -> None:
   for name in ('hidden_actor', 'hidden_critic', 'hidden_behaviour'):
     widths[f'offline.bear.{name}'] = c.bear[name]
   devices.check_layers(widths, c.seeds, devices.make_mesh(1))
-  if jax.process_count() > 1:
-    raise UserError('--job=offline runs in one process: start it without several')
   if c.environment == records.WORLD and config.world.observations != 'features':
     raise UserError(
       f'world.observations={config.world.observations!r} with --job=offline: it learns from '

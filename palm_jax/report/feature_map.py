@@ -14,6 +14,7 @@ from PIL import Image
 from palm_jax import encoder
 from palm_jax.base import pictures
 from palm_jax.base.errors import UserError
+from palm_jax.base.processes import from_first
 from palm_jax.base.steps import list_steps
 from palm_jax.evaluate import features
 from palm_jax.report import charts, page
@@ -89,7 +90,7 @@ def section(report: Report) -> str:
   umap = None if config.report.umap == 'never' else find_umap()
   out = ''
   for run in report.runs:
-    if not list_steps(run.folder / 'pretrain' / 'checkpoints'):
+    if not from_first(list_steps(run.folder / 'pretrain' / 'checkpoints')):
       continue
     try:
       frozen = _load_encoder(run, config.seed, test.images.shape[1:])

@@ -15,7 +15,7 @@ from palm_jax import pairs, pretrain, rollout, worlds
 from palm_jax.base import checks, devices
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import write_json
-from palm_jax.base.processes import any_process
+from palm_jax.base.processes import any_process, is_first
 from palm_jax.generator import PictureGenerator
 from palm_jax.job import Job, Run
 from palm_jax.speed import (
@@ -82,7 +82,8 @@ def run(this: Run) -> dict:
       logging.warning('benchmark: no time is left for %s (benchmark.minutes)', name)
       return
     result[name] = measure()
-    write_json(path, result)
+    if is_first():
+      write_json(path, result)
 
   if to_grow(config):
     note('growth', lambda: growth.measure(config, this.workdir, mesh))

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from palm_jax import pairs, pretrain, rollout, worlds
 from palm_jax.base import checks, devices
 from palm_jax.base.errors import UserError, one_line
-from palm_jax.base.processes import is_first
+from palm_jax.base.processes import from_first, is_first
 from palm_jax.base.results import read_result
 from palm_jax.encoder import cheaper_eyes
 from palm_jax.generator import LoadedGenerator, PictureGenerator, load_generator
@@ -88,7 +88,8 @@ def run(this: Run) -> dict:
 
 def make_generator(config: ConfigDict, workdir: pathlib.Path) -> LoadedGenerator:
   """The generator of the config or of this workdir; `untrained_generator` where there is none."""
-  if config.generator.path or (workdir / 'generator' / 'network.json').exists():
+  own = from_first((workdir / 'generator' / 'network.json').exists())
+  if config.generator.path or own:
     generator = load_generator(config.generator.path or workdir)
     return with_dtype(generator, rollout.DTYPES[config.pretrain.dtype])
   return untrained_generator(config)
