@@ -114,11 +114,6 @@ def test_the_trunk_is_transferred_and_all_else_is_fresh(pretrained):
   )
   for name in trunk:
     assert np.any(scratch['encoder'][name]['kernel'] != params['encoder'][name]['kernel'])
-  # Features before the dense layer are those of the pretrained network on the same pictures.
-  stacks = batches(1).stacks[0]
-  dense = jax.jit(lambda variables: NatureCNN(8).apply({'params': variables}, stacks, train=False))
-  same_dense = dict(variables['params'], dense=params['encoder']['dense'])
-  np.testing.assert_array_equal(dense(params['encoder']), dense(same_dense))
 
 
 def test_learning_rates_by_group(updated):

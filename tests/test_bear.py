@@ -65,7 +65,9 @@ def test_mmd_of_the_same_samples_is_nothing_and_has_a_gradient():
 def updated():
   """State, what an update makes of it, and its metrics."""
   c = config()
-  state = bear.init(jax.random.key(0), O, A, c)
+  state, other = (bear.init(jax.random.key(i), O, A, c) for i in range(2))
+  # At first the targets are copies, which would show nothing.
+  state = state.replace(target_actor=other.target_actor, target_critic=other.target_critic)
   return state, *jax.jit(lambda s, b, k: bear.update(s, b, k, c))(state, batch(), jax.random.key(1))
 
 

@@ -262,9 +262,29 @@ def saved(tmp_path_factory, mesh):
   return workdir, program, generator, state
 
 
+COMPARED = []  # (real, pictures compared with it) of each comparison of the job
+
+
 @pytest.fixture(scope='module')
 def finished(data, saved, mesh):
-  return finish(diversity.JOB, job_config(), saved[0], data, mesh)
+  def score(real, fake, neighbours):
+    COMPARED.append((real, fake))
+    return own(real, fake, neighbours)
+
+  own = diversity.score
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(diversity, 'score', score)
+    return finish(diversity.JOB, job_config(), saved[0], data, mesh)
+
+
+def test_all_sets_of_a_draw_are_compared_with_its_real_pictures(finished):
+  reals, fakes = ({x.tobytes() for x in each} for each in zip(*COMPARED, strict=True))
+  draws = job_config().diversity.draws
+  assert len(reals) == draws < len(fakes) and not reals & fakes
+  real, noise = np.random.default_rng(0).normal(size=(2, 40, 3))
+  few = np.tile(real[:10], (4, 1)) + 1e-3 * noise
+  assert diversity.score(real, few, 3)['unique_nn'] == 10 / 40  # of the real ones
+  assert diversity.score(few, real, 3)['unique_nn'] > 10 / 40
 
 
 def test_the_job_reports_every_set(finished, saved):

@@ -434,3 +434,72 @@ def test_mirroring_is_training_on_flipped_copies_too():
     results.append(jax.device_get((state.D, metrics)))
   assert (places >= 40).any() and (places < 40).any()
   jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+# ---- weights of what is done now and then, and mixed styles
+
+
+def on_one_device(f, *arguments):
+  mesh = devices.make_mesh(1)
+  call = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=jax.P(), out_specs=jax.P()))
+  return call(*devices.replicate(mesh, arguments))
+
+
+def single(state):
+  return jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float64 else x, state)
+
+
+@pytest.mark.parametrize(
+  'name, penalty, changes, weight',
+  [
+    ('r1', 'r1', dict(r1_gamma=0.3, r1_interval=4), 0.3 / 2 * 4),
+    ('path_lengths', 'pl', dict(pl_weight=2.0, pl_interval=3), 2.0 * 3),
+  ],
+)
+def test_what_is_rarely_done_weighs_so_much_more(monkeypatch, name, penalty, changes, weight):
+  """arXiv 1912.04958, appendix B; stylegan2-ada-pytorch training/loss.py."""
+  update = phases.update
+
+  def told(*arguments):  # the loss in the place of the gradient's norm
+    new = update(*arguments)
+    return new._replace(grad_norm=new.loss)
+
+  monkeypatch.setattr(phases, 'update', told)
+  config, (images, labels) = tiny(**changes), data()
+  phase = phases.make_phases(config, *train.make_networks(config, (8, 8, 1), 3), 1)[name][1]
+  state = single(first_state()).replace(key=jax.random.key(1))
+  places = np.arange(BATCH, dtype=np.int32)
+  _, metrics = on_one_device(phase, state, images, labels, places)
+  assert metrics[penalty] > 0
+  np.testing.assert_allclose(metrics[f'grad_norm_{penalty}'], weight * metrics[penalty], rtol=1e-5)
+
+
+def test_mixed_styles_are_of_two_latents_from_one_layer_on():
+  config, count, (_, labels) = tiny(style_mixing=1.0), 24, data()
+  G, D = train.make_networks(config, (8, 8, 1), 3)
+  setup = phases.Setup(config, G, D, 1, BATCH, 2, None, None, ())
+  params, buffers = single(first_state()).G['params'], single(first_state()).G['buffers']
+  ids = np.arange(count)
+  found = on_one_device(
+    lambda key, params, buffers: phases.map_fakes(
+      setup, params, buffers, key, ids, jnp.asarray(labels)
+    )[:2],
+    jax.random.key(3),
+    params,
+    buffers,
+  )
+  ws, classes = found
+  _, key = jax.random.split(jax.random.key(3))
+  keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), 4))(ids)
+  latents = lambda keys: jax.vmap(lambda k: jax.random.normal(k, (8,)))(keys)
+  mapped = [
+    np.asarray(
+      G.apply(dict(params=params, buffers=buffers), latents(keys[:, i]), classes, method='mapping')
+    )
+    for i in (1, 2)
+  ]
+  is_first, is_second = (np.isclose(ws, w, atol=1e-5).all(-1) for w in mapped)  # (n, num_ws)
+  assert not (is_first & is_second).any() and (is_first | is_second).all()
+  cutoffs = is_first.sum(1)
+  assert (is_first == (np.arange(G.num_ws) < cutoffs[:, None])).all()
+  assert len(set(cutoffs)) == 1 and 1 <= cutoffs[0] < G.num_ws

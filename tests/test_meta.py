@@ -114,7 +114,9 @@ def test_kl_is_the_closed_form():
 
 @functools.cache
 def agent_of(kind):
-  return jax.jit(lambda key: pearl.init(key, kind, (F, A, 2), tiny()))(jax.random.key(0))
+  init = jax.jit(lambda key: pearl.init(key, kind, (F, A, 2), tiny()))
+  # At first the target is a copy, which would show nothing.
+  return init(jax.random.key(0)).replace(target_critic=init(jax.random.key(1)).target_critic)
 
 
 NOISE = normal(8, M, Z), normal(9, M, B, A)
@@ -182,6 +184,19 @@ def test_targets_are_constants():
   expected = jax.jit(jax.grad(by_hand))(agent.encoder)
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
   jax.tree.map(close, critic_gradient(agent, 0.0), expected)
+
+
+@pytest.mark.parametrize('scale, rises', [(-10.0, True), (10.0, False)])
+def test_target_and_temperature_follow(scale, rises):
+  agent, c = agent_of('blind'), tiny(target_entropy_scale=scale, tau=0.1)
+  batch, context, descriptors = drawn()
+  key = jax.random.key(1)
+  after, _ = jax.jit(lambda a: pearl.update(a, 'blind', batch, context, descriptors, key, c))(agent)
+  for new, old, now in zip(
+    *map(jax.tree.leaves, (after.target_critic, agent.target_critic, after.critic)), strict=True
+  ):
+    np.testing.assert_allclose(new, 0.9 * old + 0.1 * now, rtol=1e-4, atol=1e-6)
+  assert (after.log_alpha > agent.log_alpha) == rises and after.log_alpha != agent.log_alpha
 
 
 def test_what_each_agent_is_given():

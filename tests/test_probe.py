@@ -193,6 +193,25 @@ def test_the_job_judges_all_that_was_asked(run, results):
   assert 'downsample:2' in text.splitlines()[0]
 
 
+@pytest.mark.parametrize('method', ['finetune', 'supervised'])
+def test_only_fine_tuning_begins_with_the_encoder(run, monkeypatch, method):
+  class Begun(Exception):
+    pass
+
+  def fit(*arguments):
+    raise Begun(arguments)
+
+  c, workdir, data = run
+  monkeypatch.setattr(judge.classifier, 'fit', fit)
+  this = Run(c, workdir, devices.make_mesh(2), data)
+  encoder = features.load_encoder(c, workdir, (36, 36, 1))
+  task = make_tasks(c.probe, 'fine', data.train.labels, data.test.labels, 3, 0)[0]
+  with pytest.raises(Begun) as caught:
+    judge.end_to_end(this, method, encoder, task, data.train.images, {})
+  *_, named, start = caught.value.args[0]
+  assert named == method and start is (encoder if method == 'finetune' else None)
+
+
 def test_pixels_wait_for_methods_that_have_them(run, results, tmp_path, monkeypatch):
   c, workdir, data = run
   c = c.copy_and_resolve_references()

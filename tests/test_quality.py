@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 from typing import Any
 
 import jax
@@ -471,6 +472,25 @@ def test_settings_that_cannot_work(changes, message):
   with pytest.raises(UserError, match=message) as caught:
     quality.check(config, 2)
   assert '\n' not in str(caught.value)
+
+
+def test_precision_is_of_the_generated_and_recall_of_the_real():
+  c, real = quality.default_config(), np.random.default_rng(0).normal(size=(60, 2))
+  few = np.repeat(real[:1], 60, 0) + 1e-3 * np.random.default_rng(1).normal(size=(60, 2))
+  found = quality.score(real, few, 'x-', 30, c, 0)
+  assert found['x-precision'] == 1 and found['x-recall'] < 0.2
+
+
+def test_each_set_is_of_its_own_weights(monkeypatch):
+  draw = lambda variables, what: (variables, what)
+  monkeypatch.setattr(quality, 'make_draw', lambda *_: draw)
+  init = lambda key, z, label: {'first': z.sum() + label.sum()}
+  network = types.SimpleNamespace(init=init)
+  G = types.SimpleNamespace(network=network, variables='trained', z_dim=3)
+  config = ConfigDict(dict(seed=0, quality=quality.default_config()))
+  config.quality.compare_initial = True
+  sets, _ = quality._generated(config, G, None, None, None)
+  assert sets['generator'] == 'trained' and set(sets['initial generator']) == {'first'}
 
 
 def test_defaults_work():
