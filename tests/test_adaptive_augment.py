@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
+import scipy.spatial
 import scipy.special
 import scipy.stats
 from jax.sharding import PartitionSpec as P
@@ -133,6 +135,47 @@ def test_moves_are_those_of_numpy(pictures):
   np.testing.assert_allclose(
     warp(smooth, one_draw('rotate90', 1)), np.rot90(smooth, 1, (1, 2)), atol=0.05
   )
+
+
+def test_transforms_are_those_of_the_paper():
+  """arXiv 2006.06676, appendix B: the inverse of geometry, from output to input, and colours."""
+  count, size = 12, (32, 16)
+  keys = jax.vmap(jax.random.key)(np.arange(count))
+  draws = jax.device_get(ada.draw(keys, 1.0, BGC, size))
+  geometry, colour = ada.geometry(draws), ada.colour(draws)
+  axis = np.ones(3) / np.sqrt(3)
+  for i in range(count):
+    value = {op: np.asarray(draws[op][i], np.float64) for op in BGC}
+    turn = lambda angle: scipy.linalg.block_diag(
+      [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], 1
+    )
+    scale = lambda x, y: np.diag([x, y, 1])
+    move = lambda xy: np.array([[1, 0, xy[0]], [0, 1, xy[1]], [0, 0, 1]])
+    whole, wide = 2 ** value['scale'][0], 2 ** value['aniso'][0]
+    steps = [  # what is done to a picture, in order; its rows grow downwards
+      scale(1 - 2 * value['xflip'][0], 1),
+      turn(-np.pi / 2 * value['rotate90'][0]),
+      move(value['xint']),
+      scale(whole, whole),
+      turn(-value['rotate'][0]),
+      scale(wide, 1 / wide),
+      turn(-value['rotate'][1]),
+      move(value['xfrac']),
+    ]
+    forward = functools.reduce(lambda done, step: step @ done, steps)
+    np.testing.assert_allclose(geometry[i], np.linalg.inv(forward), rtol=1e-3, atol=1e-4)
+    along = np.outer(axis, axis)
+    hue = scipy.spatial.transform.Rotation.from_rotvec(value['hue'][0] * axis).as_matrix()
+    linear = (
+      (along + (np.eye(3) - along) * 2 ** value['saturation'][0])
+      @ hue
+      @ (np.eye(3) - 2 * along * value['lumaflip'][0])
+      * 2 ** value['contrast'][0]
+    )
+    np.testing.assert_allclose(colour[i][:3, :3], linear, rtol=1e-3, atol=1e-4)
+    offset = linear @ np.full(3, value['brightness'][0])
+    np.testing.assert_allclose(colour[i][:3, 3], offset, rtol=1e-3, atol=1e-4)
+  assert all(np.abs(draws[op]).max() > 0 for op in BGC)
 
 
 def test_colours_of_other_channel_counts_are_those_of_grey():
