@@ -32,7 +32,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 def worker(folder, stop_at):
   """What each process of the quick tests runs: palm_jax's own loop without its monitors, saved at
   every call; a signal to one stops all."""
+  whole = devices.machine_memory()
   processes.initialize_distributed()
+  assert devices.machine_memory() == whole // jax.process_count()  # all are on this machine
   config, mesh, generator = nature_config(), devices.make_mesh(), LargeGenerator()
   config.replay.capacity = 8 * 8  # wraps within the run
   config.pretrain.update(

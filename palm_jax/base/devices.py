@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from palm_jax.base.errors import UserError, one_line
 
 PLATFORMS = 'cpu', 'cuda', 'gpu', 'rocm', 'tpu'
+_sharing = {'processes': 1}  # of the run, on this machine
 
 
 def configure() -> None:
@@ -156,11 +157,18 @@ def memory_bytes(mesh: Mesh) -> int:
 def machine_memory() -> int:
   """Bytes of this machine's memory that its container or batch system lets this process have.
 
-  More than any has where the machine does not say (Windows).
+  It is shared with the run's other processes on this machine (`share_machine`). More than any has
+  where the machine does not say (Windows).
   """
   if not hasattr(os, 'sysconf'):
     return 2**60
-  return min(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'), _cgroup_memory())
+  whole = min(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'), _cgroup_memory())
+  return whole // _sharing['processes']
+
+
+def share_machine(processes: int) -> None:
+  """Says how many processes of the run are on this machine."""
+  _sharing['processes'] = processes
 
 
 def _cgroup_memory(groups='/proc/self/cgroup', root='/sys/fs/cgroup'):

@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -16,7 +17,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
-from palm_jax.base.devices import make_mesh
+from palm_jax.base.devices import make_mesh, share_machine
 from palm_jax.base.errors import UserError
 
 # A process that is silent for so long is taken for dead, and all others end. JAX's 100 s would
@@ -198,7 +199,9 @@ def initialize_distributed(
   sys.excepthook = _end_at_once
   # Devices meet here, where no process is far ahead: on CPU a first meeting waits 30 s, and
   # compilations take longer.
-  multihost_utils.process_allgather(np.zeros(1))
+  machine = np.uint32(zlib.crc32(socket.gethostname().encode()))
+  machines = multihost_utils.process_allgather(machine)
+  share_machine(int((machines == machine).sum()))
   wait_for_all()
   if jax.process_index():
     logging.set_verbosity(logging.WARNING)
