@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from palm_jax import encoder
 from palm_jax.layers import convolution
 from palm_jax.speed import cost
 
@@ -184,6 +185,8 @@ def test_gradients_inside_a_loop_have_the_fast_layout():
     dict(padding='SAME', strides=(2, 2)),
     dict(padding='SAME', kernel_size=(4, 4)),
     dict(padding='VALID', kernel_size=(2, 2)),
+    dict(padding='VALID', strides=(2, 2)),
+    dict(padding='VALID', kernel_size=(1, 1), strides=(2, 2)),
     dict(padding=1, strides=(2, 2)),
   ],
 )
@@ -194,3 +197,16 @@ def test_layers_of_other_forms_are_flaxs(options):
   variables = plain.init(jax.random.key(1), x)
   ours = nn.Conv(**options, conv_general_dilated=convolution.flax_conv)
   np.testing.assert_allclose(ours.apply(variables, x), plain.apply(variables, x), atol=1e-5)
+
+
+def test_layers_of_the_encoders_keep_the_fast_gradients(monkeypatch):
+  """Shortcuts of ResNets, patches of transformers, the Nature CNN's."""
+  taken = []
+  strided = convolution.strided_conv
+  monkeypatch.setattr(convolution, 'strided_conv', lambda *x: taken.append(x[2]) or strided(*x))
+  for name, side in (('resnet18', 8), ('vit_tiny', 8), ('nature', 36)):
+    c = encoder.default_config()
+    c.update(dict(name=name, width=4, features=8))
+    network, pictures = encoder.make_encoder(c), np.zeros((1, side, side, 1), np.uint8)
+    jax.eval_shape(lambda net=network, x=pictures: net.init(jax.random.key(0), x, train=False))
+  assert sorted(taken) == [2, 2, 2, 2, 2, 2, 2, 4, 4]  # six of ResNet-18; 4, 2; the patch

@@ -110,7 +110,7 @@ def flax_conv(
   """
   rare = {*lhs_dilation, *rhs_dilation, feature_group_count} != {1} or len({*strides}) > 1
   even = not all(size % 2 for size in kernel.shape[:2])
-  if rare or (isinstance(padding, str) and (even or strides[0] > 1)):
+  if rare or (padding == 'SAME' and (even or strides[0] > 1)):
     return lax.conv_general_dilated(
       x,
       kernel,
