@@ -438,7 +438,7 @@ def test_values_of_presets():
   with pytest.raises(UserError, match='auto0 is unknown'):
     presets.get_config('auto0')
   with pytest.raises(UserError, match='auto4096 is unknown.*resolutions are 8 to 2048'):
-    presets.get_config('auto99999')
+    presets.get_config('auto4096')
 
 
 # ---- bad input
