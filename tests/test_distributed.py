@@ -286,7 +286,7 @@ def test_commands_that_differ_end_together(tmp_path, changes):
       child.kill()
   assert [child.returncode for child in children] == [2, 2], errors
   for text in errors:
-    assert text.splitlines()[-1].startswith('palm_jax: process 1 was started with '), text
+    assert text.splitlines()[-1].startswith('palm_jax: process 1 has '), text
   assert not (tmp_path / 'run').exists()
 
 
