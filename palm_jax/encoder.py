@@ -61,7 +61,7 @@ def check(c: ConfigDict) -> None:
 def cheaper_eyes(c: ConfigDict, shape: tuple[int, ...]) -> str:
   """Setting with which pictures of a shape (H, W, C) take less memory, for messages; else ''."""
   if c.name in RESNETS and c.stem == 'cifar' and min(shape[:2]) >= LARGE:
-    return f", encoder.stem to 'imagenet' (for {shape[0]}x{shape[1]} a sixteenth of the memory)"
+    return f"encoder.stem to 'imagenet' (for {shape[0]}x{shape[1]} a sixteenth of the memory)"
   return ''
 
 

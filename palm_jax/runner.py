@@ -103,7 +103,7 @@ def run(
     if download:
       fetch = functools.partial(published.fetch_missing, c.name, c.dir or None)
       processes.first_then_all(fetch, 'the download has failed')
-    data = load_data(c.name, download=download, data_dir=c.dir or None, size=c.get('size', 0))
+    data = load_data(c.name, data_dir=c.dir or None, size=c.get('size', 0))
     this = dataclasses.replace(this, data=data)
     logging.info('data: %s', data.source)
     if jax.process_count() > 1:

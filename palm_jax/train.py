@@ -178,8 +178,8 @@ def check_memory(
     'pretrain.batch_size or encoder.width': activations,
   }
   most = max(takes, key=takes.__getitem__)
-  eyes = eyes.replace(', ', ', or set ', 1) if takes[most] == activations else ''
-  remedy = f'lower {most}{eyes}; --job=plan says what fits'
+  more = f', or set {eyes}' if eyes and takes[most] == activations else ''
+  remedy = f'lower {most}{more}; --job=plan says what fits'
   what = 'replay, networks and activations take'
   devices.check_fits(sum(takes.values()), mesh, what, remedy)
 

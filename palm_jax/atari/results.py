@@ -11,6 +11,7 @@ import numpy as np
 from palm_jax.atari.environment import rom_id
 from palm_jax.base.errors import UserError
 from palm_jax.base.results import read_result
+from palm_jax.job import Run
 
 RESULT = pathlib.Path('results', 'finetune.json')
 
@@ -60,6 +61,14 @@ def find(patterns: Sequence[str], workdir: pathlib.Path) -> list[pathlib.Path]:
       'workdirs in scores.runs'
     )
   return sorted(found)
+
+
+def read_files(this: Run) -> list[pathlib.Path]:
+  """The results that the job `scores` would read now."""
+  try:
+    return [folder / RESULT for folder in find(this.config.scores.runs, this.workdir)]
+  except UserError:  # there are none yet
+    return []
 
 
 def read_runs(folders: Iterable[str | os.PathLike]) -> list[FineTuned]:

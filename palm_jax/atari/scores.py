@@ -9,7 +9,6 @@ fine-tuning from scratch.
 """
 
 import collections
-import pathlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +25,7 @@ from palm_jax.atari.aggregates import (
   published,
 )
 from palm_jax.atari.environment import GAMES, require_game
-from palm_jax.atari.results import RESULT, FineTuned, find, read_runs
+from palm_jax.atari.results import FineTuned, find, read_files, read_runs
 from palm_jax.base import checks, devices
 from palm_jax.base.errors import UserError
 from palm_jax.base.tables import aligned, protocol_line
@@ -329,14 +328,6 @@ def _span(counts):
     return '-'
   low, high = counts
   return str(low) if low == high else f'{low} to {high}'
-
-
-def read_files(this: Run) -> list[pathlib.Path]:
-  """The results that the job would read now."""
-  try:
-    return [folder / RESULT for folder in find(this.config.scores.runs, this.workdir)]
-  except UserError:  # there are none yet
-    return []
 
 
 JOB = Job(

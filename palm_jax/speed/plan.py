@@ -202,7 +202,8 @@ def check_memory(config: ConfigDict, result: dict[str, Any]) -> None:
   else:
     remedy = 'lower pretrain.batch_size or encoder.width'
   more = ', replay.actions to int8' if ring.actions != 'int8' else ''
-  more += cheaper_eyes(config.encoder, result['picture'])
+  if eyes := cheaper_eyes(config.encoder, result['picture']):
+    more += f', {eyes}'
   raise UserError(
     f'replay.capacity={ring.capacity} with pretrain.batch_size={config.pretrain.batch_size} takes '
     f'about {need / 2**30:.1f} GiB on each of {result["num_devices"]} device(s), which have '

@@ -106,8 +106,7 @@ def make(
   elif task == 'class':
     told = _head(head, target, features)
   params = params.replace(task=told)
-  world = dataclasses.replace(plain, task=task_of, observations=observations, params=params)
-  return world, params
+  return dataclasses.replace(plain, task=task_of, observations=observations, params=params), params
 
 
 def _loaded(generator):
