@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from palm_jax.formats.kinds import SnapshotError
-from palm_jax.formats.pickle_machine import Inert
+from palm_jax.formats.pickle_values import Inert
 from palm_jax.formats.torch_files import LEAST_BUDGET, modules, read, state_dict
 from palm_jax.generator import load_generator
 from tests import snapshot_files as files

@@ -15,17 +15,9 @@ from typing import Any
 import numpy as np
 
 from palm_jax.formats.kinds import SnapshotError, kind_of
-from palm_jax.formats.pickle_machine import (
-  MAGIC,
-  Budget,
-  Inert,
-  Machine,
-  Refusal,
-  Storage,
-  check,
-  read_legacy,
-  short,
-)
+from palm_jax.formats.pickle_machine import Machine
+from palm_jax.formats.pickle_values import Budget, Inert, Refusal, Storage, check, short
+from palm_jax.formats.torch_legacy import ALL_CALLS, MAGIC, read_legacy
 
 LEAST_BUDGET = 32 << 20  # bytes; small files are mostly instructions
 ZIP_ENTRY = 1024  # bytes charged for the name of one
@@ -58,10 +50,10 @@ def read(path: str | os.PathLike) -> Any:
     budget = Budget(max(2 * len(data), LEAST_BUDGET))
     if data.startswith(b'PK'):
       return _read_zip(data, budget)
-    machine = Machine(view, 0, budget)
+    machine = Machine(view, 0, budget, ALL_CALLS)
     result = machine.run()
     if type(result) is int and result == MAGIC:
-      return read_legacy(view, budget)
+      return read_legacy(view, budget, ALL_CALLS)
     check(machine.at == len(view), f'{len(view) - machine.at} bytes follow its end')
     return result
   except Refusal as e:
@@ -171,7 +163,7 @@ def _read_zip(data, budget):
     )
     return storage
 
-  return Machine(entries[names[0]], 0, budget, find_storage).run()
+  return Machine(entries[names[0]], 0, budget, ALL_CALLS, find_storage).run()
 
 
 def _zip_entries(data, budget):

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from palm_jax.formats.pickle_machine import short
+from palm_jax.formats.pickle_values import short
 from palm_jax.generator.ops3 import Padding, output_size
 
 MAX_WIDTH = 1 << 16  # of channels and vectors

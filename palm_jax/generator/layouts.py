@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from palm_jax.formats.kinds import AbsentError, SnapshotError
-from palm_jax.formats.pickle_machine import Inert
+from palm_jax.formats.pickle_values import Inert
 from palm_jax.formats.torch_files import MAX_NAME, modules, state_dict
 
 MAX_DEPTH = 4  # dicts in dicts around a network

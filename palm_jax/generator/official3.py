@@ -14,7 +14,7 @@ import numpy as np
 
 from palm_jax.base.errors import UserError
 from palm_jax.formats.arrays import check_numbers
-from palm_jax.formats.pickle_machine import Inert, short
+from palm_jax.formats.pickle_values import Inert, short
 from palm_jax.formats.torch_files import modules
 from palm_jax.generator.layers3 import MAX_NUMBER, Layer, misfit
 from palm_jax.generator.official import as_variables, our_names, rescaled

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from palm_jax.formats.kinds import SnapshotError
-from palm_jax.formats.pickle_machine import Inert, short
+from palm_jax.formats.pickle_values import Inert, short
 from palm_jax.formats.torch_files import modules
 
 WHOLE_BATCH = 1 << 30  # minibatch-std group, which is at most the batch

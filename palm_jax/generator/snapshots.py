@@ -15,7 +15,7 @@ from absl import logging
 from palm_jax.base.errors import UserError
 from palm_jax.formats.arrays import check_numbers, read_arrays
 from palm_jax.formats.kinds import SnapshotError, kind_of
-from palm_jax.formats.pickle_machine import short
+from palm_jax.formats.pickle_values import short
 from palm_jax.formats.torch_files import MAX_NAME, read
 from palm_jax.generator import layouts, parts
 from palm_jax.generator.discriminator import Discriminator
