@@ -88,7 +88,7 @@ def test_rewards_are_the_tasks(written, monkeypatch):
   look = jax.jit(world.features.apply)
   for episode in list(minari.load_dataset('palm/explored-v0').iterate_episodes())[:4]:
     seen = look(params.features, np.asarray(episode.observations)[1:])
-    _, rewards = world.task.reward(params.task, (), seen, len(seen))
+    _, rewards = world.task.reward(params.task, (), seen, np.zeros(len(seen), bool))
     np.testing.assert_allclose(episode.rewards, rewards, atol=1e-5)
 
 

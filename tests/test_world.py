@@ -1,5 +1,6 @@
 """The latent world's doors: one world behind all of them, episodes, tasks, seeds, mistakes."""
 
+import dataclasses
 import importlib.util
 import warnings
 
@@ -24,6 +25,24 @@ GENERATOR = LinearGenerator()
 PIXELS = Features(
   lambda variables, seen: seen.reshape(len(seen), -1)[:, ::7].astype(jnp.float32) / 255, (), 10
 )
+GOING_ON = np.zeros(ENVS, bool)  # of environments in the middle of their episodes
+
+
+@dataclasses.dataclass(frozen=True)
+class Away:
+  """How far the picture is from the first one of its episode."""
+
+  name: str = 'away'
+  optimum: float | None = None
+  sees: bool = True
+
+  def init(self, features):
+    return features
+
+  def reward(self, told, memory, features, began):
+    del told
+    memory = jnp.where(began[:, None], features, memory)
+    return memory, jnp.linalg.norm(features - memory, axis=-1)
 
 
 def small(**settings):
@@ -230,10 +249,10 @@ def test_goal_is_a_cosine(threshold):
   h = features(3).astype(np.float64)
   a, b = h - told['center'], told['features'] - told['center'].astype(np.float64)
   expected = a @ b / np.linalg.norm(a, axis=1) / np.linalg.norm(b)
-  _, rewards = Goal(threshold).reward(told, (), jnp.asarray(h, jnp.float32), ENVS)
+  _, rewards = Goal(threshold).reward(told, (), jnp.asarray(h, jnp.float32), GOING_ON)
   expected = expected if threshold is None else expected > threshold
   np.testing.assert_allclose(rewards, expected, atol=1e-6)
-  at_goal = Goal().reward(told, (), jnp.asarray(told['features'][None]), 1)[1]
+  at_goal = Goal().reward(told, (), jnp.asarray(told['features'][None]), GOING_ON[:1])[1]
   np.testing.assert_allclose(at_goal, Goal().optimum, atol=1e-6)
 
 
@@ -242,7 +261,7 @@ def test_class_is_a_probability():
   h = features(3).astype(np.float64)
   logits = h @ told['kernel'] + told['bias']
   expected = np.exp(logits[:, 1]) / np.exp(logits).sum(1)
-  _, rewards = Classify().reward(told, (), jnp.asarray(h, jnp.float32), ENVS)
+  _, rewards = Classify().reward(told, (), jnp.asarray(h, jnp.float32), GOING_ON)
   np.testing.assert_allclose(rewards, expected, atol=1e-6)
 
 
@@ -251,16 +270,55 @@ def test_entropy_is_of_the_last_features_of_all_environments():
   memory, kept = task.init(features(0)), np.zeros((0, 4))
   for t in range(4):
     h = features(10 + t)
-    memory, rewards = task.reward((), memory, jnp.asarray(h), ENVS)
+    memory, rewards = task.reward((), memory, jnp.asarray(h), GOING_ON)
     kept = np.concatenate([kept, h.astype(np.float64)])[-2 * ENVS :]
     distances = np.sort(np.linalg.norm(h[:, None].astype(np.float64) - kept, axis=-1))[:, 1:4]
     np.testing.assert_allclose(rewards, np.log1p(distances.mean(1)), rtol=1e-5)
 
 
+def test_a_memory_is_renewed_where_an_episode_begins_behind_every_door():
+  world, params = small(task=Away(), encoder=PIXELS)
+  distance = lambda seen, first: np.linalg.norm(PIXELS.apply((), seen) - first, axis=-1)
+  envs, one = (
+    LatentManifoldVectorEnv(ENVS, world=(world, params)),
+    gymnasium.make('palm_jax/LatentManifold-v0', world=(world, params)),
+  )
+  seen, _ = envs.reset(seed=0)
+  alone, _ = one.reset(seed=0)
+  single, state = world.reset(jax.random.key(0), params)
+  for t, actions in enumerate(actions_of(3 * LENGTH), 1):
+    if t % LENGTH == 1:
+      first = PIXELS.apply((), seen)
+    if t % (LENGTH - 1) == 1:
+      first_alone, first_single = (PIXELS.apply((), x[None]) for x in (alone, single))
+    seen, rewards, *_ = envs.step(actions)
+    if t % LENGTH:
+      np.testing.assert_allclose(rewards, distance(seen, first), atol=1e-6)
+    alone, reward, *_ = one.step(actions[0])
+    np.testing.assert_allclose(reward, distance(alone[None], first_alone)[0], atol=1e-6)
+    key = jax.random.fold_in(jax.random.key(9), t)
+    single, state, reward, *_, info = world.step(key, state, actions[0], params)
+    last = info['final_observation'][None]
+    np.testing.assert_allclose(reward, distance(last, first_single)[0], atol=1e-6)
+    if t % (LENGTH - 1) == 0:
+      alone, _ = one.reset()
+
+
+def test_entropy_outlives_a_reset_but_not_a_seed():
+  envs = LatentManifoldVectorEnv(ENVS, world=small(task='entropy', encoder=PIXELS, k=3))
+  envs.reset(seed=0)
+  envs.step(actions_of(1)[0])
+  assert envs._state.memory.total == ENVS
+  envs.reset()
+  assert envs._state.memory.total == 2 * ENVS
+  envs.reset(seed=0)
+  assert envs._state.memory.total == 0
+
+
 def test_nothing_is_rewarded_before_there_are_neighbours():
   task = Entropy(k=3)
   memory = task.init(features(0)[:2])
-  _, rewards = task.reward((), memory, jnp.asarray(features(1)[:2]), 2)
+  _, rewards = task.reward((), memory, jnp.asarray(features(1)[:2]), GOING_ON[:2])
   assert (rewards == 0).all()
 
 

@@ -115,7 +115,8 @@ class LatentGoals:
     features, state, _, _ = self.world.step_all(keys, state, actions, params)
 
     def reward(there, here):  # of a goal of its own in each environment
-      return self.goal.reward(dict(params.task, features=there), (), here[None], 1)[1][0]
+      told = dict(params.task, features=there)
+      return self.goal.reward(told, (), here[None], jnp.zeros(1, bool))[1][0]
 
     rewards = jax.vmap(reward)(tasks['features'], features)
     observations = (features - params.task['center']) / variables['deviation']

@@ -161,7 +161,7 @@ def _show(world, params, row, before):
   memory = world.task.init(state.features) if before is None else before.memory
   if before is None:
     return state.replace(memory=memory), jnp.zeros(len(step))
-  memory, rewards = world.task.reward(params.task, memory, state.features, len(step))
+  memory, rewards = world.task.reward(params.task, memory, state.features, step == 0)
   return state.replace(memory=memory), rewards
 
 

@@ -55,8 +55,8 @@ class LatentManifoldVectorEnv(gymnasium.vector.VectorEnv):
     self._state: Any = None
     self._count = 0
 
-  def _begin(self, params, key):
-    return self.world.reset_all(environment.env_keys(key, self._ids), params)
+  def _begin(self, params, key, memory):
+    return self.world.reset_all(environment.env_keys(key, self._ids), params, memory)
 
   def _advance(self, state, params, key, count, actions):
     keys = environment.env_keys(jax.random.fold_in(key, count), self._ids)
@@ -65,13 +65,19 @@ class LatentManifoldVectorEnv(gymnasium.vector.VectorEnv):
   def reset(
     self, *, seed: int | None = None, options: dict[str, Any] | None = None
   ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Begins an episode in every environment; a seed makes all that follows the same again."""
+    """Begins an episode in every environment; a seed makes all that follows the same again.
+
+    Without a seed the task goes on with what it remembers.
+    """
     del options
     super().reset(seed=seed)
+    memory = None
     if seed is not None or self._key is None:
       self._key = jax.random.key(_fresh(seed))
+    else:
+      memory = self._state.memory
     self._key, key = jax.random.split(self._key)
-    observations, self._state = self._reset(self.params, key)
+    observations, self._state = self._reset(self.params, key, memory)
     self._count = 0
     return np.array(observations), {}
 

@@ -132,12 +132,15 @@ class LatentManifold:
 
   # ---- E environments at once
 
-  def reset_all(self, keys: jax.Array, params: Params | None = None) -> tuple[jax.Array, State]:
+  def reset_all(
+    self, keys: jax.Array, params: Params | None = None, memory: Any = None
+  ) -> tuple[jax.Array, State]:
     """Begins an episode in each environment.
 
     Args:
       keys: (E,) typed keys, one an environment.
       params: Params; None is `default_params`.
+      memory: the task's, of episodes before these; None begins a new one.
 
     Returns:
       observations (E, ...), State.
@@ -152,7 +155,12 @@ class LatentManifold:
     )
     seen = jnp.zeros((len(keys), *self.image_shape), jnp.uint8)
     state = self.show(begun, seen, params)
-    return self.observe(state), state.replace(memory=self.task.init(state.features))
+    if memory is None:
+      memory = self.task.init(state.features)
+    else:
+      began = jnp.ones(len(keys), bool)
+      memory, _ = self.task.reward(params.task, memory, state.features, began)
+    return self.observe(state), state.replace(memory=memory)
 
   def step_all(
     self, keys: jax.Array, state: State, actions: jax.Array, params: Params | None = None
@@ -181,8 +189,9 @@ class LatentManifold:
       self.generator.num_classes,
     )
     after = self.show(env, state.seen, params)
-    memory, rewards = self.task.reward(params.task, state.memory, after.features, len(keys))
-    rewards = jnp.where(env.step == 0, 0.0, rewards)
+    began = env.step == 0
+    memory, rewards = self.task.reward(params.task, state.memory, after.features, began)
+    rewards = jnp.where(began, 0.0, rewards)
     truncated = env.step + 1 >= params.episode_length
     return self.observe(after), after.replace(memory=memory), rewards, truncated
 
@@ -213,10 +222,9 @@ class LatentManifold:
     """
     key_step, key_reset = jax.random.split(key)
     last, after, reward, terminated, info = self.step_env(key_step, state, action, params)
-    first, begun = self.reset_env(key_reset, params)
-    begun = begun.replace(memory=after.memory)
+    first, begun = self.reset_all(key_reset[None], params, after.memory)
     observation, state = jax.tree.map(
-      lambda new, old: jnp.where(info['truncated'], new, old), (first, begun), (last, after)
+      lambda new, old: jnp.where(info['truncated'], new, old), (first[0], begun), (last, after)
     )
     info = dict(info, terminated=terminated, final_observation=last)
     return observation, state, reward, terminated, info['truncated'], info

@@ -43,8 +43,14 @@ class Task(Protocol):
     """The memory at the start, for features (E, F)."""
     ...
 
-  def reward(self, told: Any, memory: Any, features: Any, count: int) -> tuple[Any, jax.Array]:
-    """The memory after features (E, F), and their rewards (E,) float32; count is E."""
+  def reward(
+    self, told: Any, memory: Any, features: Any, began: jax.Array
+  ) -> tuple[Any, jax.Array]:
+    """The memory after features (E, F), and their rewards (E,) float32.
+
+    Where `began` (E,) bool, they are an episode's first, whose reward is not used: a memory
+    outlives episodes unless it is renewed here.
+    """
     ...
 
 
@@ -69,9 +75,11 @@ class Nothing(_WithoutMemory):
   optimum: float | None = 0.0
   sees: bool = False
 
-  def reward(self, told: Any, memory: Any, features: Any, count: int) -> tuple[Any, jax.Array]:
+  def reward(
+    self, told: Any, memory: Any, features: Any, began: jax.Array
+  ) -> tuple[Any, jax.Array]:
     del told, features
-    return memory, jnp.zeros(count, jnp.float32)
+    return memory, jnp.zeros(len(began), jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +103,7 @@ class Entropy:
     return empty_memory(rows, features.shape[-1])
 
   def reward(
-    self, told: Any, memory: Any, features: jax.Array, count: int
+    self, told: Any, memory: Any, features: jax.Array, began: jax.Array
   ) -> tuple[Any, jax.Array]:
     del told
     rows = len(memory.features)
@@ -104,7 +112,7 @@ class Entropy:
       features,
       after.features,
       self.k,
-      self_index=memory.total % rows + jnp.arange(count),
+      self_index=memory.total % rows + jnp.arange(len(began)),
       valid=jnp.arange(rows) < after.total,
     )
     return after, _paid(jnp.where(after.total > self.k, distances, 0.0), self.threshold)
@@ -123,9 +131,9 @@ class Classify(_WithoutMemory):
   sees: bool = True
 
   def reward(
-    self, told: Any, memory: Any, features: jax.Array, count: int
+    self, told: Any, memory: Any, features: jax.Array, began: jax.Array
   ) -> tuple[Any, jax.Array]:
-    del count
+    del began
     logits = jnp.matmul(features, told['kernel'], precision='highest') + told['bias']
     sure = jnp.take(jax.nn.softmax(logits), told['target'], axis=-1)
     return memory, _paid(sure, self.threshold)
@@ -145,9 +153,9 @@ class Goal(_WithoutMemory):
   sees: bool = True
 
   def reward(
-    self, told: Any, memory: Any, features: jax.Array, count: int
+    self, told: Any, memory: Any, features: jax.Array, began: jax.Array
   ) -> tuple[Any, jax.Array]:
-    del count
+    del began
     here, there = features - told['center'], told['features'] - told['center']
     lengths = jnp.linalg.norm(here, axis=-1) * jnp.linalg.norm(there)
     cosine = (here * there).sum(-1) / jnp.maximum(lengths, 1e-8)
