@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -26,9 +25,9 @@ def orthogonal(scale: float = 1.0) -> Callable:
   return init
 
 
-def _dense(features, dtype, scale=1.0):
+def _dense(features, scale=1.0):
   # ProtoRL utils.weight_init: gain 1
-  return nn.Dense(features, kernel_init=orthogonal(scale), dtype=dtype)
+  return nn.Dense(features, kernel_init=orthogonal(scale))
 
 
 class Trunk(nn.Module):
@@ -36,33 +35,30 @@ class Trunk(nn.Module):
   0."""
 
   features: int
-  dtype: Any = None
 
   @nn.compact
   def __call__(self, h):
     if not self.features:
       return h
-    x = _dense(self.features, self.dtype)(h)
-    return jnp.tanh(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)(x))  # torch's epsilon
+    x = _dense(self.features)(h)
+    return jnp.tanh(nn.LayerNorm(epsilon=1e-5)(x))  # torch's epsilon
 
 
 class MLP(nn.Module):
-  """ReLU layers of sizes `hidden`, then a linear one; the output is at least float32.
+  """ReLU layers of sizes `hidden`, then a linear one.
 
   `last_scale` is the gain of the linear one's first weights.
   """
 
   hidden: Sequence[int]
   features: int
-  dtype: Any = None
   last_scale: float = 1.0
 
   @nn.compact
   def __call__(self, x):
     for size in self.hidden:
-      x = nn.relu(_dense(size, self.dtype)(x))
-    x = _dense(self.features, self.dtype, self.last_scale)(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+      x = nn.relu(_dense(size)(x))
+    return _dense(self.features, self.last_scale)(x)
 
 
 class Actor(nn.Module):
@@ -75,7 +71,6 @@ class Actor(nn.Module):
     trunk: size of the trunk's output, 0 for none.
     log_std_min: lower bound of log_std, which is a rescaled tanh, never clipped.
     log_std_max: upper bound.
-    dtype: compute type; None follows parameters and input.
     neutral: begin with means near 0 and a deviation of NEUTRAL_STD.
   """
 
@@ -84,14 +79,13 @@ class Actor(nn.Module):
   trunk: int = 50
   log_std_min: float = -10.0
   log_std_max: float = 2.0
-  dtype: Any = None
   neutral: bool = False
 
   @nn.compact
   def __call__(self, h):
-    x = Trunk(self.trunk, self.dtype)(h)
+    x = Trunk(self.trunk)(h)
     scale = NEUTRAL_SCALE if self.neutral else 1.0
-    head = MLP(self.hidden, 2 * self.action_dim, self.dtype, scale)(x)
+    head = MLP(self.hidden, 2 * self.action_dim, scale)(x)
     mean, raw = jnp.split(head, 2, axis=-1)
     half = 0.5 * (self.log_std_max - self.log_std_min)
     if self.neutral:
@@ -106,16 +100,12 @@ class Critic(nn.Module):
   Attributes:
     hidden: sizes of the hidden layers of each.
     trunk: size of the trunk's output, 0 for none.
-    dtype: compute type; None follows parameters and input.
   """
 
   hidden: Sequence[int] = (1024, 1024)
   trunk: int = 50
-  dtype: Any = None
 
   @nn.compact
   def __call__(self, h, action):
-    x = jnp.concatenate([Trunk(self.trunk, self.dtype)(h), action], axis=-1)
-    return jnp.stack(
-      [MLP(self.hidden, 1, self.dtype, name=name)(x)[..., 0] for name in ('q1', 'q2')]
-    )
+    x = jnp.concatenate([Trunk(self.trunk)(h), action], axis=-1)
+    return jnp.stack([MLP(self.hidden, 1, name=name)(x)[..., 0] for name in ('q1', 'q2')])

@@ -129,7 +129,8 @@ def act(
 ) -> jax.Array:
   """Actions (B, A) in [-1, 1] for features (B, F), normal noise (B, A) and (B,) int32 episodes.
 
-  With `policies` above 1 each episode has one of them, the present one among them.
+  With `policies` above 1 each episode has one of them, the present one among them, until another
+  is kept in that one's place.
   """
   seen = observe(state, h, episodes, c)
   if c.policies == 1:

@@ -69,6 +69,11 @@ def check(c: ConfigDict) -> None:
       "environment.start='stationary' with environment.dynamics='momentum': it is known for 'ema' "
       "and 'ou'; choose one of them, or start='latent'"
     )
+  if c.start == 'stationary' and c.beta == 1:
+    raise UserError(
+      "environment.start='stationary' with environment.beta=1: the latent would stay at 0; choose "
+      "a smaller beta, or start='latent'"
+    )
   if c.style_mixing and c.latent_space != 'z':
     raise UserError(
       f'environment.style_mixing={c.style_mixing} with environment.latent_space='

@@ -8,7 +8,7 @@ files after its last checkpoint again, with the same content.
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -139,6 +139,17 @@ def _rows_played(folder):
     return 0
 
 
+def world_digest(generator: Any) -> str:
+  """Digest of the generator that a world plays in, the same on all kinds of devices.
+
+  What `views.w_latents` measures of it is left out: its last bits depend on the device.
+  """
+  variables = generator.variables
+  if isinstance(variables, Mapping) and 'root' in variables:
+    variables = {'w': variables['generator']}
+  return digest(variables, {})
+
+
 def check_generator(run: pathlib.Path, generator: Any) -> None:
   """Raises UserError where a run played in the world of another generator than this.
 
@@ -146,7 +157,7 @@ def check_generator(run: pathlib.Path, generator: Any) -> None:
   """
   folder = run / 'pretrain' / 'checkpoints'
   there = load(folder, 'encoder').metadata.get('world') if list_steps(folder) else None
-  if there and there != (here := digest(generator.variables, {})):
+  if there and there != (here := world_digest(generator)):
     raise UserError(
       f'{run} was recorded in the world of another generator (digest {there[:12]}, here '
       f'{here[:12]}): its latents would be other pictures; give that one'

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -94,6 +95,8 @@ def _record(config, generator):
   check_same_world(config, recorded)
   experience.check_generator(recorded, generator)
   folder = recorded / 'pretrain' / 'experience'
+  if not (recorded / 'results' / 'pretrain.json').exists():
+    logging.warning('pairs.record=%s is not complete: if it goes on, this run is refused', recorded)
   wanted = max(3, -(-c.samples // p.num_envs)) if c.samples else math.inf
   parts, held = [], 0
   for part in experience.read(folder):

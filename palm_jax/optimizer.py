@@ -17,9 +17,8 @@ def learning_rate(config: ConfigDict, total_updates: int, batch_size: int) -> op
   """
   if not 0 <= config.warmup_updates < total_updates:
     raise UserError(
-      f'warmup_updates={config.warmup_updates} of {total_updates} updates: expected at least 0 '
-      'and fewer '
-      'than there are updates; shorten the warm-up or train longer'
+      f'simsiam.warmup_updates={config.warmup_updates} of {total_updates} updates: expected at '
+      'least 0 and fewer than there are updates; shorten the warm-up or train longer'
     )
   peak = config.lr * batch_size / 256
   if not config.warmup_updates:

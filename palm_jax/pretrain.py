@@ -34,8 +34,9 @@ from palm_jax import encoder as encoders
 from palm_jax.base import checks, devices
 from palm_jax.base.errors import UserError
 from palm_jax.experience import Experience
+from palm_jax.optimizer import learning_rate
 from palm_jax.rollout import World
-from palm_jax.setup import Setup, make_setup
+from palm_jax.setup import Setup, make_setup, schedule
 
 
 def default_config() -> ConfigDict:
@@ -349,10 +350,11 @@ def check(config: ConfigDict, num_devices: int) -> None:
       "pretrain.dtype='float64' is float32 here: set JAX_ENABLE_X64=1, or choose float32"
     )
   environment.check(config.environment)
-  replay.check(r, num_devices, p.num_envs, p.rollout_length, p.batch_size)
-  reward.check(config.reward, p.batch_size)
-  sac.check(config.sac)
   pairs.check(config)
+  replay.check(r, num_devices, p.num_envs, p.rollout_length, p.batch_size)
+  learns_policy = pairs.SOURCES[config.pairs.source].learns_policy
+  reward.check(config.reward, p.batch_size if learns_policy else None)
+  sac.check(config.sac)
   simsiam.check(config.simsiam)
   augment.make_augment(config.simsiam.augment)
   simsiam.make_modules(encoders.make_encoder(config.encoder), config.simsiam)
@@ -360,8 +362,10 @@ def check(config: ConfigDict, num_devices: int) -> None:
   checks.at_least(
     'pretrain.warmup_steps', p.warmup_steps, least, 'gives the first update too few frames'
   )
-  if p.warmup_steps >= p.env_steps:
+  updates = schedule(p).num_updates
+  if p.warmup_steps >= p.env_steps or updates < 1:
     raise UserError(
-      f'pretrain.warmup_steps={p.warmup_steps} is not below pretrain.env_steps={p.env_steps}: '
-      'nothing would be learned; lower the first or raise the second'
+      f'pretrain.warmup_steps={p.warmup_steps} is not below pretrain.env_steps={p.env_steps} by an '
+      'iteration: nothing would be learned; lower the first or raise the second'
     )
+  learning_rate(config.simsiam, updates, p.batch_size)

@@ -4,8 +4,6 @@ A digest of each stands in the result, and in the checkpoints on the way to it.
 """
 
 import hashlib
-import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +15,7 @@ from palm_jax.base.errors import one_line
 from palm_jax.base.files import user_path
 from palm_jax.base.processes import any_process, is_first
 from palm_jax.base.results import MADE_FROM, read_result
-from palm_jax.base.steps import list_steps
+from palm_jax.base.steps import newest_step
 from palm_jax.data.collected import COLLECTED
 from palm_jax.data.identity import fingerprint
 from palm_jax.job import Job, Run
@@ -41,6 +39,8 @@ def made_from(job: Job, this: Run) -> dict[str, Any]:
     found['judged' if judged else 'generator'] = _generator(path)
   if 'pretrain' in reads:
     found['pretrain'] = newest_step(this.workdir / 'pretrain')
+  if 'record' in reads and this.config.pairs.record:
+    found['record'] = newest_step(user_path(this.config.pairs.record) / 'pretrain')
   if 'encoder' in reads and this.config.world.encoder != 'random':
     found['encoder'] = newest_step(user_path(this.config.world.encoder) / 'pretrain')
   if 'trunk' in reads:
@@ -82,19 +82,6 @@ def _generator(path):
   if not path.is_dir():
     return {'sha256': hashlib.sha256(str(path).encode()).hexdigest()}
   return newest_step(path if (path / 'network.json').is_file() else path / 'generator')
-
-
-def newest_step(folder: pathlib.Path) -> dict[str, Any]:
-  """{'step', 'sha256'} of the newest checkpoint in <folder>/checkpoints; {} where there is none."""
-  steps = list_steps(folder / 'checkpoints')
-  if not steps:
-    return {}
-  about = folder / 'checkpoints' / str(steps[-1]) / '_CHECKPOINT_METADATA'
-  try:
-    sha256 = json.loads(about.read_text())['custom_metadata']['sha256']
-  except (OSError, ValueError, KeyError, TypeError, RecursionError):  # whoever loads it will say so
-    sha256 = None
-  return {'step': steps[-1], 'sha256': sha256}
 
 
 def waiting(jobs: Sequence[Job], this: Run) -> list[Job]:

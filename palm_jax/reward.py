@@ -63,10 +63,14 @@ RANGES = dict(
 )
 
 
-def check(c: ConfigDict, batch_size: int) -> None:
-  """Raises UserError on invalid settings of the config's section `reward`."""
-  larger = f'or a larger batch than pretrain.batch_size={batch_size}'
-  checks.between('reward.k', c.k, 1, batch_size - 1, hint=larger)
+def check(c: ConfigDict, batch_size: int | None) -> None:
+  """Raises UserError on invalid settings of the config's section `reward`.
+
+  batch_size is pretrain's, None where no agent is rewarded.
+  """
+  if batch_size:
+    larger = f'or a larger batch than pretrain.batch_size={batch_size}'
+    checks.between('reward.k', c.k, 1, batch_size - 1, hint=larger)
   checks.choice('reward.on', c.on, ON)
   checks.choice('reward.transform', c.transform, TRANSFORMS)
   checks.choice('reward.kind', c.kind, (*OF_FEATURES, *LEARNED))
@@ -75,7 +79,11 @@ def check(c: ConfigDict, batch_size: int) -> None:
   for name in ('space', 'memory'):
     if c.kind in LEARNED and c[name] != default_config()[name]:
       raise UserError(f"reward.{name}={c[name]!r} with reward.kind={c.kind!r}: it is of 'apt'")
-  if c.memory:
+  if c.kind in ('icm', 'disagreement') and c.on != default_config().on:
+    raise UserError(
+      f'reward.on={c.on!r} with reward.kind={c.kind!r}, which is of both frames: leave it out'
+    )
+  if batch_size and c.memory:
     checks.divisible('reward.memory', c.memory, batch_size, 'pretrain.batch_size')
 
 
@@ -85,7 +93,10 @@ def unit(x: jax.Array, mean: jax.Array) -> jax.Array:
 
 
 class Memory(flax.struct.PyTreeNode):
-  """The last features of all devices: (M, F), and () int32 how many were ever put there."""
+  """The last features of all devices: (M, F), and () int32 how many were put there.
+
+  A number of 2 M or more is told as one below, of the same place: it never overflows.
+  """
 
   features: jax.Array
   total: jax.Array
@@ -101,7 +112,8 @@ def remember(memory: Memory, x: jax.Array, axis_name: str | None = None) -> Memo
   batch = _gathered(x, axis_name).astype(memory.features.dtype)
   place = memory.total % len(memory.features)
   features = jax.lax.dynamic_update_slice_in_dim(memory.features, batch, place, axis=0)
-  return Memory(features, memory.total + len(batch))
+  total, size = memory.total + len(batch), len(memory.features)
+  return Memory(features, jnp.where(total >= 2 * size, total - size, total))
 
 
 def _gathered(x, axis_name):

@@ -125,12 +125,12 @@ def run(
 
 
 def _run_in_order(jobs, this):
-  for each in jobs:
+  for i, each in enumerate(jobs):
     if provenance.is_current(each, this):
       path = workdirs.result_path(this.workdir, each)
       logging.info('%s: complete, skipped (delete %s to run it again)', each.name, path)
       continue
-    this = _with_collected(each, this)
+    this = _with_collected(jobs[i:], this)
     if not _run_alone(each, this):
       logging.info('%s: stopped and saved; the same command resumes it', each.name)
       return
@@ -147,12 +147,18 @@ def _wanted(config, job):
   return jobs
 
 
-def _with_collected(job, this):
-  """The Run with what the job `collect` left, from the first job on that needs data."""
-  if this.data or this.config.data.name != COLLECTED or not job.needs_data(this.config):
+def _with_collected(jobs, this):
+  """The Run with what the job `collect` left, from the first job on that needs data.
+
+  They are judged then by all jobs that wait.
+  """
+  if this.data or this.config.data.name != COLLECTED or not jobs[0].needs_data(this.config):
     return this
   data = load_collected(this.workdir, newest=this.config.environment.stack > 1)
-  return dataclasses.replace(this, data=data)
+  this = dataclasses.replace(this, data=data)
+  for each in provenance.waiting(jobs, this):
+    each.check_data(this)
+  return this
 
 
 def _run_alone(job, this):

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,29 @@ class Setup(rollout.Play):
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(shards)
 
 
+class Schedule(NamedTuple):
+  """How a run is divided.
+
+  Attributes:
+    warmup_iterations: with random actions and no update.
+    num_calls: of the whole run, pretrain.iterations_per_call iterations each.
+    num_updates: of the whole run.
+  """
+
+  warmup_iterations: int
+  num_calls: int
+  num_updates: int
+
+
+def schedule(p: ConfigDict) -> Schedule:
+  """Schedule of the config's section `pretrain`."""
+  steps_per_iteration = p.rollout_length * p.num_envs
+  warmup_iterations = math.ceil(p.warmup_steps / steps_per_iteration)
+  num_calls = math.ceil(p.env_steps / steps_per_iteration / p.iterations_per_call)
+  updating = num_calls * p.iterations_per_call - warmup_iterations
+  return Schedule(warmup_iterations, num_calls, updating * p.updates_per_iteration)
+
+
 def make_setup(config: ConfigDict, generator: Any, num_devices: int) -> Setup:
   """Setup of a config that pretrain.check accepts; UserError where the generator does not fit."""
   source = pairs.SOURCES[config.pairs.source]
@@ -73,10 +96,7 @@ def make_setup(config: ConfigDict, generator: Any, num_devices: int) -> Setup:
       "one: choose another number, or augment='shift_flip'"
     )
   p, c = config.pretrain, config.simsiam
-  steps_per_iteration = p.rollout_length * p.num_envs
-  warmup_iterations = math.ceil(p.warmup_steps / steps_per_iteration)
-  num_calls = math.ceil(p.env_steps / steps_per_iteration / p.iterations_per_call)
-  num_updates = (num_calls * p.iterations_per_call - warmup_iterations) * p.updates_per_iteration
+  warmup_iterations, num_calls, num_updates = schedule(p)
   dtype = rollout.DTYPES[p.dtype]
   real = jnp.promote_types(dtype, jnp.float32)
   encoder = make_encoder(config.encoder, 'data', dtype)

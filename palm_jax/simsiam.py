@@ -246,9 +246,11 @@ def forward(
     value = objectives.vicreg(z, z_next, vicreg_weights, axis_name)
   elif objective == 'barlow':
     value = objectives.barlow(z, z_next, barlow_lambda, axis_name)
-  else:
+  elif objective in ('simclr', 'supcon'):
     kinds = labels if objective == 'supcon' else None
     value = devices.mean(supcon(z, z_next, kinds, temperature, axis_name, related), axis_name)
+  else:
+    raise ValueError(f'{objective!r} is not one of {OBJECTIVES} or has no loss here')
 
   h, h_next, z, z_next, detached_loss = jax.lax.stop_gradient((h, h_next, z, z_next, value))
   alike = devices.mean(objectives.cosine(h, h_next), axis_name)

@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 
 from palm_jax import encoder, experience, monitors, pairs, pretrain, worlds
 from palm_jax.base import devices, pictures
-from palm_jax.base.digests import digest
 from palm_jax.base.errors import NonFiniteError, UserError
+from palm_jax.base.files import user_path
 from palm_jax.base.processes import agree, is_first
+from palm_jax.base.steps import newest_step
 from palm_jax.base.training import Training
 from palm_jax.experience import Experience
 from palm_jax.job import Job, Run
@@ -63,9 +64,12 @@ def run(this: Run) -> dict:
   total = program.setup.num_calls * per_call
   check_record(config, world, total)
   monitor_every = max(1, round(program.setup.num_calls * p.monitor_fraction)) * per_call
-  world_sha256 = digest(generator.variables, {})
+  origin: dict[str, str | None] = {'world': experience.world_digest(generator)}
   # Each would play in a world of its own, and nothing would tell.
-  agree({'the generator': world_sha256}, 'give all of them the same files')
+  agree({'the generator': origin['world']}, 'give all of them the same files')
+  if config.pairs.record:
+    record = newest_step(user_path(config.pairs.record) / 'pretrain')
+    origin['record'] = record.get('sha256')
 
   with Training(
     'pretrain',
@@ -78,7 +82,7 @@ def run(this: Run) -> dict:
   ) as training:
     restored = training.resume({'state': template})
     if restored:
-      check_world(this, restored.metadata.get('world', world_sha256), world_sha256)
+      check_origin(this, restored.metadata, origin)
       note_devices(restored.metadata.get('devices', mesh.size), mesh.size)
       state, scalars = restored.items['state'], restored.metadata['metrics']
     else:
@@ -102,7 +106,7 @@ def run(this: Run) -> dict:
       training.show({name: scalars[name] for name in PROGRESS_METRICS if name in scalars})
       if training.should_save:
         items = {'state': state, 'encoder': encoder_of(state)}
-        training.save(items, metrics=scalars, world=world_sha256, devices=mesh.size)
+        training.save(items, metrics=scalars, devices=mesh.size, **origin)
   return dict(
     metrics=scalars,
     env_steps=total * env_steps,
@@ -137,14 +141,25 @@ def encoder_of(state: pretrain.State) -> dict[str, Any]:
   return {name: tree for name, tree in found.items() if tree}
 
 
-def check_world(this: Run, before: str, now: str) -> None:
-  """Raises UserError where the run began in the world of another generator; digests of both."""
-  if before != now:
-    raise UserError(
-      f'{this.workdir / "pretrain"} began in the world of another generator than '
-      f'{this.config.generator.path or this.workdir} holds now: give that one back, or choose '
-      'another --workdir'
-    )
+def check_origin(this: Run, before: dict[str, Any], now: dict[str, str | None]) -> None:
+  """Raises UserError where the run began in another world or with another record than now.
+
+  Args:
+    before: metadata of its checkpoint; what older versions did not write fits any.
+    now: digests of 'world' and, where there is one, 'record'.
+  """
+  config = this.config
+  of = {
+    'world': ('in the world of another generator', config.generator.path or this.workdir),
+    'record': ('with another record', config.pairs.record),
+  }
+  for name, value in now.items():
+    if before.get(name, value) != value:
+      what, path = of[name]
+      raise UserError(
+        f'{this.workdir / "pretrain"} began {what} than {path} holds now: give that one back, or '
+        'choose another --workdir'
+      )
 
 
 def note_devices(before: int, now: int) -> None:
@@ -270,9 +285,10 @@ def check_data(this: Run) -> None:
     grown = 2 * (config.generator.pad - crop)
     seen = given[0] + grown, given[1] + grown, given[2] * config.environment.stack
     encoder.check_picture(config.encoder, seen[:2])
-    frames = config.replay.capacity * math.prod(seen) / this.mesh.size
-    remedy = f'lower replay.capacity={config.replay.capacity}; --job=plan says what fits'
-    devices.check_fits(frames, this.mesh, "the replay's frames take", remedy)
+    if pairs.SOURCES[config.pairs.source].keeps:
+      frames = config.replay.capacity * math.prod(seen) / this.mesh.size
+      remedy = f'lower replay.capacity={config.replay.capacity}; --job=plan says what fits'
+      devices.check_fits(frames, this.mesh, "the replay's frames take", remedy)
     c = config.simsiam
     heads = c.proj_hidden, c.proj_hidden, c.proj_dim, c.pred_hidden
     names = 'simsiam.(proj_hidden, proj_hidden, proj_dim, pred_hidden)'
@@ -293,4 +309,4 @@ def check_data(this: Run) -> None:
     )
 
 
-JOB = Job('pretrain', run, pretrain.check, needs_data, check_data, reads=('generator',))
+JOB = Job('pretrain', run, pretrain.check, needs_data, check_data, reads=('generator', 'record'))

@@ -16,6 +16,22 @@ from palm_jax.layers.pixels import to_uint8
 from tests.worlds import LinearGenerator, nature_config
 
 
+def test_a_world_of_w_is_known_by_what_was_given():
+  """Its measured mean and root differ in their last bits from device to device."""
+  given = {'params': np.arange(3.0)}
+  world = WLatents(None, dict(generator=given, mean=np.zeros((1, 2)), root=np.eye(2)))
+  other = WLatents(None, dict(generator=given, mean=np.full((1, 2), 1e-7), root=np.eye(2)))
+  another = WLatents(None, dict(world.variables, generator={'params': np.arange(1.0, 4)}))
+  here = experience.world_digest(world)
+  assert here == experience.world_digest(other) == experience.world_digest(cropless(other))
+  assert here != experience.world_digest(another)
+  assert here != experience.world_digest(WLatents(None, given))
+
+
+def cropless(world):
+  return views.Cropped(world, 1)
+
+
 def mapped(generator, z, labels):
   ws = jax.jit(functools.partial(generator.network.apply, method='mapping'))(
     generator.variables, z, labels

@@ -30,7 +30,7 @@ LAW = {
   'agent': ['base', 'curiosity', 'reward', 'sac'],
   'material': ['base', 'data', 'experience'],
   'rollout': ['layers', 'base', 'environment', 'replay', 'agent', 'experience'],
-  'pairs': ['base', 'rollout', 'replay', 'experience'],
+  'pairs': ['base', 'rollout', 'replay'],
   'generator': ['layers', 'formats', 'base', 'checkpoint'],
   'generator.sample': ['layers', 'base', 'environment', 'rollout', 'generator'],
   'generator.train': ['base', 'generator', 'job'],
@@ -41,7 +41,9 @@ LAW = {
   'export': ['base', 'formats', 'checkpoint', 'encoder'],
   # Who calls an encoder computes as evaluations do; a card's pictures are of the run's world.
   'zoo': ['base', 'formats', 'checkpoint', 'encoder', 'export', 'evaluate.features'],
-  'zoo.bundle': ['layers', 'base', 'generator', 'environment', 'worlds', 'export', 'zoo'],
+  'zoo.bundle': [
+    *('layers', 'base', 'generator', 'environment', 'experience', 'worlds', 'export', 'zoo')
+  ],
   'zoo.hub': ['base', 'generator', 'zoo'],
   'job': ['base', 'data'],
   'workdir': ['base', 'job'],

@@ -162,6 +162,32 @@ def test_world_parameters_do_not_recompile(eight):
     assert not count
 
 
+@pytest.mark.parametrize(
+  'settings, words',
+  [
+    ({'simsiam.warmup_updates': 10**6}, 'simsiam.warmup_updates=1000000 of [0-9]+ updates'),
+    ({'pretrain.env_steps': 512, 'pretrain.warmup_steps': 511}, 'by an iteration: nothing would'),
+    ({'environment.start': 'stationary', 'environment.beta': 1.0}, 'the latent would stay at 0'),
+    ({'reward.kind': 'icm', 'reward.on': 'current'}, "reward.on='current' with reward.kind='icm'"),
+    ({'reward.k': 64}, 'reward.k=64'),
+  ],
+)
+def test_what_cannot_work_is_told_before_any_job(settings, words):
+  config = tiny_config()
+  pretrain.check(config, 1)
+  config.update_from_flattened_dict(settings)
+  with pytest.raises(UserError, match=words):
+    pretrain.check(config, 1)
+
+
+def test_a_run_without_an_agent_is_not_judged_by_its_reward():
+  config = tiny_config()
+  config.pairs.source = 'two_views'
+  config.simsiam.augment = 'shift_flip'
+  config.reward.k = config.pretrain.batch_size
+  pretrain.check(config, 1)
+
+
 def test_pictures_that_cannot_be_seen_are_told_before_the_generator_trains():
   config = tiny_config()
   config.environment.crop = 5

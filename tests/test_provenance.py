@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import atari
-from palm_jax import provenance, runner
+from palm_jax import provenance, runner, train
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.digests import file_digest
 from palm_jax.base.errors import UserError
@@ -204,6 +204,22 @@ def test_a_finetuning_is_of_the_pretraining_whose_trunk_it_begins_with(tmp_path)
   assert names() == ['pretrain']
   c.finetune.trunk = 'own'
   assert names() == ['pretrain', 'finetune']
+
+
+def test_a_passive_pretraining_is_of_the_record_that_it_reads(tmp_path):
+  c, job = tiny_config(), runner.find('pretrain')
+  c.pairs.update(dict(source='passive_random', record=str(tmp_path / 'played')))
+  this = Run(c, tmp_path / 'run', None)
+  pretrain(tmp_path / 'played', 3)
+  before = provenance.made_from(job, this)
+  assert before['record'] == provenance.newest_step(tmp_path / 'played' / 'pretrain')
+  train.check_origin(this, {}, {'world': 'a', 'record': before['record']['sha256']})
+  pretrain(tmp_path / 'played', 4)
+  now = provenance.made_from(job, this)
+  assert provenance.difference(before, now) == 'record at step 3, which is now at step 4'
+  digests = ({'world': 'a', 'record': about['record']['sha256']} for about in (before, now))
+  with pytest.raises(UserError, match='began with another record than .*played holds now'):
+    train.check_origin(this, *digests)
 
 
 def test_the_newest_step(tmp_path):

@@ -152,6 +152,19 @@ def test_largest_possible_k():
   )
 
 
+def test_a_memory_never_counts_beyond_its_size_twice():
+  """An int32 of all features that ever came would overflow, and switch it off."""
+  memory = reward.empty_memory(6, 1)
+  step = jax.jit(reward.remember)
+  for i in range(20):
+    memory = step(memory, jnp.full((2, 1), float(i)))
+    assert 0 < memory.total < 12
+    assert memory.total >= min(6, 2 * (i + 1))  # all that came are valid
+    newest = sorted({float(max(i - j, 0)) for j in range(3)})
+    there = memory.features[: min(6, int(memory.total)), 0]
+    assert sorted(set(map(float, there))) == newest
+
+
 def test_defaults_are_those_of_the_function():
   h = jax.random.normal(jax.random.key(4), (32, 4))
   config = reward.options(reward.default_config())

@@ -13,6 +13,7 @@ from palm_jax import runner
 from palm_jax.base import checks
 from palm_jax.base.errors import UserError
 from palm_jax.base.training import Stopped
+from palm_jax.data.arrays import Data, Split
 from palm_jax.job import Job, Run
 from tests.worlds import tiny_config
 
@@ -90,6 +91,21 @@ def test_it_is_checked_before_anything_is_written(toy, tmp_path):
   with pytest.raises(UserError, match='toy: expected ten classes'):
     runner.run(c, 'toy', tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
+
+
+def test_what_was_collected_is_judged_by_all_jobs_that_wait(toy, tmp_path, monkeypatch):
+  pictures = Split(np.zeros((4, 8, 8, 1), np.uint8), np.zeros(4, np.int64))
+  data = Data(pictures, pictures, ('a',), 'made up')
+  monkeypatch.setattr(runner, 'load_collected', lambda workdir, newest: data)
+  config, ran = config_of(), []
+  config.data.name = 'collect'
+  first = Job('first', lambda this: ran.append(this) or {}, lambda config, num_devices: None)
+  monkeypatch.setitem(sys.modules, 'first_of_two', types.SimpleNamespace(JOB=first))
+  monkeypatch.setitem(runner.JOBS, 'first', 'first_of_two')
+  config.jobs = 'first', 'toy'
+  with pytest.raises(UserError, match='toy: expected ten classes'):
+    runner.run(config, 'all', tmp_path / 'run')
+  assert not ran
 
 
 def test_a_stopped_job_has_no_result_and_ends_the_chain(toy, tmp_path):

@@ -82,6 +82,19 @@ def test_features_of_others_may_change_until_they_were_judged(tmp_path):
     claim(tmp_path, **{'features.path': 'b.npz', 'features.batch_size': 8})
 
 
+def test_what_another_job_read_of_a_section_is_bound_by_its_result(tmp_path):
+  """Diversity reads the section quality, too."""
+  claim(tmp_path)
+  (tmp_path / 'results').mkdir()
+  (tmp_path / 'results' / 'diversity.json').write_text('{}')
+  with pytest.raises(UserError, match='quality.proxy_width: .*delete results/diversity.json$'):
+    claim(tmp_path, **{'quality.proxy_width': 2})
+  (tmp_path / 'results' / 'quality.json').write_text('{}')
+  both = 'delete results/diversity.json and results/quality.json$'
+  with pytest.raises(UserError, match=both):
+    claim(tmp_path, **{'quality.proxy_width': 2})
+
+
 def test_a_refused_command_takes_back_what_it_wrote(tmp_path):
   workdir = tmp_path / 'run'
   claim(workdir)

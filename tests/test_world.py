@@ -98,9 +98,8 @@ def test_gymnasium_is_the_same_world():
   vector = LatentManifoldVectorEnv(ENVS, world=small())
   world, params = vector.world, vector.params
   first, _ = vector.reset(seed=7)
-  key, key_reset = jax.random.split(
-    jax.random.key(int(np.random.SeedSequence(7).generate_state(1)[0]))
-  )
+  seed = int(np.random.SeedSequence(7).generate_state(1)[0])
+  _, key, key_reset = jax.random.split(jax.random.key(seed), 3)
   ids = jnp.arange(ENVS)
   observations, state = world.reset_all(environment.env_keys(key_reset, ids), params)
   np.testing.assert_array_equal(first, observations)
@@ -112,6 +111,16 @@ def test_gymnasium_is_the_same_world():
     np.testing.assert_array_equal(cut, truncated)
     assert not terminated.any() and (reward == rewards).all()
     assert all(x.flags.writeable for x in (seen, reward, terminated, cut))
+
+
+def test_an_episode_does_not_begin_with_noise_of_the_one_before():
+  envs = LatentManifoldVectorEnv(ENVS, world=small(alpha=0.0, beta=0.0, label=0))
+  seen = [envs.reset(seed=0)[0]]
+  for _ in range(2):
+    seen += [envs.step(actions)[0] for actions in actions_of(LENGTH - 1)]
+    seen.append(envs.reset()[0])
+  flat = np.concatenate(seen).reshape(-1, 64)
+  assert len(np.unique(flat, axis=0)) == len(flat)
 
 
 def test_an_episode_has_its_frames_and_no_step_crosses_its_end():

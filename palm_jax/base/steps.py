@@ -56,6 +56,19 @@ def list_steps(folder: str | os.PathLike) -> list[int]:
   return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
 
 
+def newest_step(folder: pathlib.Path) -> dict[str, Any]:
+  """{'step', 'sha256'} of the newest checkpoint in <folder>/checkpoints; {} where there is none."""
+  steps = list_steps(folder / 'checkpoints')
+  if not steps:
+    return {}
+  about = folder / 'checkpoints' / str(steps[-1]) / '_CHECKPOINT_METADATA'
+  try:
+    sha256 = json.loads(about.read_text())['custom_metadata']['sha256']
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):  # whoever loads it will say so
+    sha256 = None
+  return {'step': steps[-1], 'sha256': sha256}
+
+
 def newest(
   folder: pathlib.Path,
   steps: Sequence[int],

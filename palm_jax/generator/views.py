@@ -108,7 +108,8 @@ def w_latents(generator: LoadedGenerator, samples: int = 10_000, seed: int = 0) 
   labels = jnp.arange(samples) % count
   z = jax.random.normal(jax.random.key(seed), (samples, generator.z_dim))
   map_all = jax.jit(functools.partial(network.apply, method='mapping'))
-  w = np.asarray(map_all(generator.variables, z, labels)[:, 0], np.float64)
+  with jax.default_matmul_precision('highest'):  # nearly the same on all kinds of devices
+    w = np.asarray(map_all(generator.variables, z, labels)[:, 0], np.float64)
   mean = np.stack([w[np.asarray(labels) == k].mean(0) for k in range(count)])
   within = w - mean[np.asarray(labels)]
   values, vectors = np.linalg.eigh(within.T @ within / (samples - count))

@@ -10,6 +10,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 from palm_jax import environment
+from palm_jax.base import checks
 from palm_jax.base.errors import UserError
 from palm_jax.world import LatentManifold, Params, make
 
@@ -37,8 +38,7 @@ class LatentManifoldVectorEnv(gymnasium.vector.VectorEnv):
     Raises:
       UserError: what `make` refuses, or no environments.
     """
-    if not 1 <= num_envs <= 1 << 20:
-      raise UserError(f'num_envs={num_envs}: expected 1 or more')
+    checks.within('num_envs', num_envs, checks.Range(1, 1 << 20))
     self.world: LatentManifold
     self.params: Params
     self.world, self.params = make(**settings) if world is None else world
@@ -52,6 +52,7 @@ class LatentManifoldVectorEnv(gymnasium.vector.VectorEnv):
     self._reset = jax.jit(self._begin)
     self._step = jax.jit(self._advance, donate_argnums=0)
     self._key: jax.Array | None = None
+    self._steps: Any = None  # key of the steps since the last reset
     self._state: Any = None
     self._count = 0
 
@@ -76,7 +77,8 @@ class LatentManifoldVectorEnv(gymnasium.vector.VectorEnv):
       self._key = jax.random.key(_fresh(seed))
     else:
       memory = self._state.memory
-    self._key, key = jax.random.split(self._key)
+    # Not by fold_in of the key that is split: fold_in(key, i) is split(key, n)[i].
+    self._key, self._steps, key = jax.random.split(self._key, 3)
     observations, self._state = self._reset(self.params, key, memory)
     self._count = 0
     return np.array(observations), {}
@@ -98,7 +100,7 @@ class LatentManifoldVectorEnv(gymnasium.vector.VectorEnv):
     """
     actions = _checked(actions, (self.num_envs, self.world.num_actions), self._state)
     observations, self._state, rewards, truncated = self._step(
-      self._state, self.params, self._key, np.int32(self._count), actions
+      self._state, self.params, self._steps, np.int32(self._count), actions
     )
     self._count += 1
     never = np.zeros(self.num_envs, bool)

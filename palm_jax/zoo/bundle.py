@@ -15,6 +15,7 @@ from palm_jax.base.checkpoints import load
 from palm_jax.base.digests import digest, file_digest
 from palm_jax.base.errors import UserError, one_line
 from palm_jax.base.files import not_written, replacing, user_path
+from palm_jax.experience import world_digest
 from palm_jax.generator import PictureGenerator, load_generator
 from palm_jax.layers.pixels import to_uint8
 from palm_jax.zoo import card as cards
@@ -164,7 +165,7 @@ def world_of(
     ) from e
   generator = worlds.as_world(there, load_generator(path or workdir))
   saved = load(workdir / 'pretrain' / 'checkpoints', 'encoder', step).metadata
-  sha256 = saved.get('world') or digest(generator.variables, {})
+  sha256 = saved.get('world') or world_digest(generator)
   about = dict(name=pathlib.Path(path).name if path else "the run's own", sha256=sha256)
   psi, stack = there.environment.truncation_psi, there.environment.stack
   return _draw(generator, psi, stack), about
