@@ -2,14 +2,16 @@
 
   python -m palm_jax.main --config=configs/generator.py:auto64 --config.data.name=folder
 
-The variants, the last two with settings of our own:
+The variants, the last with settings of our own:
 
   cifar       CIFAR-10, conditional
   auto64      any 64x64 pictures in a folder, one device
   auto256x8   any 256x256 pictures, as the original trains on 8 devices
   paper256    256x256 pictures on 8 devices
-  atari       stacks of 4 grey frames, 96x96: --config.data.name=frames.npz
   digits      scikit-learn's digits: two CPU cores
+
+A sixth, atari, has the networks that configs/atari.py trains on stacks of 4 grey frames, which it
+collects itself. It is not to be run alone.
 
 Useful with each: --config.generator.dtype=bfloat16 (accelerators), --config.generator.accumulate=2
 (half the memory), --config.generator.mirror (flipped copies), --config.generator.init_from=<run or

@@ -66,7 +66,7 @@ setup() {
   # uv brings the Python that the images lack.
   everywhere "set -e; mkdir -p palm_jax; tar xzf palm_jax.tar.gz -C palm_jax; python3 -m pip install -q --user uv; \
 ~/.local/bin/uv venv -q --allow-existing --python 3.11 palm_venv; \
-~/.local/bin/uv pip install -q --python palm_venv/bin/python -r palm_jax/requirements.txt -e './palm_jax[tpu]'; \
+~/.local/bin/uv pip install -q --python palm_venv/bin/python -r palm_jax/requirements.txt -e './palm_jax[tpu,figures]'; \
 sudo apt-get install -qq -y nfs-common; sudo mkdir -p $mount; \
 mountpoint -q $mount || sudo mount -t nfs $(quoted "$nfs") $mount; \
 sudo install -d -m 755 -o \"\$(id -u)\" -g \"\$(id -g)\" $(quoted "$mount/$workdir")"
@@ -81,5 +81,6 @@ everywhere "cd palm_jax && exec ../palm_venv/bin/python -m palm_jax.main $(quote
 run mkdir -p "$fetch"
 # By a name without blanks: whether scp's remote side reads quotes depends on its version.
 run gcloud compute tpus tpu-vm ssh "$name" --worker=0 "${where[@]}" \
-  --command="mkdir -p palm_fetched && rm -rf palm_fetched/results && cp -r $(quoted "$mount/$workdir/results") palm_fetched/"
+  --command="mkdir -p palm_fetched && rm -rf palm_fetched/results && cp -r $(quoted "$mount/$workdir/results") palm_fetched/ && \
+{ cp $(quoted "$mount/$workdir/figure.png") palm_fetched/results/ 2> /dev/null || true; }"
 run gcloud compute tpus tpu-vm scp --recurse "$name:palm_fetched/results" "$fetch" --worker=0 "${where[@]}"

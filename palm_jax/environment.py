@@ -64,10 +64,10 @@ def check(c: ConfigDict) -> None:
   checks.choice('environment.dynamics', c.dynamics, DYNAMICS)
   checks.choice('environment.latent_space', c.latent_space, LATENT_SPACES)
   checks.choice('environment.start', c.start, STARTS)
-  if c.start == 'stationary' and c.dynamics == 'momentum':
+  if c.start == 'stationary' and c.dynamics not in ('ema', 'ou'):
     raise UserError(
-      "environment.start='stationary' with environment.dynamics='momentum': it is known for 'ema' "
-      "and 'ou'; choose one of them, or start='latent'"
+      f"environment.start='stationary' with environment.dynamics={c.dynamics!r}: it is known for "
+      "'ema' and 'ou'; choose one of them, or start='latent'"
     )
   if c.start == 'stationary' and c.beta == 1:
     raise UserError(
@@ -250,6 +250,8 @@ def persist(
   if kind == 'momentum':
     velocity = beta * velocity + (1 - beta) * (z_new - z)
     return z + velocity, velocity
+  if kind not in DYNAMICS:
+    raise ValueError(f'dynamics {kind!r} is not one of {", ".join(DYNAMICS)}')
   share = jnp.sqrt(1 - beta**2) if kind == 'ou' else 1 - beta
   return beta * z + share * z_new, velocity
 

@@ -13,7 +13,12 @@ class Runner(Protocol):
   """What a job that runs others needs of palm_jax.runner; see there."""
 
   def run(
-    self, config: ConfigDict, job: str, workdir: str | pathlib.Path | None, download: bool = False
+    self,
+    config: ConfigDict,
+    job: str,
+    workdir: str | pathlib.Path | None,
+    download: bool = False,
+    patience: float = ...,
   ) -> None: ...
 
   def find(self, name: str) -> 'Job': ...
@@ -81,9 +86,9 @@ class Job:
     clean: removes what only an incomplete job needs, when its result has been written.
     table: the result as text, for the screen.
     reads: what it reads of the workdir: 'generator' (or that of config.generator.path), 'pretrain',
-      or of another: 'encoder' (that of config.world.encoder), 'trunk' (that of
-      config.finetune.trunk, which may be this one's 'pretrain'). Its result is of their newest
-      checkpoints, and no longer fits when there are newer ones.
+      or of another: 'record' (config.pairs.record), 'encoder' (that of config.world.encoder),
+      'trunk' (that of config.finetune.trunk, which may be this one's 'pretrain'). Its result is of
+      their newest checkpoints, and no longer fits when there are newer ones.
     reads_files: whose results of other workdirs it reads, as far as they are there.
     result: where the result lies in the workdir; '' is results/<name>.json.
     judges: whether it only judges what other jobs made; its section of the config may then change

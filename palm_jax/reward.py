@@ -205,8 +205,9 @@ def entropy_reward(
 
 
 def options(config: ConfigDict) -> dict[str, Any]:
-  """What of `default_config` goes to `global_entropy_reward`."""
-  return {name: config[name] for name in ('k', 'average', 'transform', 'include_self', 'clip')}
+  """What of the section `reward` goes to the function of its kind: to someone's own all of it."""
+  names = ('k', 'average', 'transform', 'include_self', 'clip') if config.kind == 'apt' else config
+  return {name: config[name] for name in names}
 
 
 def global_entropy_reward(

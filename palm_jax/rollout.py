@@ -36,7 +36,7 @@ class Play:
 
   Attributes:
     config: the whole config.
-    generator: any generator (palm_jax/generator/README.md says what that is).
+    generator: any generator (palm_jax/README.md says what that is).
     encoder: flax module; images -> (B, F).
     image_shape: (H, W, C) that agent and encoder see.
     real: dtype of parameters, latents and actions, at least float32.

@@ -72,7 +72,11 @@ def check(config: ConfigDict, num_devices: int) -> None:
 
 
 def run(
-  config: ConfigDict, job: str, workdir: str | pathlib.Path | None = None, download: bool = False
+  config: ConfigDict,
+  job: str,
+  workdir: str | pathlib.Path | None = None,
+  download: bool = False,
+  patience: float = workdirs.PATIENCE,
 ) -> None:
   """Runs the jobs in order, skipping those that are complete in the workdir.
 
@@ -81,9 +85,11 @@ def run(
     job: name of one, or 'all' for those of config.jobs.
     workdir: where everything is written; None is runs/<config.name>.
     download: whether published data may be fetched.
+    patience: seconds to wait for another command that does the same.
 
   Raises:
     UserError: invalid settings, data or workdir, before anything is computed or written.
+    workdir.Busy: another command does the same.
   """
   settings.check(config)
   collected.check(config.data.name, config.data.get('size', 0))
@@ -117,21 +123,21 @@ def run(
     workdirs.keep_compiled(workdir)
     logging.info('%s: %d %s device(s)', workdir, mesh.size, mesh.devices.flat[0].platform)
   try:
-    _run_in_order(jobs, this)
+    _run_in_order(jobs, this, patience)
   except UserError:
     if not before:
       workdirs.release(workdir, names())
     raise
 
 
-def _run_in_order(jobs, this):
+def _run_in_order(jobs, this, patience):
   for i, each in enumerate(jobs):
     if provenance.is_current(each, this):
       path = workdirs.result_path(this.workdir, each)
       logging.info('%s: complete, skipped (delete %s to run it again)', each.name, path)
       continue
     this = _with_collected(jobs[i:], this)
-    if not _run_alone(each, this):
+    if not _run_alone(each, this, patience):
       logging.info('%s: stopped and saved; the same command resumes it', each.name)
       return
 
@@ -161,11 +167,11 @@ def _with_collected(jobs, this):
   return this
 
 
-def _run_alone(job, this):
+def _run_alone(job, this, patience):
   """Brings a job to its end, unless who was waited for has -> whether it is there."""
   if not job.claims:
     return execute(job, this) is not None
-  with workdirs.only_one(this.workdir, job.name):
+  with workdirs.only_one(this.workdir, job.name, patience):
     workdirs.compare(this.workdir, this.config, list(map(find, JOBS)))
     return not provenance.waiting([job], this) or execute(job, this) is not None
 

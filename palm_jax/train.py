@@ -56,9 +56,9 @@ def run(this: Run) -> dict:
   watch = monitors.make_monitors(program.setup)
   key = first_key(config)
   template = template_of(program, key, world)
-  activations = cost.activation_bytes(config, generator, template.ssl, mesh.size)
+  working = cost.working_bytes(config, generator, template.ssl, mesh.size)
   eyes = encoder.cheaper_eyes(config.encoder, program.setup.image_shape)
-  check_memory(template, world, mesh, activations, eyes)
+  check_memory(template, world, mesh, working, eyes)
   worlds.check_pictures(config, generator)
   per_call, env_steps = p.iterations_per_call, program.env_steps_per_iteration
   total = program.setup.num_calls * per_call
@@ -174,28 +174,30 @@ def note_devices(before: int, now: int) -> None:
 
 
 def check_memory(
-  state: pretrain.State, world: World, mesh: Mesh, activations: int, eyes: str = ''
+  state: pretrain.State, world: World, mesh: Mesh, working: dict[str, int], eyes: str = ''
 ) -> None:
   """Raises UserError where what a device holds exceeds its memory; reads shapes only.
 
   Args:
     state, world: arrays or their shapes.
     mesh: whose devices share them.
-    activations: bytes that a device's backward pass needs besides.
+    working: of `cost.working_bytes`, what a device needs besides.
     eyes: of `encoder.cheaper_eyes`.
   """
   split, whole = [state.ring, state.env, state.frames], [state.ssl, state.agent]
   (split if isinstance(world.material, Experience) else whole).append(world.material)
   whole.append(world._replace(material=()))
+  less_learning = 'lower pretrain.batch_size or encoder.width' + (
+    f', or set {eyes}' if eyes else ''
+  )
   takes = {
-    'replay.capacity': cost.nbytes(split) / mesh.size,
-    'encoder.width, simsiam.* or sac.hidden': cost.nbytes(whole),
-    'pretrain.batch_size or encoder.width': activations,
+    'lower replay.capacity': cost.nbytes(split) / mesh.size,
+    'lower encoder.width, simsiam.* or sac.hidden': cost.nbytes(whole),
+    less_learning: working.get('activations', 0),
+    cost.LESS_DRAWING: working.get('rendering', 0),
   }
-  most = max(takes, key=takes.__getitem__)
-  more = f', or set {eyes}' if eyes and takes[most] == activations else ''
-  remedy = f'lower {most}{more}; --job=plan says what fits'
-  what = 'replay, networks and activations take'
+  remedy = f'{max(takes, key=takes.__getitem__)}; --job=plan says what fits'
+  what = f'replay, networks and {" and ".join(working)} take'
   devices.check_fits(sum(takes.values()), mesh, what, remedy)
 
 

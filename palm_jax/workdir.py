@@ -330,17 +330,22 @@ def keep_compiled(workdir: pathlib.Path) -> None:
     jax.config.update('jax_compilation_cache_dir', str(workdir / COMPILED))
 
 
+class Busy(UserError):
+  """Another command does the same."""
+
+
 @contextlib.contextmanager
-def only_one(workdir: pathlib.Path, job: str) -> Iterator[None]:
+def only_one(workdir: pathlib.Path, job: str, patience: float = PATIENCE) -> Iterator[None]:
   """Holds a job of the workdir while the block lasts.
 
   Raises:
-    UserError: another command has it; each would overwrite the other's files.
+    Busy: another command has it, also after `patience` seconds; each would overwrite the other's
+      files.
   """
   path = _lock_path(workdir, job)
-  with locked(path, PATIENCE) if is_first() else contextlib.nullcontext(True) as mine:
+  with locked(path, patience) if is_first() else contextlib.nullcontext(True) as mine:
     if any_process(not mine):
-      raise UserError(
+      raise Busy(
         f'the job {job} of {workdir} is being run by another command: wait for its end or stop '
         f'it, or choose another --workdir (where it ended with its machine, remove {path})'
       )

@@ -388,7 +388,9 @@ def test_tpu_vm_goes_through_a_slices_life(place):
   start = words.index('palm_jax.main')
   assert words[start + 1 :] == ['--workdir=/mnt/palm/runs/my run', *ARGUMENTS]
   copy = next(arg for arg in calls[6] if arg.startswith('--command=')).removeprefix('--command=')
-  assert shlex.split(copy)[-2:] == ['/mnt/palm/runs/my run/results', 'palm_fetched/']
+  results, figure = copy.split(' && {')
+  assert shlex.split(results)[-2:] == ['/mnt/palm/runs/my run/results', 'palm_fetched/']
+  assert shlex.split(figure)[1:3] == ['/mnt/palm/runs/my run/figure.png', 'palm_fetched/results/']
   assert 'palm:palm_fetched/results' in calls[7] and 'got' in calls[7]
   assert (place[0] / 'got').is_dir()
   subprocess.run(['bash', '-n', '-c', f'{setup}\n{command}\n{copy}'], check=True)

@@ -4,6 +4,7 @@ not happen."""
 import json
 import logging as python_logging
 import math
+import pathlib
 import sys
 import types
 
@@ -187,6 +188,18 @@ def test_weights_and_biases_goes_on_with_the_same_run(tmp_path, monkeypatch):
     [dict(step=2, loss=0.5, bad=None)],
   ]
   assert first.finished and first.defined == [('*', 'step')]
+
+
+@pytest.mark.parametrize(
+  'folder, name, group',
+  [
+    ('runs/a/pretrain', 'a/pretrain', 'a'),
+    ('runs/f4/alpha_0/seed3/pretrain', 'f4/alpha_0/seed3/pretrain', 'f4/alpha_0'),
+    ('runs/f5/alpha_0/0.5/seed12/generator', 'alpha_0/0.5/seed12/generator', 'alpha_0/0.5'),
+  ],
+)
+def test_runs_of_a_study_are_told_apart(folder, name, group):
+  assert metrics.wandb_names(pathlib.Path(folder)) == dict(name=name, group=group)
 
 
 def test_weights_and_biases_that_is_not_installed(monkeypatch):

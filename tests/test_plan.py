@@ -4,12 +4,15 @@ import json
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from palm_jax import encoder, pretrain, settings, train, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
+from palm_jax.generator import LoadedGenerator
+from palm_jax.generator.networks import make_networks
 from palm_jax.runner import run
 from palm_jax.speed import cost, plan, workload
 from tests.jobs import finish
@@ -86,13 +89,13 @@ def test_a_replay_beyond_the_memory_is_refused_before_it_is_made():
     match=r'replay, networks and activations take 3\d\d.\d GiB on each of 2 device'
     '.*lower replay.capacity',
   ):
-    train.check_memory(state, world, mesh, 0)
+    train.check_memory(state, world, mesh, dict(activations=0))
   with pytest.raises(UserError, match=r'take \d+.\d GiB .* lower pretrain.batch_size or encoder'):
-    train.check_memory(state.replace(ring=()), world, mesh, 1 << 40)
+    train.check_memory(state.replace(ring=()), world, mesh, dict(activations=1 << 40))
   eyes = encoder.cheaper_eyes(config.encoder, (512, 512, 3))
   assert encoder.cheaper_eyes(config.encoder, (64, 64, 3)) == ''
   with pytest.raises(UserError, match="encoder.width, or set encoder.stem to 'imagenet' .for 512x"):
-    train.check_memory(state.replace(ring=()), world, mesh, 1 << 40, eyes)
+    train.check_memory(state.replace(ring=()), world, mesh, dict(activations=1 << 40), eyes)
 
 
 @pytest.mark.parametrize('objective', ['simclr', 'supcon', 'byol', 'vicreg', 'barlow'])
@@ -105,6 +108,27 @@ def test_activations_of_each_objective_are_counted(objective):
   found = cost.activation_bytes(config, generator, state.ssl, 1)
   pictures = 2 * config.pretrain.batch_size * np.prod(program.setup.image_shape)
   assert 4 * pictures < found < 4000 * pictures
+
+
+def test_what_is_drawn_at_once_is_counted():
+  # Beside what the compiler says that the same drawing takes.
+  c = tiny_config()
+  c.generator.update(dict(z_dim=8, w_dim=8, mapping_layers=2, channel_base=512, channel_max=32))
+  network, _ = make_networks(c.generator, (32, 32, 3), 0)
+  variables = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, network.z_dim)))
+  generator = LoadedGenerator(network, variables)
+  found = cost.rendering_bytes(c, generator, 1)
+  z = jnp.zeros((c.pretrain.num_envs, generator.z_dim))
+  draw = jax.jit(lambda v, z: generator.apply(v, z, jnp.zeros(len(z), jnp.int32)))
+  compiled = draw.lower(variables, z).compile().memory_analysis().temp_size_in_bytes
+  assert compiled / 3 < found < 3 * compiled
+  assert cost.rendering_bytes(c, generator, 2) == found / 2
+  few, many = plan.estimate(c, generator, 1)['bytes'], 64 * c.pretrain.num_envs
+  c.pretrain.num_envs, c.replay.capacity = many, 3 * many * c.pretrain.rollout_length
+  assert 'activations' in few and 'rendering' not in few
+  assert plan.estimate(c, generator, 1)['bytes'].keys() == {*few, 'rendering'} - {'activations'}
+  c.pairs.source = 'two_views'
+  assert not cost.rendering_bytes(c, generator, 1)
 
 
 def test_more_devices_share(planned):

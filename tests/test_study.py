@@ -19,10 +19,13 @@ from PIL import Image
 
 from configs.studies import figure4
 from palm_jax import runner, study
+from palm_jax import workdir as workdirs
+from palm_jax.base import devices
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import write_json
 from palm_jax.generator import train
+from palm_jax.job import Run
 from palm_jax.study import arms, figure, numbers
 from tests.jobs import finish
 from tests.worlds import COMPILED, nature_config, tiny_config
@@ -449,6 +452,37 @@ def act_when(path, act):
   thread = threading.Thread(target=watch, daemon=True)
   thread.start()
   return thread
+
+
+@pytest.mark.parametrize('ends', [True, False])
+def test_several_commands_share_the_runs(ends, tmp_path, monkeypatch):
+  """What another is at comes last, and what reads it; so does nothing that it will never end."""
+  c = small_study(tmp_path, seeds=(0, 1))
+  passive = 'pairs.source=passive_random pairs.record={PALM}'
+  c.study.arms = (
+    ('PALM', 'pretrain.record=True'),
+    ('passive', passive),
+    ('alpha 0', 'environment.alpha=0'),
+  )
+  called, busy = [], '/PALM/seed0'
+
+  def run_jobs(this, config, folder, jobs, patience):
+    called.append('/'.join(folder.parts[-2:]))
+    if str(folder).endswith(busy) and not (patience and ends):
+      raise workdirs.Busy('another command has it')
+    return True
+
+  monkeypatch.setattr(study, '_run_jobs', run_jobs)
+  monkeypatch.setattr(study, '_line', lambda *_: [])
+  monkeypatch.setattr(study.numbers, 'write_lines', lambda path, lines: None)
+  seen = []
+  monkeypatch.setattr(study, '_results', lambda c, runs, lines: seen.append(lines) or {})
+  monkeypatch.setattr(study.numbers, 'table', lambda results: '')
+  monkeypatch.setattr(study.figure, 'draw', lambda results, path: None)
+  result = study.run(Run(c, tmp_path / 'study', devices.make_mesh(), None, runner=runner))
+  first = ['PALM/seed0', 'alpha_0/seed0', 'PALM/seed1', 'alpha_0/seed1', 'passive/seed1']
+  assert called == first + (['PALM/seed0', 'passive/seed0'] if ends else ['PALM/seed0'])
+  assert (result is not None) == ends == bool(seen)
 
 
 @pytest.fixture(scope='module')

@@ -8,8 +8,8 @@ r"""Figure 3: accuracy of PALM beside SimSiam, SimCLR and supervised training on
 laptop: 6 arms x 3 seeds x 6 minutes, and 3 supervised trainings: about 2 hours. The paper has three
 seeds, CIFAR-10 and CIFAR-100, and the first two arms and the last two. All arms have the same
 number of updates and pairs; SimSiam and SimCLR see two augmented views of real images, the others
-no real image. The contrastive arms are those of configs/cifar.py:best but for its updates, the
-first of them without hand-made augmentation.
+no real image. The contrastive arms have the loss of configs/cifar.py:small,best, the second its
+augmentation, too, the first style mixing instead; env steps and updates are the scale's own.
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,7 @@
   smoke   digits of scikit-learn, seconds a run: shows that a study works; its numbers say nothing
   digits  configs/digits.py with SimSiam's loss, some 2 minutes a run on one core
   laptop  configs/cifar.py:small on two CPU cores, about 6 minutes a run (5 of pretraining, 1 of
-          probe); needs --config.data.name
+          probe); needs --config.data.name or --download
   paper   configs/cifar.py: accelerators; trains its generator first
 
 A study's variant is one of them; laptop and paper may be followed by variants of configs/cifar.py,

@@ -85,8 +85,9 @@ def exit_on_user_error(main: Callable) -> Callable:
         raise
       fail(
         f'a device has not enough memory ({" ".join(str(e).split())[:200]}): lower '
-        'pretrain.batch_size, encoder.width or replay.capacity, raise generator.accumulate, or '
-        'take more devices; --job=plan shows what takes how much'
+        'pretrain.batch_size, pretrain.num_envs, encoder.width, replay.capacity or, in '
+        'evaluations, features.batch_size, raise generator.accumulate, or take more devices; '
+        '--job=plan shows what takes how much'
       )
 
   return wrapped

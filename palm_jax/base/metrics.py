@@ -103,6 +103,18 @@ def log_to_wandb(project: str) -> None:
   wandb_project = project
 
 
+def wandb_names(folder: pathlib.Path) -> dict[str, str]:
+  """{'name', 'group'} of the run of a job's folder in a workdir.
+
+  A study's runs are in <workdir>/<arm>[/<place>]/seed<k>, and those of an arm are a group.
+  """
+  workdir = folder.parent
+  if not re.fullmatch(r'seed\d+', workdir.name):
+    return dict(name=f'{workdir.name}/{folder.name}', group=workdir.name)
+  arm = '/'.join(workdir.parts[-3:-1])
+  return dict(name=f'{arm}/{workdir.name}/{folder.name}', group=arm)
+
+
 def _wandb_run(folder) -> Any:
   """The run of a folder, which goes on after a stop: its id stays in the folder."""
   import wandb
@@ -118,8 +130,7 @@ def _wandb_run(folder) -> Any:
   run = wandb.init(
     project=wandb_project,
     id=path.read_text(),
-    name=f'{folder.parent.name}/{folder.name}',
-    group=folder.parent.name,
+    **wandb_names(folder),
     config=config,
     resume='allow',
     dir=str(folder),

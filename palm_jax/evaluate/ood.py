@@ -193,7 +193,7 @@ def _encoders(this, foreign):
     if config.ood.untrained:
       encoders.append(features.untrained_encoder(config, shape))
     if foreign:
-      about = dict(file=config.features.path)
+      about = dict(file=config.features.path, head_augment='none')  # there are no images
       sha256 = digests.of_arrays(*foreign.values())
       encoders.append(Encoder('foreign features', None, sha256, about))
   return encoders

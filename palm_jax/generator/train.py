@@ -42,7 +42,7 @@ def default_config():
     dict(
       path='',  # workdir of another run whose generator to play in; empty: train one here
       # workdir or .pkl whose networks training starts from; then ada_kimg=100 is the original's.
-      # Or a generator without its D, such as cifar10-small, whose new D learns alone at first
+      # Or a generator without its D, such as cifar10-small, whose new D can learn alone at first
       init_from='',
       d_alone_kimg=0.0,  # thousands of the first images in which G stays as it is
       network='stylegan2',  # or siren: pictures as functions of their coordinates

@@ -10,10 +10,13 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from ml_collections import ConfigDict
 
-from palm_jax import rollout, simsiam, worlds
+from palm_jax import pairs, rollout, simsiam, worlds
 from palm_jax.base.devices import nbytes
 from palm_jax.encoder import make_encoder
 from palm_jax.generator import PictureGenerator
+
+# What makes drawing take less.
+LESS_DRAWING = 'lower pretrain.num_envs (a larger pretrain.rollout_length makes up for it)'
 
 
 def flops(traced: Any) -> int:
@@ -113,6 +116,46 @@ def activation_bytes(
     )[0]
 
   return residual_bytes(loss, ssl['params'], frames, frames)
+
+
+def rendering_bytes(config: ConfigDict, generator: PictureGenerator, num_devices: int) -> int:
+  """What a device holds while it draws the pictures of one step, or of a batch where nobody plays.
+
+  Twice the largest array of the generator: one that is read and one that is written.
+  """
+  source = pairs.SOURCES[config.pairs.source]
+  if source.needs == 'images':
+    return 0
+  p = config.pretrain
+  count = (p.num_envs if source.plays else p.batch_size) // num_devices
+  z = jax.ShapeDtypeStruct(
+    (count, generator.z_dim), jnp.promote_types(rollout.DTYPES[p.dtype], jnp.float32)
+  )
+  labels = jax.ShapeDtypeStruct((count,), jnp.int32)
+  draw = lambda variables, z, labels: generator.apply(variables, z, labels, truncation_psi=1.0)
+  return 2 * _largest(jax.make_jaxpr(draw)(generator.variables, z, labels).jaxpr)
+
+
+def _largest(jaxpr):
+  """Bytes of the largest array that is computed."""
+  found = [0]
+  for equation in jaxpr.eqns:
+    found += [nbytes(v.aval) for v in equation.outvars if hasattr(v.aval, 'dtype')]
+    inner = jax.tree.leaves(list(equation.params.values()))
+    found += [_largest(getattr(x, 'jaxpr', x)) for x in inner if isinstance(x, ClosedJaxpr | Jaxpr)]
+  return max(found)
+
+
+def working_bytes(
+  config: ConfigDict, generator: PictureGenerator, ssl: dict[str, Any], num_devices: int
+) -> dict[str, int]:
+  """{'activations' or 'rendering': bytes}: the larger one, as the two are not at one time."""
+  takes = dict(
+    activations=activation_bytes(config, generator, ssl, num_devices),
+    rendering=rendering_bytes(config, generator, num_devices),
+  )
+  most = max(takes, key=takes.__getitem__)
+  return {most: takes[most]}
 
 
 def compiled_bytes(compiled: Any) -> dict[str, int]:

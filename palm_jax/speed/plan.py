@@ -35,7 +35,9 @@ def default_config() -> ConfigDict:
   return ConfigDict(
     dict(
       devices=0,  # their number
-      memory_gb=0.0,  # of each, 10^9 bytes
+      # of each, 10^9 bytes: what the run may have. JAX takes three quarters of a GPU's unless
+      # XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise, so 18 of 24
+      memory_gb=0.0,
       # that each sustains; 0: as --job=benchmark found in this workdir, else USUAL_SHARE of what a
       # matrix product reaches here
       tflops=0.0,
@@ -156,7 +158,7 @@ def estimate(config: ConfigDict, generator: PictureGenerator, num_devices: int) 
     bytes=dict(
       {name: cost.nbytes(tree) / num_devices for name, tree in sharded.items()},
       networks=cost.nbytes((world, state.ssl, state.agent)),
-      activations=cost.activation_bytes(config, generator, state.ssl, num_devices),
+      **cost.working_bytes(config, generator, state.ssl, num_devices),
     ),
     flops=flops,
     flops_per_iteration=sum(flops.values()),
@@ -197,15 +199,17 @@ def check_memory(config: ConfigDict, result: dict[str, Any]) -> None:
   stored = result['bytes']['frames'] + result['bytes']['actions']
   block = config.pretrain.num_envs * config.pretrain.rollout_length
   fits = int((memory - need + stored) / stored * ring.capacity) // block * block
+  drawing = 'rendering' in result['bytes']
   if fits > 3 * config.pretrain.num_envs:
     remedy = f'set replay.capacity to {fits} or less'
   else:
-    remedy = 'lower pretrain.batch_size or encoder.width'
+    remedy = cost.LESS_DRAWING if drawing else 'lower pretrain.batch_size or encoder.width'
   more = ', replay.actions to int8' if ring.actions != 'int8' else ''
-  if eyes := cheaper_eyes(config.encoder, result['picture']):
+  if not drawing and (eyes := cheaper_eyes(config.encoder, result['picture'])):
     more += f', {eyes}'
   raise UserError(
-    f'replay.capacity={ring.capacity} with pretrain.batch_size={config.pretrain.batch_size} takes '
+    f'replay.capacity={ring.capacity} with pretrain.batch_size={config.pretrain.batch_size} and '
+    f'pretrain.num_envs={config.pretrain.num_envs} takes '
     f'about {need / 2**30:.1f} GiB on each of {result["num_devices"]} device(s), which have '
     f'{memory / 2**30:.1f} GiB: {remedy}{more}, or take more devices'
   )
@@ -234,10 +238,10 @@ def table(r: dict[str, Any]) -> str:
       f'{min(r["ring_frames"] / r["env_steps"], 1):.1%} of the run',
       f'  GFLOP an iteration and device: {listed(r["flops"], gflop)}; {gflop(per_step)} '
       'an env step',
-      f'  time              {r["hours"]:.3g} h at {r["flops_per_second"] / 1e12:.3g} TFLOP/s a '
-      f'device ({r["rate_source"]})',
-      '  activations are what reverse mode keeps before the compiler fuses or recomputes; '
-      'generators render one step at a time',
+      f'  time              {r["hours"]:.3g} h, without training a generator, at '
+      f'{r["flops_per_second"] / 1e12:.3g} TFLOP/s a device ({r["rate_source"]})',
+      '  activations are what reverse mode keeps before the compiler fuses or recomputes; where '
+      'the pictures of one step take more (rendering), these stand there instead',
     ]
   )
 

@@ -161,36 +161,81 @@ def run(this: Run) -> dict | None:
   if not base.generator.path and not _run_jobs(this, base, place / GENERATOR, ('generator',)):
     return None
 
-  lines = []
+  lines = {}  # of each run that is complete
   progress = Progress('study', len(runs), 'runs')
-  for i, arm_run in enumerate(runs):
+  # What another command is at comes last, and what needs that.
+  for i, arm_run, patience in _turns(runs, busy := []):
     arm = arm_run.arm
+    if not patience and _needs(arm_run, [runs[j].folder for j in busy]):
+      busy.append(i)
+      continue
     logging.info(
       'study: run %d of %d, %s%s, seed %d', i + 1, len(runs), arm.name, at(arm.x), arm_run.seed
     )
-    if not _run_jobs(this, arm_run.config, arm_run.folder, tuple(config.study.jobs)):
-      logging.info('study: stopped after %d of %d runs; the same command resumes it', i, len(runs))
+    jobs = tuple(config.study.jobs)
+    try:
+      complete = _run_jobs(this, arm_run.config, arm_run.folder, jobs, patience)
+    except workdirs.Busy as e:
+      logging.info('study: %s', e)
+      if patience:
+        break
+      busy.append(i)
+      continue
+    if not complete:
+      logging.info(
+        'study: stopped after %d of %d runs; the same command resumes it', len(lines), len(runs)
+      )
       return None
+    lines[i] = []
     if is_first():
-      lines += [
+      lines[i] = [
         _line(config.name, reading, arm_run, place) for reading in readings if reading.source == arm
       ]
-      numbers.write_lines(workdir / 'results' / 'study.csv', lines)
-      progress.update(i + 1, {})
+      numbers.write_lines(workdir / 'results' / 'study.csv', _in_order(lines))
+      progress.update(len(lines), {})
+  if len(lines) < len(runs):
+    logging.info(
+      'study: %d of %d runs wait for other commands: when these have ended, the same command makes '
+      'what is left, and the table of all',
+      len(runs) - len(lines),
+      len(runs),
+    )
+    return None
   if not is_first():
     return {}
-  results = _results(config, runs, lines) | devices.describe(this.mesh)
+  results = _results(config, runs, _in_order(lines)) | devices.describe(this.mesh)
   print(numbers.table(results), flush=True)
   write_result(workdir / 'results' / 'study.json', results, {}, config.to_dict())
   figure.draw(results, workdir / 'figure.png')
   return results
 
 
-def _run_jobs(this, config, folder, jobs):
-  """Runs jobs in a folder, those of its config or one -> whether they are complete."""
+def _turns(runs, busy):
+  """(number, run, patience in seconds) of each, and once more of those that become `busy`."""
+  for i, arm_run in enumerate(runs):
+    yield i, arm_run, 0.0
+  for i in tuple(busy):
+    yield i, runs[i], workdirs.PATIENCE
+
+
+def _needs(arm_run, folders):
+  """Whether a setting of the run names one of the folders."""
+  values = {str(value) for value in checks.flatten(arm_run.config.to_dict()).values()}
+  return any(str(folder) in values for folder in folders)
+
+
+def _in_order(lines):
+  return [line for i in sorted(lines) for line in lines[i]]
+
+
+def _run_jobs(this, config, folder, jobs, patience=workdirs.PATIENCE):
+  """Runs jobs in a folder, those of its config or one -> whether they are complete.
+
+  Raises workdir.Busy where another command is at one of them.
+  """
   config = workdirs.as_there(folder, config, _unread(this.runner, config, folder, jobs))
   which = 'all' if jobs == tuple(config.jobs) else jobs[0]
-  this.runner.run(config, which, folder, this.download)
+  this.runner.run(config, which, folder, this.download, patience)
   return all(workdirs.is_complete(folder, this.runner.find(name)) for name in jobs)
 
 
