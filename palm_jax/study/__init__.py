@@ -228,7 +228,7 @@ def _in_order(lines):
   return [line for i in sorted(lines) for line in lines[i]]
 
 
-def _run_jobs(this, config, folder, jobs, patience=workdirs.PATIENCE):
+def _run_jobs(this, config, folder, jobs, patience: float = workdirs.PATIENCE):
   """Runs jobs in a folder, those of its config or one -> whether they are complete.
 
   Raises workdir.Busy where another command is at one of them.
