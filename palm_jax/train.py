@@ -82,7 +82,10 @@ def run(this: Run) -> dict:
   ) as training:
     restored = training.resume({'state': template})
     if restored:
-      check_origin(this, restored.metadata, origin)
+      before = restored.metadata
+      if experience.is_world_of(generator, before.get('world', '')):
+        before = before | {'world': origin['world']}
+      check_origin(this, before, origin)
       note_devices(restored.metadata.get('devices', mesh.size), mesh.size)
       state, scalars = restored.items['state'], restored.metadata['metrics']
     else:

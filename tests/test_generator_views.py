@@ -8,6 +8,7 @@ from scipy import stats
 
 from palm_jax import experience, pretrain, worlds
 from palm_jax.base import devices
+from palm_jax.base.digests import digest
 from palm_jax.base.errors import UserError
 from palm_jax.generator import LoadedGenerator, views
 from palm_jax.generator.stylegan2 import Generator
@@ -25,6 +26,9 @@ def test_a_world_of_w_is_known_by_what_was_given():
   here = experience.world_digest(world)
   assert here == experience.world_digest(other) == experience.world_digest(cropless(other))
   assert here != experience.world_digest(another)
+  older = digest(world.variables, {})
+  assert older != here and all(experience.is_world_of(world, x) for x in (here, older))
+  assert not experience.is_world_of(another, here)
   assert here != experience.world_digest(WLatents(None, given))
 
 
