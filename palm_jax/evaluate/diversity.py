@@ -112,7 +112,10 @@ def run(this: Run) -> dict[str, Any]:
     pictures, real = diversity_sets.draw(this, draw, n, arms, generator.num_classes, records)
     if len(used) > 1:  # played and drawn once for all of them
       batch = features.whole_batch(c.batch_size, n, this.mesh)
-      pictures = {kind: diversity_sets.kept(drawn, n, batch) for kind, drawn in pictures.items()}
+      pictures = {
+        kind: diversity_sets.kept(drawn, n, batch, f'draw {draw + 1}, {kind}, drawing')
+        for kind, drawn in pictures.items()
+      }
     for name, extractor in used.items():
       what = f'draw {draw + 1}, {name} features, '
       h = extract(extractor, real, n, c.batch_size, this.mesh, what + 'training images')

@@ -9,6 +9,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from palm_jax.base.errors import UserError
+from palm_jax.base.metrics import Progress
 from palm_jax.data.arrays import Data
 from palm_jax.evaluate import play
 from palm_jax.job import Run
@@ -77,10 +78,13 @@ def _shown(images, order):
   return lambda rows: images[order[rows]]
 
 
-def kept(pictures: Pictures, n: int, batch: int) -> Pictures:
-  """The same n pictures out of the host's memory, drawn `batch` at a time."""
-  rows = [np.arange(start, start + batch) % n for start in range(0, n, batch)]
-  images = np.concatenate([pictures(each) for each in rows])[:n]
+def kept(pictures: Pictures, n: int, batch: int, what: str) -> Pictures:
+  """The same n pictures out of the host's memory, drawn `batch` at a time, with progress."""
+  progress, parts = Progress(f'diversity: {what}', n, 'images'), []
+  for start in range(0, n, batch):
+    parts.append(pictures(np.arange(start, start + batch) % n))
+    progress.update(min(start + batch, n), {})
+  images = np.concatenate(parts)[:n]
   return lambda rows: images[rows]
 
 
