@@ -24,8 +24,8 @@ games=${GAMES:-$(python -c 'from palm_jax.atari.environment import GAMES; print(
 for seed in $seeds; do
   for game in $games; do
     workdir=$root/$game/$seed arguments=(--config="configs/atari.py:$game${VARIANT:-}" --config.seed="$seed" "$@")
-    if [[ -e $workdir/results/scores.json ]]; then continue; fi
     if [[ -n ${SLURM:-} ]]; then
+      if [[ -e $workdir/results/scores.json ]]; then continue; fi # else the command itself skips, and judges, what is there
       WORKDIR=$workdir NODES=1 GPUS=1 launch/slurm.sh "${arguments[@]}"
     else
       python -m palm_jax.main --workdir="$workdir" "${arguments[@]}"

@@ -47,9 +47,11 @@ create() {
 }
 
 wait_until_active() {
-  local state
+  local state failed=0
   while :; do
-    state=$(queued describe --format='value(state.state)')
+    # Asking can fail now and then; leaving would give the place in the queue away.
+    if state=$(queued describe --format='value(state.state)'); then failed=0; else state=unknown failed=$((failed + 1)); fi
+    if ((failed >= 10)); then fail "gcloud cannot describe the request: see above"; fi
     if [[ -n $dry_run ]]; then echo "$state"; return; fi
     case $state in
       ACTIVE) return ;;

@@ -164,7 +164,7 @@ def check_generator(run: pathlib.Path, generator: Any) -> None:
   there = load(folder, 'encoder').metadata.get('world') if list_steps(folder) else None
   if there and not is_world_of(generator, there):
     raise UserError(
-      f'{run} was recorded in the world of another generator (digest {there[:12]}, here '
+      f'{run} played in the world of another generator (digest {there[:12]}, here '
       f'{world_digest(generator)[:12]}): its latents would be other pictures; give that one'
     )
 

@@ -45,8 +45,8 @@ def made_from(job: Job, this: Run) -> dict[str, Any]:
     found['encoder'] = newest_step(user_path(this.config.world.encoder) / 'pretrain')
   if 'trunk' in reads:
     found['trunk'] = newest_step(user_path(this.config.finetune.trunk) / 'pretrain')
-  if job.reads_files:
-    lines = [f'{path} {file_digest(path)}' for path in sorted(job.reads_files(this))]
+  if job.reads_files and (files := sorted(job.reads_files(this))):
+    lines = [f'{path} {file_digest(path)}' for path in files]
     found['files'] = {'sha256': hashlib.sha256('\n'.join(lines).encode()).hexdigest()}
   return {name: about for name, about in found.items() if about.get('sha256')}
 

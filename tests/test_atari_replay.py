@@ -21,6 +21,7 @@ class Truth:
       '', ENVS, 0, size=SIZE, balls=2, max_steps=np.array([17, 50, 50]), prize=5
     )
     self.replay = Replay(path, capacity, ENVS, (SIZE, SIZE))
+    self.replay.begin()
     self.generator = np.random.default_rng(0)
     self.games = [
       [] for _ in range(ENVS)
@@ -101,6 +102,7 @@ def test_samples_are_the_transitions_of_plain_lists(tmp_path, n, gamma):
 
 def test_life_losses_and_cuts_by_hand(tmp_path):
   replay = Replay(tmp_path / 'replay.dat', 64, 1, (1, 1))
+  replay.begin()
   # frame, reward, alive, start, transition: a life is lost at 3, the game is cut off at 6, whose
   # picture is the last
   rows = [
@@ -209,6 +211,7 @@ def test_a_checkpoint_without_its_rows_is_named(tmp_path, damage):
       match='replay.dat is missing or cut short, but the checkpoint beside it counts on 40 rows',
     ):
       Replay(path, 3000, ENVS, (SIZE, SIZE)).restore(40)
+  assert path.exists() == (damage == 'cut short')  # a new one would pass for it the next time
 
 
 def test_impossible_sizes_are_named(tmp_path):
@@ -217,5 +220,6 @@ def test_impossible_sizes_are_named(tmp_path):
   with pytest.raises(UserError, match='has 64 rows for each of 1 environments, expected 75'):
     rows_of(64, 1, n_step=70)
   replay = Replay(tmp_path / 'replay.dat', 128, 2, (4, 4))
+  replay.begin()
   with pytest.raises(ValueError, match='0 rows hold no window of 3 steps'):
     replay.sample(np.random.default_rng(0), 4, 3, 0.9)

@@ -213,6 +213,7 @@ class Player:
     """Continues from a checkpoint, or begins with a new agent. Raises UserError: `check_origin`."""
     if restored is None:
       self.agent = self._init()
+      self.replay.begin()
       return
     self.agent, saved = restored.items['agent'], restored.metadata
     self.resumes = saved['resumes']

@@ -98,17 +98,30 @@ class Replay:
       ]
     )
     self._file_rows = self.rows + self._margin
-    size = self._file_rows * num_envs * record.itemsize
+    self._record = record
     self._path = pathlib.Path(path)
-    self._is_whole = self._path.exists() and self._path.stat().st_size == size
-    if not self._is_whole:
+
+  def begin(self) -> None:
+    """Makes the file, or takes one that an earlier beginning left. Raises OSError: no room."""
+    if not self._is_whole():
+      size = self._size()
       # 'w+b': some network file systems reserve space by reading and writing.
       with replacing(self._path, 'w+b') as file:
         file.truncate(size)
         # A full disk must be an error here, not a SIGBUS on some later row.
         if hasattr(os, 'posix_fallocate'):
           os.posix_fallocate(file.fileno(), 0, size)
-    self._records = np.memmap(self._path, record, 'r+', shape=(self._file_rows, num_envs))
+    self._open()
+
+  def _size(self):
+    return self._file_rows * self.num_envs * self._record.itemsize
+
+  def _is_whole(self):
+    return self._path.exists() and self._path.stat().st_size == self._size()
+
+  def _open(self):
+    shape = self._file_rows, self.num_envs
+    self._records = np.memmap(self._path, self._record, 'r+', shape=shape)
 
   @property
   def must_commit(self) -> bool:
@@ -163,12 +176,12 @@ class Replay:
     Raises:
       UserError: the file was missing or not whole.
     """
-    if total and not self._is_whole:
-      self._path.unlink()
+    if total and not self._is_whole():
       raise UserError(
         f'{self._path} is missing or cut short, but the checkpoint beside it counts on {total} '
         f'rows: restore both, or remove {self._path.parent} to begin anew'
       )
+    self.begin()
     self.total = self._committed = total
 
   def sample(

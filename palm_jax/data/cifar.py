@@ -79,6 +79,11 @@ def matches(path: pathlib.Path) -> bool:
     return path.name.endswith(_ZIPPED)
 
 
+def _files_of(layout):
+  labels = [layout.names.format(name) for name in layout.label_sets]
+  return {*layout.train, layout.test, *labels}
+
+
 def _place(member):
   """(folder, name) of an archive's member."""
   folder, _, name = posixpath.normpath(member.name).partition('/')
@@ -161,7 +166,7 @@ def _unpack(path):
             'the archive again'
           )
         folder, name = _place(member)
-        if folder in _LAYOUTS and member.isfile():
+        if folder in _LAYOUTS and member.isfile() and name in _files_of(_LAYOUTS[folder]):
           content = tar.extractfile(member)
           assert content is not None  # it is a file
           found[folder][name] = content.read()

@@ -140,7 +140,8 @@ def _initial(network, image_shape, seed, mesh, start):
 class Passes(NamedTuple):
   """How a training goes through its images: `calls` compiled calls an epoch, `steps` updates each.
 
-  An epoch is a pass in a new order, without the last incomplete batch.
+  An epoch is a pass in a new order, without the last incomplete batch, and without as many more as
+  make all calls alike (5 of CIFAR's 390 batches of 128).
   """
 
   calls: int

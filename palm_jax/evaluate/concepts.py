@@ -21,13 +21,14 @@ from palm_jax.base.errors import UserError
 from palm_jax.base.pictures import grid, save_png
 from palm_jax.base.processes import is_first
 from palm_jax.base.tables import aligned, protocol_line
-from palm_jax.encoder import make_encoder
+from palm_jax.encoder import VITS, make_encoder
 from palm_jax.evaluate import features, preconditions
 from palm_jax.job import Job, Run
 from palm_jax.layers.maps import feature_maps
 
 LOSSES = 'frobenius', 'kullback-leibler'
 HEAT = np.array([255, 40, 0], np.float32)  # where a concept fires
+INIT = 'nndsvdar'
 TOLERANCE = 1e-4  # of scikit-learn: at less improvement it stops
 
 
@@ -58,6 +59,11 @@ def check(config: ConfigDict, num_devices: int) -> None:
   """Raises UserError on invalid settings of the config's section `concepts`."""
   del num_devices
   preconditions.check_single_pictures(config, 'concepts')
+  if config.encoder.name in VITS:
+    raise UserError(
+      f'--job=concepts with encoder.name={config.encoder.name}: its maps have negative values; '
+      'judge a ResNet or the Nature CNN'
+    )
   checks.choice('concepts.loss', config.concepts.loss, LOSSES)
   checks.ranges('concepts', config.concepts, RANGES)
 
@@ -89,7 +95,7 @@ def factorise(
     )
   model: Any = NMF(
     rank,  # pyright: ignore[reportArgumentType]: its annotation knows 'auto' only
-    init='nndsvdar',
+    init=INIT,
     solver='mu',
     beta_loss=loss,
     max_iter=iterations,
@@ -147,11 +153,12 @@ def run(this: Run) -> dict[str, Any]:
     seconds=time.monotonic() - started,
     protocol=dict(
       data=this.data.source,
-      images=len(images),
+      images=f'{len(images)} test images, drawn by the seed',
       maps=' x '.join(map(str, shape)),
       checkpoint_step=step,
       loss=c.loss,
-      iterations=c.iterations,
+      iterations=f'{c.iterations} at most, to a tolerance of {TOLERANCE}',
+      init=INIT,
       concepts=c.concepts,
       seed=config.seed,
     ),

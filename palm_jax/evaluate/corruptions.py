@@ -40,12 +40,13 @@ def corrupt(name: str, images: np.ndarray, seed: int) -> np.ndarray:
   Raises UserError as `check`.
   """
   kind, strength = check(name, min(images.shape[1:3]))
-  if kind == 'salt_pepper':
-    drawn = np.random.default_rng(seed).random(images.shape[:3])[..., None]
-    speckled = np.where(drawn < strength, 255, images)
-    return np.where(drawn < strength / 2, 0, speckled).astype(np.uint8)
   out = np.empty_like(images)
+  rng = np.random.default_rng(seed)
   for i, image in enumerate(images):
+    if kind == 'salt_pepper':
+      drawn = rng.random(image.shape[:2])[..., None]
+      out[i] = np.where(drawn < strength / 2, 0, np.where(drawn < strength, 255, image))
+      continue
     side = int(strength)
     small = Image.fromarray(image.squeeze()).resize((side, side), Image.Resampling.BILINEAR)
     large = small.resize(image.shape[1::-1], Image.Resampling.BILINEAR)

@@ -13,11 +13,19 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from palm_jax import pairs, pretrain, worlds
+from palm_jax import experience, pairs, pretrain, worlds
 from palm_jax.base import checks, devices
 from palm_jax.base.metrics import Progress
 from palm_jax.base.tables import aligned, protocol_line
-from palm_jax.evaluate import diversity_sets, extractors, features, play, preconditions, quality
+from palm_jax.evaluate import (
+  diversity_sets,
+  extractors,
+  features,
+  inception,
+  play,
+  preconditions,
+  quality,
+)
 from palm_jax.evaluate.coverage import coverage, prdc
 from palm_jax.evaluate.distances import frechet_distance, moments
 from palm_jax.evaluate.diversity_sets import Pictures
@@ -95,6 +103,7 @@ def run(this: Run) -> dict[str, Any]:
   generator = worlds.load_world_generator(config, this.workdir)
   worlds.check_pictures(config, generator)
   preconditions.check_generator(generator, config.generator.path or this.workdir, data)
+  experience.check_generator(this.workdir, generator)
   program = pretrain.make_program(config, generator, this.mesh)
   encoder = features.load_encoder(config, this.workdir, data.train.images.shape[1:])
   step = encoder.about['checkpoint_step']
@@ -201,17 +210,28 @@ def _protocol(config, data, step, used, widths, n):
     draws=c.draws,
     seed=config.seed,
     neighbours=c.neighbours,
-    explored='last policy, one uniformly random step of each episode',
+    explored=f'{_policies(config.sac)}, one uniformly random step of each episode',
     whole_record='uniformly random frames of all that were recorded, without replacement',
     episode_length=config.environment.episode_length,
     alpha=config.environment.alpha,
     beta=config.environment.beta,
+    dynamics=config.environment.dynamics,
+    start=config.environment.start,
+    latent_space=config.environment.latent_space,
+    style_mixing=config.environment.style_mixing,
+    crop=config.environment.crop,
     truncation_psi=config.environment.truncation_psi,
     noise='const',
     labels='image i has i mod classes; those of the record are its episodes own',
     real='training images, drawn anew in each draw; other training images share none with them',
     spread='standard deviation over draws',
   )
+
+
+def _policies(c):
+  if c.policies == 1:
+    return 'last policy'
+  return f'the last policy and up to {c.policies - 1} earlier ones, one an episode'
 
 
 def table(results: dict[str, Any]) -> str:
@@ -259,4 +279,5 @@ JOB = Job(
   reads=('generator', 'pretrain'),
   judges=True,
   judges_with='quality',
+  reads_files=lambda this: inception.files_of(this.config, this.config.diversity.features),
 )

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from palm_jax import encoder
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
+from palm_jax.base.files import user_path
 from palm_jax.data.arrays import Data
 from palm_jax.evaluate import classifier, features, inception, linear
 
@@ -45,7 +46,7 @@ def make_extractor(config: ConfigDict, workdir: pathlib.Path, data: Data, mesh: 
     about = dict(
       network='Inception-v3 2015-12-05, last pool',
       file=c.inception_path,
-      sha256=hashlib.sha256(pathlib.Path(c.inception_path).read_bytes()).hexdigest(),
+      sha256=hashlib.sha256(user_path(c.inception_path).read_bytes()).hexdigest(),
       resize='299x299, TensorFlow 1 bilinear',
     )
     variables = devices.replicate(mesh, inception.load(c.inception_path))

@@ -8,7 +8,7 @@ there are 1008 classes.
 """
 
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
+from ml_collections import ConfigDict
 
 from palm_jax.base.errors import UserError
+from palm_jax.base.files import user_path
 from palm_jax.formats import torch_files
 
 FILES = (
@@ -246,11 +248,17 @@ def convert(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 def check_file(path: str | pathlib.Path) -> None:
   """Raises UserError, saying which file is meant and who publishes it, unless `path` is a file."""
-  if not path or not pathlib.Path(path).is_file():
+  if not path or not user_path(path).is_file():
     raise UserError(
       f'quality.inception_path={str(path)!r} is no file: give {FILES}, fetched by hand from the '
       "releases of that project, or set quality.features to 'proxy'"
     )
+
+
+def files_of(config: ConfigDict, features: Iterable[str]) -> list[pathlib.Path]:
+  """The weight file, where it is among the features that a job uses, for `Job.reads_files`."""
+  path = user_path(config.quality.inception_path or '.')
+  return [path] if 'inception' in features and path.is_file() else []
 
 
 def load(path: str | pathlib.Path) -> dict[str, Any]:
@@ -260,4 +268,4 @@ def load(path: str | pathlib.Path) -> dict[str, Any]:
     UserError: no such file, an unreadable one, or other weights than these.
   """
   check_file(path)
-  return convert(torch_files.state_dict(torch_files.read(path)))
+  return convert(torch_files.state_dict(torch_files.read(user_path(path))))

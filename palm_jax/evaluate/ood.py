@@ -29,7 +29,7 @@ from palm_jax.evaluate.foreign import load_foreign
 from palm_jax.evaluate.image_sets import check_source, image_set
 from palm_jax.evaluate.linear import LinearModel
 from palm_jax.evaluate.scores import METRICS, SCORES, of_features
-from palm_jax.job import Job, Run, always
+from palm_jax.job import Job, Run
 
 Fitted = dict[str, list[tuple[Encoder, list[LinearModel]]]]  # name: [(encoder, its heads)]
 
@@ -136,15 +136,9 @@ def run(this: Run) -> dict[str, Any]:
     `seconds`.
 
   Raises:
-    UserError: an unreadable set, no encoder, or one of other images; more neighbours than
-      training images.
+    UserError: an unreadable set, no encoder, or one of other images.
   """
   started, config, data = time.monotonic(), this.config, this.data
-  count = len(data.train.images)
-  if 'knn' in config.ood.scores and config.ood.knn_k > count:
-    raise UserError(
-      f'ood.knn_k={config.ood.knn_k}, but there are {count} training images: set it to fewer'
-    )
   sources = named_sources(config.ood.sets)
   lanczos = bool(config.data.get('size', 0))  # as the data were resized
   folder = config.data.dir or None
@@ -342,6 +336,23 @@ def _protocol(config, data, sources, sets, fitted):
   )
 
 
-check_data = functools.partial(preconditions.check_classes, job='ood')
-shown, reads = table_1.table, ('pretrain',)
-JOB = Job('ood', run, check, always, check_data, download, table=shown, reads=reads, judges=True)
+def check_data(this: Run) -> None:
+  """Raises UserError on data that the job would refuse, and where they are fewer than ood.knn_k."""
+  preconditions.check_classes(this, 'ood')
+  preconditions.check_features_file(this.config)
+  k, count = this.config.ood.knn_k, len(this.data.train.images)
+  if 'knn' in this.config.ood.scores and k > count:
+    raise UserError(f'ood.knn_k={k}, but there are {count} training images: set it to fewer')
+
+
+JOB = Job(
+  'ood',
+  run,
+  check,
+  check_data=check_data,
+  fetch=download,
+  table=table_1.table,
+  reads=('pretrain',),
+  judges=True,
+  reads_files=preconditions.features_files,
+)

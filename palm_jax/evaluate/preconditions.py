@@ -37,14 +37,35 @@ def check_classes(this: Run, job: str) -> None:
     )
 
 
-def check_examples(this: Run, method: str) -> None:
-  """Raises UserError where a class has fewer than two training images: one is held out."""
+def check_features_file(config: ConfigDict) -> None:
+  """Raises UserError where config.features.path names no file."""
+  path = config.features.path
+  if path and not user_path(path).is_file():
+    raise UserError(f'features.path={path} is no file: give the .npz, or leave it empty')
+
+
+def features_files(this: Run) -> list[pathlib.Path]:
+  """The file of foreign features, if there is one, for `Job.reads_files`."""
+  path = user_path(this.config.features.path or '.')
+  return [path] if path.is_file() else []
+
+
+def check_examples(this: Run, by_lbfgs: bool, validation: bool) -> None:
+  """Raises UserError where a class has too few training images: what judges holds out one of each.
+
+  Args:
+    by_lbfgs: it chooses its penalty by one.
+    validation: probe.split='validation' calls one of each a test image.
+  """
   names, labels = this.data.class_names, this.data.train.labels
-  counts = np.bincount(labels, minlength=len(names))
-  if counts.min() < 2:
+  counts, least = np.bincount(labels, minlength=len(names)), 1 + by_lbfgs + validation
+  if counts.min() < least:
+    why = 'probe.methods=lbfgs' if by_lbfgs else ''
+    why += ' and ' if by_lbfgs and validation else ''
+    why += "probe.split='validation'" if validation else ''
     raise UserError(
       f'{this.config.data.name}: class {names[counts.argmin()]} has {counts.min()} training '
-      f'image(s), but probe.methods={method} needs two of each: give more, or leave that class out'
+      f'image(s), but {why} needs {least} of each: give more, or leave that class out'
     )
 
 

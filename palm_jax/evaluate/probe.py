@@ -14,8 +14,9 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from palm_jax.base import checks, devices
+from palm_jax.base import checks, devices, digests
 from palm_jax.base.errors import UserError
+from palm_jax.base.files import user_path
 from palm_jax.base.tables import aligned, protocol_line
 from palm_jax.data.arrays import Split
 from palm_jax.data.load import load as load_data
@@ -100,9 +101,14 @@ def check(config: ConfigDict, num_devices: int) -> None:
 
 def check_data(this: Run) -> None:
   """Raises UserError where the data have one class, or lbfgs cannot hold out one of each."""
+  c = this.config.probe
   preconditions.check_classes(this, 'probe')
-  if 'lbfgs' in this.config.probe.methods:
-    preconditions.check_examples(this, 'lbfgs')
+  preconditions.check_features_file(this.config)
+  held_out = c.split == 'validation'
+  if 'lbfgs' in c.methods or held_out:
+    preconditions.check_examples(this, 'lbfgs' in c.methods, held_out)
+  for name in c.corruptions:
+    corruptions.check(name, min(this.data.test.images.shape[1:3]))
 
 
 class Images(NamedTuple):
@@ -240,7 +246,12 @@ def _rows(this, method, task, sources, images):
 def _protocol(config, data, images, encoder):
   """Every setting that made the numbers."""
   c = config.probe
-  more = dict(foreign_features=config.features.path) if config.features.path else {}
+  more = {}
+  if config.features.path:
+    path = user_path(config.features.path)
+    more = dict(foreign_features=config.features.path, foreign_sha256=digests.file_digest(path))
+  if c.split == 'validation' and config.pairs.source == 'static':
+    more['held_out'] = 'from the probe alone: the encoder learned from the labels of these images'
   if min(c.label_fractions) < 1:
     more['epochs_of_a_share'] = 'so many that there are about as many updates as with all labels'
   return dict(
@@ -329,4 +340,5 @@ JOB = Job(
   table=table,
   reads=('pretrain',),
   judges=True,
+  reads_files=preconditions.features_files,
 )

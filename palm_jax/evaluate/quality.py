@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from palm_jax.base import checks, devices, digests
 from palm_jax.base.errors import NonFiniteError, UserError
+from palm_jax.base.files import user_path
 from palm_jax.base.metrics import Progress
 from palm_jax.base.steps import list_steps
 from palm_jax.base.tables import aligned, protocol_line
@@ -95,7 +96,8 @@ def check(config: ConfigDict, num_devices: int) -> None:
     )
   checks.choice('quality.noise', c.noise, ('random', 'const', 'none'))
   checks.ranges('quality', c, RANGES)
-  checks.divisible('quality.proxy_batch_size', c.proxy_batch_size, num_devices, 'devices')
+  if c.features == 'proxy':
+    checks.divisible('quality.proxy_batch_size', c.proxy_batch_size, num_devices, 'devices')
 
 
 def run(this: Run) -> dict[str, Any]:
@@ -283,7 +285,7 @@ def make_draw(
 def _protocol(config, G, path, data, extractor, real, few, subset_size):
   """Every setting that made the numbers."""
   c = config.quality
-  steps = list_steps(f'{path}/generator/checkpoints')
+  steps = list_steps(user_path(path) / 'generator' / 'checkpoints')
   return dict(
     data=data.source,
     generator=str(path),
@@ -332,4 +334,12 @@ def _cell(value):
   return f'{value:,}' if isinstance(value, int) else f'{value:.4g}'
 
 
-JOB = Job('quality', run, check, table=table, reads=('generator',), judges=True)
+JOB = Job(
+  'quality',
+  run,
+  check,
+  table=table,
+  reads=('generator',),
+  judges=True,
+  reads_files=lambda this: inception.files_of(this.config, (this.config.quality.features,)),
+)

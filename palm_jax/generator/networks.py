@@ -12,6 +12,7 @@ from palm_jax.generator.adaptive_augment import PIPES
 from palm_jax.generator.discriminator import Discriminator
 from palm_jax.generator.feed import PLACES
 from palm_jax.generator.phases import round_sizes
+from palm_jax.generator.saved import MAX_POINTS
 from palm_jax.generator.sines import SirenGenerator, TrainedNetwork
 from palm_jax.generator.stylegan2 import Generator, channels_for
 
@@ -99,6 +100,11 @@ def make_networks(
   widths = lambda base, largest: channels_for(height, base, largest, config.base_size)
   latents = dict(z_dim=config.z_dim, w_dim=config.w_dim, mapping_layers=config.mapping_layers)
   if config.network == 'siren':
+    if height * config.sine_samples > MAX_POINTS:
+      raise UserError(
+        f'generator.sine_samples={config.sine_samples} at {height} pixels a side: expected a '
+        f'product of at most {MAX_POINTS}; lower it'
+      )
     G = SirenGenerator(
       num_classes=num_classes,
       resolution=height,

@@ -40,9 +40,15 @@ def grid_shape(G: TrainedNetwork) -> tuple[int, int]:
 
 
 def sample_images(
-  G: TrainedNetwork, variables: Any, key: jax.Array, truncation_psi: float = 1.0
+  G: TrainedNetwork,
+  variables: Any,
+  key: jax.Array,
+  truncation_psi: float = 1.0,
+  at_once: int | None = None,
 ) -> jax.Array:
   """Generated pictures to look at, a class a row and a latent a column, or all different.
+
+  At most `at_once` of them are drawn together; None: all.
 
   Returns:
     (rows, columns, H, W, C) uint8; see `grid_shape`.
@@ -55,8 +61,17 @@ def sample_images(
     z = jax.random.normal(key, (rows * columns, G.z_dim))
     labels = jnp.zeros(rows * columns, jnp.int32)
   latents = jnp.tile(z, (len(labels) // len(z), 1))
-  images: Any = G.apply(variables, latents, labels, truncation_psi)
-  return to_uint8(images).reshape(rows, columns, *G.image_shape)
+  # A few at a time: all at once would take more memory than training does.
+  count = len(labels)
+  chunk = max(n for n in range(1, count + 1) if count % n == 0 and n <= (at_once or count))
+
+  def draw(some):
+    images: Any = G.apply(variables, *some, truncation_psi)
+    return to_uint8(images)
+
+  chunks = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), (latents, labels))
+  images = jax.lax.map(draw, chunks)
+  return images.reshape(rows, columns, *G.image_shape)
 
 
 def real_images(images: np.ndarray, labels: np.ndarray, G: TrainedNetwork) -> np.ndarray:

@@ -22,7 +22,8 @@ from palm_jax.generator.stylegan2 import LR_MULTIPLIER, Generator
 from palm_jax.generator.stylegan3 import StyleGAN3
 
 MAX_SIZE = 1 << 16  # of any width, and of the number of classes
-MAX_RESOLUTIONS = 10
+MAX_RESOLUTIONS = 17
+MAX_POINTS = 1 << 13  # of a side that sines are computed at
 MAX_MAPPING_LAYERS = 64
 Network = Generator | StyleGAN3 | SirenGenerator
 NETWORKS = dict(stylegan2=Generator, stylegan3=StyleGAN3, siren=SirenGenerator)
@@ -189,6 +190,8 @@ def network_of(fields: dict[str, Any]) -> Network:
     and len(channels) <= MAX_RESOLUTIONS
     and fields['mapping_layers'] <= MAX_MAPPING_LAYERS
     and fields.get('layers', 1) <= MAX_MAPPING_LAYERS
+    and (kind != 'siren' or 1 <= fields['resolution'] * fields['samples'] <= MAX_POINTS)
+    and fields.get('base_size', 1) << len(channels) <= MAX_SIZE
   )
   if not plausible:
     raise ValueError('sizes')

@@ -21,7 +21,7 @@ import optax
 import optax.contrib
 import scipy.fft
 from absl import flags, logging
-from PIL import Image
+from PIL import Image, ImageOps
 
 from palm_jax.base import checks, command
 from palm_jax.base.errors import NonFiniteError, UserError
@@ -284,6 +284,9 @@ def read_picture(path: str) -> np.ndarray:
     with Image.open(path) as picture:
       if picture.mode.startswith(('I', 'F')):
         raise ValueError(f'its mode is {picture.mode}, of more than 8 bits')
+      if picture.has_transparency_data:
+        raise ValueError('it is see-through')
+      picture = ImageOps.exif_transpose(picture)
       grey = picture.mode in ('1', 'L', 'LA')
       pixels = np.asarray(picture.convert('L' if grey else 'RGB'))
   except (OSError, ValueError, Image.DecompressionBombError) as e:
@@ -312,6 +315,10 @@ def main(argv: list[str]) -> None:
   f = flags.FLAGS
   if not argv[2].endswith('.png'):
     raise UserError(f'{argv[2]}: expected a name that ends in .png')
+  if not 0 <= f.seed < 2**32:
+    raise UserError(f'--seed={f.seed}: expected a number from 0 to {2**32 - 1}')
+  if f['with'].value and f.of != 'values':
+    raise UserError(f'--of={f.of} beside --with, which merges gradients: leave one out')
   if not 0 < f.scale <= 64:
     raise UserError(f'--scale={f.scale}: expected a number above 0, at most 64')
   folder = pathlib.Path(argv[2]).absolute().parent

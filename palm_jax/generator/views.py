@@ -105,6 +105,7 @@ def w_latents(generator: LoadedGenerator, samples: int = 10_000, seed: int = 0) 
   if samples <= network.w_dim:
     raise UserError(f'{samples} samples do not span the {network.w_dim} dimensions of W: take more')
   count = max(generator.num_classes, 1)
+  samples = max(samples, 10 * count)  # each class has a mean
   labels = jnp.arange(samples) % count
   z = jax.random.normal(jax.random.key(seed), (samples, generator.z_dim))
   map_all = jax.jit(functools.partial(network.apply, method='mapping'))

@@ -48,7 +48,9 @@ def load_networks(path: str | os.PathLike, template: State) -> dict[str, Any]:
     networks = {
       name: fit(f'{path}: {name}', tree, getattr(template, name)) for name, tree in found.items()
     }
-    after = 'its training' if 'D' in found else 'its training; there is no D, which begins anew'
+    after = 'its training'
+    if 'D' not in found:
+      after += '; there is no D of a known layout, and a new one begins (generator.d_alone_kimg)'
   logging.info('generator: starts from the networks of %s after %s', path, after)
   return networks
 
@@ -83,7 +85,8 @@ def fit(name: str, tree: Any, template: Any) -> Any:
     if found.get(leaf) != expected.get(leaf):
       raise UserError(
         f'{name} has {leaf} of shape {found.get(leaf, "(none)")}, this config '
-        f'{expected.get(leaf, "(none)")}: set the sizes in config.generator to those of the file'
+        f'{expected.get(leaf, "(none)")}: set the sizes in config.generator to those of the file; '
+        'none fits StyleGAN3, pictures that are not square, and averages of w by class'
       )
   return jax.tree.map(
     lambda x, like: jax.device_put(np.asarray(x, like.dtype), like.sharding), tree, template

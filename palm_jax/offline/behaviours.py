@@ -12,6 +12,8 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from palm_jax import sac
+from palm_jax.base import devices
+from palm_jax.base.errors import UserError
 from palm_jax.base.training import Training
 from palm_jax.offline import origins, records
 from palm_jax.offline.methods import act_sac, update_sac
@@ -71,6 +73,12 @@ def train(
   ring = _ring(rounds * per_round, observations, actions)
   actors = jax.tree.map(lambda x: np.zeros((rounds, *x.shape), np.float32), state.actor)
   items = dict(state=state, ring=ring, actors=actors)
+  need = 2 * sum(x.nbytes for x in jax.tree.leaves((ring, actors)))  # with the copy that is saved
+  if need > devices.machine_memory():
+    raise UserError(
+      f'offline.behaviour_steps={c.behaviour_steps} take {need / 2**30:.1f} GiB, and this machine '
+      f'has {devices.machine_memory() / 2**30:.1f}: lower them'
+    )
   with Training(
     'behaviours',
     folder,
@@ -111,7 +119,10 @@ def train(
       if training.should_save:
         items = dict(state=state, ring=ring, actors=actors)
         about = dict(position=(size, curve), origin=dict(origin or {}))
-        training.save({'all': jax.device_put(items)}, **about)
+        # A copy: it is written while the next round fills the arrays in place, and on CPUs
+        # device_put takes them as they are.
+        copied = jax.device_put(jax.tree.map(np.array, items))
+        training.save({'all': copied}, **about)
   return _chosen(state, actors, curve, float(at_random))
 
 

@@ -77,6 +77,11 @@ def check(config: ConfigDict, num_devices: int) -> None:
     raise UserError('this config has no section offline: take --config=configs/offline.py')
   c = config.offline
   checks.ranges('offline', c, RANGES)
+  if 'bear' in c.methods and c.bear.warmup_updates >= c.updates:
+    raise UserError(
+      f'offline.bear.warmup_updates={c.bear.warmup_updates} of offline.updates={c.updates}: the '
+      'actor would never learn by Q; lower the first, or raise the second'
+    )
   if not c.datasets:
     checks.choices('offline.behaviours', c.behaviours, behaviours.BEHAVIOURS)
   checks.choices('offline.methods', c.methods, METHODS)
@@ -316,8 +321,9 @@ def table(result: dict[str, Any]) -> str:
   measures = dict(
     result.get('behaviours', {}), **{k: result[k] for k in ('oracle',) if k in result}
   )
-  line = 'who plays: ' + ', '.join(f'{name} {value:.4g}' for name, value in measures.items())
-  return '\n'.join([*aligned(cells), line, protocol_line(result['protocol'])])
+  played = ', '.join(f'{name} {value:.4g}' for name, value in measures.items())
+  lines = [f'who plays: {played}'] if played else []
+  return '\n'.join([*aligned(cells), *lines, protocol_line(result['protocol'])])
 
 
 JOB = Job('offline', run, check, needs_data=never, table=table, reads=('generator', 'encoder'))

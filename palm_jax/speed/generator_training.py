@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding
@@ -18,6 +19,7 @@ from palm_jax.generator.step import init_state, make_train_call
 from palm_jax.speed import timing
 from palm_jax.speed.timing import REPEATS, median_seconds
 
+AUGMENT_P = 0.5  # probability of each augmentation while it is timed
 PHASES = dict(g_main='Gmain', d_main='Dmain', r1='R1', path_lengths='path lengths', ada='ADA')
 
 
@@ -50,7 +52,10 @@ def measure(config: ConfigDict, data: Data, mesh: Mesh) -> dict[str, Any]:
   training_set = devices.replicate(mesh, (images, split.labels.astype(np.int32)))
   walk = batch_indices(config.seed, 0, c.iterations_per_call * c.batch_size, len(images))
   indices = devices.replicate(mesh, walk.reshape(-1, c.batch_size))
-  init = jax.jit(lambda key: init_state(c, G, D, key), out_shardings=NamedSharding(mesh, P()))
+  # With augmentation at work: at p = 0 it is skipped.
+  p = AUGMENT_P if c.augment != 'none' else 0.0
+  first = lambda key: init_state(c, G, D, key).replace(augment_p=jnp.float32(p))
+  init = jax.jit(first, out_shardings=NamedSharding(mesh, P()))
   fresh = lambda: init(jax.random.key(config.seed))
 
   call = make_train_call(c, G, D, mesh)

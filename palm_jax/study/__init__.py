@@ -55,7 +55,7 @@ def default_config() -> ConfigDict:
   )
 
 
-RANGES = dict(seeds=checks.Range(0, 2**32 - 1, many=True))
+RANGES = dict(seeds=checks.Range(0, 2**31 - 1, many=True))
 
 
 def check(config: ConfigDict, num_devices: int) -> None:

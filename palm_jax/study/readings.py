@@ -101,7 +101,7 @@ def steps_of(path: str) -> list[tuple[str, dict[str, str] | None]]:
     if match[2] is None:
       steps.append((match[1], None))
       continue
-    fields = [part.partition('=') for part in match[2].split(',')]
+    fields = [part.partition('=') for part in re.split(r',\s*(?=[\w.]+=)', match[2])]
     if not all(equals for _, equals, _ in fields):
       raise UserError(
         f'study: [{match[2]}] in {path!r} chooses no row: expected [field=value, ...]'

@@ -109,7 +109,7 @@ def _check_encoder(path, judged, sha256):
   if judged != sha256:
     raise UserError(
       f'{path} is about another encoder ({str(judged)[:12]}...) than this checkpoint of the run '
-      f'({sha256[:12]}...): run that job again, or give the --step that it judged'
+      f'({sha256[:12]}...): delete it and run that job again, or give the --step that it judged'
     )
 
 
