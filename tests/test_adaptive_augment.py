@@ -419,3 +419,23 @@ def test_update_p():
   assert update(0.2, 0.6, 64, 4, target=0.6) == np.float32(0.2)
   assert update(0.0001, -1.0, 64, 4) == 0
   assert update(1.5, 1.0, 64, 4) > 1.5
+
+
+def test_large_pictures_are_filtered_as_small_ones_are(monkeypatch):
+  """By filters instead of matrices: pictures, gradients, and gradients of these."""
+  rng = np.random.default_rng(0)
+  images = jnp.asarray(rng.normal(size=(2, 6, 8, 3)), jnp.float32)
+  moved = rng.normal(size=(2, 3, 3)) * [[0.2, 0.2, 3], [0.2, 0.2, 3], [0, 0, 0]]
+  transform = jnp.asarray(np.eye(3) + moved, jnp.float32)
+
+  def computed():
+    image = lambda x, G: transforms.apply_geometry(x, G)
+    first = jax.grad(lambda x, G: (image(x, G) ** 2).sum(), (0, 1))
+    second = jax.grad(lambda x: (first(x, transform)[0] ** 2).sum())
+    both = jax.jit(lambda x, G: (image(x, G), first(x, G), second(x)))
+    return jax.tree.leaves(both(images, transform))
+
+  small = computed()
+  monkeypatch.setattr(transforms, 'LARGE', 2)
+  for a, b in zip(small, computed(), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(a).max()))

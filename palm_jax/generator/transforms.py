@@ -3,8 +3,6 @@
 After stylegan2-ada-pytorch, training/augment.py. Both can be differentiated any number of times.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +25,9 @@ SYM6 = (
   0.0017677118642428036,
   -0.007800708325034148,
 )
+
+
+LARGE = 128  # pixels a side, from which on matrices cost more than filters
 
 
 def apply_geometry(images: jax.Array, G_inv: jax.Array) -> jax.Array:
@@ -54,14 +55,12 @@ def apply_geometry(images: jax.Array, G_inv: jax.Array) -> jax.Array:
       f'{count} images of {height}x{width} to augment at once: expected at most '
       f'{(2**31 - 1) // (36 * height * width)} a device; lower the batch size or take more devices'
     )
-  resize = functools.partial(jnp.einsum, 'yi,nijc,xj->nyxc', precision='highest')
-  matrix = lambda make, side: make(side).astype(images.dtype)
-  doubled = resize(matrix(_upsampling, height), images, matrix(_upsampling, width))
+  doubled = _double(_double(images, 1), 2)
   rows, columns = doubled.shape[1:3]
 
   G = G_inv.astype(images.dtype)[..., None, None]  # (N, 3, 3, 1, 1)
-  x = matrix(_positions, width)
-  y = matrix(_positions, height)[:, None]
+  x = _positions(width).astype(images.dtype)
+  y = _positions(height).astype(images.dtype)[:, None]
   row, below = _neighbours(G[:, 1, 0] * x + G[:, 1, 1] * y + G[:, 1, 2], height)
   column, right = _neighbours(G[:, 0, 0] * x + G[:, 0, 1] * y + G[:, 0, 2], width)
   # One index into all images: as a batch of gathers the gradient is twice as slow on CPU.
@@ -75,7 +74,7 @@ def apply_geometry(images: jax.Array, G_inv: jax.Array) -> jax.Array:
   upper = (1 - right) * at(0, 0) + right * at(0, 1)
   lower = (1 - right) * at(1, 0) + right * at(1, 1)
   sampled = (1 - below) * upper + below * lower
-  return resize(matrix(_downsampling, height), sampled, matrix(_downsampling, width))
+  return _halve(_halve(sampled, 1), 2)
 
 
 def _positions(size):
@@ -94,6 +93,46 @@ def _neighbours(position, size):
   position = 2 * position + (3 * size - 1)
   before = jnp.floor(position)
   return jnp.clip(before, 0, 6 * size - 2).astype(jnp.int32), position - before
+
+
+def _double(x, axis):
+  """`_upsampling` along an axis, 1 or 2, of (N, H, W, C)."""
+  size = x.shape[axis]
+  if size < LARGE:
+    return _by_matrix(_upsampling(size), x, axis)
+  around = lambda margin: [(margin, margin) if i == axis else (0, 0) for i in range(4)]
+  reflected = jnp.pad(x, around(size - 1), mode='reflect')
+  return jnp.pad(_filter(reflected, 2 * _taps()[::-1], axis, spread=2, margin=6), around(2))
+
+
+def _halve(x, axis):
+  """`_downsampling` along an axis, 1 or 2, of (N, H, W, C)."""
+  size = (x.shape[axis] - 10) // 2
+  if size < LARGE:
+    return _by_matrix(_downsampling(size), x, axis)
+  return _filter(x, _taps(), axis, stride=2)
+
+
+def _by_matrix(matrix, x, axis):
+  formula = 'yi,nijc->nyjc' if axis == 1 else 'xj,nijc->nixc'
+  return jnp.einsum(formula, matrix.astype(x.dtype), x, precision='highest')
+
+
+def _filter(x, taps, axis, spread=1, stride=1, margin=0):
+  """Correlation along an axis of each channel, with zeros between (`spread`) and around."""
+  along = lambda value, other: [value if i == axis else other for i in (1, 2)]
+  channels = x.shape[-1]
+  kernel = jnp.tile(taps.reshape(*along(-1, 1), 1, 1).astype(x.dtype), (1, 1, 1, channels))
+  return jax.lax.conv_general_dilated(
+    x,
+    kernel,
+    along(stride, 1),
+    along((margin, margin), (0, 0)),
+    lhs_dilation=along(spread, 1),
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    feature_group_count=channels,
+    precision='highest',
+  )
 
 
 def _upsampling(size):
