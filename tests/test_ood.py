@@ -191,7 +191,8 @@ def test_numbers_equal_those_from_parts(finished, run, config, data, mesh, folde
 
 def test_the_table_is_the_papers(finished):
   lines = table_1.table(finished).splitlines()
-  assert len(lines) == 1 + 12 + 4 + 1
+  assert len(lines) == 1 + 12 + 4 + 2
+  assert lines[-2].endswith('not that of interp:pairs')
   assert len({len(line) for line in lines[:-1]}) == 1
   assert lines[0].split() == [
     'AUROC',
@@ -261,6 +262,13 @@ def test_lsun_that_was_resized_here_is_not_the_papers(tmp_path):
   as_it_is = image_sets.load_images(str(tmp_path), 32)[1]
   found = table_1.papers({'LSUN': as_it_is, 'LSUN_FIX': resized}, table_1.CIFAR10)
   assert list(found['rows']['PALM']) == ['LSUN']
+
+
+def test_interpolations_of_our_own_are_not_csis(data):
+  sets = {f'interp:{mode}': image_sets.interpolate(data.test, mode)[1] for mode in ('pairs', 'csi')}
+  found = table_1.papers(sets, table_1.CIFAR10)
+  assert found['note'].endswith('not that of interp:pairs')
+  assert 'note' not in table_1.papers({'x': '', 'interp:csi': sets['interp:csi']}, table_1.CIFAR10)
 
 
 def test_the_papers_numbers_stand_beside_cifar10_only(run, data, mesh):
