@@ -19,6 +19,12 @@ def test_salt_and_pepper_come_in_equal_shares_and_leave_the_rest():
   assert (corrupt('salt_pepper:0.2', IMAGES, seed=2) != out).any()
 
 
+def test_salt_and_pepper_are_drawn_as_for_all_pictures_at_once():
+  drawn = np.random.default_rng(3).random(IMAGES.shape[:3])[..., None]
+  expected = np.where(drawn < 0.1, 0, np.where(drawn < 0.2, 255, IMAGES))
+  np.testing.assert_array_equal(corrupt('salt_pepper:0.2', IMAGES, seed=3), expected)
+
+
 def test_downsampling_loses_what_is_finer_and_keeps_the_mean():
   checkerboard = (255 * ((np.arange(16)[:, None] + np.arange(16)) % 2)).astype(np.uint8)
   out = corrupt('downsample:4', checkerboard[None, :, :, None], 0)

@@ -345,6 +345,17 @@ def test_truncated_pictures_are_alike(job):
   assert (none == none[:1, :1]).all() and not (full == full[:, :1]).all()
 
 
+def test_pictures_that_are_drawn_a_few_at_a_time_are_the_same(job):
+  generator = load_generator(job[0])
+  draw = lambda at_once: jax.jit(
+    lambda: train.sample_images(
+      generator.network, generator.variables, jax.random.key(1), at_once=at_once
+    )
+  )()
+  whole, few = (np.asarray(draw(n), int) for n in (None, 4))
+  assert np.abs(whole - few).max() <= 1  # of rounding
+
+
 def test_real_pictures_stand_as_generated_ones_do():
   numbers = lambda count, channels: (
     np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((8, 8, channels), np.uint8)

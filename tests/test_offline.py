@@ -182,6 +182,23 @@ def test_the_job_writes_what_it_found(finished, tiny):
   assert record.observations.shape == (64, 3) and abs(record.actions).max() <= 1
 
 
+def test_what_is_saved_is_not_what_the_next_round_writes_to(tiny, monkeypatch, tmp_path):
+  """Checkpoints are written in the background, and on CPUs device_put makes no copy."""
+  saved, sums = [], []
+  total = lambda items: jax.tree.map(np.sum, (items['ring'], items['actors']))
+
+  def save(self, items, **about):
+    if 'ring' in items.get('all', {}):
+      saved.append(items['all'])
+      sums.append(total(items['all']))
+
+  monkeypatch.setattr(behaviours.Training, 'save', save)
+  monkeypatch.setattr(behaviours.Training, 'should_save', True)
+  runner.run(tiny, 'all', tmp_path)
+  assert len(saved) > 1
+  jax.tree.map(np.testing.assert_array_equal, sums, [total(items) for items in saved])
+
+
 def test_a_stopped_job_ends_as_one_that_was_not(finished, tiny, tmp_path, monkeypatch):
   """Stopped after each step of each of its trainings."""
   stops = []

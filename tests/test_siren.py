@@ -273,7 +273,8 @@ def test_half_precision_keeps_coordinates():
 def test_fields(generator, tmp_path):
   fields = network_fields(generator.network)
   assert network_of(fields) == generator.network
-  for wrong in (dict(layers=10**6), dict(width=10**9), dict(network='x'), dict(unknown=1)):
+  damaged = dict(layers=10**6), dict(width=10**9), dict(network='x'), dict(unknown=1)
+  for wrong in (*damaged, dict(resolution=32768, samples=2), dict(resolution=0)):
     with pytest.raises((KeyError, TypeError, ValueError)):
       network_of(fields | wrong)
 

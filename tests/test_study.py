@@ -228,6 +228,7 @@ def test_numbers_are_looked_up(tmp_path):
     draw(1, 0.7),
     dict(draw(0, 0.9), fraction=1.0),
     dict(draw(0, 0.1), method='knn', fraction=1.0),
+    dict(draw(0, 0.3), features='pixels, PCA to 8', fraction=1.0),
   ]
   write_json(tmp_path / 'results' / 'probe.json', dict(rows=rows, seconds=3))
   path = lambda chosen, name='clean': (
@@ -235,6 +236,7 @@ def test_numbers_are_looked_up(tmp_path):
   )
   look_up = lambda path: study.look_up(tmp_path, path)
   assert look_up(path(', fraction=1')) == 0.9 and look_up('probe/seconds') == 3
+  assert look_up('probe/rows[features=pixels, PCA to 8, method=lbfgs]/accuracy/clean') == 0.3
   np.testing.assert_allclose(look_up(path(', fraction=0.10')), 0.6, rtol=1e-15)  # mean of the draws
   np.testing.assert_allclose(look_up(path(', fraction=0.1', 'salt_pepper:0.1')), 0.3, rtol=1e-15)
   for wrong, words in (
