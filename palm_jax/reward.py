@@ -205,8 +205,13 @@ def entropy_reward(
 
 
 def options(config: ConfigDict) -> dict[str, Any]:
-  """What of the section `reward` goes to the function of its kind: to someone's own all of it."""
-  names = ('k', 'average', 'transform', 'include_self', 'clip') if config.kind == 'apt' else config
+  """What of the section `reward` goes to the function of its kind.
+
+  To someone's own go all settings but `memory`, whose features it gets.
+  """
+  names = 'k', 'average', 'transform', 'include_self', 'clip'
+  if config.kind != 'apt':
+    names = tuple(name for name in config if name != 'memory')
   return {name: config[name] for name in names}
 
 

@@ -472,8 +472,10 @@ def test_atari_plays_every_game_once_and_goes_on(place):
     *more,
   ]
   assert calls(STOPS_IN='my runs/Pong/0/results', code=1) == [run('Alien', 0), run('Pong', 0)]
-  assert calls() == [run('Pong', 0), run('Krull', 0), scores]
+  # What is complete is for the command to tell, which also sees other settings.
+  assert calls() == [run('Alien', 0), run('Pong', 0), run('Krull', 0), scores]
   assert calls('--config.x=1', GAMES='Krull', SEEDS='0 3', VARIANT=',laptop') == [
+    run('Krull', 0, ',laptop', '--config.x=1'),
     run('Krull', 3, ',laptop', '--config.x=1'),
     scores,
   ]

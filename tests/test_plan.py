@@ -125,6 +125,7 @@ def test_what_is_drawn_at_once_is_counted():
   assert cost.rendering_bytes(c, generator, 2) == found / 2
   few, many = plan.estimate(c, generator, 1)['bytes'], 64 * c.pretrain.num_envs
   c.pretrain.num_envs, c.replay.capacity = many, 3 * many * c.pretrain.rollout_length
+  c.pretrain.warmup_steps, c.pretrain.env_steps = 3 * many, 100 * many
   assert 'activations' in few and 'rendering' not in few
   assert plan.estimate(c, generator, 1)['bytes'].keys() == {*few, 'rendering'} - {'activations'}
   c.pairs.source = 'two_views'

@@ -349,7 +349,7 @@ def test_a_class_of_which_none_can_be_held_out_is_refused(run):
   labels = np.zeros(len(data.train.labels), np.int64)
   labels[:3] = 1, 1, 2
   data = data._replace(train=data.train._replace(labels=labels))
-  with pytest.raises(UserError, match='class c has 1 training image.*needs two of each'):
+  with pytest.raises(UserError, match='class c has 1 training image.*needs 2 of each'):
     probe.check_data(Run(c, workdir, devices.make_mesh(1), data))
   c = c.copy_and_resolve_references()
   c.probe.methods = ('knn',)

@@ -214,7 +214,7 @@ def test_a_passive_pretraining_is_of_the_record_that_it_reads(tmp_path):
   before = provenance.made_from(job, this)
   assert before['record'] == provenance.newest_step(tmp_path / 'played' / 'pretrain')
   train.check_origin(this, {}, {'world': 'a', 'record': before['record']['sha256']})
-  pretrain(tmp_path / 'played', 4)
+  pretrain(tmp_path / 'played', 4, 1.0)
   now = provenance.made_from(job, this)
   assert provenance.difference(before, now) == 'record at step 3, which is now at step 4'
   digests = ({'world': 'a', 'record': about['record']['sha256']} for about in (before, now))
