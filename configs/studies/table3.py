@@ -8,8 +8,8 @@ r"""Table 3: coverage of the training images by exploration, random actions, ind
 
 Coverage is the share of training images that are the nearest of something explored. laptop: 4 arms
 x 3 seeds x 8 minutes: 1.6 hours; --config.diversity.num_images=8000, as many as there are test
-pictures, adds 40 minutes of a core a run. It measures with features that are the same for all arms, of a
-classifier trained on the data, and reports pixels and each run's own beside. paper: Inception
+pictures, adds 40 minutes of a core a run. It measures with features that are the same for all arms,
+of a classifier trained on the data, and reports pixels and each run's own beside. paper: Inception
 features, of a weight file that you give. `able` and `skills` are those of orderings.py, whose runs
 this study can share (--config.study.runs).
 """
