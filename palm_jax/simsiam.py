@@ -252,10 +252,15 @@ def forward(
   else:
     raise ValueError(f'{objective!r} is not one of {OBJECTIVES} or has no loss here')
 
+  return value, _aux(h, h_next, z, z_next, stats, value, objective, axis_name)
+
+
+def _aux(h, h_next, z, z_next, stats, value, objective, axis_name):
+  """Aux of a forward pass whose loss is `value`."""
   h, h_next, z, z_next, detached_loss = jax.lax.stop_gradient((h, h_next, z, z_next, value))
   alike = devices.mean(objectives.cosine(h, h_next), axis_name)
   metrics = dict(loss=detached_loss, **spread(z, objective, axis_name), h_cosine=alike)
-  return value, Aux(h, h_next, z, z_next, stats, metrics)
+  return Aux(h, h_next, z, z_next, stats, metrics)
 
 
 def in_turn(

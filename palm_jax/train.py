@@ -64,12 +64,7 @@ def run(this: Run) -> dict:
   total = program.setup.num_calls * per_call
   check_record(config, world, total)
   monitor_every = max(1, round(program.setup.num_calls * p.monitor_fraction)) * per_call
-  origin: dict[str, str | None] = {'world': experience.world_digest(generator)}
-  # Each would play in a world of its own, and nothing would tell.
-  agree({'the generator': origin['world']}, 'give all of them the same files')
-  if config.pairs.record:
-    record = newest_step(user_path(config.pairs.record) / 'pretrain')
-    origin['record'] = record.get('sha256')
+  origin = origin_of(config, generator)
 
   with Training(
     'pretrain',
@@ -82,10 +77,7 @@ def run(this: Run) -> dict:
   ) as training:
     restored = training.resume({'state': template})
     if restored:
-      before = restored.metadata
-      if experience.is_world_of(generator, before.get('world', '')):
-        before = before | {'world': origin['world']}
-      check_origin(this, before, origin)
+      check_origin(this, restored.metadata, origin, generator)
       note_devices(restored.metadata.get('devices', mesh.size), mesh.size)
       state, scalars = restored.items['state'], restored.metadata['metrics']
     else:
@@ -144,12 +136,30 @@ def encoder_of(state: pretrain.State) -> dict[str, Any]:
   return {name: tree for name, tree in found.items() if tree}
 
 
-def check_origin(this: Run, before: dict[str, Any], now: dict[str, str | None]) -> None:
+def origin_of(config: ConfigDict, generator: Any) -> dict[str, str | None]:
+  """Digests of the 'world' and, where one is read, the 'record' that a run is of.
+
+  Raises:
+    UserError: the processes of the run have other generators.
+  """
+  origin: dict[str, str | None] = {'world': experience.world_digest(generator)}
+  # Each would play in a world of its own, and nothing would tell.
+  agree({'the generator': origin['world']}, 'give all of them the same files')
+  if config.pairs.record:
+    record = newest_step(user_path(config.pairs.record) / 'pretrain')
+    origin['record'] = record.get('sha256')
+  return origin
+
+
+def check_origin(
+  this: Run, before: dict[str, Any], now: dict[str, str | None], generator: Any
+) -> None:
   """Raises UserError where the run began in another world or with another record than now.
 
   Args:
     before: metadata of its checkpoint; what older versions did not write fits any.
-    now: digests of 'world' and, where there is one, 'record'.
+    now: of `origin_of`.
+    generator: that the world has now, which older versions digested otherwise.
   """
   config = this.config
   of = {
@@ -157,7 +167,9 @@ def check_origin(this: Run, before: dict[str, Any], now: dict[str, str | None]) 
     'record': ('with another record', config.pairs.record),
   }
   for name, value in now.items():
-    if before.get(name, value) != value:
+    there = before.get(name, value)
+    older = name == 'world' and there != value and experience.is_world_of(generator, there)
+    if there != value and not older:
       what, path = of[name]
       raise UserError(
         f'{this.workdir / "pretrain"} began {what} than {path} holds now: give that one back, or '
@@ -190,9 +202,7 @@ def check_memory(
   split, whole = [state.ring, state.env, state.frames], [state.ssl, state.agent]
   (split if isinstance(world.material, Experience) else whole).append(world.material)
   whole.append(world._replace(material=()))
-  less_learning = 'lower pretrain.batch_size or encoder.width' + (
-    f', or set {eyes}' if eyes else ''
-  )
+  less_learning = cost.LESS_LEARNING + (f', or set {eyes}' if eyes else '')
   takes = {
     'lower replay.capacity': cost.nbytes(split) / mesh.size,
     'lower encoder.width, simsiam.* or sac.hidden': cost.nbytes(whole),

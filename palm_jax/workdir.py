@@ -289,18 +289,16 @@ def _locked(path):
 def _refuse_differences(workdir, saved, wanted, jobs):
   """Raises UserError where a setting differs that something in the workdir was made with."""
   judges = {job.name: result_path(workdir, job).exists() for job in jobs if job.judges}
-  # A section that another job reads, too, is bound by the results of both.
-  also = {job.judges_with: job.name for job in jobs if job.judges_with and judges.get(job.name)}
-  free = {*FREE, *(name for name, judged in judges.items() if not judged and name not in also)}
+  free = {*FREE, *(name for name, judged in judges.items() if not judged)}
   differ, owners = {}, set()
   for key in sorted(saved.keys() | wanted.keys()):
     there, now = (config.get(key, ADDED.get(key, ABSENT)) for config in (saved, wanted))
     section = _section(key)
-    of = {name for name in BOUND.get(key, ()) if judges.get(name)} or {section}
+    readers = section, *(job.name for job in jobs if job.judges_with == section)
+    of = {name for name in BOUND.get(key, readers) if judges.get(name)} or {section}
     if there != now and not of <= free and key not in FREE_KEYS:
       differ[key] = f'{key}: {there} there, {now} now'
-      owners |= {name for name in of if judges.get(name, True)}
-      owners |= {also[section]} if section in also else set()
+      owners |= of
   if not differ:
     return
   sections = sorted({_section(key) for key in differ})

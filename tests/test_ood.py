@@ -367,7 +367,7 @@ def test_supervised_from_scratch(run, data, mesh, protocol, other):
   ],
 )
 def test_names_of_sets(text, name, source):
-  assert ood.named_sources([text]) == {name: source}
+  assert image_sets.named_sources([text]) == {name: source}
 
 
 def test_download_fetches_the_sets_that_have_a_publisher(monkeypatch, tmp_path):

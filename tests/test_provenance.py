@@ -213,13 +213,13 @@ def test_a_passive_pretraining_is_of_the_record_that_it_reads(tmp_path):
   pretrain(tmp_path / 'played', 3)
   before = provenance.made_from(job, this)
   assert before['record'] == provenance.newest_step(tmp_path / 'played' / 'pretrain')
-  train.check_origin(this, {}, {'world': 'a', 'record': before['record']['sha256']})
+  train.check_origin(this, {}, {'world': 'a', 'record': before['record']['sha256']}, None)
   pretrain(tmp_path / 'played', 4, 1.0)
   now = provenance.made_from(job, this)
   assert provenance.difference(before, now) == 'record at step 3, which is now at step 4'
   digests = ({'world': 'a', 'record': about['record']['sha256']} for about in (before, now))
   with pytest.raises(UserError, match='began with another record than .*played holds now'):
-    train.check_origin(this, *digests)
+    train.check_origin(this, *digests, None)
 
 
 def test_the_newest_step(tmp_path):

@@ -111,17 +111,14 @@ class Replay:
         # A full disk must be an error here, not a SIGBUS on some later row.
         if hasattr(os, 'posix_fallocate'):
           os.posix_fallocate(file.fileno(), 0, size)
-    self._open()
+    shape = self._file_rows, self.num_envs
+    self._records = np.memmap(self._path, self._record, 'r+', shape=shape)
 
   def _size(self):
     return self._file_rows * self.num_envs * self._record.itemsize
 
   def _is_whole(self):
     return self._path.exists() and self._path.stat().st_size == self._size()
-
-  def _open(self):
-    shape = self._file_rows, self.num_envs
-    self._records = np.memmap(self._path, self._record, 'r+', shape=shape)
 
   @property
   def must_commit(self) -> bool:

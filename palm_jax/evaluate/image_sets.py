@@ -3,6 +3,8 @@ interpolations of its own images."""
 
 import os
 import pathlib
+import re
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image
@@ -18,6 +20,7 @@ INTERP = ('interp:pairs', 'interp:csi')
 BATCH = 100  # alinlab/CSI's test batch, which its interpolation partners by
 CELEBA_SIDE = 178  # the width of an aligned CelebA picture
 RESIZED = 'then Pillow'  # in descriptions
+UNMIXED = 'as they are'  # in that of interp:csi
 # By whether it is Lanczos; both are antialiased.
 FILTERS = {
   False: (Image.Resampling.BILINEAR, 'bilinear (antialiased)'),
@@ -56,6 +59,28 @@ def image_set(
       f'other than {" and ".join(INTERP)}'
     )
   return load_images(source, height, data_dir, channels, lanczos)
+
+
+def named_sources(sets: Iterable[str]) -> dict[str, str]:
+  """{name: source} of 'name=source' or 'source', which is named by its last part.
+
+  Raises:
+    UserError: two of one name.
+  """
+  sources = {}
+  for text in sets:
+    name, found, source = text.partition('=')
+    if not found or re.search(r'[/:,]', name):  # an = within a path
+      source = text
+      name = re.sub(r'^tfds:|^.*/|\.(npz|mat|tar\.gz|tgz)$', '', text.rstrip('/'))
+      name = 'celeba' if text.startswith('celeba:') else name
+    if name in sources or not name:
+      raise UserError(
+        f'ood.sets={tuple(sets)}: two sets are called {name!r}, or one has no name: '
+        f'write NAME={source}'
+      )
+    sources[name] = source
+  return sources
 
 
 def check_source(source: str) -> None:
@@ -168,7 +193,7 @@ def interpolate(split: Split, mode: str) -> tuple[np.ndarray, str]:
   else:
     partners = np.maximum(rows - BATCH, 0)
     partners[:BATCH] = rows[:BATCH]
-    how = f'images i and i - {BATCH}, the first {BATCH} as they are'
+    how = f'images i and i - {BATCH}, the first {BATCH} {UNMIXED}'
   mixed = np.empty_like(images)
   for start in range(0, count, 1024):
     part = slice(start, start + 1024)

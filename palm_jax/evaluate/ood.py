@@ -10,9 +10,8 @@ literature.
 
 import collections
 import functools
-import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +25,7 @@ from palm_jax.data.published import fetch_missing
 from palm_jax.evaluate import classifier, features, linear, preconditions, sgd, table_1
 from palm_jax.evaluate.features import Encoder
 from palm_jax.evaluate.foreign import load_foreign
-from palm_jax.evaluate.image_sets import check_source, image_set
+from palm_jax.evaluate.image_sets import check_source, image_set, named_sources
 from palm_jax.evaluate.linear import LinearModel
 from palm_jax.evaluate.scores import METRICS, SCORES, of_features
 from palm_jax.job import Job, Run
@@ -89,28 +88,6 @@ def check(config: ConfigDict, num_devices: int) -> None:
     sgd.check(c.head, 'ood.head', num_devices)
   if c.protocol == 'finetune' or c.supervised:
     sgd.check(c.finetune, 'ood.finetune', num_devices)
-
-
-def named_sources(sets: Iterable[str]) -> dict[str, str]:
-  """{name: source} of 'name=source' or 'source', which is named by its last part.
-
-  Raises:
-    UserError: two of one name.
-  """
-  sources = {}
-  for text in sets:
-    name, found, source = text.partition('=')
-    if not found or re.search(r'[/:,]', name):  # an = within a path
-      source = text
-      name = re.sub(r'^tfds:|^.*/|\.(npz|mat|tar\.gz|tgz)$', '', text.rstrip('/'))
-      name = 'celeba' if text.startswith('celeba:') else name
-    if name in sources or not name:
-      raise UserError(
-        f'ood.sets={tuple(sets)}: two sets are called {name!r}, or one has no name: '
-        f'write NAME={source}'
-      )
-    sources[name] = source
-  return sources
 
 
 def download(config: ConfigDict) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from palm_jax.base.tables import aligned, protocol_line
-from palm_jax.evaluate.image_sets import RESIZED
+from palm_jax.evaluate.image_sets import RESIZED, UNMIXED
 
 COLUMNS = ('SVHN', 'LSUN', 'CIFAR-100', 'Interp.', 'CelebA')
 TABLE_1: dict[str, dict[str, tuple[float, ...]]] = {
@@ -23,9 +23,6 @@ TABLE_1: dict[str, dict[str, tuple[float, ...]]] = {
   }.items()
 }
 CIFAR10 = {'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'}
-
-
-CSI = 'as they are'  # of the description of interp:csi
 
 
 def column(name: str) -> str | None:
@@ -51,7 +48,9 @@ def papers(sets: Mapping[str, str], class_names: Iterable[str]) -> dict[str, Any
     for method, numbers in TABLE_1.items()
   }
   found = dict(source='arXiv 2210.10913v2, Table 1, AUROC in percent', rows=rows)
-  other = [name for name, known in columns.items() if known == 'Interp.' and CSI not in sets[name]]
+  other = [
+    name for name, known in columns.items() if known == 'Interp.' and UNMIXED not in sets[name]
+  ]
   if other:
     found['note'] = (
       f"the paper's Interp. is CSI's (interp:csi), whose first 100 pictures are no averages: not "

@@ -315,8 +315,7 @@ def main(argv: list[str]) -> None:
   f = flags.FLAGS
   if not argv[2].endswith('.png'):
     raise UserError(f'{argv[2]}: expected a name that ends in .png')
-  if not 0 <= f.seed < 2**32:
-    raise UserError(f'--seed={f.seed}: expected a number from 0 to {2**32 - 1}')
+  checks.within('--seed', f.seed, checks.Range(0, 2**32 - 1))
   if f['with'].value and f.of != 'values':
     raise UserError(f'--of={f.of} beside --with, which merges gradients: leave one out')
   if not 0 < f.scale <= 64:

@@ -121,10 +121,9 @@ def run(this: Run) -> dict:
   everywhere, key = NamedSharding(mesh, P()), jax.random.key(config.seed)
   init = devices.jit_once(lambda key: init_state(c, G, D, key), everywhere)
   template = devices.templates(jax.eval_shape(init, key), everywhere)
-  at_once = max(1, batch // mesh.size)  # pictures, as in training
+  at_once, compared = round_sizes(c, mesh.size)  # of a device's pictures
   draw_samples = jax.jit(lambda v: sample_images(G, v, key, c.truncation_psi, at_once))
   class_names = data.class_names[:ROWS] if num_classes else None
-  compared = round_sizes(c, mesh.size)[1]  # pictures, by D's minibatch statistic
 
   with Training(
     'generator',

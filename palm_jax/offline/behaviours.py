@@ -73,12 +73,7 @@ def train(
   ring = _ring(rounds * per_round, observations, actions)
   actors = jax.tree.map(lambda x: np.zeros((rounds, *x.shape), np.float32), state.actor)
   items = dict(state=state, ring=ring, actors=actors)
-  need = 2 * sum(x.nbytes for x in jax.tree.leaves((ring, actors)))  # with the copy that is saved
-  if need > devices.machine_memory():
-    raise UserError(
-      f'offline.behaviour_steps={c.behaviour_steps} take {need / 2**30:.1f} GiB, and this machine '
-      f'has {devices.machine_memory() / 2**30:.1f}: lower them'
-    )
+  _check_room(c.behaviour_steps, (ring, actors))
   with Training(
     'behaviours',
     folder,
@@ -119,11 +114,26 @@ def train(
       if training.should_save:
         items = dict(state=state, ring=ring, actors=actors)
         about = dict(position=(size, curve), origin=dict(origin or {}))
-        # A copy: it is written while the next round fills the arrays in place, and on CPUs
-        # device_put takes them as they are.
-        copied = jax.device_put(jax.tree.map(np.array, items))
-        training.save({'all': copied}, **about)
+        training.save({'all': _copied(items)}, **about)
   return _chosen(state, actors, curve, float(at_random))
+
+
+def _check_room(steps, arrays):
+  """Raises UserError where the machine has no room for the arrays and the copy that is saved."""
+  need, memory = 2 * devices.nbytes(arrays), devices.machine_memory()
+  if need > memory:
+    raise UserError(
+      f'offline.behaviour_steps={steps} take {need / 2**30:.1f} GiB, and this machine has '
+      f'{memory / 2**30:.1f}: lower them'
+    )
+
+
+def _copied(items):
+  """Items to be saved, which are written while the next round fills their arrays in place.
+
+  On CPUs device_put alone takes them as they are.
+  """
+  return jax.device_put(jax.tree.map(np.array, items))
 
 
 def _chosen(state, actors, curve, at_random):

@@ -15,7 +15,8 @@ from palm_jax.base.devices import nbytes
 from palm_jax.encoder import make_encoder
 from palm_jax.generator import PictureGenerator
 
-# What makes drawing take less.
+# What makes them take less.
+LESS_LEARNING = 'lower pretrain.batch_size or encoder.width'
 LESS_DRAWING = 'lower pretrain.num_envs (a larger pretrain.rollout_length makes up for it)'
 
 
@@ -45,16 +46,18 @@ def _equation_flops(equation):
   if name == 'conv_general_dilated':
     shapes = (v.aval.shape for v in (*equation.invars, *equation.outvars))
     return _convolution_flops(*shapes, **params)
-  inner = [
-    _flops(getattr(x, 'jaxpr', x))
-    for x in jax.tree.leaves(list(params.values()))
-    if isinstance(x, ClosedJaxpr | Jaxpr)
-  ]
+  inner = list(map(_flops, _inner(equation)))
   if name == 'scan':
     return params['length'] * sum(inner)
   if name == 'cond':
     return max(inner, default=0)
   return sum(inner)
+
+
+def _inner(equation):
+  """The programs within an equation, such as a loop's body."""
+  parts = jax.tree.leaves(list(equation.params.values()))
+  return [getattr(x, 'jaxpr', x) for x in parts if isinstance(x, ClosedJaxpr | Jaxpr)]
 
 
 def _convolution_flops(
@@ -141,8 +144,7 @@ def _largest(jaxpr):
   found = [0]
   for equation in jaxpr.eqns:
     found += [nbytes(v.aval) for v in equation.outvars if hasattr(v.aval, 'dtype')]
-    inner = jax.tree.leaves(list(equation.params.values()))
-    found += [_largest(getattr(x, 'jaxpr', x)) for x in inner if isinstance(x, ClosedJaxpr | Jaxpr)]
+    found += map(_largest, _inner(equation))
   return max(found)
 
 

@@ -203,7 +203,7 @@ def check_memory(config: ConfigDict, result: dict[str, Any]) -> None:
   if fits > 3 * config.pretrain.num_envs:
     remedy = f'set replay.capacity to {fits} or less'
   else:
-    remedy = cost.LESS_DRAWING if drawing else 'lower pretrain.batch_size or encoder.width'
+    remedy = cost.LESS_DRAWING if drawing else cost.LESS_LEARNING
   more = ', replay.actions to int8' if ring.actions != 'int8' else ''
   if not drawing and (eyes := cheaper_eyes(config.encoder, result['picture'])):
     more += f', {eyes}'

@@ -22,7 +22,15 @@ from palm_jax.base.processes import is_first
 from palm_jax.base.results import write_result
 from palm_jax.job import Job, Run, Runner, never
 from palm_jax.study import figure, numbers
-from palm_jax.study.arms import GENERATOR, ArmRun, base_config, make_arms, make_runs, named_arm
+from palm_jax.study.arms import (
+  GENERATOR,
+  ArmRun,
+  base_config,
+  make_arms,
+  make_runs,
+  named_arm,
+  needed_arms,
+)
 from palm_jax.study.numbers import RESAMPLES, at
 from palm_jax.study.readings import Reading, look_up, make_readings, steps_of
 
@@ -163,43 +171,17 @@ def run(this: Run) -> dict | None:
 
   lines = {}  # of each run that is complete
   progress = Progress('study', len(runs), 'runs')
-  # What another command is at comes last, and what needs that.
-  for i, arm_run, patience in _turns(runs, busy := []):
-    arm = arm_run.arm
-    if not patience and _needs(arm_run, [runs[j].folder for j in busy]):
-      busy.append(i)
-      continue
-    logging.info(
-      'study: run %d of %d, %s%s, seed %d', i + 1, len(runs), arm.name, at(arm.x), arm_run.seed
-    )
-    jobs = tuple(config.study.jobs)
-    try:
-      complete = _run_jobs(this, arm_run.config, arm_run.folder, jobs, patience)
-    except workdirs.Busy as e:
-      logging.info('study: %s', e)
-      if patience:
-        break
-      busy.append(i)
-      continue
-    if not complete:
-      logging.info(
-        'study: stopped after %d of %d runs; the same command resumes it', len(lines), len(runs)
-      )
-      return None
+  for i in _completed(this, runs):
     lines[i] = []
     if is_first():
       lines[i] = [
-        _line(config.name, reading, arm_run, place) for reading in readings if reading.source == arm
+        _line(config.name, reading, runs[i], place)
+        for reading in readings
+        if reading.source == runs[i].arm
       ]
       numbers.write_lines(workdir / 'results' / 'study.csv', _in_order(lines))
       progress.update(len(lines), {})
   if len(lines) < len(runs):
-    logging.info(
-      'study: %d of %d runs wait for other commands: when these have ended, the same command makes '
-      'what is left, and the table of all',
-      len(runs) - len(lines),
-      len(runs),
-    )
     return None
   if not is_first():
     return {}
@@ -210,18 +192,46 @@ def run(this: Run) -> dict | None:
   return results
 
 
-def _turns(runs, busy):
-  """(number, run, patience in seconds) of each, and once more of those that become `busy`."""
-  for i, arm_run in enumerate(runs):
-    yield i, arm_run, 0.0
-  for i in tuple(busy):
-    yield i, runs[i], workdirs.PATIENCE
+def _completed(this, runs):
+  """Brings the runs to their ends -> yields the number of each; not of all where it is stopped.
 
-
-def _needs(arm_run, folders):
-  """Whether a setting of the run names one of the folders."""
-  values = {str(value) for value in checks.flatten(arm_run.config.to_dict()).values()}
-  return any(str(folder) in values for folder in folders)
+  What another command is at comes last, and what reads that. Where it still is, the study ends.
+  """
+  jobs, arms = tuple(this.config.study.jobs), [run.arm for run in runs]
+  done, left = 0, list(range(len(runs)))
+  for patience in (0.0, workdirs.PATIENCE):
+    turns, left = left, []
+    for i in turns:
+      arm, seed = runs[i].arm, runs[i].seed
+      needed = [(named_arm(name, arm, arms), seed) for name in needed_arms(arm)]
+      if any((runs[j].arm, runs[j].seed) in needed for j in left):
+        left.append(i)
+        continue
+      logging.info(
+        'study: run %d of %d, %s%s, seed %d', i + 1, len(runs), arm.name, at(arm.x), seed
+      )
+      try:
+        complete = _run_jobs(this, runs[i].config, runs[i].folder, jobs, patience)
+      except workdirs.Busy as e:
+        logging.info('study: %s', e)
+        left.append(i)
+        if patience:
+          break
+        continue
+      if not complete:
+        logging.info(
+          'study: stopped after %d of %d runs; the same command resumes it', done, len(runs)
+        )
+        return
+      done += 1
+      yield i
+  if left:
+    logging.info(
+      'study: %d of %d runs wait for other commands: when these have ended, the same command makes '
+      'what is left, and the table of all',
+      len(runs) - done,
+      len(runs),
+    )
 
 
 def _in_order(lines):
