@@ -12,14 +12,14 @@
 The paper contradicts itself on alpha and beta, so both readings have a name: `paper_text` (0.5,
 0.95: sections 4.1 and 6) and `paper_fig5` (0.95, 0.75: the best cell of Figure 5). Append one:
 configs/cifar.py:small,paper_fig5. `able` gives the agent settings with which it is able to act.
-`small,best` is what taught most at that size, and not the paper's method: 64.4% linear and 60.6%
-kNN on those pictures (one seed, 345,600 env steps, 8,076 updates: by --job=benchmark 41 and
+`small,best` is what taught most at that size, and not the paper's method: figures over seeds are in
+configs/studies/README.md (345,600 env steps, 8,076 updates: by two runs of --job=benchmark 41 and
 45 minutes of two quiet cores).
 
 `small` plays in the bundled generator; --config.generator.path= trains one (about 130 images/s on
 two CPU cores). Measured once: 5.5 minutes for pretraining, 15 for the whole probe, 1.8 GB. Linear
 accuracy on JPEG copies of CIFAR-10, 8,000 test pictures: PALM encoder 40.7%, untrained 34.5%,
-pixels 41.2% (one seed, +- 1.1 by the test pictures alone; three seeds: configs/studies/README.md).
+pixels 41.2% (one seed, +- 1.1 by the test pictures alone; six seeds: configs/studies/README.md).
 
 The full size was not run yet. Compiled for one H200, 50M steps take 0.41 hours by the arithmetic of
 launch.compile_for, in bfloat16: a floor, not a measurement. The replay takes 5.3 GB over all

@@ -2,9 +2,9 @@
 
   python launch/local.py --processes=2 --devices=4 -- --config=configs/digits.py --workdir=runs/pod
 
-What stands behind `--` goes to every process. SIGTERM (all save and leave) and Ctrl-C are passed
-to all. When a process fails, the others are ended. The exit code is the worst of those that ended
-by themselves.
+What stands behind `--` goes to every process. SIGTERM and SIGHUP (all save and leave) and Ctrl-C
+are passed to all. When a process fails, the others are ended. The exit code is the worst of those
+that ended by themselves.
 """
 
 import argparse
@@ -135,8 +135,9 @@ def main(argv: Sequence[str]) -> int:
         child.send_signal(number)
 
   try:
-    for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, pass_on)
+    for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, 'SIGHUP', signal.SIGTERM)):
+      if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+        signal.signal(number, pass_on)
     copiers = [
       threading.Thread(target=copy_output, args=(i, child.stdout))
       for i, child in enumerate(children)

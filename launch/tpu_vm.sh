@@ -74,9 +74,13 @@ mountpoint -q $mount || sudo mount -t nfs $(quoted "$nfs") $mount; \
 sudo install -d -m 755 -o \"\$(id -u)\" -g \"\$(id -g)\" $(quoted "$mount/$workdir")"
 }
 
-create
 archive=$(mktemp --suffix=.tar.gz)
+trap 'rm -f "$archive"' EXIT
+# Not deleted then: a slice of that name may be another's.
+trap 'echo "tpu_vm.sh: interrupted while asking for $name: see whether it is there, and give it back" >&2; exit 130' INT TERM HUP
+create
 trap 'rm -f "$archive"; queued delete --force --quiet' EXIT # whatever comes: a forgotten slice costs by the hour
+trap - INT TERM HUP
 wait_until_active
 setup
 everywhere "cd palm_jax && exec ../palm_venv/bin/python -m palm_jax.main $(quoted --workdir="$mount/$workdir" "$@")"

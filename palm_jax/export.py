@@ -203,7 +203,7 @@ def load(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any], dict[
     variables = traverse_util.unflatten_dict(arrays, sep='/')
     if digest(variables, settings) != metadata.get('sha256'):
       raise ValueError('it holds other numbers or settings than were saved')
-  except (LookupError, TypeError, ValueError) as e:
+  except (LookupError, TypeError, ValueError, RecursionError) as e:
     raise UserError(f'{path} is damaged ({e}): fetch it or export it again') from e
   return settings, variables, metadata
 
@@ -256,7 +256,7 @@ def sizes(settings: dict[str, Any], variables: dict[str, Any]) -> Sizes:
     init = functools.partial(encoder.init_with_output, train=False)
     h, template = jax.eval_shape(init, jax.random.key(0), images)
     expected, found = shapes(template), shapes(variables)
-  except (AttributeError, LookupError, TypeError, ValueError) as e:
+  except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
     raise UserError(
       f'the settings of the encoder, {settings}, do not belong to its variables '
       f'({type(e).__name__}): give the config and the checkpoint of one run'

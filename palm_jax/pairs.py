@@ -309,6 +309,13 @@ def _check_episodes(config, given):
         raise UserError(f'{name} {given}: its pairs are of no episode; leave it as it is')
   if c.window and c.group == 1:
     raise UserError(f'pairs.window={c.window} with pairs.group=1: a window holds 2 pairs or more')
+  if c.group > 1:
+    most = c.window or config.environment.episode_length - 1
+    if c.group > most:
+      raise UserError(
+        f'pairs.group={c.group}: {"a window" if c.window else "an episode"} holds {most} pairs, so '
+        'some would be drawn twice; lower it'
+      )
   if s.mask_episode and s.objective != 'simclr':
     raise UserError(
       f"simsiam.mask_episode with simsiam.objective={s.objective!r}: it is for 'simclr', whose "

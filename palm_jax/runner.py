@@ -77,7 +77,7 @@ def run(
   workdir: str | pathlib.Path | None = None,
   download: bool = False,
   patience: float = workdirs.PATIENCE,
-) -> None:
+) -> bool:
   """Runs the jobs in order, skipping those that are complete in the workdir.
 
   Args:
@@ -86,6 +86,9 @@ def run(
     workdir: where everything is written; None is runs/<config.name>.
     download: whether published data may be fetched.
     patience: seconds to wait for another command that does the same.
+
+  Returns:
+    Whether all are complete; False where a signal stopped one.
 
   Raises:
     UserError: invalid settings, data or workdir, before anything is computed or written.
@@ -123,7 +126,7 @@ def run(
     workdirs.keep_compiled(workdir)
     logging.info('%s: %d %s device(s)', workdir, mesh.size, mesh.devices.flat[0].platform)
   try:
-    _run_in_order(jobs, this, patience)
+    return _run_in_order(jobs, this, patience)
   except UserError:
     if not before:
       workdirs.release(workdir, names())
@@ -139,7 +142,8 @@ def _run_in_order(jobs, this, patience):
     this = _with_collected(jobs[i:], this)
     if not _run_alone(each, this, patience):
       logging.info('%s: stopped and saved; the same command resumes it', each.name)
-      return
+      return False
+  return True
 
 
 def _wanted(config, job):
@@ -188,9 +192,8 @@ def execute(job: Job, run: Run) -> dict | None:
   try:  # the file first: nobody may read the output any more
     if claimed and not run.workdir.is_dir():
       raise UserError(f'{run.workdir} was removed while {job.name} ran: its result is lost')
-    if claimed:
-      workdirs.restore(run.workdir, run.config)
     if job.claims:
+      workdirs.restore(run.workdir, run.config)
       write_result(workdirs.result_path(run.workdir, job), result, origin, run.config.to_dict())
   finally:
     if job.table:

@@ -70,6 +70,11 @@ def is_complete(workdir: pathlib.Path, job: Job) -> bool:
   return job.claims and any_process(result_path(workdir, job).exists())
 
 
+def is_bound(workdir: pathlib.Path, job: Job) -> bool:
+  """Whether a job has a result, or is at work on it, by settings that may no longer change."""
+  return result_path(workdir, job).exists() or held(_lock_path(workdir, job.name))
+
+
 def is_claimed(workdir: pathlib.Path) -> bool:
   """Whether the workdir is a config's."""
   return (workdir / CONFIG).exists()
@@ -157,6 +162,7 @@ def release(workdir: pathlib.Path, jobs: Sequence[str]) -> None:
   with _locked(workdir / CLAIM):
     folders = [workdir / name for name in (*jobs, 'results')]
     written = any(path.is_file() for folder in folders for path in folder.rglob('*'))
+    written = written or any(path.parent != workdir for path in workdir.rglob(CONFIG))  # a study's
     if written or any(held(_lock_path(workdir, name)) for name in jobs):
       return
     (workdir / CONFIG).unlink(missing_ok=True)
@@ -288,7 +294,7 @@ def _locked(path):
 
 def _refuse_differences(workdir, saved, wanted, jobs):
   """Raises UserError where a setting differs that something in the workdir was made with."""
-  judges = {job.name: result_path(workdir, job).exists() for job in jobs if job.judges}
+  judges = {job.name: is_bound(workdir, job) for job in jobs if job.judges}
   free = {*FREE, *(name for name, judged in judges.items() if not judged)}
   differ, owners = {}, set()
   for key in sorted(saved.keys() | wanted.keys()):

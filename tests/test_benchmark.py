@@ -2,8 +2,11 @@
 
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from palm_jax.base import devices
@@ -12,7 +15,7 @@ from palm_jax.data.arrays import Data, Split
 from palm_jax.generator import LoadedGenerator, train
 from palm_jax.generator.sines import SirenGenerator
 from palm_jax.generator.stylegan2 import Generator
-from palm_jax.speed import benchmark, drawing
+from palm_jax.speed import benchmark, drawing, timing
 from tests.jobs import finish, saved_result
 from tests.worlds import LargeGenerator, nature_config, tiny_config
 
@@ -82,6 +85,27 @@ def test_the_loop_against_its_parts(tmp_path):
   )  # the state is updated in place
   for word in ('env steps/s', 'SimSiam, both passes', 'efficiency'):
     assert word in benchmark.table(found, devices.describe(mesh))
+
+
+def test_compiling_is_timed_without_programs_on_disk(tmp_path, monkeypatch):
+  cache = dict(
+    jax_compilation_cache_dir=str(tmp_path), jax_persistent_cache_min_compile_time_secs=0.0
+  )
+  before = {name: getattr(jax.config, name) for name in cache}
+  for name, value in cache.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  try:
+    lowered = lambda: jax.jit(lambda x: jnp.sin(x) * 3).lower(jnp.zeros(3))
+    took, compiled = timing.compile_seconds(lowered())
+    assert took > 0 and not list(tmp_path.iterdir())
+    np.testing.assert_allclose(compiled(jnp.ones(3)), 3 * np.sin(1), rtol=1e-6)
+    lowered().compile()
+    assert list(tmp_path.iterdir())  # kept again
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def test_nothing_to_measure(tmp_path):

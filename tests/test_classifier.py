@@ -1,5 +1,7 @@
+import contextlib
 import os
 import signal
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import cifar
-from palm_jax.base import checkpoints, devices, digests
+from palm_jax.base import checkpoints, devices, digests, files
 from palm_jax.base.errors import UserError
 from palm_jax.base.training import Stopped
 from palm_jax.data.arrays import Split
@@ -79,6 +81,29 @@ def test_a_killed_training_goes_on_and_ends_the_same(trained, split, mesh, tmp_p
   assert same(again.apply.args, encoder.apply.args) and same(head_again, head)
   classifier.fit(c, c.probe.supervised, split, 3, 0, mesh, tmp_path, 'supervised')
   assert epochs == [1, 2, 3, 4]  # read, not trained
+
+
+def test_a_training_waits_for_another_of_the_same(split, mesh, tmp_path, monkeypatch):
+  """As `supervised` of the probe and of ood, started together in one workdir."""
+  c, locks, order = tiny(), [], []
+
+  def train(network, variables, *rest):
+    folder = rest[-1]
+    locks.append(folder.with_name(f'.{folder.name}.lock'))
+    order.append('trains' if files.held(locks[-1]) else 'is not alone')
+    return variables
+
+  monkeypatch.setattr(classifier, 'train', train)
+  fit = lambda: classifier.fit(c, c.probe.supervised, split, 3, 0, mesh, tmp_path, 'supervised')
+  fit()
+  assert not locks[0].exists()
+  other = contextlib.ExitStack()
+  assert other.enter_context(files.locked(locks[0]))
+  timer = threading.Timer(0.3, lambda: order.append('other ends') or other.close())
+  timer.start()
+  fit()
+  timer.join()
+  assert order == ['trains', 'other ends', 'trains']
 
 
 def test_a_training_stopped_within_an_epoch_resumes_there(split, mesh, tmp_path, monkeypatch):

@@ -16,8 +16,8 @@ import yaml
 
 LAUNCH = pathlib.Path(__file__).parents[1] / 'launch'
 
-# Says how it was called; stops on SIGTERM with code 0 as the real one, unless its behaviour is
-# another.
+# Says how it was called; stops on SIGTERM and SIGHUP with code 0 as the real one, unless its
+# behaviour is another.
 MAIN = """
 import json, os, signal, sys, time
 given = [a.partition('=')[2] for a in sys.argv if a.startswith('--process_id=')]
@@ -27,7 +27,8 @@ number, behaviour = int(number), os.environ.get('BEHAVIOUR', 'complete')
 devices = os.environ.get('JAX_NUM_CPU_DEVICES')
 with open(f'called.{number}', 'w') as f:
   json.dump(dict(argv=sys.argv[1:], pid=os.getpid(), devices=devices), f)
-signal.signal(signal.SIGTERM, lambda *_: (say('saved'), sys.exit(0)))
+for sent in (signal.SIGTERM, signal.SIGHUP):
+  signal.signal(sent, lambda *_: (say('saved'), sys.exit(0)))
 say('one line')
 if behaviour == 'fail' and number == 1:
   sys.exit(3)
@@ -82,6 +83,7 @@ fi
   gcloud="""#!/usr/bin/env bash
 printf '%s\\0' gcloud "$@" >>commands.called
 echo >>commands.called
+if [[ -n ${SLOW:-} && "$*" == *"queued-resources create"* ]]; then touch asks; sleep 1; fi
 if [[ "$*" == *"queued-resources describe"* ]]; then
   if [[ -e asked ]]; then echo "${STATE:-ACTIVE}"; else touch asked; echo WAITING_FOR_RESOURCES; fi
 fi
@@ -155,10 +157,11 @@ def test_local_ends_all_when_one_fails(place):
   assert not any(running(called(place[0], i)['pid']) for i in range(3))
 
 
-def test_local_passes_sigterm_on(place):
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP])
+def test_local_passes_signals_on(place, number):
   process = local(place, BEHAVIOUR='wait')
   wait_for(*(place[0] / f'waits.{i}' for i in range(3)))
-  process.send_signal(signal.SIGTERM)
+  process.send_signal(number)
   output = process.communicate(timeout=60)[0]
   assert process.returncode == 0 and output.count('saved') == 3
 
@@ -412,6 +415,23 @@ def test_tpu_vm_dry_run_prints_the_same_and_runs_nothing(place):
     [word for word in command if not word.endswith('.tar.gz')] for command in commands
   ]
   assert without_archive(printed) == without_archive(calls)
+
+
+def test_tpu_vm_says_what_may_be_left_when_it_is_interrupted_while_asking(place):
+  folder, env = place
+  process = subprocess.Popen(
+    [LAUNCH / 'tpu_vm.sh', *SLICE, '--', *ARGUMENTS],
+    cwd=folder,
+    env=dict(env, SLOW='yes', TMPDIR=str(folder)),
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  wait_for(folder / 'asks')
+  process.send_signal(signal.SIGTERM)
+  said = process.communicate(timeout=60)[1]
+  assert process.returncode == 130 and 'see whether it is there, and give it back' in said
+  assert verbs(gcloud_calls(folder)) == ['tpus queued-resources create palm']
+  assert not list(folder.glob('*.tar.gz'))
 
 
 @pytest.mark.parametrize('state', ['FAILED', 'SUSPENDED'])

@@ -162,7 +162,7 @@ def test_it_is_not_resumed_with_other_tasks(finished, mesh):
   config, workdir = finished
   other = config.copy_and_resolve_references()
   other.world.goal = 1
-  with pytest.raises(UserError, match='began with other tasks'):
+  with pytest.raises(UserError, match='made with another choice of goals'):
     finish(train.JOB, other, workdir, mesh=mesh)
 
 

@@ -14,8 +14,9 @@ from palm_jax import runner
 from palm_jax.base import figures
 from palm_jax.base.errors import UserError
 from palm_jax.base.training import Training
-from palm_jax.offline import behaviours, figure, origins, records, train
+from palm_jax.offline import behaviours, figure, records, train
 from palm_jax.offline.methods import METHODS
+from palm_jax.world import origins
 from tests.test_bear import batch
 from tests.test_bear import config as bear_config
 from tests.test_meta_job import PIXELS
@@ -30,6 +31,34 @@ class Boundless(gymnasium.Env):
 
 
 gymnasium.register('Boundless-v0', Boundless)
+
+
+class Square(Boundless):
+  """Actions are matrices."""
+
+  action_space = gymnasium.spaces.Box(-2, 2, (2, 2))
+
+
+gymnasium.register('Square-v0', Square)
+
+
+class Unit(gymnasium.Env):
+  """Actions as they are: the wrapper that rescales them writes into those that it is given."""
+
+  observation_space = gymnasium.spaces.Box(-1, 1, (1,))
+  action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+  def reset(self, *, seed=None, options=None):
+    super().reset(seed=seed)
+    self.count = 0
+    return np.zeros(1, np.float32), {}
+
+  def step(self, action):
+    self.count += 1
+    return np.asarray(action, np.float32), float(action[0]), False, self.count == 3, {}
+
+
+gymnasium.register('Unit-v0', Unit)
 
 
 class Counter(gymnasium.vector.VectorEnv):
@@ -87,6 +116,16 @@ def test_the_mean_return_is_of_all_whole_episodes():
   np.testing.assert_allclose(records.mean_return(record), np.mean(whole))
   np.testing.assert_allclose(records.mean_return(blocks[0]), 1)  # none is whole
   assert records.mean_return(record._replace(ended=None)) == 15  # of an older version
+
+
+def test_actions_that_need_no_rescaling_may_be_of_jax():
+  c = configs.get_config('smoke')
+  c.offline.environment = 'Unit-v0'
+  player = records.Player(records.make_envs(c, None, 2))
+  act = jax.jit(lambda seen, t: jax.numpy.full((2, 1), 0.5))
+  assert (player.episode(act, 0, 1.0).returns == 1.5).all()
+  player.begin(0)
+  np.testing.assert_array_equal(player.play(act, 2).actions, 0.5)
 
 
 def test_an_episode_is_summed_to_its_end():
@@ -286,6 +325,10 @@ def test_what_critics_promise_is_drawn_beside_what_came_true(tmp_path):
     ({'offline.environment': 'Nothing-v9'}, "offline.environment='Nothing-v9' cannot be made"),
     ({'offline.environment': 'CartPole-v1'}, 'both must be boxes'),
     ({'offline.environment': 'Boundless-v0'}, r'actions Box\(-inf.* without bounds'),
+    ({'offline.environment': 'Square-v0'}, r'actions of shape \(2, 2\): expected vectors'),
+    ({'sac.updates_per_batch': 4}, 'sac.updates_per_batch=4: --job=offline learns without'),
+    ({'offline.behaviour_steps': 10**9}, 'offline.behaviour_steps=1000000000 take'),
+    ({'offline.record_steps': 10**9}, 'offline.record_steps=1000000000 take'),
     ({'offline.methods': ('bcq',)}, "'bcq' is unknown"),
     ({'offline.behaviours': ('expert',)}, "'expert' is unknown"),
     ({'offline.rollout_length': 10}, 'rollout_length=10 is not a positive multiple'),

@@ -1,11 +1,13 @@
 """Each form in which a set of pictures may come: what is read of it, or why it is refused."""
 
+import gzip
 import io
 import json
 import logging
 import os
 import pathlib
 import pickle
+import struct
 import sys
 import tarfile
 import zipfile
@@ -15,12 +17,12 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from configs import atari, cifar
 from palm_jax import runner, workdir
 from palm_jax.base.errors import UserError
-from palm_jax.data import arrays, safe_pickle
+from palm_jax.data import arrays, decoding, safe_pickle
 from palm_jax.data import parquet as parquet_module
 from palm_jax.data.identity import fingerprint
 from palm_jax.data.load import load
@@ -218,6 +220,17 @@ def packed_headers_that_ask_for_memory(tmp, _):
   header.type, header.size = tarfile.XHDTYPE, 2**40
   (tmp / 'x.tar').write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
   return tmp / 'x.tar', 'damaged or not a .tar .*1,099,511,627,776 bytes in one piece'
+
+
+@refused(tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME)
+def packed_headers_that_ask_for_memory_when_unpacked(tmp, kind):
+  header = tarfile.TarInfo('x')
+  header.type, header.size = kind, 1 << 29  # half a MB on the disk
+  with gzip.open(tmp / 'x.tar.gz', 'wb') as file:
+    file.write(header.tobuf(tarfile.GNU_FORMAT))
+    for _ in range(1 << 9):
+      file.write(bytes(1 << 20))
+  return tmp / 'x.tar.gz', 'damaged or not a .tar.gz .*536,870,912 bytes in one piece'
 
 
 @refused()
@@ -452,10 +465,20 @@ def deep(tmp, mode):
   return odd(tmp, 'odd.tif', encode(image, 'TIFF')), f'has pixels of type {mode}, expected 8'
 
 
-@refused('png', 'ppm')
+@refused('png', 'ppm', 'sgi', 'jp2')
 def deep_colour(tmp, suffix):
   """Pillow reads 16 bits of colour, but would cut them."""
   content = b'P6 8 8 65535\n' + bytes(8 * 8 * 6)
+  colour = Image.new('RGB', (8, 8))
+  if suffix == 'sgi':
+    content = encode(colour, 'SGI', bpc=2)
+  if suffix == 'jp2':
+    if not features.check('jpg_2000'):
+      pytest.skip('this Pillow reads no JPEG 2000')
+    content = encode(colour, 'JPEG2000')
+    bits = b'\7\1\1' * 3  # 8 of each channel, less 1
+    assert bits in content
+    content = content.replace(bits, b'\x0f\1\1' * 3)
   if suffix == 'png':
     content = bytearray(encode(Image.new('RGB', (8, 8))))
     content[24] = 16  # bits a channel
@@ -591,6 +614,23 @@ def parquet_folder(tmp, below):
   parquet(tmp / f'set/{below}test-00000-of-00001.parquet', second)
   parquet(tmp / f'set/{below}validation-00000-of-00001.parquet', first)
   return tmp / 'set', {'cat': shots()['cat'], 'dog': 2 * shots()['dog']}
+
+
+@refused('fold{}/train-0', 'fold{}/data/train-0', 'fold{}/train/0')
+def parquet_of_several_sets(tmp, name):
+  """As the hub's configurations lie: the test pictures of one would be trained on in another."""
+  for fold in (0, 1):
+    parquet(tmp / f'set/{name.format(fold)}.parquet', shots())
+    parquet(tmp / f'set/{name.format(fold).replace("train", "test")}.parquet', shots())
+  return tmp / 'set', r'(train|test).parquet files in fold0.*, fold1.*: give one of these folders'
+
+
+@read()
+def parquet_shards_in_folders(tmp, _):
+  both = shots()
+  parquet(tmp / 'set/train/a/0.parquet', {'cat': both['cat'], 'dog': []})
+  parquet(tmp / 'set/train/b/0.parquet', {'cat': [], 'dog': both['dog']})
+  return tmp / 'set', both
 
 
 def test_parquet_beyond_the_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
@@ -784,6 +824,31 @@ def test_pyarrow_is_asked_for_in_one_line(tmp_path, monkeypatch):
   path = parquet(tmp_path / 'x.parquet', shots())
   monkeypatch.setitem(sys.modules, 'pyarrow', None)
   test_data.refused('x.parquet needs pyarrow; run: pip install pyarrow', path)
+
+
+@pytest.mark.skipif(not features.check('avif'), reason='this Pillow writes no AVIF')
+def test_the_bits_of_avif():
+  """By the box that says them: Pillow writes 8 alone, and opens 10 as if they were 8."""
+  content = encode(Image.new('RGB', (8, 8)), 'AVIF')
+  assert decoding._bits_of_avif(content) == [8, 8, 8]
+  deep = content.replace(b'pixi\0\0\0\0\3\10\10\10', b'pixi\0\0\0\0\3\12\12\12')
+  assert decoding._bits_of_avif(deep) == [10, 10, 10]
+  assert decoding._bits_of_avif(b'') == decoding._bits_of_avif(b'pixi') == []
+
+
+def test_pickles_of_a_few_bytes_take_no_memory_or_time():
+  text = b'X' + struct.pack('<I', 1 << 16) + b'x' * (1 << 16) + b'q\0'
+  again = b'h\x01h\0h\x02\x86R'
+  encodes = b'\x80\x02X\6\0\0\0latin1q\2c_codecs\nencode\nq\1' + text + 9 * again + b'.'
+  with pytest.raises(pickle.UnpicklingError, match='encodes more text than it holds'):
+    safe_pickle.load(encodes)
+  nested = b'\x80\x02}N\x85q\0' + 60 * b'h\0h\0\x86q\0' + b'K\1s.'
+  with pytest.raises(pickle.UnpicklingError, match='a key in it is no text'):
+    safe_pickle.load(nested)
+  with pytest.raises((pickle.UnpicklingError, KeyError)):
+    safe_pickle.load(b'\x80\x02N2\x86.')  # DUP
+  with pytest.raises((pickle.UnpicklingError, EOFError)):  # an exabyte
+    safe_pickle.load(b'\x80\5\x96' + struct.pack('<Q', 1 << 60) + b'abc.')
 
 
 def test_pickles_run_nothing_else():

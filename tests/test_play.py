@@ -221,6 +221,33 @@ def test_the_world_waits(opened):
   assert one.due
 
 
+def test_what_is_only_shown_anew_begins_no_episode(opened):
+  one = session.Session(opened, 0)
+  one.step()
+  assert one.episode == 1
+  for psi in (0.2, 0.4):
+    one.take(dict(do='set', psi=psi))
+    assert one.step().step == 0 and one.episode == 1
+
+
+def test_of_a_stack_the_last_picture_alone_is_shown_anew():
+  eyes = Features(lambda v, seen: seen.reshape(len(seen), -1).astype(jnp.float32) / 255, (), 128)
+  made = make(GENERATOR, 'entropy', encoder=eyes, beta=0.5, memory=40, stack=2)
+  one = session.Session(game.open_game(*made), 3)
+  one.take(dict(do='set', who='random'))
+  for _ in range(3):
+    one.step()
+  one.take(dict(do='set', paused=True))
+  before = np.array(one._state.seen[0])
+  for psi in (0.0, 0.5):
+    one.take(dict(do='set', psi=psi))
+    shown = one.step()
+    now = np.array(one._state.seen[0])
+    np.testing.assert_array_equal(now[..., 0], before[..., 0])
+    assert (now[..., 1] != before[..., 1]).any()
+    np.testing.assert_allclose(shown.features, now.reshape(-1) / 255, rtol=1e-6)
+
+
 def test_each_press_of_step_is_a_step(opened):
   one = session.Session(opened, 0)
   one.step()

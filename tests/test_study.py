@@ -487,6 +487,35 @@ def test_several_commands_share_the_runs(ends, tmp_path, monkeypatch):
   assert (result is not None) == ends == bool(seen)
 
 
+def test_the_table_never_shrinks_while_a_study_is_repeated(tmp_path, monkeypatch):
+  c = small_study(tmp_path, seeds=(0, 1))
+  csv = tmp_path / 'study' / 'results' / 'study.csv'
+  line = lambda name, reading, run, place: (
+    dict.fromkeys(numbers.COLUMNS, 1) | dict(arm=run.arm.name, run=str(run.folder))
+  )
+  monkeypatch.setattr(study, '_line', line)
+  monkeypatch.setattr(study, '_results', lambda *_: {})
+  monkeypatch.setattr(study.numbers, 'table', lambda results: '')
+  monkeypatch.setattr(study.figure, 'draw', lambda results, path: None)
+  stops_at, lines = 99, []
+
+  def run_jobs(this, config, folder, jobs, patience):
+    lines.append(len(csv.read_text().splitlines()) if csv.exists() else 0)
+    return len(lines) < stops_at
+
+  monkeypatch.setattr(study, '_run_jobs', run_jobs)
+  again = lambda: study.run(Run(c, tmp_path / 'study', devices.make_mesh(), None, runner=runner))
+  assert again() is not None
+  assert lines == sorted(lines) and lines[0] == 0
+  whole = csv.read_bytes()
+  stops_at = len(lines) + 2
+  assert again() is None and csv.read_bytes() == whole
+  c.study.seeds = (0, 1, 2)
+  stops_at = 99
+  again()
+  assert len(csv.read_bytes()) > len(whole)
+
+
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
   """A study that was interrupted in its first run, stopped in its second, and then finished."""

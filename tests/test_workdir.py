@@ -159,6 +159,28 @@ def test_a_job_at_work_holds_the_config(tmp_path):
     workdirs.compare(tmp_path, config_of(seed=0), [])
 
 
+def test_an_evaluation_at_work_holds_its_section(tmp_path):
+  claim(tmp_path)
+  claim(tmp_path, **{'probe.knn_k': 5})
+  with (tmp_path / '.probe.lock').open('w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match='probe.knn_k: 5 there, 7 now'):
+      claim(tmp_path, **{'probe.knn_k': 7})
+    claim(tmp_path, **{'probe.knn_k': 5})
+  claim(tmp_path, **{'probe.knn_k': 7})
+
+
+def test_the_folder_of_a_study_with_runs_is_not_taken_back(tmp_path):
+  claim(tmp_path)
+  claim(tmp_path / 'arm' / 'seed0')
+  workdirs.release(tmp_path, ['pretrain'])
+  assert (tmp_path / 'config.json').exists()
+
+
+def test_another_machines_file_may_be_finished_at_any_moment(tmp_path):
+  assert not files.abandoned(tmp_path / '.x.npz.elsewhere.7.part')
+
+
 def test_a_lost_config_is_not_replaced_by_any(tmp_path):
   claim(tmp_path)
   (tmp_path / 'results').mkdir()

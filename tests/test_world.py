@@ -16,7 +16,7 @@ from palm_jax import environment, pretrain, rollout, worlds
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from palm_jax.world import Features, config, dataset, goal_latent, make, spaces
-from palm_jax.world.gym import LatentManifoldVectorEnv
+from palm_jax.world.gym import LatentManifoldEnv, LatentManifoldVectorEnv
 from palm_jax.world.tasks import Classify, Entropy, Goal, make_task, oracle_action
 from tests.worlds import LargeGenerator, LinearGenerator, nature_config, tiny_config
 
@@ -25,6 +25,7 @@ GENERATOR = LinearGenerator()
 PIXELS = Features(
   lambda variables, seen: seen.reshape(len(seen), -1)[:, ::7].astype(jnp.float32) / 255, (), 10
 )
+PIXELS30 = dataclasses.replace(PIXELS, size=28)  # of a stack of three
 GOING_ON = np.zeros(ENVS, bool)  # of environments in the middle of their episodes
 
 
@@ -386,6 +387,17 @@ def test_who_knows_the_goal_is_rewarded_more():
     (dict(latent_space='q'), "environment.latent_space='q' is unknown"),
     (dict(latent_space='w'), "environment.latent_space='w' of a LinearGenerator, which has no"),
     (dict(style_mixing=4), 'environment.style_mixing=4 of a LinearGenerator, which has no network'),
+    (dict(goal=3), "goal with task='none': it is for task='goal'"),
+    (
+      dict(task='goal', encoder=PIXELS, target=1),
+      "target with task='goal': it is for task='class'",
+    ),
+    (dict(task='class', encoder=PIXELS, head=np.zeros((10, 2))), 'give head=(kernel, bias)'),
+    (dict(encoder=dataclasses.replace(PIXELS, size=9)), 'expected (1, 9), as their size is 9'),
+    (
+      dict(encoder=Features(lambda v, seen: seen @ v, np.zeros((3, 2)), 2)),
+      'the features do not see pictures of (8, 8, 1)',
+    ),
   ],
 )
 def test_what_cannot_be_is_one_line(settings, words):
@@ -422,6 +434,53 @@ def test_a_config_plays_in_the_generator_as_its_environment_sees_it(monkeypatch,
   assert dataset.identity(inner) != dataset.identity(whole)
 
 
+def test_numbers_may_be_numpys():
+  plain = small(task='goal', encoder=PIXELS, goal=7, label=1, alpha=0.5)
+  given = dict(goal=np.int64(7), label=np.int32(1), alpha=np.float32(0.5))
+  found = small(task='goal', encoder=PIXELS, **given)
+  jax.tree.map(np.testing.assert_array_equal, found[1].task, plain[1].task)
+  assert make_task('entropy', k=np.int64(3)).k == 3
+  assert LatentManifoldVectorEnv(np.int64(2), world=plain).num_envs == 2
+  with pytest.raises(UserError, match=r'num_envs=2.0: expected a whole number'):
+    LatentManifoldVectorEnv(2.0, world=plain)
+
+
+def test_actions_end_at_the_bounds_behind_every_door():
+  world, params = small()
+  keys = jax.random.split(jax.random.key(0), ENVS)
+  _, state = world.reset_all(keys, params)
+  step = jax.jit(world.step_all)
+  far, near = (step(keys, state, scale * actions_of(1)[0], params) for scale in (9, 1e9))
+  edge = step(keys, state, np.clip(9 * actions_of(1)[0], -1, 1), params)
+  np.testing.assert_array_equal(far[0], edge[0])
+  assert (near[1].env.z <= np.abs(edge[1].env.z).max() + 1).all()
+
+
+def test_rewards_of_another_shape_are_refused():
+  column = lambda self, told, memory, features, began: (memory, features[:, :1])
+  task = type('Column', (Away,), dict(reward=column))()
+  world, params = small(task=task, encoder=PIXELS)
+  keys = jax.random.split(jax.random.key(0), ENVS)
+  _, state = world.reset_all(keys, params)
+  with pytest.raises(UserError, match=r"task 'away': rewards of shape \(5, 1\) for 5 environments"):
+    world.step_all(keys, state, actions_of(1)[0], params)
+
+
+def test_who_stands_on_the_goal_sees_it_in_all_of_a_stack():
+  """Its reward is then the largest there is, as without a stack."""
+  world, params = small(task='goal', encoder=PIXELS30, stack=3, goal=5, label=1, alpha=0.0)
+  z, label = goal_latent(world, 5)
+  picture = world.picture(params, z, jnp.int32(1))
+  seen = jnp.tile(picture[None], 3)
+  features = world.features.apply((), seen)
+  _, rewards = world.task.reward(params.task, (), features, jnp.zeros(1, bool))
+  np.testing.assert_allclose(rewards, 1, rtol=1e-5)
+  plain, params_of_one = small(task='goal', encoder=PIXELS, goal=5, label=1, alpha=0.0)
+  keys = jax.random.split(jax.random.key(0), 256)
+  mean = plain.reset_all(keys, params_of_one)[1].features.mean(0)
+  np.testing.assert_allclose(params_of_one.task['center'], mean, rtol=1e-5)
+
+
 def test_misuse_of_the_environments():
   vector = LatentManifoldVectorEnv(ENVS, world=small())
   with pytest.raises(UserError, match='call reset first'):
@@ -432,6 +491,19 @@ def test_misuse_of_the_environments():
       vector.step(wrong)
   with pytest.raises(UserError, match='num_envs=0'):
     LatentManifoldVectorEnv(0, world=small())
+  with pytest.raises(UserError, match='task, goal beside world=, which is made already'):
+    LatentManifoldVectorEnv(2, world=small(), task='goal', goal=1)
+  with pytest.raises(UserError, match='world is a LatentManifold: give .world, params.'):
+    LatentManifoldVectorEnv(2, world=small()[0])
+  one = LatentManifoldEnv(world=small())
+  one.reset(seed=0)
+  for action in actions_of(LENGTH - 1):
+    *_, cut, _ = one.step(action[0])
+  assert cut
+  with pytest.raises(UserError, match='after the last frame of an episode: call reset'):
+    one.step(actions_of(1)[0, 0])
+  one.reset()
+  one.step(actions_of(1)[0, 0])
   with pytest.raises(UserError, match='has no threshold|no settings'):
     make_task('none', k=1)
   with pytest.raises(UserError, match="'none' has no threshold"):

@@ -348,6 +348,9 @@ def test_the_card_says_how_it_was_made_and_what_was_measured(written, variables,
     ('celeba:/data/celeba/', 'celeba:'),
     ('lsun=~/sets/lsun.mat', 'lsun=lsun.mat'),
     (r'C:\sets\x.npz', 'x.npz'),
+    ('/home/Jane Doe/a.npz,/home/Jane Doe/b (2).npz', 'a.npz,b (2).npz'),
+    (r'\\server\share\x.npz', 'x.npz'),
+    ('~/my runs/cifar/', 'cifar'),
     ('runs/cifar', 'runs/cifar'),
     ('x / 127.5 - 1, linear/kNN', 'x / 127.5 - 1, linear/kNN'),
     ('https://example.org/a/b', 'https://example.org/a/b'),
@@ -395,6 +398,15 @@ def test_numbers_that_float16_does_not_hold_are_refused(written, variables, imag
   far = jax.tree.map(lambda x: x * np.float32(1.01), variables)
   with pytest.raises(UserError, match='differ by .* of their length'):
     bundle.difference(found, dataclasses.replace(found, variables=far), images)
+
+
+def test_of_stacked_blocks_each_has_its_own_axes():
+  stacked = dict(norm1=dict(scale=np.ones((12, 8), np.float32)))
+  stacked['dense'] = dict(kernel=np.ones((12, 8, 8), np.float32))
+  found = bundle.halved(dict(params=dict(blocks=stacked, head=dict(kernel=np.ones((8, 8))))))
+  types = jax.tree.map(lambda x: str(x.dtype), found['params'])
+  assert types['blocks'] == dict(norm1=dict(scale='float32'), dense=dict(kernel='float16'))
+  assert types['head'] == dict(kernel='float16')
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@
 
 import difflib
 import math
+import numbers
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -117,6 +118,15 @@ def within(name: str, value: Any, expected: Range) -> None:
   at_least(name, value, low)
   if not value <= high:
     raise UserError(f'{name}={value} is too large: set it to {high:,} or less')
+
+
+def whole(name: str, value: Any, expected: Range) -> int:
+  """The value, Python's or NumPy's, as a whole number in the range."""
+  value = int(value) if isinstance(value, numbers.Integral) else value
+  within(name, value, expected)
+  if not isinstance(value, int):
+    raise UserError(f'{name}={value}: expected a whole number')
+  return value
 
 
 def ranges(name: str, section: ConfigDict, expected: Mapping[str, Any]) -> None:

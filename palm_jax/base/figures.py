@@ -23,7 +23,7 @@ COLOURS = (
 
 
 def begin(path: pathlib.Path, count: int, numbers: str) -> tuple[Any, list[Any]] | None:
-  """A figure of `count` panels; without matplotlib None, and a line in the log.
+  """A figure of `count` panels; without matplotlib None, a line in the log, and no older figure.
 
   Args:
     path: of the PNG that `save` will write.
@@ -43,6 +43,7 @@ def begin(path: pathlib.Path, count: int, numbers: str) -> tuple[Any, list[Any]]
       path,
       numbers,
     )
+    path.unlink(missing_ok=True)  # of other numbers
     return None
   columns = min(COLUMNS, count)
   lines = -(-count // columns)

@@ -162,7 +162,10 @@ def abandoned(part: pathlib.Path) -> bool:
   """
   *_, host, process, _ = ('..' + part.name).rsplit('.', 3)
   if host != _host() or not process.isdecimal():
-    return abs(time.time() - part.stat().st_mtime) > 86_400
+    try:
+      return abs(time.time() - part.stat().st_mtime) > 86_400
+    except FileNotFoundError:  # that machine has finished it just now
+      return False
   try:
     os.kill(int(process), 0)
   except ProcessLookupError:

@@ -4,11 +4,9 @@ Source: https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
 import collections
-import gzip
 import itertools
 import pathlib
 import posixpath
-import tarfile
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +14,8 @@ import numpy as np
 from palm_jax.base.errors import UserError, one_line
 from palm_jax.base.files import reading
 from palm_jax.base.signals import raise_if_interrupted
-from palm_jax.data import published, safe_pickle
-from palm_jax.data.arrays import Found, Split
+from palm_jax.data import published, safe_pickle, trees
+from palm_jax.data.arrays import Found, Split, refuse_expansion
 
 
 class _Layout(NamedTuple):
@@ -71,7 +69,7 @@ def matches(path: pathlib.Path) -> bool:
   if not path.is_file() or not path.name.endswith(('.tar', *_ZIPPED)):
     return bool(_folder_kind(path))
   try:
-    with tarfile.open(path, 'r|gz' if path.name.endswith(_ZIPPED) else 'r|') as tar:
+    with trees.opened_tar(path) as (_, tar):
       first = itertools.islice(tar, _FIRST_MEMBERS)
       return any(_place(member)[0] in _LAYOUTS for member in first)
   except Exception as error:  # gzip, zlib and tarfile each have their own.
@@ -154,23 +152,24 @@ def _folder_kind(path):
 
 def _unpack(path):
   """(key of _LAYOUTS, {file: bytes}) of an archive."""
-  found = collections.defaultdict(dict)
+  found, total = collections.defaultdict(dict), 0
   kind = '.tar.gz' if path.name.endswith(_ZIPPED) else '.tar'
   with reading(lambda why: f'{path}: damaged or not a {kind} ({why}); fetch it again'):
-    unzip = gzip.open(path) if kind == '.tar.gz' else path.open('rb')
-    with unzip as unzipped, tarfile.open(fileobj=unzipped, mode='r|') as tar:
+    with trees.opened_tar(path) as (unpacked, tar):
       for member in tar:
         if member.size > _LARGEST:
           raise UserError(
             f'{path}: {member.name} has {member.size:,} bytes, which no file of CIFAR has; fetch '
             'the archive again'
           )
+        total += member.size
+        refuse_expansion(path, total)
         folder, name = _place(member)
         if folder in _LAYOUTS and member.isfile() and name in _files_of(_LAYOUTS[folder]):
           content = tar.extractfile(member)
           assert content is not None  # it is a file
           found[folder][name] = content.read()
-      while unzipped.read(1 << 20):  # gzip compares its checksum only at the end of the stream.
+      while unpacked.read(1 << 20):
         pass
   if len(found) != 1:
     raise UserError(

@@ -34,6 +34,8 @@ _FORMATS = (
   *('PNG', 'JPEG', 'MPO', 'WEBP', 'BMP', 'DIB', 'GIF', 'TIFF', 'JPEG2000', 'AVIF', 'PPM', 'TGA'),
   *('PCX', 'SGI', 'QOI', 'DDS', 'ICO', 'XBM'),
 )
+TURNS = {'exif', 'Raw profile type exif', 'XML:com.adobe.xmp'}  # where a PNG has them
+HEAD = 1 << 16  # bytes of a file in which it says how many bits it has
 _GREY = '1', 'L', 'LA'
 
 
@@ -229,7 +231,7 @@ def _orientation(image) -> int:
   if image.format == 'TIFF':  # Pillow has done it
     return 1
   # Of a PNG that may stand behind the pixels, which only `load` reads.
-  if image.format == 'PNG' and 'exif' not in image.info and image.tile:
+  if image.format == 'PNG' and not TURNS & image.info.keys() and image.tile:
     return 1
   try:
     found = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -245,8 +247,35 @@ def _is_deep(image) -> bool:
     arguments: Any = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
     # Names such as RGB;16B; BGR;16 has 16 bits for all three.
     names = [x for x in arguments if isinstance(x, str) and not x.startswith('BGR;')]
-    if any(re.search(r';(16|32)', name) for name in names):
+    if tile[0] == 'SGI16' or any(re.search(r';(16|32)', name) for name in names):
       return True
     if image.format == 'PPM' and any(isinstance(x, int) and x > 255 for x in arguments):
       return True
-  return False
+  if image.format == 'DDS':
+    return 'BC6H' in str(getattr(image, 'pixel_format', ''))
+  return image.format in _BITS and max(_BITS[image.format](_head(image)), default=0) > 8
+
+
+def _head(image):
+  at = image.fp.tell()
+  image.fp.seek(0)
+  head = image.fp.read(HEAD)
+  image.fp.seek(at)
+  return head
+
+
+def _bits_of_jpeg_2000(head):
+  """Of each channel: Ssiz of the marker SIZ, which follows SOC (ISO/IEC 15444-1, A.5.1)."""
+  _, found, siz = head.partition(b'\xff\x4f\xff\x51')
+  count = int.from_bytes(siz[36:38], 'big') if found else 0
+  return [(bits & 127) + 1 for bits in siz[38 : 38 + 3 * count : 3]]
+
+
+def _bits_of_avif(head):
+  """Of each channel: the box `pixi` (ISO/IEC 23008-12, 6.5.6)."""
+  _, found, pixi = head.partition(b'pixi')
+  return list(pixi[5 : 5 + pixi[4]]) if found and len(pixi) > 4 else []
+
+
+# Of readers whose modes do not tell.
+_BITS = dict(JPEG2000=_bits_of_jpeg_2000, AVIF=_bits_of_avif)

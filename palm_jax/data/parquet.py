@@ -98,9 +98,17 @@ def _parts(path):
   if path.is_file():
     return [path], []
   below = (folder / name for folder, _, names in trees.walk(path) for name in names)
-  by_part = {}
+  by_part, places = {}, {}
   for file in sorted(file for file in below if file.suffix.lower() == SUFFIX):
-    by_part.setdefault(_part(file), []).append(path / file)
+    part, place = _part(file)
+    by_part.setdefault(part, []).append(path / file)
+    places.setdefault(part, set()).add(place)
+  for part, found in places.items():
+    if part and len(found) > 1:
+      raise UserError(
+        f'{path}: {part}{SUFFIX} files in {", ".join(map(str, sorted(found)))}, which are sets of '
+        'their own: give one of these folders'
+      )
   train = by_part.pop('train', None)
   if train is None:
     if set(by_part) - {''}:
@@ -116,10 +124,13 @@ def _parts(path):
 
 
 def _part(relative):
-  """'train', one of TESTS, or ''."""
-  words = [word for name in reversed(relative.parts) for word in re.split(r'[-_.]', name.lower())]
-  found = next(filter(parts.is_part, words), '')
-  return 'train' if found in parts.TRAIN else found
+  """'train', one of TESTS, or '', and the folder in which a name says so."""
+  for at in reversed(range(len(relative.parts))):
+    words = re.split(r'[-_.]', relative.parts[at].lower())
+    found = next(filter(parts.is_part, words), '')
+    if found:
+      return 'train' if found in parts.TRAIN else found, pathlib.Path(*relative.parts[:at])
+  return '', pathlib.Path()
 
 
 def _read_file(path, label_set):

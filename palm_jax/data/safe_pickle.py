@@ -2,7 +2,6 @@
 
 import io
 import pickle
-import pickletools
 from typing import Any
 
 import numpy as np
@@ -26,18 +25,11 @@ class _FromBuffer(Array):
   pass
 
 
-def _encode(text, encoding):
-  """How Python 3 writes bytes in the protocols before 3."""
-  if not isinstance(text, str) or encoding not in ('latin1', b'latin1'):
-    raise pickle.UnpicklingError(f'it encodes a {type(text).__name__} as {encoding!r}')
-  return text.encode('latin1')
-
-
 # numpy 2 has moved `core` to `_core`.
 _NAMES: dict[tuple[str, str], Any] = {
   ('numpy', 'ndarray'): Array,
   ('numpy', 'dtype'): Array,
-  ('_codecs', 'encode'): _encode,
+  ('_codecs', 'encode'): None,  # its own
 }
 for _core in ('numpy.core', 'numpy._core'):
   _NAMES[f'{_core}.multiarray', '_reconstruct'] = Array
@@ -45,11 +37,54 @@ for _core in ('numpy.core', 'numpy._core'):
   _NAMES[f'{_core}.numeric', '_frombuffer'] = _FromBuffer
 
 
-class _Unpickler(pickle.Unpickler):
+_KEYS = slice(0, None, 2)  # on the stack above a mark, before their values
+
+
+def _of_plain_keys(code, keys):
+  """The instruction, for texts as keys alone: tuples of tuples take for ever to hash."""
+
+  def checked(self):
+    if not all(isinstance(key, str | bytes) for key in self.stack[keys]):
+      raise pickle.UnpicklingError('a key in it is no text')
+    pickle._Unpickler.dispatch[code](self)
+
+  return checked
+
+
+def _bytes(self):
+  """BYTEARRAY8 without room for more bytes than there are."""
+  self.append(bytearray(self.read(int.from_bytes(self.read(8), 'little'))))
+
+
+# What dicts, lists and arrays do not need, and what takes memory or time for a few bytes.
+_LEFT_OUT = 'DUP EMPTY_SET ADDITEMS FROZENSET PERSID BINPERSID'.split()
+
+
+class _Unpickler(pickle._Unpickler):  # Python's own: what it does can be left out
+  def __init__(self, raw):
+    super().__init__(io.BytesIO(raw), encoding='bytes')
+    self._left = 2 * len(raw)  # letters to encode
+
   def find_class(self, module, name):
     if (module, name) not in _NAMES:
       raise pickle.UnpicklingError(f'it asks for {module}.{name}, which was not run')
-    return _NAMES[module, name]
+    return _NAMES[module, name] or self._encode
+
+  def _encode(self, text, encoding):
+    """How Python 3 writes bytes in the protocols before 3."""
+    if not isinstance(text, str) or encoding not in ('latin1', b'latin1'):
+      raise pickle.UnpicklingError(f'it encodes a {type(text).__name__} as {encoding!r}')
+    self._left -= len(text)
+    if self._left < 0:
+      raise pickle.UnpicklingError('it encodes more text than it holds')
+    return text.encode('latin1')
+
+  dispatch = dict(pickle._Unpickler.dispatch)
+  for _name in _LEFT_OUT:
+    del dispatch[getattr(pickle, _name)[0]]
+  dispatch[pickle.BYTEARRAY8[0]] = _bytes
+  for _name, _keys in dict(SETITEM=slice(-2, -1), SETITEMS=_KEYS, DICT=_KEYS).items():
+    dispatch[getattr(pickle, _name)[0]] = _of_plain_keys(getattr(pickle, _name)[0], _keys)
 
 
 def load(raw: bytes) -> Any:
@@ -58,11 +93,7 @@ def load(raw: bytes) -> Any:
   Raises:
     Exception: any, where the pickle is damaged, or asks for other names than numpy's.
   """
-  for operation, argument, _ in pickletools.genops(raw):
-    # Python takes memory for as many values as the number says.
-    if operation.name in ('PUT', 'LONG_BINPUT') and int(argument or 0) > len(raw):
-      raise pickle.UnpicklingError(f'it numbers a value {argument}')
-  return _Unpickler(io.BytesIO(raw), encoding='bytes').load()
+  return _Unpickler(raw).load()
 
 
 def kind(value: Any) -> Any:

@@ -192,15 +192,17 @@ class _Bounded:
     return self._file.read(size)
 
 
-def _unpacked(path):
-  """The open file, as it was before it was packed."""
+@contextlib.contextmanager
+def opened_tar(path: pathlib.Path) -> Iterator[tuple[Any, tarfile.TarFile]]:
+  """A .tar as it was before it was packed, and its members; no header can ask for memory.
+
+  Who has read all members reads the file to its end: checksums are compared only there.
+  """
   kinds = {'gz': gzip.open, 'z2': bz2.open, 'xz': lzma.open}
-  return kinds.get(path.name.lower()[-2:], open)(path, 'rb')
-
-
-def _opened_tar(unpacked):
-  bounded: Any = _Bounded(unpacked)  # all that is used of a file
-  return tarfile.open(fileobj=bounded, mode='r:')
+  with kinds.get(path.name.lower()[-2:], open)(path, 'rb') as unpacked:
+    bounded: Any = _Bounded(unpacked)  # all that is used of a file
+    with tarfile.open(fileobj=bounded, mode='r:') as tar:
+      yield unpacked, tar
 
 
 def _of_tar(path):
@@ -209,7 +211,7 @@ def _of_tar(path):
   held = {}
   total = 0
   try:
-    with _unpacked(path) as unpacked, _opened_tar(unpacked) as tar:
+    with opened_tar(path) as (unpacked, tar):
       for member in tar:
         if not (member.isfile() or member.isdir()):
           _check_member(path, member.name, 0, stat.S_IFLNK)
@@ -225,7 +227,7 @@ def _of_tar(path):
           held[name] = content.read()
           if len(held[name]) != member.size:
             raise EOFError(f'{member.name} is cut off')
-      while unpacked.read(1 << 20):  # Checksums are compared only at the end of the stream.
+      while unpacked.read(1 << 20):
         pass
   except UserError:
     raise

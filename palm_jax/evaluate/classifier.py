@@ -1,7 +1,9 @@
 """Image classifiers trained end to end by SGD: from scratch, or from a pretrained encoder."""
 
+import contextlib
 import functools
 import math
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,6 +20,8 @@ from ml_collections import ConfigDict
 from palm_jax.augment import make_augment
 from palm_jax.base import checks, devices, digests
 from palm_jax.base.errors import NonFiniteError, UserError
+from palm_jax.base.files import locked
+from palm_jax.base.processes import is_first
 from palm_jax.base.training import Training
 from palm_jax.data.arrays import Split
 from palm_jax.encoder import make_encoder
@@ -109,7 +113,8 @@ def fit(
   variables = _initial(network, split.images.shape[1:], seed, mesh, start)
   folder = workdir / 'classifiers' / f'{name}_{digests.json_digest(settings)[:12]}'
   in_step = Classifier(make_encoder(config.encoder, 'data'), num_classes)
-  variables = jax.device_get(train(in_step, variables, c, split, seed, mesh, name, folder))
+  with _alone(folder):
+    variables = jax.device_get(train(in_step, variables, c, split, seed, mesh, name, folder))
   of_encoder = {part: tree['encoder'] for part, tree in variables.items()}
   encoder = features.Encoder(
     name,
@@ -122,6 +127,16 @@ def fit(
   )
   head = variables['params']['head']
   return encoder, plain_model(head['kernel'], head['bias'])
+
+
+@contextlib.contextmanager
+def _alone(folder):
+  """Holds a training: two jobs of a workdir may ask for the same, and who waits finds it there."""
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  path = folder.with_name(f'.{folder.name}.lock')
+  first = is_first() and os.access(folder.parent, os.W_OK)
+  with locked(path, math.inf) if first else contextlib.nullcontext():
+    yield
 
 
 def _initial(network, image_shape, seed, mesh, start):

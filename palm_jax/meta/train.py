@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,8 +19,9 @@ from palm_jax.base.training import Training
 from palm_jax.job import Job, Run, never
 from palm_jax.meta import loop, pearl, play
 from palm_jax.meta.results import protocol_of, row_of, table
-from palm_jax.meta.tasks import Family, Tasks, latent_goals
+from palm_jax.meta.tasks import Family, LatentGoals, Tasks, latent_goals
 from palm_jax.world import config as worlds
+from palm_jax.world import origins
 
 SHOWN = 'posterior_return', 'critic_loss', 'kl', 'alpha', 'held_out_last'
 
@@ -158,10 +160,10 @@ def run(this: Run) -> dict:
   family, tasks = latent_goals(config, this.workdir)
   tasks = devices.replicate(mesh, jax.device_get(tasks))
   key = jax.random.key(config.seed)
-  trained = {}
+  trained, origin = {}, origin_of(config, family)
   for kind in c.agents:
     folder = this.workdir / 'meta' / kind
-    trained[kind] = train(kind, c, family, tasks, key, folder, mesh)
+    trained[kind] = train(kind, c, family, tasks, key, folder, mesh, origin)
   bounds = jax.jit(functools.partial(play.references, family))
   known = {}
   for goals, rows in shown_tasks(tasks).items():
@@ -204,6 +206,7 @@ def train(
   key: jax.Array,
   folder: pathlib.Path,
   mesh: Mesh,
+  origin: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
   """Trains an agent, or goes on with what is in the folder.
 
@@ -214,6 +217,7 @@ def train(
     key: of all seeds.
     folder: for checkpoints and metrics.
     mesh: whose devices all do the same.
+    origin: of `origin_of`.
 
   Returns:
     {'returns': {'held-out', 'training': (seeds, test_episodes, tasks) lists}, 'seconds'}.
@@ -223,7 +227,6 @@ def train(
   template = devices.templates(jax.eval_shape(program.init, key), everywhere)
   remedy = 'lower meta.replay_episodes, meta.train_goals or meta.seeds'
   devices.check_fits(devices.nbytes(template), mesh, 'replays and networks take', remedy)
-  world = digest(jax.device_get(tasks), {})
   test_keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.fold_in(key, 1), seed))(
     np.arange(c.seeds)
   )
@@ -244,7 +247,7 @@ def train(
   ) as training:
     restored = training.resume({'state': template})
     if restored:
-      check_tasks(folder, restored.metadata['tasks'], world)
+      origins.check(folder, restored.metadata.get('origin'), origin or {})
       state, scalars = restored.items['state'], restored.metadata['metrics']
       returns = restored.metadata['returns']
     else:
@@ -261,17 +264,19 @@ def train(
       training.write(scalars)
       training.show({name: scalars[name] for name in SHOWN if name in scalars})
       if training.should_save:
-        training.save({'state': state}, metrics=scalars, returns=returns, tasks=world)
+        training.save({'state': state}, metrics=scalars, returns=returns, origin=dict(origin or {}))
   return dict(returns=returns, seconds=training.seconds)
 
 
-def check_tasks(folder: pathlib.Path, before: str, now: str) -> None:
-  """Raises UserError where the training began with other tasks; digests of both."""
-  if before != now:
-    raise UserError(
-      f'{folder} began with other tasks than there are now (another generator or encoder): give '
-      'those back, or choose another --workdir'
-    )
+def origin_of(config: ConfigDict, family: LatentGoals) -> dict[str, str]:
+  """{name: digest} of what tasks come from, for `origins.check`.
+
+  Not of the tasks, which are computed: their last bits depend on the device.
+  """
+  c, w = config.meta, config.world
+  seeds = dict(first=w.goal, label=w.label, train=c.train_goals, test=c.test_goals)
+  given = digest({}, seeds | dict(dims=c.goal_dims))
+  return origins.of_world(family.world) | {'choice of goals': given}
 
 
 def mean_metrics(

@@ -15,8 +15,9 @@ from palm_jax import sac
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from palm_jax.base.training import Training
-from palm_jax.offline import origins, records
+from palm_jax.offline import records
 from palm_jax.offline.methods import act_sac, update_sac
+from palm_jax.world import origins
 
 BEHAVIOURS = 'random', 'half', 'trained'
 RECORD_SEED = 1 << 20  # of the environments that are recorded, apart from those it learned in
@@ -70,10 +71,10 @@ def train(
   first = jax.jit(lambda key: sac.init(key, observations, actions, config.sac))
   at_random = judge.episode(_random(actions, config.seed), JUDGE_SEED, 1.0).returns.mean()
   state = first(jax.random.key(config.seed))
+  _check_room(c, rounds, observations, actions, devices.nbytes(state.actor))
   ring = _ring(rounds * per_round, observations, actions)
   actors = jax.tree.map(lambda x: np.zeros((rounds, *x.shape), np.float32), state.actor)
   items = dict(state=state, ring=ring, actors=actors)
-  _check_room(c.behaviour_steps, (ring, actors))
   with Training(
     'behaviours',
     folder,
@@ -118,14 +119,26 @@ def train(
   return _chosen(state, actors, curve, float(at_random))
 
 
-def _check_room(steps, arrays):
-  """Raises UserError where the machine has no room for the arrays and the copy that is saved."""
-  need, memory = 2 * devices.nbytes(arrays), devices.machine_memory()
-  if need > memory:
-    raise UserError(
-      f'offline.behaviour_steps={steps} take {need / 2**30:.1f} GiB, and this machine has '
-      f'{memory / 2**30:.1f}: lower them'
-    )
+def _check_room(c, rounds, observations, actions, actor):
+  """Raises UserError where the machine has no room for what is played, and copies of it.
+
+  Args:
+    c: the config's section `offline`.
+    rounds: of playing, whose actors of `actor` bytes are all kept.
+    observations, actions: O and A.
+  """
+  step = 4 * (2 * observations + actions + 3)  # bytes of a record's
+  takes = dict(
+    behaviour_steps=rounds * (c.num_envs * c.rollout_length * step + actor),
+    record_steps=c.record_steps * step,
+  )
+  memory = devices.machine_memory()
+  for name, one in takes.items():
+    if 2 * one > memory:
+      raise UserError(
+        f'offline.{name}={c[name]} take {2 * one / 2**30:.1f} GiB, and this machine has '
+        f'{memory / 2**30:.1f}: lower them'
+      )
 
 
 def _copied(items):

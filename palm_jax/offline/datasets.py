@@ -1,20 +1,23 @@
 """Minari data sets as records to learn from."""
 
+import os
+import pathlib
 from typing import Any
 
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from palm_jax import environment
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import user_path
 from palm_jax.base.signals import raise_if_interrupted
 from palm_jax.base.steps import one_line
+from palm_jax.environment import default_config
 from palm_jax.offline.records import Record, join
 from palm_jax.world import NAME
 from palm_jax.world.config import settings_of
 from palm_jax.world.dataset import WORLD, import_minari
+from palm_jax.world.tasks import Entropy
 
 DYNAMICS = 'alpha', 'beta', 'episode_length', 'dynamics', 'start'  # not what is seen or rewarded
 
@@ -24,6 +27,7 @@ def load(
   envs: Any,
   expected: dict[str, str] | None = None,
   config: ConfigDict | None = None,
+  environment: str = NAME,
 ) -> Record:
   """A Minari data set of vectors as a Record.
 
@@ -34,6 +38,7 @@ def load(
     envs: environments in which is played; observations and actions must have their sizes.
     expected: `identity` of the world in which is played; data sets that name none fit any.
     config: the whole config, of that world; None with Gymnasium's own environments.
+    environment: Gymnasium's id of what is played; the log says where the set is of another.
 
   Raises:
     UserError: Minari is missing, the data set is not there, damaged, empty, not of vectors, of
@@ -44,8 +49,12 @@ def load(
     folder = user_path(name)
     found = minari.MinariDataset(folder / 'data') if folder.is_dir() else minari.load_dataset(name)
     about, made_with = found.storage.metadata, _made_with(found.spec.env_spec)
+    _check_spaces(name, found.observation_space, found.action_space)
+    _note_environment(name, found.spec.env_spec, environment)
     space = found.action_space
     episodes = list(found.iterate_episodes())
+  except UserError:
+    raise
   except Exception as e:  # h5py and Minari raise a dozen kinds
     raise_if_interrupted(e)
     raise UserError(
@@ -76,7 +85,32 @@ def _made_with(spec) -> dict[str, Any]:
     return {}
   given = {key: value for key, value in spec.kwargs.items() if value is not None}
   # Those of `world.make` where it names none.
-  return dict(task='none', goal=0, label=-1, **settings_of(environment.default_config())) | given
+  return dict(task='none', goal=0, label=-1, **settings_of(default_config())) | given
+
+
+def _check_spaces(name, observations, actions):
+  """Raises UserError where a data set is not of vectors, before it is read."""
+  flat = lambda space: len(space.shape or ()) == 1
+  if not flat(observations) or not flat(actions) or observations.dtype == np.uint8:
+    raise UserError(
+      f'the data set {name!r} has observations {observations.dtype}{observations.shape} and '
+      f'actions {actions.shape}: expected vectors; write one with --observations=features'
+    )
+
+
+def _note_environment(name, spec, plays):
+  if spec is not None and spec.id != plays:
+    logging.warning(
+      'the data set %r was recorded in %s: learning is judged in %s', name, spec.id, plays
+    )
+
+
+def files(name: str) -> list[pathlib.Path]:
+  """Those that a data set lies in; none where it is not there."""
+  folder = user_path(name)
+  if not folder.is_dir():
+    folder = pathlib.Path(os.environ.get('MINARI_DATASETS_PATH', '~/.minari/datasets')) / name
+  return [path for path in sorted(folder.expanduser().glob('data/*')) if path.is_file()]
 
 
 def _check_settings(name, there, config):
@@ -85,8 +119,12 @@ def _check_settings(name, there, config):
   here = dict(task=w.task, label=w.label, **settings_of(config.environment))
   if w.task == 'goal':
     here['goal'] = w.goal
+  # The config has none of these: rewards here are dense, and of the task's own k and memory.
+  usual = Entropy()
+  here |= dict(threshold=None, k=usual.k, memory=usual.memory)
+  there = here | there
   differ = {
-    key: f'{"world" if key in w else "environment"}.{key}={there[key]!r} there, {value!r} here'
+    key: f'{_section(key, config)}{key}={there[key]!r} there, {value!r} here'
     for key, value in here.items()
     if there[key] != value
   }
@@ -104,6 +142,11 @@ def _check_settings(name, there, config):
     )
 
 
+def _section(key, config):
+  """The section of the config that has a key, and a point; '' where none has it."""
+  return next((f'{name}.' for name in ('world', 'environment') if key in config[name]), '')
+
+
 def check_there(name: str) -> None:
   """Raises UserError where no data set has the name, or Minari is missing; reads none."""
   minari = import_minari()
@@ -117,11 +160,6 @@ def check_there(name: str) -> None:
 
 def _record_of(number, episode, name, envs, space, whole):
   seen, done = np.asarray(episode.observations), np.asarray(episode.actions)
-  if seen.ndim != 2 or done.ndim != 2 or seen.dtype == np.uint8:
-    raise UserError(
-      f'the data set {name!r} has observations {seen.dtype}{seen.shape[1:]} and actions '
-      f'{done.shape[1:]}: expected vectors; write one with --observations=features'
-    )
   sizes = seen.shape[1], done.shape[1]
   expected = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
   if sizes != expected:
@@ -129,10 +167,12 @@ def _record_of(number, episode, name, envs, space, whole):
       f'the data set {name!r} has observations and actions of {sizes} numbers, the environment '
       f'has {expected}: set offline.environment to the one it was recorded in'
     )
-  if not np.isfinite(seen).all():
-    raise UserError(
-      f'the data set {name!r} has observations that are not finite: give another data set'
-    )
+  rewards = np.asarray(episode.rewards, np.float32)
+  for what, values in dict(observations=seen, rewards=rewards).items():
+    if not np.isfinite(values).all():
+      raise UserError(
+        f'the data set {name!r} has {what} that are not finite: give another data set'
+      )
   seen, done = seen.astype(np.float32), _rescaled(done, space, name)
   terminated = np.asarray(episode.terminations, bool)
   ended = terminated | np.asarray(episode.truncations, bool)
@@ -141,7 +181,7 @@ def _record_of(number, episode, name, envs, space, whole):
   return Record(
     seen[:-1],
     done,
-    np.asarray(episode.rewards, np.float32),
+    rewards,
     seen[1:],
     terminated,
     np.full(len(done), number, np.int32),

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import replacing
 from palm_jax.base.signals import raise_if_interrupted
-from palm_jax.offline import origins
+from palm_jax.world import origins
 from palm_jax.world.config import from_config
 
 WORLD = 'world'  # the latent world of the config
@@ -98,6 +98,10 @@ def make_envs(config: ConfigDict, world: Any, count: int) -> Any:
       f'offline.environment={name!r} has observations {spaces[0]} and actions {spaces[1]}: both '
       'must be boxes of numbers'
     )
+  if len(spaces[1].shape) != 1:
+    raise UserError(
+      f'offline.environment={name!r} has actions of shape {spaces[1].shape}: expected vectors'
+    )
   if not spaces[1].is_bounded():
     raise UserError(
       f'offline.environment={name!r} has actions {spaces[1]} without bounds, which nothing can '
@@ -137,7 +141,7 @@ class Player:
     rows = []
     for t in range(steps):
       seen, begins, episode = self._seen, self._ended, self._episode
-      actions = np.asarray(act(seen, t), np.float32)
+      actions = np.array(act(seen, t), np.float32)  # a copy: wrappers may write into it
       rewards, terminated = self._step(actions)
       row = seen, actions, rewards, self._seen, terminated, episode, self._ended
       rows.append([x[~begins] for x in row])
@@ -156,7 +160,7 @@ class Player:
     first, alive, begun = self._seen, np.ones(self.envs.num_envs, bool), None
     total, discounted = np.zeros(len(first)), np.zeros(len(first))
     for t in range(most):
-      actions = np.asarray(act(self._seen, t), np.float32)
+      actions = np.array(act(self._seen, t), np.float32)
       begun = actions if begun is None else begun
       rewards, _ = self._step(actions)
       total += np.where(alive, rewards, 0)

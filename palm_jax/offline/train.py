@@ -16,13 +16,15 @@ from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.tables import aligned, protocol_line
 from palm_jax.base.training import Training
 from palm_jax.job import Job, Run, never
-from palm_jax.offline import bear, behaviours, datasets, figure, origins, records
+from palm_jax.offline import bear, behaviours, datasets, figure, records
 from palm_jax.offline.methods import METHODS
 from palm_jax.world import config as worlds
-from palm_jax.world import goal_latent
+from palm_jax.world import goal_latent, origins
 from palm_jax.world.dataset import identity
 from palm_jax.world.tasks import oracle_action
 
+# Of the section sac: what only a pretraining has.
+ELSEWHERE = 'standardise features updates_per_batch skill_dim policies policy_every'.split()
 JUDGE_SEED = 1 << 22  # of the environments in which what was learned is judged
 LEAST_STD = 1e-3
 
@@ -90,6 +92,12 @@ def check(config: ConfigDict, num_devices: int) -> None:
   checks.divisible('offline.updates', c.updates, c.judge_every, 'judge_every')
   bear.check(c.bear)
   sac.check(config.sac)
+  plain = sac.default_config()
+  for name in ELSEWHERE:
+    if config.sac[name] != plain[name]:
+      raise UserError(
+        f'sac.{name}={config.sac[name]!r}: --job=offline learns without; set it to {plain[name]!r}'
+      )
   worlds.check(config.world)
   environment.check(config.environment)
   widths = {'sac.hidden': config.sac.hidden}
@@ -120,7 +128,7 @@ def run(this: Run) -> dict[str, Any]:
     datasets.check_there(name)
   world = records.make_world(this.config, this.workdir)
   judge = records.Player(records.make_envs(this.config, world, c.seeds * c.episodes))
-  origin = origins.of_world(world)
+  origin = origins.of_world(world[0] if world else None)
   sources, about = _records(this, folder, world, judge.envs, origin)
   rows, rest = [], dict[str, Any](about)
   for name, record in sources.items():
@@ -134,6 +142,7 @@ def run(this: Run) -> dict[str, Any]:
         dict(
           record=name,
           record_return=own,
+          record_steps=len(record.rewards),
           method=method,
           returns=last['returns'],
           mean=float(np.mean(last['returns'])),
@@ -155,8 +164,8 @@ def _records(this, folder, world, envs, origin):
   c = this.config.offline
   if c.datasets:
     expected = identity(world[0]) if world else None
-    config = this.config if world else None
-    return {name: datasets.load(name, envs, expected, config) for name in c.datasets}, {}
+    given: Any = (expected, this.config) if world else (None, None, c.environment)
+    return {name: datasets.load(name, envs, *given) for name in c.datasets}, {}
   made = {name: folder / 'records' / f'{name}.npz' for name in c.behaviours}
   # Before anything is trained, so that those of another world are refused at once.
   found = {name: records.load(path, origin) for name, path in made.items() if path.exists()}
@@ -292,7 +301,7 @@ def _protocol(config):
   return dict(
     environment=c.environment,
     **({'world': config.world.to_dict()} if c.environment == records.WORLD else {}),
-    record_steps=c.record_steps,
+    **({'datasets': tuple(c.datasets)} if c.datasets else {'record_steps': c.record_steps}),
     updates=c.updates,
     batch_size=c.batch_size,
     seeds=c.seeds,
@@ -326,4 +335,12 @@ def table(result: dict[str, Any]) -> str:
   return '\n'.join([*aligned(cells), *lines, protocol_line(result['protocol'])])
 
 
-JOB = Job('offline', run, check, needs_data=never, table=table, reads=('generator', 'encoder'))
+JOB = Job(
+  'offline',
+  run,
+  check,
+  needs_data=never,
+  table=table,
+  reads=('generator', 'encoder'),
+  reads_files=lambda this: [x for s in this.config.offline.datasets for x in datasets.files(s)],
+)

@@ -178,7 +178,10 @@ def make_advance(world: LatentManifold, sac: ConfigDict | None = None) -> Callab
       label=asked.label,
     )
     at_rest = jax.tree.map(lambda x: jnp.where(still, 0, x), before.velocity)
-    state = state.replace(env=before.replace(velocity=at_rest))
+    # Of a stack the picture is replaced, and those before it stay.
+    channels = world.generator.image_shape[-1]
+    seen = jnp.where(still, jnp.roll(state.seen, channels, -1), state.seen)
+    state = state.replace(env=before.replace(velocity=at_rest), seen=seen)
     actions = jax.lax.switch(asked.who, players, told, key_act, state, asked)
     _, state, rewards, _ = world.step_all(key_step[None], state, actions, params)
     kept = lambda old, new: jnp.where(still, old, new)

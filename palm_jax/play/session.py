@@ -59,13 +59,12 @@ class Session:
   @property
   def due(self) -> bool:
     """Whether the world is to move on."""
-    c, done = self.controls, self._done
-    return self._moves or _look(c) != _look(done)
+    c = self.controls
+    return self._moves(c) or _look(c) != _look(self._done)
 
-  @property
-  def _moves(self):
-    """Whether the latent is to move on."""
-    c, done = self.controls, self._done
+  def _moves(self, c):
+    """Whether the latent is to move on by some settings."""
+    done = self._done
     if (c.resets, c.steps) != (done.resets, done.steps):
       return True
     idle = c.waits and c.who == 'person' and c.drag == (0.0, 0.0)
@@ -82,7 +81,7 @@ class Session:
     if c.turns != done.turns:
       z_dim = self.game.world.generator.z_dim
       self._pair = controls.directions(z_dim, int(self._rng.integers(2**31)))
-    begins = c.resets != done.resets
+    begins, still = c.resets != done.resets, not self._moves(c)
     asked = Asked(
       count=np.int32(self.count),
       who=np.int32(self.game.players.index(c.who)),
@@ -91,7 +90,7 @@ class Session:
       beta=np.float32(c.beta),
       psi=np.float32(c.psi),
       length=np.int32(0 if begins else c.length),
-      still=np.bool_(not self._moves),
+      still=np.bool_(still),
       label=np.int32(self._label(c, begins)),
       episode=np.int32(self.episode),
     )
@@ -100,7 +99,7 @@ class Session:
     stepped = (done.steps + 1) % controls.LAST if c.steps != done.steps else c.steps
     self._done = dataclasses.replace(c, steps=stepped)  # several were asked for, one is done
     self.count = (self.count + 1) % controls.LAST
-    self.episode = (self.episode + int(shown.step == 0)) % controls.LAST
+    self.episode = (self.episode + int(shown.step == 0 and not still)) % controls.LAST
     self.last = shown
     self._frames.append(shown.picture)
     self._times.append(time.monotonic())

@@ -151,7 +151,7 @@ def pretraining(config: ConfigDict, generator: PictureGenerator, mesh: Mesh) -> 
 
   traced = program.call.trace(state, world)
   flops = dict(whole=cost.flops(traced) / p.iterations_per_call)
-  compile_seconds, compiled = timing.seconds(lambda: traced.lower().compile())
+  compile_seconds, compiled = timing.compile_seconds(traced.lower())
   calls = {}
   for name, part in parts.items():
     traced = part.call.trace(*part.arguments(state, world, sample))
@@ -195,7 +195,7 @@ def with_graphs(
   program, state, world = workload.ready(config, generator, mesh)
   lowered = program.call.lower(state, world)
   options = {'xla_gpu_enable_command_buffer': graphs}
-  took, compiled = timing.seconds(lambda: lowered.compile(compiler_options=options))
+  took, compiled = timing.compile_seconds(lowered, options)
   whole = timing.median_seconds(compiled, state, world) / config.pretrain.iterations_per_call
   logging.info('benchmark: %.4g s an iteration with %s in graphs', whole, graphs or 'nothing')
   return dict(seconds_per_iteration=whole, compile_seconds=took, graphs=graphs)

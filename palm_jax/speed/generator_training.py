@@ -59,9 +59,8 @@ def measure(config: ConfigDict, data: Data, mesh: Mesh) -> dict[str, Any]:
   fresh = lambda: init(jax.random.key(config.seed))
 
   call = make_train_call(c, G, D, mesh)
-  compile_seconds, call = timing.seconds(
-    lambda: call.lower(fresh(), *training_set, indices).compile()
-  )
+  lowered = call.lower(fresh(), *training_set, indices)
+  compile_seconds, call = timing.compile_seconds(lowered)
   seconds = median_seconds(call, fresh(), *training_set, indices) / c.iterations_per_call
 
   def phase_seconds(config):

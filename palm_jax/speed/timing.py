@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 
 REPEATS = 5
 
@@ -16,6 +17,24 @@ def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
   began = time.monotonic()
   result = jax.block_until_ready(call())
   return time.monotonic() - began, result
+
+
+def compile_seconds(lowered: Any, options: Any = None) -> tuple[float, Any]:
+  """Seconds that compiling takes, without the cache on disk, and what is compiled.
+
+  Args:
+    lowered: jax.stages.Lowered.
+    options: {name: value} of XLA's, or None.
+  """
+  flag = 'jax_enable_compilation_cache'
+  enabled = getattr(jax.config, flag)
+  jax.config.update(flag, False)
+  compilation_cache.reset_cache()  # or the flag is not read again
+  try:
+    return seconds(lambda: lowered.compile(compiler_options=options))
+  finally:
+    jax.config.update(flag, enabled)
+    compilation_cache.reset_cache()
 
 
 def median_seconds(call: Callable, state: Any, *arguments: Any) -> float:

@@ -169,6 +169,8 @@ def run(this: Run) -> dict | None:
   if not base.generator.path and not _run_jobs(this, base, place / GENERATOR, ('generator',)):
     return None
 
+  csv = workdir / 'results' / 'study.csv'
+  before = numbers.runs_in(csv)
   lines = {}  # of each run that is complete
   progress = Progress('study', len(runs), 'runs')
   for i in _completed(this, runs):
@@ -179,7 +181,9 @@ def run(this: Run) -> dict | None:
         for reading in readings
         if reading.source == runs[i].arm
       ]
-      numbers.write_lines(workdir / 'results' / 'study.csv', _in_order(lines))
+      table = _in_order(lines)
+      if len(lines) == len(runs) or before <= {line['run'] for line in table}:
+        numbers.write_lines(csv, table)  # never fewer than were there
       progress.update(len(lines), {})
   if len(lines) < len(runs):
     return None
@@ -187,6 +191,7 @@ def run(this: Run) -> dict | None:
     return {}
   results = _results(config, runs, _in_order(lines)) | devices.describe(this.mesh)
   print(numbers.table(results), flush=True)
+  workdirs.restore(workdir, base)
   write_result(workdir / 'results' / 'study.json', results, {}, config.to_dict())
   figure.draw(results, workdir / 'figure.png')
   return results
@@ -245,8 +250,7 @@ def _run_jobs(this, config, folder, jobs, patience: float = workdirs.PATIENCE):
   """
   config = workdirs.as_there(folder, config, _unread(this.runner, config, folder, jobs))
   which = 'all' if jobs == tuple(config.jobs) else jobs[0]
-  this.runner.run(config, which, folder, this.download, patience)
-  return all(workdirs.is_complete(folder, this.runner.find(name)) for name in jobs)
+  return this.runner.run(config, which, folder, this.download, patience)
 
 
 def _unread(runner, config, folder, jobs):
@@ -255,7 +259,7 @@ def _unread(runner, config, folder, jobs):
     sections = [name for name, part in config.items() if isinstance(part, ConfigDict)]
     return set(sections) - {'data', 'generator'}
   found = [runner.find(name) for name in runner.names() if name in config]
-  judged = [job.name for job in found if job.judges and workdirs.result_path(folder, job).exists()]
+  judged = [job.name for job in found if job.judges and workdirs.is_bound(folder, job)]
   return set(judged) - {*jobs, *(runner.find(name).judges_with for name in jobs)}
 
 

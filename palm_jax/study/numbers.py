@@ -243,6 +243,15 @@ def _ends(low, high):
   return '-' if low is None else f'[{_number(low)}, {_number(high)}]'
 
 
+def runs_in(path: pathlib.Path) -> set[str]:
+  """Folders of the runs of which a file of `write_lines` has lines; none where it cannot tell."""
+  try:
+    with path.open(newline='') as file:
+      return {line['run'] for line in csv.DictReader(file)}
+  except (OSError, ValueError, KeyError, csv.Error):
+    return set()
+
+
 def write_lines(path: pathlib.Path, lines: Iterable[Mapping[str, Any]]) -> None:
   """Long form as CSV: one line for each arm, x, seed and measure. Raises OSError."""
   text = io.StringIO()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import numbers
 import os
 from typing import Any
 
@@ -17,14 +18,15 @@ from palm_jax.generator import load_generator
 from palm_jax.generator.views import viewed
 from palm_jax.world.manifold import OBSERVATIONS, LatentManifold, Params, State
 from palm_jax.world.tasks import Nothing, check_head, make_task
-from palm_jax.world.views import Features, at_random, pretrained
+from palm_jax.world.views import Features, at_random, check_features, pretrained
 
 __all__ = ['Features', 'LatentManifold', 'Params', 'State', 'make', 'register']
 
 NAME = 'palm_jax/LatentManifold-v0'
-INTEGERS = int, np.integer
 OF_GENERATORS = 'variables', 'z_dim', 'num_classes', 'image_shape', 'apply'  # PictureGenerator
 CENTER = 256  # pictures whose mean feature is taken away from those of the goal
+AT_ONCE = 16  # of them that are drawn
+TOLD = dict(goal='goal', head='class', target='class')  # {setting: the task that has it}
 
 
 def make(
@@ -44,9 +46,9 @@ def make(
   latent_space: str = 'z',
   style_mixing: int = 0,
   crop: int = 0,
-  goal: Any = 0,
+  goal: Any = None,
   head: tuple[np.ndarray, np.ndarray] | None = None,
-  target: int = 0,
+  target: int | None = None,
   **settings: Any,
 ) -> tuple[LatentManifold, Params]:
   """A world, and the parameters that it is played with.
@@ -61,9 +63,9 @@ def make(
     label: class of all episodes; -1 draws one for each.
     dynamics, start, stack, latent_space, style_mixing, crop: of `environment.default_config`.
     goal: of the task 'goal': a picture (H, W, C) uint8, or a seed of a latent (and of its class,
-      unless label says it).
+      unless label says it); None is seed 0.
     head: of the task 'class': kernel (F, classes) and bias (classes,).
-    target: of the task 'class': the class.
+    target: of the task 'class': the class; None is 0.
     **settings: of the task: threshold; k and memory of 'entropy'.
 
   Returns:
@@ -79,12 +81,11 @@ def make(
   )
   checks.choice('observations', observations, OBSERVATIONS)
   task_of = make_task(task, **settings)
-  if task == 'class' and head is None:
-    raise UserError("task 'class' without a head: give head=(kernel, bias) of a linear probe")
+  _check_told(task, goal=goal, head=head, target=target)
   generator = viewed(_loaded(generator), latent_space, style_mixing, crop)
   _check_label(label, max(generator.num_classes, 1))
   if task == 'goal':
-    _check_goal(goal, generator.image_shape)
+    goal = _checked_goal(goal, generator.image_shape)
   height, width, channels = generator.image_shape
   features = None
   if task_of.sees or observations == 'features' or encoder is not None:
@@ -104,7 +105,7 @@ def make(
   if task == 'goal':
     told = _goal(plain, params, goal)
   elif task == 'class':
-    told = _head(head, target, features)
+    told = _head(head, target or 0, features)
   params = params.replace(task=told)
   return dataclasses.replace(plain, task=task_of, observations=observations, params=params), params
 
@@ -122,8 +123,17 @@ def _loaded(generator):
 
 
 def _check_label(label, num_classes):
-  if not isinstance(label, INTEGERS) or not -1 <= label < num_classes:
+  if not isinstance(label, (int, np.integer)) or not -1 <= label < num_classes:
     raise UserError(f'label={label!r}: expected -1 or a class below {num_classes}')
+
+
+def _check_told(task, **told):
+  """Raises UserError where a task is told what it does not have, or not told what it needs."""
+  for name, value in told.items():
+    if value is not None and task != TOLD[name]:
+      raise UserError(f'{name} with task={task!r}: it is for task={TOLD[name]!r}')
+  if task == 'class' and (not isinstance(told['head'], (tuple, list)) or len(told['head']) != 2):
+    raise UserError("task 'class' without a head: give head=(kernel, bias) of a linear probe")
 
 
 def _environment(settings):
@@ -132,6 +142,7 @@ def _environment(settings):
   for name, value in settings.items():
     if value is None:
       continue
+    value = value.item() if isinstance(value, np.generic) else value
     kind = {int: 'a whole number', float: 'a number'}.get(type(found[name]), 'text')
     try:
       found[name] = value
@@ -143,6 +154,7 @@ def _environment(settings):
 
 def _features(encoder, image_shape):
   if isinstance(encoder, Features):
+    check_features(encoder, image_shape)
     return encoder
   if encoder is None or encoder == 'random':
     return at_random(image_shape)
@@ -161,16 +173,17 @@ def goal_latent(world: LatentManifold, seed: int) -> tuple[jax.Array, jax.Array]
   return z[0], label[0]
 
 
-def _check_goal(goal, image_shape):
-  if isinstance(goal, INTEGERS):
-    checks.within('goal', goal, checks.Range(0, 2**31 - 1))
-    return
+def _checked_goal(goal, image_shape):
+  """A seed, or a picture (H, W, C) uint8."""
+  if goal is None or isinstance(goal, numbers.Integral):
+    return checks.whole('goal', goal or 0, checks.Range(0, 2**31 - 1))
   picture = np.asarray(goal)
   if picture.shape != image_shape or picture.dtype != np.uint8:
     raise UserError(
       f'a goal of {picture.dtype}{picture.shape}: expected a picture of uint8{image_shape}, or a '
       'seed'
     )
+  return picture
 
 
 def _head(head, target, features):
@@ -182,21 +195,28 @@ def _head(head, target, features):
 
 
 def _goal(world, params, goal):
-  """Features of the goal, and the mean of those of random pictures."""
-  assert world.features is not None
-  look = jax.jit(world.features.apply)
-  keys = jax.random.split(jax.random.key(0), CENTER)
-  _, state = jax.jit(world.reset_all)(keys, params)
-  if isinstance(goal, INTEGERS):
-    z, label = goal_latent(world, int(goal))
+  """Features of the goal, and the mean of those of random pictures.
+
+  Of a stack all pictures are the same: what who has arrived sees.
+  """
+  blind = dataclasses.replace(world, features=None)
+  channels = world.generator.image_shape[-1]
+
+  @jax.jit
+  def look(params, pictures):
+    return world.features.apply(params.features, jnp.tile(pictures, world.stack))
+
+  @jax.jit
+  def random_features(params, keys):
+    return look(params, blind.reset_all(keys, params)[0][..., -channels:])
+
+  if isinstance(goal, int):
+    z, label = goal_latent(world, goal)
     label = jnp.where(params.label < 0, label, params.label)
-    picture = jax.jit(world.picture)(params, z, label)
-  else:
-    picture = np.asarray(goal)
-  seen = jnp.zeros((1, *world.image_shape), jnp.uint8).at[..., -picture.shape[-1] :].set(picture)
-  return dict(
-    features=look(params.features, seen)[0], center=look(params.features, state.seen).mean(0)
-  )
+    goal = jax.jit(world.picture)(params, z, label)
+  keys = jax.random.split(jax.random.key(0), CENTER)
+  found = [random_features(params, keys[at : at + AT_ONCE]) for at in range(0, CENTER, AT_ONCE)]
+  return dict(features=look(params, goal[None])[0], center=jnp.concatenate(found).mean(0))
 
 
 def register() -> None:

@@ -40,7 +40,8 @@ WORLD, FEATURES = 'palm_jax_world', 'palm_jax_features'  # digests in a data set
 
 def identity(world: LatentManifold) -> dict[str, str]:
   """{name: digest} of the generator and, where observations are features, of the encoder."""
-  found = {WORLD: digest(world.generator.variables, getattr(world.generator, 'changes', {}))}
+  variables = experience.given_variables(world.generator)
+  found = {WORLD: digest(variables, getattr(world.generator, 'changes', {}))}
   if world.observations == 'features' and world.features is not None:
     found[FEATURES] = digest(world.features.variables, {})
   return found
@@ -97,8 +98,8 @@ def write(
     settings['goal'] = goal
   world, params = make(generator, **settings)
   buffers = _episodes(world, params, workdir / 'pretrain' / 'experience', config)
-  first = next(buffers)
-  if not first:
+  first = next(filter(None, buffers), None)
+  if first is None:
     of_class = '' if label < 0 else f' of class {label}'
     raise UserError(f'{workdir} recorded no episode of two pictures{of_class}: pretrain longer')
   with scratch(root) as part:

@@ -36,12 +36,12 @@ class LatentManifoldVectorEnv(gymnasium.vector.VectorEnv):
     """Takes `num_envs`, and a (LatentManifold, Params) as `world`, or the settings of `make`.
 
     Raises:
-      UserError: what `make` refuses, or no environments.
+      UserError: what `make` refuses, no environments, or settings beside a world.
     """
-    checks.within('num_envs', num_envs, checks.Range(1, 1 << 20))
+    num_envs = checks.whole('num_envs', num_envs, checks.Range(1, 1 << 20))
     self.world: LatentManifold
     self.params: Params
-    self.world, self.params = make(**settings) if world is None else world
+    self.world, self.params = make(**settings) if world is None else _whole(world, settings)
     self.num_envs = num_envs
     self.render_mode = render_mode
     self.single_action_space = action_space(self.world)
@@ -114,7 +114,7 @@ class LatentManifoldVectorEnv(gymnasium.vector.VectorEnv):
 
 
 class LatentManifoldEnv(gymnasium.Env):
-  """One environment. It does not begin a next episode by itself: call `reset` where one is cut."""
+  """One environment, which does not begin a next episode by itself: `reset` where one is cut."""
 
   metadata = {'render_modes': ['rgb_array'], 'render_fps': FPS}
 
@@ -125,6 +125,7 @@ class LatentManifoldEnv(gymnasium.Env):
     self.render_mode = render_mode
     self.action_space = self._many.single_action_space
     self.observation_space = self._many.single_observation_space
+    self._cut = False
 
   def reset(
     self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -132,16 +133,20 @@ class LatentManifoldEnv(gymnasium.Env):
     """Begins an episode; a seed makes all that follows the same again."""
     super().reset(seed=seed)
     observations, info = self._many.reset(seed=seed, options=options)
+    self._cut = False
     return observations[0], info
 
   def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
     """One step: observation, reward, terminated (never), truncated, {}.
 
     Raises:
-      UserError: before `reset`, or an action of another shape.
+      UserError: before `reset`, after an episode's last frame, or an action of another shape.
     """
+    if self._cut:
+      raise UserError('step after the last frame of an episode: call reset first')
     observations, rewards, _, truncated, info = self._many.step(np.asarray(action)[None])
-    return observations[0], float(rewards[0]), False, bool(truncated[0]), info
+    self._cut = bool(truncated[0])
+    return observations[0], float(rewards[0]), False, self._cut, info
 
   def render(self) -> Any:
     """(H, W, 3) uint8."""
@@ -159,6 +164,20 @@ def observation_space(world: LatentManifold) -> gymnasium.spaces.Box:
   space = world.observation_space()
   dtype = np.dtype(space.dtype).type
   return gymnasium.spaces.Box(space.low, space.high, space.shape, dtype)
+
+
+def _whole(world, settings):
+  """A world of `make`, and its Params."""
+  pair = isinstance(world, (tuple, list)) and len(world) == 2
+  if not pair or not isinstance(world[0], LatentManifold):
+    raise UserError(
+      f'world is a {type(world).__name__}: give (world, params), as make returns them'
+    )
+  if settings:
+    raise UserError(
+      f'{", ".join(settings)} beside world=, which is made already: give one of the two'
+    )
+  return world
 
 
 def _fresh(seed):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from palm_jax import environment
+from palm_jax.base.errors import UserError
 from palm_jax.layers.pixels import to_uint8
 from palm_jax.world.spaces import box
 from palm_jax.world.tasks import Task
@@ -173,16 +174,19 @@ class LatentManifold:
     Args:
       keys: (E,) typed keys, one an environment.
       state: State.
-      actions: (E, z_dim) in [-1, 1].
+      actions: (E, z_dim) in [-1, 1]; others are clipped.
       params: Params; None is `default_params`.
 
     Returns:
       observations (E, ...), State, rewards (E,), truncated (E,) bool: this is the last frame.
+
+    Raises:
+      UserError: when traced, rewards of another shape by a task of someone's own.
     """
     params = self.params if params is None else params
     env = environment.advance(
       state.env,
-      actions,
+      jnp.clip(actions, -1, 1),
       keys,
       self.dynamics(params),
       params.episode_length,
@@ -191,6 +195,11 @@ class LatentManifold:
     after = self.show(env, state.seen, params)
     began = env.step == 0
     memory, rewards = self.task.reward(params.task, state.memory, after.features, began)
+    if rewards.shape != began.shape:
+      raise UserError(
+        f'task {self.task.name!r}: rewards of shape {rewards.shape} for {len(began)} '
+        f'environments: expected {began.shape}'
+      )
     rewards = jnp.where(began, 0.0, rewards)
     truncated = env.step + 1 >= params.episode_length
     return self.observe(after), after.replace(memory=memory), rewards, truncated

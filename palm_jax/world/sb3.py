@@ -31,7 +31,7 @@ def make_vec_env(num_envs: int, **settings: Any) -> Any:
     """Begins the next episodes within the step that ends the last ones, as VecEnv asks."""
 
     def __init__(self):
-      super().__init__(num_envs, envs.single_observation_space, envs.single_action_space)
+      super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
 
     def reset(self):
       seed = self._seeds[0]
@@ -43,7 +43,7 @@ def make_vec_env(num_envs: int, **settings: Any) -> Any:
 
     def step_wait(self):
       seen, rewards, _, cut, _ = envs.step(self.actions)
-      infos = [{} for _ in range(num_envs)]
+      infos = [{} for _ in range(envs.num_envs)]
       if cut.any():  # all at once: the step that begins the next episodes
         last, (seen, *_) = seen, envs.step(self.actions)
         for info, observation in zip(infos, last, strict=True):
@@ -53,8 +53,12 @@ def make_vec_env(num_envs: int, **settings: Any) -> Any:
     def close(self):
       envs.close()
 
+    def get_images(self):
+      return list(envs.render() or [None] * envs.num_envs)
+
     def get_attr(self, attr_name: str, indices: Any = None):
-      return [getattr(envs, attr_name) for _ in self._get_indices(indices)]
+      one = f'single_{attr_name}' if attr_name.endswith('_space') else attr_name
+      return [getattr(envs, one) for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None):
       setattr(envs, attr_name, value)

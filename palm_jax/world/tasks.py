@@ -6,6 +6,7 @@ that knows the goal's latent, whose return is the measure for others.
 """
 
 import dataclasses
+import numbers
 from typing import Any, Protocol
 
 import jax
@@ -188,10 +189,8 @@ def make_task(name: str | Task, threshold: float | None = None, **settings: Any)
       )
   for setting, value in settings.items():
     if setting in RANGES:
-      checks.within(f'task {name!r}: {setting}', value, RANGES[setting])
-      if not isinstance(value, int):
-        raise UserError(f'task {name!r}: {setting}={value}: expected a whole number')
-    elif not isinstance(value, (int, float)) and value is not None:
+      settings[setting] = checks.whole(f'task {name!r}: {setting}', value, RANGES[setting])
+    elif not isinstance(value, numbers.Real) and value is not None:
       raise UserError(f'task {name!r}: {setting}={value!r}: expected a number')
   return kinds[name](**settings)
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from palm_jax import encoder as encoders
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
+from palm_jax.base.steps import one_line
 from palm_jax.checkpoint import load_encoder
 
 WIDTH = 16  # of the random encoder
@@ -31,6 +32,22 @@ class Features:
   apply: Callable[[Any, jax.Array], jax.Array]
   variables: Any = dataclasses.field(repr=False)
   size: int
+
+
+def check_features(features: Features, image_shape: tuple[int, int, int]) -> None:
+  """Raises UserError where features do not see pictures (H, W, C), or have another size."""
+  picture = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
+  try:
+    found = jax.eval_shape(features.apply, features.variables, picture).shape
+  except (TypeError, ValueError, ScopeParamShapeError) as e:
+    raise UserError(
+      f'the features do not see pictures of {image_shape} ({one_line(e)}): give some that do'
+    ) from e
+  if found != (1, features.size):
+    raise UserError(
+      f'features of shape {found} of one picture of {image_shape}: expected (1, {features.size}), '
+      f'as their size is {features.size}'
+    )
 
 
 def pretrained(

@@ -106,14 +106,15 @@ def _check_is_card(path):
 
 
 def halved(variables: Any) -> Any:
-  """Variables whose arrays of two axes and more are float16.
+  """Variables whose arrays of two axes and more, of each block where they are stacked, are float16.
 
   Raises:
     UserError: numbers that float16 does not hold.
   """
 
   def half(path, x):
-    if np.ndim(x) < 2:
+    stacked = any(getattr(part, 'key', '') == 'blocks' for part in path)  # of a transformer
+    if np.ndim(x) - stacked < 2:
       return np.asarray(x)
     with np.errstate(over='ignore'):
       stored = np.asarray(x, np.float16)

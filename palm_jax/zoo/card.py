@@ -12,6 +12,7 @@ from palm_jax.base.results import MADE_FROM, read_result
 OUR_NAME = 'PALM encoder'  # in results
 ROW_PARTS = 'features F method labels num_classes fraction draw n_train n_test'.split()
 # Folders before a file's name, which say more about a machine than about a number.
+ABSOLUTE = re.compile(r'(?:~[\w.-]*|[A-Za-z]:)?[/\\]')
 FOLDERS = re.compile(r'(?<![\w./\\])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\,;=:\'"()]+[/\\])+')
 
 
@@ -21,7 +22,13 @@ def without_folders(tree: Any) -> Any:
     return {name: without_folders(branch) for name, branch in tree.items()}
   if isinstance(tree, list | tuple):
     return [without_folders(branch) for branch in tree]
-  return FOLDERS.sub('', tree) if isinstance(tree, str) else tree
+  return ','.join(map(_without_folders, tree.split(','))) if isinstance(tree, str) else tree
+
+
+def _without_folders(text):
+  """Where the text is a path as a whole, there may be blanks in it."""
+  name = pathlib.PureWindowsPath(text).name if ABSOLUTE.match(text) else ''
+  return name or FOLDERS.sub('', text)
 
 
 def read_pretraining(workdir: pathlib.Path, step: int) -> dict[str, Any]:

@@ -2,17 +2,17 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any
 
 from palm_jax.base.errors import UserError
 from palm_jax.world.dataset import FEATURES, WORLD, identity
+from palm_jax.world.manifold import LatentManifold
 
 NAMES = {WORLD: 'generator', FEATURES: 'encoder'}
 
 
-def of_world(world: Any) -> dict[str, str]:
-  """{'generator', 'encoder': digest} of what `records.make_world` made; {} of Gymnasium's own."""
-  return {NAMES[key]: value for key, value in identity(world[0]).items()} if world else {}
+def of_world(world: LatentManifold | None) -> dict[str, str]:
+  """{'generator', 'encoder': digest}; {} of None, an environment of Gymnasium's own."""
+  return {NAMES[key]: value for key, value in identity(world).items()} if world else {}
 
 
 def check(
