@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs import cifar
-from palm_jax import agent, environment, pretrain, reward, sac
+from palm_jax import agent, curiosity, environment, pretrain, reward, sac
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
 from tests.test_curiosity import mlp
@@ -98,6 +98,39 @@ def test_features_are_standardised_by_all_that_was_seen():
   np.testing.assert_allclose(new.moments.mean - old.moments.mean, 0.01 * gap, rtol=1e-3)
 
 
+def test_sac_learns_from_standardised_features_with_each_noise():
+  c, t = config_of(standardise=True, updates_per_batch=2, gamma=0.9), transitions(0)
+  state, draws = init(jax.random.key(0), F, D, A, c), noise(1, 2)
+  got, _ = jax.jit(lambda s: agent.update(s, t, draws, c))(state)
+  mean, var = t.h.mean(0), t.h.var(0)  # of the first batch alone
+  seen = lambda h: np.clip((h - mean) / np.sqrt(var), -5, 5).astype(np.float32)
+  r = reward.entropy_reward(t.next_h, **reward.options(c.reward))
+  discount = np.full(B, 0.9, np.float32)
+  batch = sac.Batch(seen(t.h), t.action, r, seen(t.next_h), discount)
+  update = jax.jit(lambda s, z: sac.update(s, batch, z, c.sac)[0])
+  wanted = sac.init(jax.random.key(0), F, A, c.sac)
+  for each in draws:
+    wanted = update(wanted, each)
+  for name in ('actor', 'critic'):
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+      getattr(got, name),
+      getattr(wanted, name),
+    )
+
+
+def test_rnd_sees_standardised_features():
+  c, t = config_of(reward=dict(kind='rnd')), transitions(0)
+  state = init(jax.random.key(0), F, D, A, c)
+  mean, var = np.full(F, 2, np.float32), np.full(F, 9, np.float32)
+  state = state.replace(moments=state.moments.replace(mean=mean, var=var))
+  got = jax.jit(lambda s: agent.intrinsic_reward(s, t, c)[1])(state)
+  seen = np.clip((t.next_h - mean) / np.sqrt(var), -5, 5).astype(np.float32)
+  given = seen, t.action, t.next_h
+  wanted = jax.jit(lambda x: curiosity.update(x, 'rnd', given, c.reward)[1])(state.curiosity)
+  np.testing.assert_allclose(got, wanted, rtol=1e-4)
+
+
 def test_a_skill_is_a_direction_of_its_episode():
   episodes = np.arange(4000, dtype=np.int32)
   found = np.asarray(agent.skills(episodes, 3))
@@ -166,10 +199,13 @@ def test_an_episode_is_played_by_one_of_the_past_policies():
   state = init(jax.random.key(0), F, D, A, c)
   update = jax.jit(lambda s, t: agent.update(s, t, noise(1), c)[0])
   actors = [state.actor]
+  h, episodes, z = np.ones((60, F), np.float32), np.arange(60) // 2, np.zeros((60, A), np.float32)
   for i in range(5):
     state = update(state, transitions(i))
     actors.append(state.actor)
-  h, episodes, z = np.ones((60, F), np.float32), np.arange(60) // 2, np.zeros((60, A), np.float32)
+    if i < 2:  # none is kept yet, and then the present one
+      own = sac.act(state, h, z, c.sac)
+      np.testing.assert_allclose(agent.act(state, h, z, episodes, c.sac), own, atol=1e-6)
   got = np.asarray(agent.act(state, h, z, episodes, c.sac))
   # Of 5 updates those after 2 and 4 are kept, beside the present one.
   by = lambda n: np.asarray(sac.act(state.replace(actor=actors[n]), h, z, c.sac))[0]

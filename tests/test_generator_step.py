@@ -199,6 +199,27 @@ def first_state():
     return jax.device_get(state.replace(augment_p=0.5 + state.augment_p))
 
 
+@pytest.mark.parametrize(
+  'name, seen', [('g_main', 'loss_g'), ('d_main', 'logits_real logits_fake'), ('r1', 'r1')]
+)
+def test_all_that_d_judges_is_augmented(name, seen):
+  config, mesh = tiny(augment='bgc', iterations_per_call=1), devices.make_mesh(1)
+  G, D = train.make_networks(config, (8, 8, 1), 3)
+  _, phase = phases.make_phases(config, G, D, 1)[name]
+  whole = jax.jit(jax.shard_map(phase, mesh=mesh, in_specs=jax.P(), out_specs=jax.P()))
+  single = lambda x: np.asarray(x, np.float32) if x.dtype == np.float64 else x
+  state = jax.tree.map(single, first_state().replace(key=np.int32(0)))
+  indices = np.arange(BATCH, dtype=np.int32)
+
+  def found(p):
+    at = state.replace(key=jax.random.key(1), augment_p=np.float32(p))
+    return jax.device_get(whole(at, *data(), indices)[1])
+
+  off, on = found(0), found(1)
+  for metric in seen.split():
+    assert abs(on[metric] - off[metric]) > 1e-3 * abs(off[metric]), metric
+
+
 def iterate(config, mesh, call, states, count):
   """(states around each of `count` iterations after `states`, their metrics), numpy."""
   metrics, training_set, set_size = [], devices.replicate(mesh, data()), 80 if config.mirror else 40

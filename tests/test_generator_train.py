@@ -152,6 +152,14 @@ def test_resuming_is_exact(job):
   jax.tree.map(np.testing.assert_array_equal, a.replace(key=0), b.replace(key=0))
 
 
+def test_the_generator_that_is_kept_is_the_average(job):
+  _, state = checkpointed(job[0], *job[3:])
+  kept = load_generator(job[0]).variables
+  jax.tree.map(np.testing.assert_array_equal, kept, state.G_ema)
+  apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.G, state.G_ema)
+  assert max(jax.tree.leaves(apart)) > 1e-4
+
+
 def test_augmentation_is_part_of_a_resumed_run(job):
   """p has moved, and there are signs from after its last move."""
   stopped, result = job[0], job[2]

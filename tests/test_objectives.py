@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from palm_jax import monitors, objectives, simsiam
 from palm_jax.base import devices
 from palm_jax.base.errors import UserError
+from tests.test_contrastive import in_numpy as supcon_in_numpy
 from tests.test_simsiam import TinyEncoder, numpy_forward, small_config
 
 B, D = 16, 5
@@ -159,6 +160,26 @@ def test_byol_in_the_forward_pass():
   np.testing.assert_allclose(value, expected, rtol=1e-4)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), aux.batch_stats, stats)
   assert all(np.any(g) for g in jax.tree.leaves(gradient['encoder']))
+
+
+@pytest.mark.parametrize('objective', ['simclr', 'supcon'])
+def test_the_contrastive_ones_in_the_forward_pass(objective):
+  config, modules, params, stats = made(objective, temperature=0.2, symmetric=False)
+  assert simsiam.options(config)['symmetric'] is False
+  s, s_next = pairs()
+  labels, related = np.arange(16) % 4, np.arange(16) // 2
+
+  @jax.jit
+  def forward(params):
+    given = dict(labels=labels, **simsiam.options(config))
+    masked, _ = simsiam.forward(modules, params, stats, s, s_next, related=related, **given)
+    return *simsiam.forward(modules, params, stats, s, s_next, **given), masked
+
+  value, aux, masked = forward(params)
+  kinds = labels if objective == 'supcon' else np.arange(16)
+  z, z_next = (np.asarray(x, np.float64) for x in (aux.z, aux.z_next))
+  np.testing.assert_allclose(value, supcon_in_numpy(z, z_next, kinds, 0.2), rtol=1e-4)
+  assert abs(masked - value) > 1e-3
 
 
 def test_the_others_in_the_forward_pass():

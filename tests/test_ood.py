@@ -300,7 +300,14 @@ def test_ood_images_choose_nothing(finished, run, data, mesh, folder):
   assert alone['rows'] == [row for row in finished['rows'] if row['set'] == 'SVHN']
 
 
-def test_heads_may_learn_from_augmented_images(finished, run, data, mesh):
+def test_heads_may_learn_from_augmented_images(finished, run, data, mesh, monkeypatch):
+  fit, given = ood.sgd.fit_heads, []
+
+  def fit_heads(source, labels, classes, settings, *rest):
+    given.append((source, settings.augment))
+    return fit(source, labels, classes, settings, *rest)
+
+  monkeypatch.setattr(ood.sgd, 'fit_heads', fit_heads)
   results = finish(
     ood.JOB,
     job_config(head=dict(augment='shift_flip', epochs=2), untrained=False, scores=('msp',)),
@@ -308,6 +315,9 @@ def test_heads_may_learn_from_augmented_images(finished, run, data, mesh):
     data,
     mesh,
   )
+  [((encoder, images), augment)] = given
+  assert augment == 'shift_flip' and encoder.name == 'PALM encoder'
+  np.testing.assert_array_equal(images, data.train.images)
   assert results['protocol']['head']['augment'] == 'shift_flip'
   assert results['rows'][0]['trials'] == 2
 

@@ -126,6 +126,22 @@ def test_a_transformer_learns_by_byol():
   assert 0 < moved('target') < 0.02 * moved('params')  # two updates at 1 - tau = 0.004
 
 
+def test_byols_target_follows_the_newest_parameters():
+  changes = BYOL | {'pretrain': dict(warmup_steps=64, iterations_per_call=2, batch_size=16)}
+  changes['pretrain']['updates_per_iteration'] = 1
+  changes['pairs'] = dict(source='jahanian_gaussian')
+  program, state, world = start(1, changes=changes)
+  before = jax.device_get(state.ssl)
+  after = jax.device_get(program.call(state, world)[0].ssl)
+  for name in after['target']:
+    jax.tree.map(
+      lambda t, p, new: np.testing.assert_allclose(new - t, 0.004 * (p - t), rtol=0.02, atol=1e-7),
+      before['target'][name],
+      after['params'][name],
+      after['target'][name],
+    )
+
+
 @pytest.fixture(scope='module')
 def eight():
   return start(8)

@@ -13,7 +13,7 @@ from palm_jax.base.errors import UserError
 from palm_jax.data.arrays import Data, Split
 from palm_jax.data.load import load
 from palm_jax.encoder import make_encoder
-from palm_jax.evaluate import features, judge, knn, probe
+from palm_jax.evaluate import features, judge, knn, linear, probe
 from palm_jax.evaluate.labels import Task, make_tasks
 from palm_jax.job import Run
 from tests import worlds
@@ -186,6 +186,10 @@ def test_the_job_judges_all_that_was_asked(run, results):
     if row['features'] == 'pixels' and row['method'] == 'lbfgs' and row['fraction'] == 1
   )
   assert pixels['accuracy']['clean'] == 1 and pixels['accuracy']['salt_pepper:1'] < 0.7
+  # All is noise there, for encoders too.
+  sure = [row for row in rows if row['accuracy']['clean'] > 0.8]
+  assert all(row['accuracy']['salt_pepper:1'] < 0.7 for row in sure)
+  assert {'PALM encoder', 'untrained encoder'} & {row['features'] for row in sure}
   assert (
     results['protocol']['checkpoint_step'] == 7 and len(results['protocol']['encoder_sha256']) == 64
   )
@@ -210,6 +214,39 @@ def test_only_fine_tuning_begins_with_the_encoder(run, monkeypatch, method):
     judge.end_to_end(this, method, encoder, task, data.train.images, {})
   *_, named, start = caught.value.args[0]
   assert named == method and start is (encoder if method == 'finetune' else None)
+
+
+@pytest.mark.parametrize('method', ['none', 'crop_flip', 'finetune'])
+def test_a_share_of_labels_is_of_its_own_images(run, monkeypatch, method):
+  """Rows of the training set, whichever way they are learned from."""
+  c, workdir, _ = run
+  c, seen = c.copy_and_resolve_references(), []
+  y, rows = np.arange(40) % 2, np.arange(1, 40, 3)
+  x, images = np.arange(40.0)[:, None], np.arange(40, dtype=np.uint8)[:, None, None, None]
+  head = linear.plain_model(np.zeros((1, 2)), np.zeros(2))
+  task = Task('fine', 0.3, 0, rows, y[rows], y, 2)
+  if method == 'finetune':
+
+    def fit(config, settings, split, *_):
+      seen.append((split.images, split.labels))
+      return encoder, head
+
+    encoder = features.load_encoder(c, workdir, (36, 36, 1))
+    monkeypatch.setattr(judge.classifier, 'fit', fit)
+    monkeypatch.setattr(judge.features, 'extract', lambda *_: x)
+    this = Run(c, workdir, devices.make_mesh(1))
+    judge.end_to_end(this, method, encoder, task, images, {'clean': images})
+  else:
+    c.probe.sgd.augment = method
+    monkeypatch.setattr(judge.sgd, 'fit_heads', lambda of, y, *_: seen.append((of, y)) or [head])
+    judge.by_sgd(judge.Source('x', x, {'clean': x}, 'encoder'), task, images, c, None)
+    if method != 'none':
+      (encoder, pictures), labels = seen.pop()
+      assert encoder == 'encoder'
+      seen.append((pictures, labels))
+  [(of, labels)] = seen
+  np.testing.assert_array_equal(np.ravel(of), rows)
+  np.testing.assert_array_equal(labels, y[rows])
 
 
 def test_pixels_wait_for_methods_that_have_them(run, results, tmp_path, monkeypatch):

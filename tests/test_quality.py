@@ -346,6 +346,8 @@ def test_the_job_reports_every_comparison(finished):
     assert list(row)[3:] == names
     assert all(np.isfinite(row[name]) for name in names)
   assert min(row['proxy-FID'] for row in rows[:4]) > 2 * max(row['proxy-FID'] for row in rows[4:])
+  # Other training images than those that they stand against.
+  assert rows[5]['proxy-FID'] > 1e-3 * rows[0]['proxy-FID'] and rows[5]['proxy-recall'] < 1
   assert results['initial_over_generator'] == pytest.approx(
     rows[1]['proxy-FID'] / rows[0]['proxy-FID']
   )

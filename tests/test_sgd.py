@@ -120,6 +120,24 @@ def test_schedules(schedule, truth):
     np.testing.assert_allclose(-change, truth(step), rtol=1e-5, atol=1e-8)
 
 
+def test_warmup_and_nesterov_are_torchs():
+  """Against torch.optim.SGD(nesterov=True), written out, with a linear rise and half a cosine."""
+  c = settings(lr=0.1, momentum=0.9, weight_decay=0.01, epochs=10)
+  with c.unlocked():
+    c.warmup = 0.2
+  optimizer = sgd.make_optimizer(c, 10, nesterov=True)
+  p = x = np.float32(1)
+  state, v = optimizer.init(p), 0.0
+  for t in range(100):
+    change, state = optimizer.update(np.float32(0.3), state, p)
+    p = p + change
+    gradient = 0.3 + 0.01 * x
+    v = 0.9 * v + gradient
+    rate = 0.1 * (t / 20 if t < 20 else 0.5 * (1 + np.cos(np.pi * (t - 20) / 80)))
+    x = x - rate * (gradient + 0.9 * v)
+    np.testing.assert_allclose(p, x, rtol=1e-4, atol=1e-5)
+
+
 def test_bad_sgd_settings_are_named(blobs, mesh):
   x, y = standard(blobs)
   for changes, message in [
