@@ -18,7 +18,7 @@ from palm_jax.base.checkpoints import load
 from palm_jax.base.digests import digest
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import replacing
-from palm_jax.base.processes import any_process, is_first
+from palm_jax.base.processes import any_process, from_first, is_first
 from palm_jax.base.signals import raise_if_interrupted
 from palm_jax.base.steps import list_steps
 
@@ -166,7 +166,9 @@ def check_generator(run: pathlib.Path, generator: Any) -> None:
   It is not known of runs without checkpoints, and of those of older versions.
   """
   folder = run / 'pretrain' / 'checkpoints'
-  there = load(folder, 'encoder').metadata.get('world') if list_steps(folder) else None
+  # As the first process sees them: to load is done by all, or by none.
+  begun = from_first(list_steps(folder))
+  there = load(folder, 'encoder').metadata.get('world') if begun else None
   if there and not is_world_of(generator, there):
     raise UserError(
       f'{run} played in the world of another generator (digest {there[:12]}, here '

@@ -40,7 +40,8 @@ def main(argv: list[str]) -> None:
   f = flags.FLAGS
   processes.initialize_distributed(f.coordinator_address, f.num_processes, f.process_id)
   settings = checks.flatten(json.loads(f.config.to_json_best_effort()))
-  processes.agree({'--job': f.job, '--workdir': f.workdir, **settings})
+  given = {'--job': f.job, '--workdir': f.workdir, '--download': f.download}
+  processes.agree(given | settings)
   metrics.log_to_wandb(f.wandb)
   runner.run(f.config, f.job, f.workdir, f.download)
   processes.wait_for_all()

@@ -47,7 +47,13 @@ def check(
 ) -> None:
   """Raises UserError on invalid settings of the config's section `replay`, and sizes unlike it."""
   checks.ranges('replay', c, RANGES)
-  checks.divisible('replay.num_shards', c.num_shards, num_devices, 'devices')
+  if c.num_shards % num_devices:
+    fewer = [n for n in range(1, num_devices) if c.num_shards % n == 0]
+    raise UserError(
+      f'replay.num_shards={c.num_shards} cannot be shared by {num_devices} devices: take '
+      f'{", ".join(map(str, fewer))} of them (CUDA_VISIBLE_DEVICES=0,1,... names those), or set it '
+      f'to {num_devices}; a run that has begun keeps it'
+    )
   checks.divisible('pretrain.num_envs', num_envs, c.num_shards, 'replay.num_shards')
   checks.divisible('pretrain.batch_size', batch_size, c.num_shards, 'replay.num_shards')
   block = num_envs * rollout_length

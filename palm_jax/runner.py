@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from palm_jax import provenance, settings
 from palm_jax import workdir as workdirs
-from palm_jax.base import checks, console, devices, digests, processes
+from palm_jax.base import checks, console, devices, digests, processes, programs
 from palm_jax.base.errors import UserError
 from palm_jax.base.processes import is_first
 from palm_jax.base.results import write_result
@@ -98,12 +98,14 @@ def run(
   collected.check(config.data.name, config.data.get('size', 0))
   jobs = _wanted(config, job)
   workdir, mesh = workdirs.locate(config, workdir), devices.make_mesh()
+  processes.agree({'the workdir': str(workdir)}, 'give all of them the same absolute --workdir')
   for each in jobs:
     each.check(config, mesh.size)
   for each in jobs:
     if download and each.fetch:
       processes.first_then_all(functools.partial(each.fetch, config), 'the download has failed')
-  digest = provenance.data_digest(config, jobs)
+  # One machine may hold them unpacked: that all are the same is seen below.
+  digest = processes.from_first(provenance.data_digest(config, jobs))
   this = Run(config, workdir, mesh, None, download)
   this = dataclasses.replace(this, runner=sys.modules[__name__], data_digest=digest)
   waiting = provenance.waiting(jobs, this)
@@ -123,7 +125,8 @@ def run(
   before = workdirs.is_claimed(workdir)
   if any(each.claims for each in jobs):
     claim(workdir, config)
-    workdirs.keep_compiled(workdir)
+    workdirs.check_shared(workdir)
+    programs.keep(workdir)
     logging.info('%s: %d %s device(s)', workdir, mesh.size, mesh.devices.flat[0].platform)
   try:
     return _run_in_order(jobs, this, patience)

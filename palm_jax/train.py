@@ -14,7 +14,7 @@ from palm_jax import encoder, experience, monitors, pairs, pretrain, worlds
 from palm_jax.base import devices, pictures
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.files import user_path
-from palm_jax.base.processes import agree, is_first
+from palm_jax.base.processes import agree, from_first, is_first
 from palm_jax.base.steps import newest_step
 from palm_jax.base.training import Training
 from palm_jax.experience import Experience
@@ -146,7 +146,7 @@ def origin_of(config: ConfigDict, generator: Any) -> dict[str, str | None]:
   # Each would play in a world of its own, and nothing would tell.
   agree({'the generator': origin['world']}, 'give all of them the same files')
   if config.pairs.record:
-    record = newest_step(user_path(config.pairs.record) / 'pretrain')
+    record = from_first(newest_step(user_path(config.pairs.record) / 'pretrain'))
     origin['record'] = record.get('sha256')
   return origin
 

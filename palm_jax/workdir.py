@@ -1,26 +1,23 @@
 """A workdir: whose it is, which of its jobs are complete, and who works on one now."""
 
 import contextlib
-import hashlib
-import importlib.util
 import json
 import os
 import pathlib
 import re
 import shutil
-import zlib
+import time
 from collections.abc import Collection, Iterator, Sequence
 
 import jax
 from absl import logging
-from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from palm_jax.base import checks
+from palm_jax.base import checks, programs
 from palm_jax.base.errors import UserError, one_line
 from palm_jax.base.files import abandoned, held, locked, user_path, write_json
 from palm_jax.base.processes import any_process, from_first, is_first, together
-from palm_jax.base.signals import raise_if_interrupted
+from palm_jax.base.steps import SEEN_SECONDS
 from palm_jax.job import Job
 
 PATIENCE = 120  # seconds: so long a file server may hold what a lost machine had
@@ -45,10 +42,7 @@ ADDED = {
 }
 CONFIG = 'config.json'
 RESTORE = 'restore it or choose another --workdir (each of results/*.json has it as "config")'
-COMPILED = 'compilation_cache'
 CLAIM = '.claim.lock'  # of whoever reads or writes config.json
-DIGESTS = 'digests.json'  # in there
-ZSTD = b'\x28\xb5\x2f\xfd'  # how its files begin
 
 
 def locate(config: ConfigDict, workdir: str | pathlib.Path | None) -> pathlib.Path:
@@ -128,15 +122,30 @@ def claim(
   compare(workdir, config, jobs)
 
 
+def check_shared(workdir: pathlib.Path) -> None:
+  """Raises UserError where a process does not see the config that the first one has written."""
+  deadline = time.monotonic() + SEEN_SECONDS
+  while not (seen := is_claimed(workdir)) and time.monotonic() < deadline:
+    time.sleep(0.5)
+  unseen = UserError(
+    f'process {jax.process_index()} does not see {workdir / CONFIG}: choose a --workdir that all '
+    'processes share'
+  )
+  together(None if seen else unseen, f'{workdir} is not shared')
+
+
 def as_there(workdir: pathlib.Path, config: ConfigDict, sections: Collection[str]) -> ConfigDict:
   """The config with some sections as the workdir's config.json has them, where it has them.
 
   For sections that the jobs at hand do not read: what others made with theirs there stays theirs.
   """
+  saved = None
   try:
-    saved = checks.flatten(json.loads((workdir / CONFIG).read_text()))
+    if is_first():
+      saved = checks.flatten(json.loads((workdir / CONFIG).read_text()))
   except (OSError, ValueError, AttributeError, RecursionError):
-    return config  # nobody's yet, or damaged: `claim` says so
+    pass  # nobody's yet, or damaged: `claim` says so
+  saved = from_first(saved) or {}
   now = checks.flatten(config.to_dict())
   there = {
     key: tuple(saved[key]) if isinstance(value, tuple) else saved[key]
@@ -166,10 +175,8 @@ def release(workdir: pathlib.Path, jobs: Sequence[str]) -> None:
     if written or any(held(_lock_path(workdir, name)) for name in jobs):
       return
     (workdir / CONFIG).unlink(missing_ok=True)
-    compiled = workdir / COMPILED
-    if jax.config.jax_compilation_cache_dir == str(compiled):  # pyright: ignore[reportAttributeAccessIssue]
-      jax.config.update('jax_compilation_cache_dir', None)
-      compilation_cache.reset_cache()
+    compiled = workdir / programs.FOLDER
+    programs.forget(compiled)
     for folder in (*folders, compiled):
       shutil.rmtree(folder, ignore_errors=True)
   with contextlib.suppress(OSError):  # there is something of the user's
@@ -213,8 +220,19 @@ def _fits(workdir, saved, now, jobs):
   """Whether config.json, which is `saved`, says the same. Raises UserError where it may not differ
   so."""
   if saved != now:
-    _refuse_differences(workdir, checks.flatten(saved), checks.flatten(now), jobs)
+    free = () if _reads_data(workdir, now, jobs) else ('data',)
+    _refuse_differences(workdir, checks.flatten(saved), checks.flatten(now), jobs, free)
   return saved == now
+
+
+def _reads_data(workdir, now, jobs):
+  """Whether anything there was, or is being, made from the data of the config."""
+  config = ConfigDict(now)
+  return any(
+    (is_bound(workdir, job) or (not job.judges and (workdir / job.name).exists()))
+    and job.needs_data(config)
+    for job in jobs
+  )
 
 
 def _tidy(workdir, names):
@@ -223,58 +241,16 @@ def _tidy(workdir, names):
     if path.exists():
       with locked(path):  # removes it; but not where another command has begun meanwhile
         pass
-  _remove_damaged_programs(workdir / COMPILED)
+  programs.remove_damaged(workdir / programs.FOLDER)
   for folder, folders, files in os.walk(workdir):
     for name in [name for name in folders if re.fullmatch(r'\d+\.damaged', name)]:
       shutil.rmtree(pathlib.Path(folder, name), ignore_errors=True)
     # Not into steps of checkpoints, which have hundreds of files.
-    folders[:] = [name for name in folders if name != COMPILED and not name[0].isdigit()]
+    folders[:] = [name for name in folders if name != programs.FOLDER and not name[0].isdigit()]
     for name in files:
       part = pathlib.Path(folder, name)
       if name.startswith('.') and name.endswith('.part') and abandoned(part):
         part.unlink(missing_ok=True)
-
-
-def _remove_damaged_programs(folder):
-  """Removes compiled programs that are not whole: JAX writes them in place, and never again.
-
-  Their digests are kept, so that a flipped bit is seen, too.
-  """
-  if not folder.is_dir():
-    return
-  known = _known_programs(folder / DIGESTS)
-  found = {}
-  for path in folder.glob('*-cache'):
-    program = path.read_bytes()
-    digest = hashlib.sha256(program).hexdigest()
-    if known.get(path.name, digest) == digest and (path.name in known or _is_whole(program)):
-      found[path.name] = digest
-    else:
-      logging.warning('%s is damaged and removed: it is compiled again', path)
-      path.unlink(missing_ok=True)
-  if found != known and os.access(folder, os.W_OK):  # a complete run may be read-only
-    write_json(folder / DIGESTS, found)
-
-
-def _known_programs(path):
-  try:
-    known = json.loads(path.read_text())
-  except (OSError, ValueError, RecursionError):
-    known = {}
-  return known if isinstance(known, dict) else {}
-
-
-def _is_whole(program):
-  """Whether a compiled program can be decompressed, as far as that can be told here."""
-  try:
-    if not program.startswith(ZSTD):
-      zlib.decompress(program)
-    elif importlib.util.find_spec('zstandard'):
-      importlib.import_module('zstandard').ZstdDecompressor().decompress(program)
-  except Exception as e:  # zlib and zstandard have their own
-    raise_if_interrupted(e)
-    return False
-  return True
 
 
 @contextlib.contextmanager
@@ -292,10 +268,13 @@ def _locked(path):
     yield
 
 
-def _refuse_differences(workdir, saved, wanted, jobs):
-  """Raises UserError where a setting differs that something in the workdir was made with."""
+def _refuse_differences(workdir, saved, wanted, jobs, free):
+  """Raises UserError where a setting differs that something in the workdir was made with.
+
+  `free` are sections from which nothing there was made.
+  """
   judges = {job.name: is_bound(workdir, job) for job in jobs if job.judges}
-  free = {*FREE, *(name for name, judged in judges.items() if not judged)}
+  free = {*FREE, *free, *(name for name, judged in judges.items() if not judged)}
   differ, owners = {}, set()
   for key in sorted(saved.keys() | wanted.keys()):
     there, now = (config.get(key, ADDED.get(key, ABSENT)) for config in (saved, wanted))
@@ -326,12 +305,6 @@ def _lock_path(workdir, job):
 
 def _section(key):
   return key.partition('.')[0]
-
-
-def keep_compiled(workdir: pathlib.Path) -> None:
-  """Keeps compiled programs in the workdir, unless JAX_COMPILATION_CACHE_DIR names a place."""
-  if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
-    jax.config.update('jax_compilation_cache_dir', str(workdir / COMPILED))
 
 
 class Busy(UserError):

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from palm_jax import experience, workdir
-from palm_jax.base import checks
+from palm_jax.base import checks, programs
 from palm_jax.base.checkpoints import load_item
 from palm_jax.base.errors import UserError
 from palm_jax.base.results import read_result
@@ -62,8 +62,8 @@ def of_config(root):
 
 
 def of_programs(root):
-  workdir._remove_damaged_programs(root / workdir.COMPILED)
-  return sorted(path.name for path in (root / workdir.COMPILED).glob('*-cache'))
+  programs.remove_damaged(root / programs.FOLDER)
+  return sorted(path.name for path in (root / programs.FOLDER).glob('*-cache'))
 
 
 def readers(root):
@@ -86,7 +86,7 @@ def readers(root):
     (path, lambda root: [*experience.read(root / 'pretrain' / 'experience')])
     for path in (root / 'pretrain' / 'experience').glob('*.npz')
   ]
-  found += [(path, of_programs) for path in (root / workdir.COMPILED).glob('*-cache')]
+  found += [(path, of_programs) for path in (root / programs.FOLDER).glob('*-cache')]
   return found
 
 
@@ -112,7 +112,7 @@ def trial(root, there, rng):
   name = path.relative_to(root)
   wanted = reader(root)
   whole = path.read_bytes()
-  known = root / workdir.COMPILED / workdir.DIGESTS
+  known = root / programs.FOLDER / programs.DIGESTS
   digests = known.read_bytes() if known.exists() else b''
   done = damage(path, rng)
   try:

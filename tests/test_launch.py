@@ -128,6 +128,7 @@ def local(place, *arguments, **environment):
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
+    preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup ignores it
   )
 
 

@@ -188,7 +188,7 @@ def contents(folder):
     (
       'pretrain',
       dict(replay__num_shards=4),
-      ['replay.num_shards=4', 'devices=8', 'set replay.num_shards to 8'],
+      ['replay.num_shards=4', 'shared by 8 devices: take 1, 2, 4 of them', 'set it to 8'],
     ),
     (
       'pretrain',

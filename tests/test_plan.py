@@ -108,6 +108,9 @@ def test_activations_of_each_objective_are_counted(objective):
   found = cost.activation_bytes(config, generator, state.ssl, 1)
   pictures = 2 * config.pretrain.batch_size * np.prod(program.setup.image_shape)
   assert 4 * pictures < found < 4000 * pictures
+  config.pretrain.batch_size *= 2
+  doubled = cost.activation_bytes(config, generator, state.ssl, 1)
+  assert found * 1.8 < doubled < found * 2.2
 
 
 def test_what_is_drawn_at_once_is_counted():

@@ -249,6 +249,31 @@ def test_a_share_of_labels_is_of_its_own_images(run, monkeypatch, method):
   np.testing.assert_array_equal(labels, y[rows])
 
 
+@pytest.mark.parametrize(
+  'changes, memory, words',
+  [
+    (dict(methods=('sgd',)), 1 << 10, 'probe.sgd: the training images'),
+    (dict(methods=('sgd',), augment='none'), 1 << 10, None),
+    (dict(methods=('lbfgs', 'knn')), 1 << 10, None),
+    (dict(methods=('supervised',)), 1 << 10, 'probe.supervised: the training images'),
+    (dict(methods=('finetune',), label_fractions=(0.01,)), None, 'leave 1 images for 2 devices'),
+    (dict(methods=('lbfgs',), label_fractions=(0.01,)), None, None),
+  ],
+)
+def test_what_sgd_cannot_hold_is_said_before_any_job(run, monkeypatch, changes, memory, words):
+  c, workdir, data = run
+  c = c.copy_and_resolve_references()
+  c.probe.sgd.augment = changes.pop('augment', 'crop_flip')
+  c.probe.update(changes)
+  if memory:
+    monkeypatch.setattr(devices, 'memory_bytes', lambda mesh: memory)
+  this = Run(c, workdir, devices.make_mesh(2), data)
+  if words is None:
+    return probe.check_data(this)
+  with pytest.raises(UserError, match=words):
+    probe.check_data(this)
+
+
 def test_pixels_wait_for_methods_that_have_them(run, results, tmp_path, monkeypatch):
   c, workdir, data = run
   c = c.copy_and_resolve_references()

@@ -475,7 +475,7 @@ def test_several_commands_share_the_runs(ends, tmp_path, monkeypatch):
     return True
 
   monkeypatch.setattr(study, '_run_jobs', run_jobs)
-  monkeypatch.setattr(study, '_line', lambda *_: [])
+  monkeypatch.setattr(study, '_line', lambda *_: dict(run=''))
   monkeypatch.setattr(study.numbers, 'write_lines', lambda path, lines: None)
   seen = []
   monkeypatch.setattr(study, '_results', lambda c, runs, lines: seen.append(lines) or {})

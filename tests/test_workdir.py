@@ -1,5 +1,6 @@
 """A workdir is one config's and one command's, and what killed commands left is removed."""
 
+import errno
 import fcntl
 import json
 import os
@@ -13,7 +14,7 @@ import pytest
 
 from palm_jax import runner
 from palm_jax import workdir as workdirs
-from palm_jax.base import files, signals
+from palm_jax.base import files, programs, signals
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import replacing, scratch
 from tests.worlds import tiny_config
@@ -170,6 +171,33 @@ def test_an_evaluation_at_work_holds_its_section(tmp_path):
   claim(tmp_path, **{'probe.knn_k': 7})
 
 
+def test_data_may_be_named_when_nothing_has_read_any(tmp_path):
+  """As where a pretraining plays in a given generator, and is judged later."""
+  given = {'generator.path': 'x.pkl'}
+  claim(tmp_path, **given)
+  (tmp_path / 'pretrain').mkdir()
+  claim(tmp_path, **given, **{'data.name': 'mine'})
+  assert saved(tmp_path)['data']['name'] == 'mine'
+  (tmp_path / 'results').mkdir()
+  (tmp_path / 'results' / 'probe.json').write_text('{}')
+  with pytest.raises(UserError, match='data.name: mine there, other now'):
+    claim(tmp_path, **given, **{'data.name': 'other'})
+  (tmp_path / 'results' / 'probe.json').unlink()
+  (tmp_path / 'generator').mkdir()
+  with pytest.raises(UserError, match='data.name: mine there, other now'):
+    claim(tmp_path, **given, **{'data.name': 'other'})
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
+  def no_locks(*_):
+    raise OSError(errno.ENOLCK, 'No locks available')
+
+  monkeypatch.setattr(files.fcntl, 'flock', no_locks)
+  with files.locked(tmp_path / 'lock') as mine:
+    assert mine
+  assert 'this file system has no locks (No locks available)' in caplog.text
+
+
 def test_the_folder_of_a_study_with_runs_is_not_taken_back(tmp_path):
   claim(tmp_path)
   claim(tmp_path / 'arm' / 'seed0')
@@ -271,7 +299,7 @@ def test_a_config_that_was_removed_is_written_again(tmp_path):
 
 
 def test_compiled_programs_that_are_not_whole_are_removed(tmp_path):
-  folder = tmp_path / workdirs.COMPILED
+  folder = tmp_path / programs.FOLDER
   folder.mkdir()
   whole = zlib.compress(b'program' * 1000)
   for name, content in (('a', whole), ('b', whole[:-5]), ('c', b''), ('d', whole)):

@@ -218,7 +218,12 @@ def locked(path: str | os.PathLike, patience: float = 0.0) -> Iterator[bool]:
             with contextlib.suppress(PermissionError):  # Windows removes no file that is open
               path.unlink(missing_ok=True)
         return
-    logging.log_every_n_seconds(logging.INFO, '%s is held by another command: waiting', 30, path)
+    logging.log_every_n_seconds(
+      logging.INFO,
+      '%s is held by another command: waiting (where that ended with its machine, remove the file)',
+      30,
+      path,
+    )
     time.sleep(min(1.0, patience))
 
 
@@ -240,8 +245,17 @@ def _lock(path, file):
     return os.path.samestat(path.stat(), os.fstat(file.fileno()))
   except (BlockingIOError, FileNotFoundError):  # another has it, or took it away just now
     return False
-  except OSError:
-    return fcntl is not None  # msvcrt says PermissionError where another has it
+  except OSError as e:
+    if fcntl is None:
+      return False  # msvcrt says PermissionError where another has it
+    logging.log_first_n(
+      logging.WARNING,
+      '%s: this file system has no locks (%s): let no other command work there',
+      1,
+      path.parent,
+      e.strerror,
+    )
+    return True
 
 
 def as_json(obj: Any) -> Any:

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -42,6 +43,9 @@ PASSING = (
   errno.ENOTCONN,
   errno.EHOSTDOWN,
 )
+
+
+SEEN_SECONDS = 120  # after which a folder that one machine has written is seen by all
 
 
 class Damaged(Exception):
@@ -116,6 +120,7 @@ def _load(folder, step, make_templates):
       f'{path} is a checkpoint of another config: {misfit}: '
       'choose another --workdir, or go back to its config'
     )
+  _await(path)
   items = _read_items(path, templates)
   reason = digests.difference(items, record['items'])
   if any_process(reason):
@@ -142,6 +147,19 @@ def _read_record(path):
   if any_process(reason):
     raise Damaged(reason or 'the first process cannot read it')
   return from_first(record)
+
+
+def _await(path):
+  """Waits until this process sees what the first one has read.
+
+  File servers show each machine a new folder up to a minute later, and what is not seen yet is no
+  damage.
+  """
+  deadline = time.monotonic() + SEEN_SECONDS
+  while not (seen := path.is_dir()) and time.monotonic() < deadline:
+    time.sleep(0.5)
+  unseen = FileNotFoundError(errno.ENOENT, 'the first process sees it')
+  _refuse_passing(path, None if seen else unseen)
 
 
 def _read_items(path, templates):

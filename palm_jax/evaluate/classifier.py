@@ -21,7 +21,7 @@ from palm_jax.augment import make_augment
 from palm_jax.base import checks, devices, digests
 from palm_jax.base.errors import NonFiniteError, UserError
 from palm_jax.base.files import locked
-from palm_jax.base.processes import is_first
+from palm_jax.base.processes import any_process, is_first
 from palm_jax.base.training import Training
 from palm_jax.data.arrays import Split
 from palm_jax.encoder import make_encoder
@@ -135,8 +135,11 @@ def _alone(folder):
   folder.parent.mkdir(parents=True, exist_ok=True)
   path = folder.with_name(f'.{folder.name}.lock')
   first = is_first() and os.access(folder.parent, os.W_OK)
-  with locked(path, math.inf) if first else contextlib.nullcontext():
-    yield
+  while True:  # all processes meet now and then: none waits too long for the others' devices
+    with locked(path, 60.0) if first else contextlib.nullcontext(True) as mine:
+      if not any_process(not mine):
+        yield
+        return
 
 
 def _initial(network, image_shape, seed, mesh, start):

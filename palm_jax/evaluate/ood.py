@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from palm_jax.base import checks, devices, digests
 from palm_jax.base.errors import UserError
 from palm_jax.base.metrics import Progress
+from palm_jax.data.arrays import Split
 from palm_jax.data.published import fetch_missing
 from palm_jax.evaluate import classifier, features, linear, preconditions, sgd, table_1
 from palm_jax.evaluate.features import Encoder
@@ -90,6 +91,23 @@ def check(config: ConfigDict, num_devices: int) -> None:
     sgd.check(c.finetune, 'ood.finetune', num_devices)
 
 
+def pictures(config: ConfigDict, test: Split) -> dict[str, tuple[np.ndarray, str]]:
+  """{name: (images (N, H, W, C) uint8, how they were made)} of config.ood.sets.
+
+  They are resized as the data were.
+
+  Args:
+    config: the whole config.
+    test: the data's test images.
+
+  Raises:
+    UserError: an unreadable set, or two of one name.
+  """
+  lanczos, folder = bool(config.data.get('size', 0)), config.data.dir or None
+  sources = named_sources(config.ood.sets)
+  return {name: image_set(source, test, folder, lanczos) for name, source in sources.items()}
+
+
 def download(config: ConfigDict) -> None:
   """Fetches the published sets among config.ood.sets that are missing.
 
@@ -116,10 +134,7 @@ def run(this: Run) -> dict[str, Any]:
     UserError: an unreadable set, no encoder, or one of other images.
   """
   started, config, data = time.monotonic(), this.config, this.data
-  sources = named_sources(config.ood.sets)
-  lanczos = bool(config.data.get('size', 0))  # as the data were resized
-  folder = config.data.dir or None
-  sets = {name: image_set(x, data.test, folder, lanczos) for name, x in sources.items()}
+  sets = pictures(config, data.test)
   images = dict(train=data.train.images, test=data.test.images)
   images |= {f'ood_{name}': found for name, (found, _) in sets.items()}
   foreign = load_foreign(config, {name: len(found) for name, found in images.items()})
@@ -142,7 +157,7 @@ def run(this: Run) -> dict[str, Any]:
     rows=rows,
     accuracy={name: summary(values) for name, values in accuracies.items()},
     **(dict(paper=paper) if paper else {}),
-    protocol=_protocol(config, data, sources, sets, fitted),
+    protocol=_protocol(config, data, sets, fitted),
     **devices.describe(this.mesh),
     seconds=time.monotonic() - started,
   )
@@ -274,11 +289,11 @@ def summary(values: list[float]) -> dict[str, Any]:
   return dict(mean=float(np.mean(values)), sd=sd, values=values)
 
 
-def _protocol(config, data, sources, sets, fitted):
+def _protocol(config, data, sets, fitted):
   """Every setting that made the numbers."""
   c = config.ood
   described = {}
-  for name, source in sources.items():
+  for name, source in named_sources(c.sets).items():
     images, description = sets[name]
     described[name] = dict(
       source=source,

@@ -1,6 +1,7 @@
 """What jobs that judge ask of the config and of the data."""
 
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -82,4 +83,14 @@ def check_generator(generator: Any, path: str | pathlib.Path, data: Data) -> Non
       f'the generator of {path} makes images of {tuple(generator.image_shape)} in '
       f'{generator.num_classes} classes, but the data are {shape} in {num_classes} '
       f'({data.source}): give the data it was trained on'
+    )
+
+
+def check_one_a_device(this: Run, share: float, methods: Collection[str]) -> None:
+  """Raises UserError where a share of the training images leaves SGD less than one a device."""
+  count, devices = int(share * len(this.data.train.images)), this.mesh.size
+  if methods and count < devices:
+    raise UserError(
+      f'probe.label_fractions leave {count} images for {devices} devices, and {", ".join(methods)} '
+      'need one a device: raise them, or take fewer devices'
     )

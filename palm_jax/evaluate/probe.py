@@ -109,6 +109,10 @@ def check_data(this: Run) -> None:
     preconditions.check_examples(this, 'lbfgs' in c.methods, held_out)
   for name in c.corruptions:
     corruptions.check(name, min(this.data.test.images.shape[1:3]))
+  preconditions.check_one_a_device(this, min(c.label_fractions), set(BY_SGD) & set(c.methods))
+  for method in BY_SGD:
+    if method in c.methods and (method != 'sgd' or c.sgd.augment != 'none'):
+      sgd.check_room(this.data.train.images, this.mesh, f'probe.{method}')
 
 
 class Images(NamedTuple):

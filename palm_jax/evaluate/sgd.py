@@ -71,6 +71,16 @@ def make_optimizer(
   )
 
 
+def check_room(inputs: np.ndarray, mesh: Mesh, name: str) -> None:
+  """Raises UserError where a device cannot hold the training images, or their features."""
+  devices.check_fits(
+    inputs.nbytes,
+    mesh,
+    f'{name}: the training images, or their features, take',
+    "lower data.size, leave the method out, or set its augment to 'none', which takes features",
+  )
+
+
 def fit_heads(
   source: np.ndarray | tuple[Encoder, np.ndarray],
   labels: np.ndarray,
@@ -122,12 +132,7 @@ def fit_heads(
   represent = functools.partial(_represent, encoder, make_augment(c.augment))
   params = _initial(seeds, _width(represent, variables, inputs), num_classes)
   carry = devices.replicate(mesh, (params, optimizer.init(params)))
-  devices.check_fits(
-    inputs.nbytes,
-    mesh,
-    f'{name}: the training images, or their features, take',
-    "lower data.size, leave the method out, or set its augment to 'none', which takes features",
-  )
+  check_room(inputs, mesh, name)
   fixed = devices.replicate(mesh, (variables, inputs, np.asarray(labels, np.int32)))
   epoch = _compile_epoch(represent, optimizer, seeds, mesh)
   progress = Progress(name, c.epochs, 'epochs')

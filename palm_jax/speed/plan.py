@@ -117,9 +117,10 @@ def estimate(config: ConfigDict, generator: PictureGenerator, num_devices: int) 
     num_devices: of the plan.
 
   Returns:
-    parameters {part: count}; bytes {part: on each device}; flops {part: an iteration, on each
-    device} and their sum flops_per_iteration, in matrix products and convolutions; num_devices,
-    env_steps, iterations, env_steps_per_iteration, ring_frames, picture (H, W, C) and settings.
+    parameters {part: count}; bytes {part: on each device}; checkpoint, its bytes; flops {part: an
+    iteration, on each device} and their sum flops_per_iteration, in matrix products and
+    convolutions; num_devices, env_steps, iterations, env_steps_per_iteration, ring_frames,
+    picture (H, W, C) and settings.
 
   Raises:
     UserError: settings that cannot work.
@@ -160,6 +161,7 @@ def estimate(config: ConfigDict, generator: PictureGenerator, num_devices: int) 
       networks=cost.nbytes((world, state.ssl, state.agent)),
       **cost.working_bytes(config, generator, state.ssl, num_devices),
     ),
+    checkpoint=cost.nbytes(state),
     flops=flops,
     flops_per_iteration=sum(flops.values()),
     settings=workload.settings(config),
@@ -236,6 +238,8 @@ def table(r: dict[str, Any]) -> str:
       f'{listed(r["bytes"], size)}',
       f'  replay            {r["ring_frames"]:,} frames, '
       f'{min(r["ring_frames"] / r["env_steps"], 1):.1%} of the run',
+      f'  disk              {size(r["checkpoint"])} a checkpoint, two are kept, and a third while '
+      'it is written',
       f'  GFLOP an iteration and device: {listed(r["flops"], gflop)}; {gflop(per_step)} '
       'an env step',
       f'  time              {r["hours"]:.3g} h, without training a generator, at '

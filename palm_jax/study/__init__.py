@@ -14,11 +14,11 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from palm_jax import workdir as workdirs
-from palm_jax.base import checks, devices
+from palm_jax.base import checks, devices, programs
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import user_path
 from palm_jax.base.metrics import Progress
-from palm_jax.base.processes import is_first
+from palm_jax.base.processes import from_first, is_first
 from palm_jax.base.results import write_result
 from palm_jax.job import Job, Run, Runner, never
 from palm_jax.study import figure, numbers
@@ -165,7 +165,7 @@ def run(this: Run) -> dict | None:
   base = base_config(config, place).copy_and_resolve_references()
   base.generator.path = config.generator.path
   runner.claim(workdir, base)
-  workdirs.keep_compiled(place)
+  programs.keep(place)
   if not base.generator.path and not _run_jobs(this, base, place / GENERATOR, ('generator',)):
     return None
 
@@ -260,7 +260,8 @@ def _unread(runner, config, folder, jobs):
     return set(sections) - {'data', 'generator'}
   found = [runner.find(name) for name in runner.names() if name in config]
   judged = [job.name for job in found if job.judges and workdirs.is_bound(folder, job)]
-  return set(judged) - {*jobs, *(runner.find(name).judges_with for name in jobs)}
+  unread = set(judged) - {*jobs, *(runner.find(name).judges_with for name in jobs)}
+  return set(from_first(sorted(unread)))  # others may judge at any moment
 
 
 def _line(study, reading, arm_run, place):
