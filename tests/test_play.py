@@ -351,6 +351,9 @@ def test_the_trained_agent_acts_as_in_its_run(run, monkeypatch):
   workdir, program, encoder, policy = run
   monkeypatch.setattr(worlds, 'load_world_generator', lambda config, workdir: LargeGenerator())
   monkeypatch.setattr(game, 'POINTS', 8)
+  config = json.loads((workdir / 'config.json').read_text())
+  config['reward']['kind'] = 'mine'  # of someone's own config file, which nobody reads here
+  (workdir / 'config.json').write_text(json.dumps(config))
   opened = load.load_game(workdir=workdir)
   assert opened.players == ('person', 'random', 'trained') and not opened.about['trained']
   one = session.Session(opened, 5)

@@ -138,6 +138,8 @@ def load_agent(
   if source is None or not source.learns_policy:
     return (), f'{workdir} has no agent: its pairs are of pairs.source={config.pairs.source}.'
   mesh = devices.make_mesh(1)
+  if config.reward.kind not in (*reward.OF_FEATURES, *reward.LEARNED):
+    config.reward.kind = reward.default_config().kind  # someone's own; who only acts needs none
   try:
     program = pretrain.make_program(config, generator, mesh)
     template = play.policy_template(program, mesh)
