@@ -93,7 +93,7 @@ fi
 
 @pytest.fixture
 def place(tmp_path):
-  """A working folder with the stand-ins; returns (folder, environment)."""
+  """A working folder with the stand-ins -> (folder, environment), which SIGHUP ends."""
   (tmp_path / 'palm_jax').mkdir()
   (tmp_path / 'palm_jax' / 'main.py').write_text(MAIN)
   (tmp_path / 'bin').mkdir()
@@ -104,7 +104,9 @@ def place(tmp_path):
   env = {
     name: value for name, value in os.environ.items() if not name.startswith(('SLURM_', 'JAX_'))
   }
-  return tmp_path, dict(env, PATH=f'{tmp_path / "bin"}:{env["PATH"]}', PYTHONPATH='')
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
+  yield tmp_path, dict(env, PATH=f'{tmp_path / "bin"}:{env["PATH"]}', PYTHONPATH='')
+  signal.signal(signal.SIGHUP, before)
 
 
 def wait_for(*paths):
@@ -128,7 +130,6 @@ def local(place, *arguments, **environment):
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
-    preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup ignores it
   )
 
 
