@@ -225,11 +225,8 @@ def packed_headers_that_ask_for_memory(tmp, _):
 @refused(tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME)
 def packed_headers_that_ask_for_memory_when_unpacked(tmp, kind):
   header = tarfile.TarInfo('x')
-  header.type, header.size = kind, 1 << 29  # half a MB on the disk
-  with gzip.open(tmp / 'x.tar.gz', 'wb') as file:
-    file.write(header.tobuf(tarfile.GNU_FORMAT))
-    for _ in range(1 << 9):
-      file.write(bytes(1 << 20))
+  header.type, header.size = kind, 1 << 29  # of zeros, half a MB on the disk
+  (tmp / 'x.tar.gz').write_bytes(gzip.compress(header.tobuf(tarfile.GNU_FORMAT) + bytes(1 << 20)))
   return tmp / 'x.tar.gz', 'damaged or not a .tar.gz .*536,870,912 bytes in one piece'
 
 
