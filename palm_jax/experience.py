@@ -144,15 +144,10 @@ def world_digest(generator: Any) -> str:
 
   What `views.w_latents` measures of it is left out: its last bits depend on the device.
   """
-  return digest(given_variables(generator), {})
-
-
-def given_variables(generator: Any) -> Any:
-  """The generator's variables without what `views.w_latents` measures of it."""
   variables = generator.variables
   if isinstance(variables, Mapping) and 'root' in variables:
-    return {'w': variables['generator']}
-  return variables
+    variables = {'w': variables['generator']}
+  return digest(variables, {})
 
 
 def is_world_of(generator: Any, sha256: str) -> bool:

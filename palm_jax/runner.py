@@ -125,10 +125,11 @@ def run(
   before = workdirs.is_claimed(workdir)
   if any(each.claims for each in jobs):
     claim(workdir, config)
-    workdirs.check_shared(workdir)
     programs.keep(workdir)
     logging.info('%s: %d %s device(s)', workdir, mesh.size, mesh.devices.flat[0].platform)
   try:
+    if any(each.claims for each in jobs):
+      workdirs.check_shared(workdir)
     return _run_in_order(jobs, this, patience)
   except UserError:
     if not before:

@@ -229,8 +229,7 @@ def _reads_data(workdir, now, jobs):
   """Whether anything there was, or is being, made from the data of the config."""
   config = ConfigDict(now)
   return any(
-    (is_bound(workdir, job) or (not job.judges and (workdir / job.name).exists()))
-    and job.needs_data(config)
+    (is_bound(workdir, job) or (workdir / job.name).exists()) and job.needs_data(config)
     for job in jobs
   )
 
@@ -293,7 +292,11 @@ def _refuse_differences(workdir, saved, wanted, jobs, free):
     advice += f' (--config.generator.path={workdir} plays in the generator of this one)'
   advice += ', or go back to its config'
   if owners <= judges.keys():
-    advice += ', or delete ' + ' and '.join(f'results/{name}.json' for name in sorted(owners))
+    done = {job.name for job in jobs if result_path(workdir, job).exists()}
+    if results := [f'results/{name}.json' for name in sorted(owners & done)]:
+      advice += f', or delete {" and ".join(results)}'
+    if owners - done:
+      advice += f', or wait for the end of {" and ".join(sorted(owners - done))}'
   raise UserError(
     f'{workdir} was made with another config ({"; ".join(differ.values())}): {advice}'
   )

@@ -480,7 +480,7 @@ def deep_colour(tmp, suffix):
     content = bytearray(encode(Image.new('RGB', (8, 8))))
     content[24] = 16  # bits a channel
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, 'big')
-  return odd(tmp, f'odd.{suffix}', bytes(content)), 'has 16 bits a channel, expected 8'
+  return odd(tmp, f'odd.{suffix}', bytes(content)), 'has more than 8 bits a channel, expected 8'
 
 
 @refused('GIF', 'WEBP', 'TIFF', 'PNG')

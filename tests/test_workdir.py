@@ -165,7 +165,7 @@ def test_an_evaluation_at_work_holds_its_section(tmp_path):
   claim(tmp_path, **{'probe.knn_k': 5})
   with (tmp_path / '.probe.lock').open('w') as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match='probe.knn_k: 5 there, 7 now'):
+    with pytest.raises(UserError, match='probe.knn_k: 5 there, 7 now.*wait for the end of probe'):
       claim(tmp_path, **{'probe.knn_k': 7})
     claim(tmp_path, **{'probe.knn_k': 5})
   claim(tmp_path, **{'probe.knn_k': 7})

@@ -101,7 +101,7 @@ def read_header(file: str | os.PathLike | Source) -> Header:
       f'{source.where} has pixels of type {header.mode}, expected 8 bits a channel; convert it'
     )
   if deep:  # Pillow would cut them
-    raise UserError(f'{source.where} has 16 bits a channel, expected 8; convert it')
+    raise UserError(f'{source.where} has more than 8 bits a channel, expected 8; convert it')
   return header
 
 

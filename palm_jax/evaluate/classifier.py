@@ -184,6 +184,12 @@ def plan_passes(c: ConfigDict, num_images: int, mesh: Mesh, name: str) -> Passes
   return Passes(calls, num_images // batch // calls, batch)
 
 
+def check_room(need: float, mesh: Mesh, name: str) -> None:
+  """Raises UserError where a device cannot hold training images of so many bytes."""
+  remedy = 'lower data.size, or leave out what trains an encoder on labels'
+  devices.check_fits(need, mesh, f'{name}: the training images take', remedy)
+
+
 def train(
   network: Classifier,
   variables: Any,
@@ -203,9 +209,7 @@ def train(
   """
   sgd.check(c, name)
   passes = plan_passes(c, len(split.images), mesh, name)
-  need = split.images.nbytes
-  remedy = 'lower data.size, or leave out what trains an encoder on labels'
-  devices.check_fits(need, mesh, f'{name}: the training images take', remedy)
+  check_room(split.images.nbytes, mesh, name)
   optimizer = sgd.make_optimizer(c, passes.calls * passes.steps, nesterov=True)
   call = make_call(network, optimizer, make_augment(c.augment), mesh)
   everywhere = NamedSharding(mesh, P())

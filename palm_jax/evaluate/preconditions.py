@@ -87,8 +87,11 @@ def check_generator(generator: Any, path: str | pathlib.Path, data: Data) -> Non
 
 
 def check_one_a_device(this: Run, share: float, methods: Collection[str]) -> None:
-  """Raises UserError where a share of the training images leaves SGD less than one a device."""
-  count, devices = int(share * len(this.data.train.images)), this.mesh.size
+  """Raises UserError where a share of the labels leaves SGD less than one image a device."""
+  of_class = np.bincount(this.data.train.labels)
+  # As labels.nested_rows draws them.
+  count = int(np.maximum(2, np.round(share * of_class[of_class > 0])).sum())
+  devices = this.mesh.size
   if methods and count < devices:
     raise UserError(
       f'probe.label_fractions leave {count} images for {devices} devices, and {", ".join(methods)} '

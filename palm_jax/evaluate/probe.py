@@ -110,9 +110,11 @@ def check_data(this: Run) -> None:
   for name in c.corruptions:
     corruptions.check(name, min(this.data.test.images.shape[1:3]))
   preconditions.check_one_a_device(this, min(c.label_fractions), set(BY_SGD) & set(c.methods))
-  for method in BY_SGD:
-    if method in c.methods and (method != 'sgd' or c.sgd.augment != 'none'):
-      sgd.check_room(this.data.train.images, this.mesh, f'probe.{method}')
+  need = max(c.label_fractions) * this.data.train.images.nbytes
+  for method in {*BY_SGD} & {*c.methods}:
+    if method != 'sgd' or c.sgd.augment != 'none':
+      check_room = (sgd if method == 'sgd' else classifier).check_room
+      check_room(need, this.mesh, f'probe.{method}')
 
 
 class Images(NamedTuple):

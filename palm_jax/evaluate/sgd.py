@@ -71,10 +71,10 @@ def make_optimizer(
   )
 
 
-def check_room(inputs: np.ndarray, mesh: Mesh, name: str) -> None:
-  """Raises UserError where a device cannot hold the training images, or their features."""
+def check_room(need: float, mesh: Mesh, name: str) -> None:
+  """Raises UserError where a device cannot hold training images, or features, of so many bytes."""
   devices.check_fits(
-    inputs.nbytes,
+    need,
     mesh,
     f'{name}: the training images, or their features, take',
     "lower data.size, leave the method out, or set its augment to 'none', which takes features",
@@ -132,7 +132,7 @@ def fit_heads(
   represent = functools.partial(_represent, encoder, make_augment(c.augment))
   params = _initial(seeds, _width(represent, variables, inputs), num_classes)
   carry = devices.replicate(mesh, (params, optimizer.init(params)))
-  check_room(inputs, mesh, name)
+  check_room(inputs.nbytes, mesh, name)
   fixed = devices.replicate(mesh, (variables, inputs, np.asarray(labels, np.int32)))
   epoch = _compile_epoch(represent, optimizer, seeds, mesh)
   progress = Progress(name, c.epochs, 'epochs')

@@ -177,9 +177,7 @@ def _look(world, dims, params, seeds):
       truncation_psi=params.truncation_psi,
     )
   )
-  # As an episode's first picture: what came before is black.
-  seen = jnp.zeros((len(pictures), *world.image_shape), jnp.uint8)
-  seen = seen.at[..., -pictures.shape[-1] :].set(pictures)
-  features = world.features.apply(params.features, seen)
+  # Of a stack all are the same, as in the goals of `world.make`.
+  features = world.features.apply(params.features, jnp.tile(pictures, world.stack))
   deviation = jnp.maximum(features[len(seeds) :].std(0), 1e-6)
   return dict(features=features[: len(seeds)], z=z), deviation

@@ -248,6 +248,7 @@ def train(
     restored = training.resume({'state': template})
     if restored:
       origins.check(folder, restored.metadata.get('origin'), origin or {})
+      check_tasks(folder, restored.metadata.get('tasks'), tasks)
       state, scalars = restored.items['state'], restored.metadata['metrics']
       returns = restored.metadata['returns']
     else:
@@ -266,6 +267,15 @@ def train(
       if training.should_save:
         training.save({'state': state}, metrics=scalars, returns=returns, origin=dict(origin or {}))
   return dict(returns=returns, seconds=training.seconds)
+
+
+def check_tasks(folder: pathlib.Path, before: str | None, tasks: Tasks) -> None:
+  """Raises UserError where a training of an older version, which knows a digest, had others."""
+  if before and before != digest(jax.device_get(tasks), {}):
+    raise UserError(
+      f'{folder} began with other tasks than there are now (another generator or encoder): give '
+      'those back, or choose another --workdir'
+    )
 
 
 def origin_of(config: ConfigDict, family: LatentGoals) -> dict[str, str]:

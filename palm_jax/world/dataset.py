@@ -40,8 +40,7 @@ WORLD, FEATURES = 'palm_jax_world', 'palm_jax_features'  # digests in a data set
 
 def identity(world: LatentManifold) -> dict[str, str]:
   """{name: digest} of the generator and, where observations are features, of the encoder."""
-  variables = experience.given_variables(world.generator)
-  found = {WORLD: digest(variables, getattr(world.generator, 'changes', {}))}
+  found = {WORLD: digest(world.generator.variables, getattr(world.generator, 'changes', {}))}
   if world.observations == 'features' and world.features is not None:
     found[FEATURES] = digest(world.features.variables, {})
   return found

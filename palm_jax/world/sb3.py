@@ -57,8 +57,10 @@ def make_vec_env(num_envs: int, **settings: Any) -> Any:
       return list(envs.render() or [None] * envs.num_envs)
 
     def get_attr(self, attr_name: str, indices: Any = None):
-      one = f'single_{attr_name}' if attr_name.endswith('_space') else attr_name
-      return [getattr(envs, one) for _ in self._get_indices(indices)]
+      spaces = dict(
+        action_space='single_action_space', observation_space='single_observation_space'
+      )
+      return [getattr(envs, spaces.get(attr_name, attr_name)) for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None):
       setattr(envs, attr_name, value)
