@@ -123,12 +123,13 @@ def run(
     for each in waiting:
       each.check_data(this)
   before = workdirs.is_claimed(workdir)
-  if any(each.claims for each in jobs):
+  claims = any(each.claims for each in jobs)
+  if claims:
     claim(workdir, config)
     programs.keep(workdir)
     logging.info('%s: %d %s device(s)', workdir, mesh.size, mesh.devices.flat[0].platform)
   try:
-    if any(each.claims for each in jobs):
+    if claims:
       workdirs.check_shared(workdir)
     return _run_in_order(jobs, this, patience)
   except UserError:

@@ -6,7 +6,6 @@ import os
 import pathlib
 import re
 import shutil
-import time
 from collections.abc import Collection, Iterator, Sequence
 
 import jax
@@ -15,9 +14,14 @@ from ml_collections import ConfigDict
 
 from palm_jax.base import checks, programs
 from palm_jax.base.errors import UserError, one_line
-from palm_jax.base.files import abandoned, held, locked, user_path, write_json
-from palm_jax.base.processes import any_process, from_first, is_first, together
-from palm_jax.base.steps import SEEN_SECONDS
+from palm_jax.base.files import abandoned, held, locked, seen, user_path, write_json
+from palm_jax.base.processes import (
+  any_process,
+  from_first,
+  is_first,
+  locked_by_first,
+  together,
+)
 from palm_jax.job import Job
 
 PATIENCE = 120  # seconds: so long a file server may hold what a lost machine had
@@ -124,14 +128,11 @@ def claim(
 
 def check_shared(workdir: pathlib.Path) -> None:
   """Raises UserError where a process does not see the config that the first one has written."""
-  deadline = time.monotonic() + SEEN_SECONDS
-  while not (seen := is_claimed(workdir)) and time.monotonic() < deadline:
-    time.sleep(0.5)
   unseen = UserError(
     f'process {jax.process_index()} does not see {workdir / CONFIG}: choose a --workdir that all '
     'processes share'
   )
-  together(None if seen else unseen, f'{workdir} is not shared')
+  together(None if seen(workdir / CONFIG) else unseen, f'{workdir} is not shared')
 
 
 def as_there(workdir: pathlib.Path, config: ConfigDict, sections: Collection[str]) -> ConfigDict:
@@ -323,8 +324,8 @@ def only_one(workdir: pathlib.Path, job: str, patience: float = PATIENCE) -> Ite
       files.
   """
   path = _lock_path(workdir, job)
-  with locked(path, patience) if is_first() else contextlib.nullcontext(True) as mine:
-    if any_process(not mine):
+  with locked_by_first(path, patience) as mine:
+    if not mine:
       raise Busy(
         f'the job {job} of {workdir} is being run by another command: wait for its end or stop '
         f'it, or choose another --workdir (where it ended with its machine, remove {path})'

@@ -48,6 +48,7 @@ REMEDIES = {
   ),
 }
 UNKNOWN = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # to a file system
+SEEN_SECONDS = 120  # after which all machines see what one has written
 
 
 def _part_of(path):
@@ -225,6 +226,19 @@ def locked(path: str | os.PathLike, patience: float = 0.0) -> Iterator[bool]:
       path,
     )
     time.sleep(min(1.0, patience))
+
+
+def seen(path: str | os.PathLike) -> bool:
+  """Whether there is something at a path that another machine has written.
+
+  File servers show each machine what is new up to a minute later: for so long it is waited for.
+  """
+  deadline = time.monotonic() + SEEN_SECONDS
+  while not os.path.exists(path):
+    if time.monotonic() >= deadline:
+      return False
+    time.sleep(0.5)
+  return True
 
 
 def held(path: str | os.PathLike) -> bool:

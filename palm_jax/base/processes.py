@@ -1,5 +1,6 @@
 """The processes of a run: how they find each other, decide together, and end together."""
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -8,7 +9,7 @@ import socket
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -19,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from palm_jax.base.devices import make_mesh, share_machine
 from palm_jax.base.errors import UserError
+from palm_jax.base.files import locked
 
 # A process that is silent for so long is taken for dead, and all others end. JAX's 100 s would
 # spend more of a pod's time.
@@ -76,6 +78,13 @@ def together(error: UserError | None, what: str) -> None:
   """
   if any_process(error):
     raise error or UserError(f'{what}: another process says why')
+
+
+@contextlib.contextmanager
+def locked_by_first(path: str | os.PathLike, patience: float) -> Iterator[bool]:
+  """`files.locked` for all processes, which the first one holds: yields the same in all."""
+  with locked(path, patience) if is_first() else contextlib.nullcontext(True) as mine:
+    yield not any_process(not mine)
 
 
 def first_then_all(prepare: Callable[[], None], what: str) -> None:

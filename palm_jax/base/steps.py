@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 from palm_jax.base import digests
 from palm_jax.base.errors import UserError
+from palm_jax.base.files import seen
 from palm_jax.base.processes import any_process, from_first, is_first
 from palm_jax.base.signals import raise_if_interrupted
 
@@ -43,9 +43,6 @@ PASSING = (
   errno.ENOTCONN,
   errno.EHOSTDOWN,
 )
-
-
-SEEN_SECONDS = 120  # after which a folder that one machine has written is seen by all
 
 
 class Damaged(Exception):
@@ -120,7 +117,9 @@ def _load(folder, step, make_templates):
       f'{path} is a checkpoint of another config: {misfit}: '
       'choose another --workdir, or go back to its config'
     )
-  _await(path)
+  # What this process does not see yet is no damage.
+  unseen = FileNotFoundError(errno.ENOENT, 'the first process sees it')
+  _refuse_passing(path, None if seen(path) else unseen)
   items = _read_items(path, templates)
   reason = digests.difference(items, record['items'])
   if any_process(reason):
@@ -147,19 +146,6 @@ def _read_record(path):
   if any_process(reason):
     raise Damaged(reason or 'the first process cannot read it')
   return from_first(record)
-
-
-def _await(path):
-  """Waits until this process sees what the first one has read.
-
-  File servers show each machine a new folder up to a minute later, and what is not seen yet is no
-  damage.
-  """
-  deadline = time.monotonic() + SEEN_SECONDS
-  while not (seen := path.is_dir()) and time.monotonic() < deadline:
-    time.sleep(0.5)
-  unseen = FileNotFoundError(errno.ENOENT, 'the first process sees it')
-  _refuse_passing(path, None if seen else unseen)
 
 
 def _read_items(path, templates):

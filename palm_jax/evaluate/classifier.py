@@ -20,8 +20,7 @@ from ml_collections import ConfigDict
 from palm_jax.augment import make_augment
 from palm_jax.base import checks, devices, digests
 from palm_jax.base.errors import NonFiniteError, UserError
-from palm_jax.base.files import locked
-from palm_jax.base.processes import any_process, is_first
+from palm_jax.base.processes import from_first, locked_by_first
 from palm_jax.base.training import Training
 from palm_jax.data.arrays import Split
 from palm_jax.encoder import make_encoder
@@ -134,10 +133,12 @@ def _alone(folder):
   """Holds a training: two jobs of a workdir may ask for the same, and who waits finds it there."""
   folder.parent.mkdir(parents=True, exist_ok=True)
   path = folder.with_name(f'.{folder.name}.lock')
-  first = is_first() and os.access(folder.parent, os.W_OK)
+  if not from_first(os.access(folder.parent, os.W_OK)):  # it is complete, and only read
+    yield
+    return
   while True:  # all processes meet now and then: none waits too long for the others' devices
-    with locked(path, 60.0) if first else contextlib.nullcontext(True) as mine:
-      if not any_process(not mine):
+    with locked_by_first(path, 60.0) as mine:
+      if mine:
         yield
         return
 

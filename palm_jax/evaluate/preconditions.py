@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from palm_jax.base.errors import UserError
 from palm_jax.base.files import user_path
 from palm_jax.data.arrays import Data
+from palm_jax.evaluate.labels import nested_rows
 from palm_jax.job import Run
 
 
@@ -88,10 +89,7 @@ def check_generator(generator: Any, path: str | pathlib.Path, data: Data) -> Non
 
 def check_one_a_device(this: Run, share: float, methods: Collection[str]) -> None:
   """Raises UserError where a share of the labels leaves SGD less than one image a device."""
-  of_class = np.bincount(this.data.train.labels)
-  # As labels.nested_rows draws them.
-  count = int(np.maximum(2, np.round(share * of_class[of_class > 0])).sum())
-  devices = this.mesh.size
+  count, devices = len(nested_rows(this.data.train.labels, share, (0,))), this.mesh.size
   if methods and count < devices:
     raise UserError(
       f'probe.label_fractions leave {count} images for {devices} devices, and {", ".join(methods)} '

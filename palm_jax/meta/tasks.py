@@ -177,7 +177,6 @@ def _look(world, dims, params, seeds):
       truncation_psi=params.truncation_psi,
     )
   )
-  # Of a stack all are the same, as in the goals of `world.make`.
-  features = world.features.apply(params.features, jnp.tile(pictures, world.stack))
+  features = world.look(params, pictures)
   deviation = jnp.maximum(features[len(seeds) :].std(0), 1e-6)
   return dict(features=features[: len(seeds)], z=z), deviation

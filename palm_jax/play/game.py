@@ -313,11 +313,11 @@ def _real(world, params, data):
   # Not sorted: where not all are looked at, sets that lie by class would show the first ones.
   rows = np.random.default_rng(0).permutation(len(data.train.images))[:REAL]
   images = data.train.images[rows]
-  look, found, began = jax.jit(world.features.apply), [], None
+  look, found, began = jax.jit(world.look), [], None
   for at in range(0, len(images), BATCH):
-    batch = np.tile(images[at : at + BATCH], (1, 1, 1, world.stack))
+    batch = images[at : at + BATCH]
     short = BATCH - len(batch)
-    h = look(params.features, np.pad(batch, ((0, short), (0, 0), (0, 0), (0, 0))))
+    h = look(params, np.pad(batch, ((0, short), (0, 0), (0, 0), (0, 0))))
     found.append(np.asarray(h)[: len(batch)])
     began = began or time.monotonic()
     if at >= LEAST and time.monotonic() - began > PATIENCE:

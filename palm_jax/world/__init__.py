@@ -203,12 +203,8 @@ def _goal(world, params, goal):
   channels = world.generator.image_shape[-1]
 
   @jax.jit
-  def look(params, pictures):
-    return world.features.apply(params.features, jnp.tile(pictures, world.stack))
-
-  @jax.jit
   def random_features(params, keys):
-    return look(params, blind.reset_all(keys, params)[0][..., -channels:])
+    return world.look(params, blind.reset_all(keys, params)[0][..., -channels:])
 
   if isinstance(goal, int):
     z, label = goal_latent(world, goal)
@@ -216,7 +212,9 @@ def _goal(world, params, goal):
     goal = jax.jit(world.picture)(params, z, label)
   keys = jax.random.split(jax.random.key(0), CENTER)
   found = [random_features(params, keys[at : at + AT_ONCE]) for at in range(0, CENTER, AT_ONCE)]
-  return dict(features=look(params, goal[None])[0], center=jnp.concatenate(found).mean(0))
+  return dict(
+    features=jax.jit(world.look)(params, goal[None])[0], center=jnp.concatenate(found).mean(0)
+  )
 
 
 def register() -> None:

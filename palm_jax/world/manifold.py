@@ -131,6 +131,11 @@ class LatentManifold:
     )
     return to_uint8(images)[0]
 
+  def look(self, params: Params, pictures: jax.Array) -> jax.Array:
+    """Features (N, F) of pictures (N, H, W, C) uint8, each of which fills a stack."""
+    assert self.features is not None
+    return self.features.apply(params.features, jnp.tile(pictures, self.stack))
+
   # ---- E environments at once
 
   def reset_all(
