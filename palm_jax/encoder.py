@@ -67,8 +67,14 @@ def cheaper_eyes(c: ConfigDict, shape: tuple[int, ...]) -> str:
 
 def check_picture(c: ConfigDict, shape: tuple[int, ...]) -> None:
   """Raises UserError where the encoder cannot see pictures of a shape (H, W, C)."""
+  height, width = shape[:2]
+  if height != width and c.name in ('nature', *VITS):
+    raise UserError(
+      f'images of {height}x{width}: the encoder {c.name} has weights for the places of a square; '
+      'take a ResNet, or pad the pictures'
+    )
   if c.name == 'nature':
-    _check_nature(*shape[:2])
+    _check_nature(height, width)
   if c.name in VITS:
     check_patches(shape, c.patch)
 

@@ -142,12 +142,17 @@ def _rows_played(folder):
 def world_digest(generator: Any) -> str:
   """Digest of the generator that a world plays in, the same on all kinds of devices.
 
-  What `views.w_latents` measures of it is left out: its last bits depend on the device.
+  What `views.w_latents` measures of it is left out, as its last bits depend on the device; so are
+  the numbers of an average of w, which is drawn where a file has none.
   """
   variables = generator.variables
   if isinstance(variables, Mapping) and 'root' in variables:
     variables = {'w': variables['generator']}
-  return digest(variables, {})
+
+  def without_average(path, x):
+    return np.zeros_like(x) if path[-1:] == (jax.tree_util.DictKey('w_avg'),) else x
+
+  return digest(jax.tree.map_with_path(without_average, variables), {})
 
 
 def is_world_of(generator: Any, sha256: str) -> bool:

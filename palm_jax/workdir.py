@@ -30,7 +30,13 @@ FREE = 'name', 'jobs', 'plan', 'benchmark', 'features', 'report'
 # But for these, once one of their jobs has a result.
 BOUND = {'features.path': ('probe', 'ood')}
 # Settings that change nothing of what is learned.
-FREE_KEYS = 'pretrain.monitor_fraction', 'pretrain.checkpoint_minutes'
+FREE_KEYS = (
+  'generator.checkpoint_minutes',
+  'generator.snapshot_kimg',
+  'generator.truncation_psi',
+  'pretrain.checkpoint_minutes',
+  'pretrain.monitor_fraction',
+)
 ABSENT = '(absent)'
 # Settings that came later: what was made without them was made as with these values.
 ADDED = {

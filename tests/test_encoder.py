@@ -348,6 +348,10 @@ def test_make_encoder():
   ):
     with pytest.raises(UserError, match=message):
       encoder.check(ConfigDict(dict(config, **changes)))
+  for name in ('nature', 'vit_tiny'):
+    with pytest.raises(UserError, match=f'64x128: the encoder {name}'):
+      encoder.check_picture(ConfigDict(dict(config, name=name)), (64, 128, 3))
+  encoder.check_picture(config, (64, 128, 3))
   patches = encoder.make_encoder(ConfigDict(dict(config, name='vit_tiny', patch=5)))
   message = 'encoder.patch=5 does not divide pictures of 28x28: set it to 4'
   with pytest.raises(UserError, match=message):

@@ -470,6 +470,7 @@ def test_values_of_presets():
     (dict(batch_size=24), 8, 'mbstd_group=2 .* set it to 1'),
     (dict(r1_interval=16), 1, 'iterations_per_call=4 is below generator.r1_interval=16'),
     (dict(pl_weight=2.0, mbstd_group=1, batch_size=8), 8, 'path lengths'),
+    (dict(d_alone_kimg=1.0, kimg=1.0), 1, 'd_alone_kimg=1.0 of generator.kimg=1.0'),
     (dict(style_mixing=2.0), 1, 'style_mixing=2.0'),
     (dict(lr=0.0), 1, 'lr=0.0'),
     (dict(r1_gamma=-1.0), 1, 'r1_gamma=-1.0'),

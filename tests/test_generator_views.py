@@ -1,4 +1,5 @@
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,17 @@ def test_a_world_of_w_is_known_by_what_was_given():
   assert older != here and all(experience.is_world_of(world, x) for x in (here, older))
   assert not experience.is_world_of(another, here)
   assert here != experience.world_digest(WLatents(None, given))
+
+
+def test_a_world_is_known_without_its_average_of_w():
+  """Where a file has none, it is drawn, and its last bits differ from device to device."""
+  world_of = lambda weight, average: SimpleNamespace(
+    variables=dict(params=dict(w=weight), buffers=dict(w_avg=average))
+  )
+  here = experience.world_digest(world_of(np.ones(3), np.zeros(2)))
+  assert here == experience.world_digest(world_of(np.ones(3), np.full(2, 1e-7)))
+  assert here != experience.world_digest(world_of(np.zeros(3), np.zeros(2)))
+  assert here != experience.world_digest(world_of(np.ones(3), np.zeros((4, 2))))  # by class
 
 
 def cropless(world):
@@ -112,6 +124,8 @@ def test_prompts_are_rows_of_a_bank(generator):
     prompts(generator, bank[0])
   with pytest.raises(UserError, match='expected finite'):
     prompts(generator, bank * np.nan)
+  with pytest.raises(UserError, match='no classes'):
+    prompts(SimpleNamespace(num_classes=0), bank)
 
 
 class Told(LinearGenerator):

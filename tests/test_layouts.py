@@ -12,9 +12,10 @@ import pytest
 import safetensors.numpy
 
 from palm_jax.base.errors import UserError
-from palm_jax.formats.kinds import SnapshotError
+from palm_jax.formats.kinds import AbsentError, SnapshotError
 from palm_jax.generator import layouts, load_generator
 from palm_jax.generator.convert import convert
+from palm_jax.generator.snapshots import load_discriminator
 from tests import snapshot_files as files
 from tests.test_torch_files import damaged
 
@@ -204,6 +205,17 @@ def test_g_alone_is_asked_for(expected, tmp_path):
   with pytest.raises(SnapshotError, match="no G_ema in it, but G: ask for that .*network='G'"):
     load_generator(path)
   assert load_generator(path, 'G').network == expected.network
+
+
+def test_an_encoder_beside_a_generator_is_not_taken_for_it(tmp_path):
+  """As where D looks with the features of another network."""
+  path = tmp_path / 'x.pt'
+  resnet = {'layer1.0.conv1.weight': np.ones((2, 2), np.float32)}
+  path.write_bytes(files.zipped({'g_ema': tensors(STATE), 'd': tensors(resnet)}))
+  with pytest.raises(AbsentError, match='no D in it'):
+    load_discriminator(path)
+  with pytest.raises(AbsentError, match='no G in it, but G_ema'):
+    load_generator(path, 'G')
 
 
 def test_an_average_of_w_is_drawn_where_there_is_none(expected, tmp_path, caplog):

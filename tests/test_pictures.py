@@ -103,3 +103,5 @@ def test_wrong_number_of_labels_and_empty_films_are_refused(tmp_path, images):
     pictures.grid(images, labels=['a', 'b'])
   with pytest.raises(UserError, match='at least one frame'):
     pictures.save_webp(tmp_path / 'a.webp', [])
+  with pytest.raises(UserError, match='frames of 2x16384: WebP has at most 16383'):
+    pictures.save_webp(tmp_path / 'a.webp', [np.zeros((2, 1 << 14, 1), np.uint8)])

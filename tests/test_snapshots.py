@@ -14,6 +14,7 @@ import sys
 import tracemalloc
 import zipfile
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -420,6 +421,19 @@ def test_what_ours_is_not_is_refused(case, tmp_path):
     and str(caught.value).startswith(f'{path}: ')
     and '\n' not in str(caught.value)
   )
+
+
+def test_files_of_forks_that_have_moved_its_modules(tmp_path):
+  content = files.pickled(files.small_snapshot()[0])
+  assert b'ctorch_utils.persistence\n' in content
+  paths = tmp_path / 'its.pkl', tmp_path / 'forked.pkl'
+  paths[0].write_bytes(content)
+  paths[1].write_bytes(
+    content.replace(b'ctorch_utils.', b'csg2.torch_utils.').replace(b'cdnnlib.', b'csrc.dnnlib.')
+  )
+  one, other = (load_generator(path) for path in paths)
+  assert one.network == other.network
+  chex.assert_trees_all_equal(one.variables, other.variables)
 
 
 def test_what_may_be_absent_or_different(tmp_path):

@@ -67,6 +67,7 @@ def test_what_is_shown_and_saved_in_between_may_change(tmp_path):
   (tmp_path / 'pretrain').mkdir()
   claim(tmp_path, **{'pretrain.monitor_fraction': 0.5, 'pretrain.checkpoint_minutes': 3.0})
   assert saved(tmp_path)['pretrain']['monitor_fraction'] == 0.5
+  claim(tmp_path, **{'generator.checkpoint_minutes': 2.0, 'generator.snapshot_kimg': 1.0})
   with pytest.raises(UserError, match='pretrain.batch_size'):
     claim(tmp_path, **{'pretrain.batch_size': 64})
 

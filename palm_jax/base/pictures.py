@@ -11,6 +11,7 @@ from palm_jax.base.files import replacing
 
 CELL = 64  # pixels that a small image is enlarged to, at least
 WIDTH = 1600  # pixels that enlarging keeps a grid within
+MOST_WEBP = 16_383  # pixels of a side
 
 
 def grid(
@@ -64,10 +65,14 @@ def save_webp(path: str | os.PathLike, frames: Sequence[np.ndarray], fps: float 
   Equal neighbours are stored as one frame that stays for as long.
 
   Raises:
-    UserError: no frames. OSError: the file cannot be written.
+    UserError: no frames, or of more pixels a side than the format has. OSError: the file cannot be
+      written.
   """
   if len(frames) == 0:
     raise UserError(f'{path}: a film needs at least one frame')
+  height, width = frames[0].shape[:2]
+  if max(height, width) > MOST_WEBP:
+    raise UserError(f'{path}: frames of {height}x{width}: WebP has at most {MOST_WEBP} a side')
   _save(
     path,
     [_to_pillow(frame).convert('RGB') for frame in frames],

@@ -12,6 +12,7 @@ import numpy as np
 
 from palm_jax.formats.pickle_values import (
   DICTS,
+  MOVED,
   STORAGES,
   Budget,
   Dtype,
@@ -203,7 +204,8 @@ class Machine:
       "stylegan2-ada-pytorch's legacy.py: python legacy.py --source=<this file> "
       '--dest=converted.pkl',
     )
-    self.push(Global(module, name))
+    moved = [known[1:] for known in MOVED if module.endswith(known)]
+    self.push(Global(moved[0] if moved else module, name))
 
   def find_global_on_stack(self):
     name, module = self.pop(), self.pop()

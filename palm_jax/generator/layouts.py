@@ -286,8 +286,10 @@ def _role(label):
 def _refuse(network, places, right):
   roles = sorted({_role(f.label) for f in right} | {_role(label) for label, _ in places} - {''})
   roles = [role for role in roles if role != network]
-  for holder in {id(holder): holder for _, holder in places}.values():
-    _refuse_others(_names(holder), LOOKALIKES + OTHERS)
+  # Beside a generator stands what it was trained with, such as an encoder.
+  if network != 'D' and not right:
+    for holder in {id(holder): holder for _, holder in places}.values():
+      _refuse_others(_names(holder), LOOKALIKES + OTHERS)
   generators = [role for role in roles if role != 'D']
   if network != 'D' and generators:
     raise AbsentError(

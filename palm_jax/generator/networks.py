@@ -147,6 +147,11 @@ def check_config(config: ConfigDict, num_devices: int) -> None:
       f'generator.mbstd_group={config.mbstd_group} is more than generator.batch_size='
       f'{config.batch_size}: set it to that or less'
     )
+  if config.d_alone_kimg >= config.kimg:
+    raise UserError(
+      f'generator.d_alone_kimg={config.d_alone_kimg} of generator.kimg={config.kimg}: G would not '
+      'learn; make it shorter'
+    )
   checks.divisible('generator.batch_size', config.batch_size, num_devices, 'devices')
   local = config.batch_size // num_devices
   if local % config.accumulate:

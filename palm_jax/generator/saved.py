@@ -79,7 +79,8 @@ def save_safetensors(
   for name, x in stored.items():
     if not np.isfinite(x).all():
       raise UserError(
-        f'{name} has numbers that {np.dtype(dtype).name} does not hold: save it as float32'
+        f'{name} has numbers that {np.dtype(dtype).name} does not hold: keep it in float32, '
+        'as a folder of convert is'
       )
   settings = dict(lr_multiplier=f'{LR_MULTIPLIER}', activation='lrelu')
   if isinstance(network, Generator):

@@ -170,9 +170,10 @@ def mean_w(
 
     return jax.lax.map(some, jnp.arange(-(-draws // count))).mean(0)
 
-  if not each_class:
-    return np.asarray(mean(variables, -1))
-  return np.stack([mean(variables, k) for k in range(G.num_classes)])
+  with jax.default_matmul_precision('highest'):
+    if not each_class:
+      return np.asarray(mean(variables, -1))
+    return np.stack([mean(variables, k) for k in range(G.num_classes)])
 
 
 @contextlib.contextmanager

@@ -159,8 +159,11 @@ def prompts(generator: PictureGenerator, embeddings: np.ndarray) -> Prompts:
   """`Prompts` of a generator and embeddings (K, D).
 
   Raises:
-    UserError: embeddings that are not a finite matrix of one row or more.
+    UserError: embeddings that are not a finite matrix of one row or more; a generator without
+      classes.
   """
+  if not generator.num_classes:
+    raise UserError('the generator has no classes: nothing in it would read the prompts')
   embeddings = np.asarray(embeddings, np.float32)
   if embeddings.ndim != 2 or not embeddings.size or not np.isfinite(embeddings).all():
     raise UserError(

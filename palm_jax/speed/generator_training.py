@@ -45,13 +45,16 @@ def measure(config: ConfigDict, data: Data, mesh: Mesh) -> dict[str, Any]:
   """
   c, split = config.generator.copy_and_resolve_references(), data.train
   c.data_on = 'device'
+  c.d_alone_kimg = 0.0  # all phases, as after it
   check_config(c, mesh.size)
   num_classes = len(data.class_names) if len(data.class_names) > 1 else 0
-  images = padded(split.images, c.pad)
+  # The pictures of one call, as the whole set may not fit.
+  walk = batch_indices(config.seed, 0, c.iterations_per_call * c.batch_size, len(split.images))
+  images, labels = padded(split.images[walk], c.pad), split.labels[walk].astype(np.int32)
   G, D = make_networks(c, images.shape[1:], num_classes)
-  training_set = devices.replicate(mesh, (images, split.labels.astype(np.int32)))
-  walk = batch_indices(config.seed, 0, c.iterations_per_call * c.batch_size, len(images))
-  indices = devices.replicate(mesh, walk.reshape(-1, c.batch_size))
+  training_set = devices.replicate(mesh, (images, labels))
+  order = np.arange(len(walk), dtype=np.int32).reshape(-1, c.batch_size)
+  indices = devices.replicate(mesh, order)
   # With augmentation at work: at p = 0 it is skipped.
   p = AUGMENT_P if c.augment != 'none' else 0.0
   first = lambda key: init_state(c, G, D, key).replace(augment_p=jnp.float32(p))
