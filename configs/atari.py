@@ -48,14 +48,14 @@ def get_config(variant: str = 'Assault') -> ConfigDict:
     if word == 'laptop':
       laptop(c)
     elif word == 'sgi':
-      c.finetune.agent = drq.sgi_config()
+      c.finetune.agent.update(drq.SGI)
     elif word == 'rmsprop':
       c.collect.agent = dqn.dqn_zoo_config()
     elif word == 'single':
       c.environment.stack = 4
       c.plan.image_channels = 1
     elif word == 'eps':
-      c.finetune.agent = drq.epsilon_config()
+      c.finetune.agent.update(drq.EPSILON)
     else:
       raise UserError(
         f'configs/atari.py:{variant}: {word!r} is unknown: expected a game, then any of '

@@ -36,6 +36,6 @@ for seed in $seeds; do
     fi
   done
 done
-if [[ -z ${SLURM:-} ]]; then
+if [[ -z ${SLURM:-} || -n ${SCORES:-} ]]; then
   python -m palm_jax.main --workdir="$root/all" --config=configs/atari.py:Assault --job=scores --config.scores.runs="('$root/**',)"
 fi

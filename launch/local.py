@@ -8,6 +8,7 @@ that ended by themselves.
 """
 
 import argparse
+import contextlib
 import ctypes
 import os
 import signal
@@ -56,7 +57,6 @@ def start(processes: int, devices: int, arguments: Sequence[str]) -> list[subpro
     JAX_PLATFORMS='cpu',
     JAX_NUM_CPU_DEVICES=str(devices),
     PYTHONUNBUFFERED='1',
-    JAX_COORDINATOR_BIND_ADDRESS=address,  # JAX would listen on every network
     # XLA:CPU deadlocks when programs in flight have more devices than its pool has threads.
     NPROC=str(max(2 * devices, os.cpu_count() or 1)),
   )
@@ -91,9 +91,10 @@ def _die_with_parent():
 
 def copy_output(index: int, stream: Iterable[bytes]) -> None:
   """Prints a process's lines, each with its number before it and in one piece."""
-  for line in stream:
-    sys.stdout.write(f'[{index}] {line.decode(errors="replace").rstrip()}\n')
-    sys.stdout.flush()
+  for line in stream:  # to its end: a process whose output nobody takes would wait
+    with contextlib.suppress(BrokenPipeError):  # whoever read it has ended, as `head`
+      sys.stdout.write(f'[{index}] {line.decode(errors="replace").rstrip()}\n')
+      sys.stdout.flush()
 
 
 def wait(children: Sequence[subprocess.Popen]) -> int:

@@ -83,7 +83,8 @@ class Job:
     needs_data: whether the data of config.data are to be loaded for it.
     check_data: UserError on data that the job would refuse, before any job starts.
     fetch: with --download, gets what the job needs besides config.data.
-    clean: removes what only an incomplete job needs, when its result has been written.
+    clean: removes what only an incomplete job needs, when its result has been written, and when it
+      is found complete.
     table: the result as text, for the screen.
     reads: what it reads of the workdir: 'generator' (or that of config.generator.path), 'pretrain',
       or of another: 'record' (config.pairs.record), 'encoder' (that of config.world.encoder),

@@ -4,6 +4,7 @@ A digest of each stands in the result, and in the checkpoints on the way to it.
 """
 
 import hashlib
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from palm_jax.base.files import user_path
 from palm_jax.base.processes import any_process, is_first
 from palm_jax.base.results import MADE_FROM, read_result
 from palm_jax.base.steps import newest_step
-from palm_jax.data.collected import COLLECTED
+from palm_jax.data.collected import COLLECTED, collected_stacks
 from palm_jax.data.identity import fingerprint
 from palm_jax.job import Job, Run
 from palm_jax.workdir import result_path
@@ -67,11 +68,14 @@ def begin(job: Job, this: Run) -> dict[str, Any]:
   return found
 
 
-def data_digest(config: ConfigDict, jobs: Sequence[Job]) -> str | None:
+def data_digest(config: ConfigDict, jobs: Sequence[Job], workdir: pathlib.Path) -> str | None:
   """Digest of the data that config.data names; None where no job reads them, or it is unknown."""
   read = any(job.claims and job.needs_data(config) for job in jobs)
-  if not read or config.data.name in ('', COLLECTED):
+  if not read or not config.data.name:
     return None
+  if config.data.name == COLLECTED:
+    path = collected_stacks(workdir)
+    return file_digest(path) if path.exists() else None
   return fingerprint(str(config.data.name), config.data.dir or None, config.data.get('size', 0))
 
 

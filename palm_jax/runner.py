@@ -105,7 +105,7 @@ def run(
     if download and each.fetch:
       processes.first_then_all(functools.partial(each.fetch, config), 'the download has failed')
   # One machine may hold them unpacked: that all are the same is seen below.
-  digest = processes.from_first(provenance.data_digest(config, jobs))
+  digest = processes.from_first(provenance.data_digest(config, jobs, workdir))
   this = Run(config, workdir, mesh, None, download)
   this = dataclasses.replace(this, runner=sys.modules[__name__], data_digest=digest)
   waiting = provenance.waiting(jobs, this)
@@ -143,11 +143,16 @@ def _run_in_order(jobs, this, patience):
     if provenance.is_current(each, this):
       path = workdirs.result_path(this.workdir, each)
       logging.info('%s: complete, skipped (delete %s to run it again)', each.name, path)
+      if is_first():
+        each.clean(this)  # the last command may have been killed before it
       continue
     this = _with_collected(jobs[i:], this)
     if not _run_alone(each, this, patience):
       logging.info('%s: stopped and saved; the same command resumes it', each.name)
       return False
+    if this.data is None and this.config.data.name == COLLECTED:  # it may be there only now
+      digest = processes.from_first(provenance.data_digest(this.config, jobs, this.workdir))
+      this = dataclasses.replace(this, data_digest=digest)
   return True
 
 

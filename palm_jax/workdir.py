@@ -31,10 +31,12 @@ FREE = 'name', 'jobs', 'plan', 'benchmark', 'features', 'report'
 BOUND = {'features.path': ('probe', 'ood')}
 # Settings that change nothing of what is learned.
 FREE_KEYS = (
-  'generator.checkpoint_minutes',
+  *(
+    f'{section}.checkpoint_minutes'
+    for section in ('generator', 'pretrain', 'collect', 'finetune', 'offline', 'meta')
+  ),
   'generator.snapshot_kimg',
   'generator.truncation_psi',
-  'pretrain.checkpoint_minutes',
   'pretrain.monitor_fraction',
 )
 ABSENT = '(absent)'

@@ -187,7 +187,6 @@ def test_rmsprop_is_centred():
       'collect.agent.target_period=6 is not a positive multiple of learn_period=4: set .* to 8',
     ),
     (dict(trunk_scale=-1.0), 'trunk_scale=-1.0 is negative'),
-    (dict(min_history=2_000_000), 'min_history=2000000 is above capacity'),
   ],
 )
 def test_settings_that_cannot_work_are_named(changes, message):

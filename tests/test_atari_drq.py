@@ -54,7 +54,8 @@ def test_each_stack_is_one_of_81_shifts_times_one_factor(augmented):
 def updated():
   """(config, agent before, agent after, metrics, batches, keys of each augmentation) of one update
   at SGI's learning rates."""
-  config, seen = drq.sgi_config(), []
+  config, seen = drq.default_config(), []
+  config.update(drq.SGI)
   config.update(dict(features=8, adam_eps=1e-30))
   agent = new_agent(config)
 
@@ -134,9 +135,9 @@ def test_learning_rates_by_group(updated):
 
 def test_presets_differ_in_what_their_names_say():
   base = drq.default_config().to_dict()
-  differ = lambda config: {k: v for k, v in config.to_dict().items() if base[k] != v}
-  assert differ(drq.epsilon_config()) == dict(epsilon=0.01, eval_epsilon=0.001)
-  assert differ(drq.sgi_config()) == dict(trunk_scale=0.01, hidden_scale=0.3)
+  differ = lambda preset: {k: v for k, v in preset.items() if base[k] != v}
+  assert differ(drq.EPSILON) == dict(epsilon=0.01, eval_epsilon=0.001)
+  assert differ(drq.SGI) == dict(trunk_scale=0.01, hidden_scale=0.3)
   assert [
     dqn.epsilon_at(step, drq.default_config()) for step in (1599, 1600, 4100, 6600)
   ] == pytest.approx([1, 1, 0.55, 0.1])

@@ -394,6 +394,8 @@ def test_a_trunk_of_another_kind_is_refused_before_anything_is_made(tmp_path):
     'laptop,rmsprop',
     'sgi,laptop',
     'laptop,sgi,single',
+    'laptop,sgi,eps',
+    'eps,laptop,sgi',
   ],
 )
 def test_words_of_the_config_in_any_order(words):

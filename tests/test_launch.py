@@ -14,6 +14,8 @@ import time
 import pytest
 import yaml
 
+from launch.local import copy_output
+
 LAUNCH = pathlib.Path(__file__).parents[1] / 'launch'
 
 # Says how it was called; stops on SIGTERM and SIGHUP with code 0 as the real one, unless its
@@ -123,10 +125,14 @@ def running(pid):
 
 def local(place, *arguments, **environment):
   folder, env = place
+  quick = (
+    'import sys; from launch import local; '
+    'local.GRACE_SECONDS = 0.5; sys.exit(local.main(sys.argv[1:]))'
+  )
   return subprocess.Popen(
-    [sys.executable, LAUNCH / 'local.py', '--processes=3', '--devices=2', '--', *arguments],
+    [sys.executable, '-c', quick, '--processes=3', '--devices=2', '--', *arguments],
     cwd=folder,
-    env=dict(env, **environment),
+    env=dict(env, PYTHONPATH=str(LAUNCH.parent), **environment),
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
@@ -150,6 +156,19 @@ def test_local_starts_processes_that_can_find_each_other(place):
     ['--num_processes=3', f'--process_id={i}'] for i in range(3)
   ]
   assert {call['argv'][0] for call in calls} == {'--config=a b.py'}
+
+
+def test_local_takes_all_output_when_nobody_reads_its_own(monkeypatch):
+  """A process whose output is not taken waits, and so do all others."""
+
+  class Ended:
+    def write(self, text):
+      raise BrokenPipeError
+
+  monkeypatch.setattr(sys, 'stdout', Ended())
+  lines = iter([b'one\n', b'two\n'])
+  copy_output(0, lines)
+  assert next(lines, None) is None
 
 
 def test_local_ends_all_when_one_fails(place):

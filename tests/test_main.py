@@ -18,7 +18,6 @@ from absl.testing import flagsaver
 
 import palm_jax.base.files
 from palm_jax import main, runner, settings
-from palm_jax import workdir as workdirs
 from palm_jax.base import command as commands
 from palm_jax.base.checkpoints import Checkpoints
 from palm_jax.base.errors import UserError
@@ -81,9 +80,9 @@ def save_generator(config, workdir, step=1):
     checkpoints.save(step, {'generator': variables}, {})
 
 
-def refuse(capfd, config, job, workdir):
+def refuse(capfd, config, job, workdir, **options):
   """Runs the jobs, which must end with code 2 and one line on stderr; returns the line."""
-  entry = commands.exit_on_user_error(lambda _: runner.run(config, job, str(workdir)))
+  entry = commands.exit_on_user_error(lambda _: runner.run(config, job, str(workdir), **options))
   with pytest.raises(SystemExit) as caught:
     entry([])
   assert caught.value.code == 2
@@ -386,17 +385,15 @@ def test_settings_of_an_evaluation_may_change_until_it_has_a_result(files, tmp_p
 
 
 def test_a_job_is_run_by_one_command_at_a_time(capfd, files, tmp_path, monkeypatch):
-  monkeypatch.setattr(workdirs, 'PATIENCE', 0.5)
   config = config_for(files)
   with locked(tmp_path / '.generator.lock') as mine:
     assert mine
     assert f'the job generator of {tmp_path} is being run by another command' in refuse(
-      capfd, config, 'generator', tmp_path
+      capfd, config, 'generator', tmp_path, patience=0.5
     )
     assert (tmp_path / '.generator.lock').exists()
   assert not (tmp_path / '.generator.lock').exists()
 
-  monkeypatch.setattr(workdirs, 'PATIENCE', 60)
   with contextlib.ExitStack() as stack:  # it is waited for, ends, and has left nothing to do
     stack.enter_context(locked(tmp_path / '.generator.lock'))
     slept = []
@@ -407,7 +404,7 @@ def test_a_job_is_run_by_one_command_at_a_time(capfd, files, tmp_path, monkeypat
       stack.close()
 
     monkeypatch.setattr(palm_jax.base.files.time, 'sleep', sleep)
-    runner.run(config, 'generator', str(tmp_path))
+    runner.run(config, 'generator', str(tmp_path), patience=60)
   assert slept == [1.0] and not (tmp_path / 'generator').exists()
 
 

@@ -146,7 +146,7 @@ def explored(tmp_path_factory):
 
 
 def play(c, workdir, calls, data=None):
-  mesh, generator = devices.make_mesh(), LargeGenerator()
+  mesh, generator = devices.make_mesh(2), LargeGenerator()
   program, world = (
     pretrain.make_program(c, generator, mesh),
     worlds.make_world(c, generator, mesh, data),

@@ -14,7 +14,7 @@ from palm_jax.base import checks
 from palm_jax.base.errors import UserError
 from palm_jax.base.training import Stopped
 from palm_jax.data.arrays import Data, Split
-from palm_jax.job import Job, Run
+from palm_jax.job import Job, Run, never
 from tests.worlds import tiny_config
 
 
@@ -106,6 +106,33 @@ def test_what_was_collected_is_judged_by_all_jobs_that_wait(toy, tmp_path, monke
   with pytest.raises(UserError, match='toy: expected ten classes'):
     runner.run(config, 'all', tmp_path / 'run')
   assert not ran
+
+
+def test_a_result_is_made_again_with_what_was_collected_anew(toy, tmp_path, monkeypatch):
+  pictures = Split(np.zeros((4, 8, 8, 1), np.uint8), np.zeros(4, np.int64))
+  data = Data(pictures, pictures, tuple('0123456789'), 'made up')
+  monkeypatch.setattr(runner, 'load_collected', lambda workdir, newest: data)
+  config, seen, stacks, cleaned = config_of(), toy[1], ['old'], []
+  config.data.name, config.jobs = 'collect', ('first', 'toy')
+
+  def collect(this):
+    (this.workdir / 'collect').mkdir(exist_ok=True)
+    (this.workdir / 'collect' / 'stacks.npz').write_text(stacks[-1])
+    return dict(job='first')
+
+  first = Job(
+    'first', collect, lambda config, num_devices: None, needs_data=never, clean=cleaned.append
+  )
+  monkeypatch.setitem(sys.modules, 'first_of_two', types.SimpleNamespace(JOB=first))
+  monkeypatch.setitem(runner.JOBS, 'first', 'first_of_two')
+  for _ in range(2):
+    runner.run(config, 'all', tmp_path)
+  assert len(seen) == 1 and len(cleaned) == 2  # a command may have been killed before it cleaned
+  stacks.append('new')
+  (tmp_path / 'results' / 'first.json').unlink()
+  runner.run(config, 'all', tmp_path)
+  runner.run(config, 'all', tmp_path)
+  assert len(seen) == 2
 
 
 def test_a_stopped_job_has_no_result_and_ends_the_chain(toy, tmp_path):

@@ -248,18 +248,8 @@ def updates_on(num_devices, dtype, num_updates=1):
   return jax.device_get((state, metrics))
 
 
-def test_gradient_norms_do_not_grow_with_the_devices(step):
-  """The mistake of averaging gradients that are already summed makes them D times too large."""
-  want = step[2]
-  for num_devices in (1, 2, 8):
-    _, metrics = updates_on(num_devices, np.float32)
-    for name in want:
-      np.testing.assert_allclose(
-        metrics[name], want[name], rtol=1e-4, err_msg=f'{name}, {num_devices} devices'
-      )
-
-
 def test_one_two_and_eight_devices_agree_in_float64():
+  """Gradient norms are among the metrics: averaging gradients that are already summed is seen."""
   state = make_state(np.float64)
   for _ in range(5):
     state, metrics = update(state)

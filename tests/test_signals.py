@@ -52,6 +52,7 @@ def start(body, tmp_path):
   script.write_text(f"""
 import hashlib, pathlib, sys, time
 from palm_jax.base import command, files, signals
+signals.GRACE = 0.5
 def main(argv):
   signals.unfinished.add(pathlib.Path(sys.argv[1]))
   open(sys.argv[1], 'w').close()
@@ -76,7 +77,7 @@ def test_it_ends_in_one_line(body, number, tmp_path):
   if number != signal.SIGINT and body != SLEEPING:
     pytest.skip('one signal is enough')
   process = start(body, tmp_path)
-  time.sleep(0.5)
+  time.sleep(0.1)
   began = time.monotonic()
   process.send_signal(number)
   _, errors = process.communicate(timeout=60)
@@ -106,7 +107,7 @@ def test_who_reads_the_output_may_have_ended(body, tmp_path):
   process = start(body, tmp_path)
   process.stdout.close()
   process.stderr.close()
-  time.sleep(0.5)
+  time.sleep(0.1)
   process.send_signal(signal.SIGINT)
   assert process.wait(30) == 130
 

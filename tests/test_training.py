@@ -92,6 +92,28 @@ def test_a_save_under_way_is_waited_for_whatever_fails(tmp_path, monkeypatch):
   assert not [*(tmp_path / 'checkpoints').glob('*.orbax-checkpoint-tmp*')]
 
 
+def test_a_signal_while_the_end_is_written_stops_what_follows(tmp_path, monkeypatch):
+  close = training.MetricWriter.close
+  monkeypatch.setattr(
+    training.MetricWriter, 'close', lambda self: (os.kill(os.getpid(), signal.SIGTERM), close(self))
+  )
+  with pytest.raises(Stopped):
+    train(tmp_path)
+  assert list_steps(tmp_path / 'checkpoints') == [6]
+
+
+def test_a_signal_that_no_loop_asked_for_is_the_next_ones(monkeypatch):
+  monkeypatch.setattr(training.signals, 'watching', lambda: True)  # as in a command
+  with Preemption() as preemption:
+    assert not preemption.requested
+    os.kill(os.getpid(), signal.SIGTERM)
+  with pytest.raises(Stopped), Preemption() as preemption:
+    assert preemption.requested
+    preemption.stop()
+  with Preemption() as preemption:
+    assert not preemption.requested
+
+
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
   def twice(step):
     if step == 2:

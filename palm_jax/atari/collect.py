@@ -18,6 +18,7 @@ from palm_jax.atari.play import RECENT_GAMES, check_play, play
 from palm_jax.atari.stacks import StackSample
 from palm_jax.base import checks, devices
 from palm_jax.base.errors import UserError
+from palm_jax.base.steps import list_steps
 from palm_jax.job import Job, Run, never
 
 
@@ -82,6 +83,8 @@ def run(this: Run, make_environment: Callable[..., Environment] = Environment) -
     raise UserError(
       f'collect.max_bytes={c.max_bytes} holds no stack of {math.prod(shape)} bytes: raise it'
     )
+  if not list_steps(folder / 'checkpoints'):
+    (folder / 'stacks.npz').unlink(missing_ok=True)  # of a run that was removed
   sample = StackSample(folder / 'shards', agent_steps, count, c.num_envs, config.seed)
   make_games = functools.partial(make_environment, game)
   played = play('collect', c, agent_steps, make_games, config.seed, folder, mesh, sample=sample)

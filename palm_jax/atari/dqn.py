@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from palm_jax.atari.replay import Batch
 from palm_jax.base import checks
-from palm_jax.base.errors import UserError
 from palm_jax.encoder import NatureCNN
 
 TRUNK = ('conv1', 'conv2', 'conv3')
@@ -86,11 +85,6 @@ def check_config(section: str, c: ConfigDict) -> None:
   checks.choice(f'{section}.optimizer', c.optimizer, OPTIMIZERS)
   checks.ranges(section, c, RANGES)
   checks.divisible(f'{section}.target_period', c.target_period, c.learn_period, 'learn_period')
-  if c.min_history > c.capacity:
-    raise UserError(
-      f'{section}.min_history={c.min_history} is above capacity={c.capacity}: updates would never '
-      'begin'
-    )
 
 
 class QNetwork(nn.Module):

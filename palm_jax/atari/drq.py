@@ -24,6 +24,13 @@ PAD = 4  # Kostrikov et al. 2020 (DrQ), and spr src/models.py
 INTENSITY = 0.05  # spr src/models.py, dopamine; DrQ's appendix may mean 0.1
 
 
+# DrQ(eps) of Agarwal et al. 2021 (arXiv 2108.13264), with fewer random actions.
+EPSILON = dict(epsilon=0.01, eval_epsilon=0.001)
+# The learning rates of SGI for a pretrained trunk: Schwarzer et al. 2021,
+# scripts/experiments/sgim_finetune.sh.
+SGI = dict(lr=1e-4, hidden_scale=0.3, trunk_scale=0.01)
+
+
 def default_config() -> ConfigDict:
   """Settings of the agent."""
   config = dqn.default_config()
@@ -42,23 +49,6 @@ def default_config() -> ConfigDict:
   )
   config.eval_epsilon = 0.05  # DrQ.gin
   config.augment = True  # DrQ; PALM section 5.3 can be read either way
-  return config
-
-
-def epsilon_config() -> ConfigDict:
-  """DrQ(eps) of Agarwal et al. 2021 (arXiv 2108.13264), with fewer random actions."""
-  config = default_config()
-  config.update(dict(epsilon=0.01, eval_epsilon=0.001))
-  return config
-
-
-def sgi_config() -> ConfigDict:
-  """With the learning rates of SGI for a pretrained trunk.
-
-  Source: Schwarzer et al. 2021, scripts/experiments/sgim_finetune.sh.
-  """
-  config = default_config()
-  config.update(dict(lr=1e-4, hidden_scale=0.3, trunk_scale=0.01))
   return config
 
 

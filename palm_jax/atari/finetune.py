@@ -39,8 +39,8 @@ def default_config() -> ConfigDict:
       eval_episodes=100,
       log_steps=1000,  # agent steps a point of the curve
       checkpoint_minutes=5.0,
-      # drq.epsilon_config(): DrQ(eps); drq.sgi_config(): SGI's learning rates. From scratch the
-      # scales are 1.
+      # Updated by drq.EPSILON it is DrQ(eps), by drq.SGI it has SGI's learning rates. From scratch
+      # the scales are 1.
       agent=drq.default_config(),
     )
   )

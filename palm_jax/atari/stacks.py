@@ -17,9 +17,9 @@ STACKS_IN_SHARD = 1024
 class StackSample:
   """Stacks drawn uniformly from a run of known length: one in each of `count` equal parts of it.
 
-  Every step of the run is equally likely, the sample spreads over the whole run, and it only ever
-  grows: there is nothing to replace, as there would be in a reservoir, so what is on the disk stays
-  right whenever the run is killed.
+  Every step of the run is equally likely, but for parts that differ by a step. The sample spreads
+  over the whole run, and it only ever grows: there is nothing to replace, as there would be in a
+  reservoir, so what is on the disk stays right whenever the run is killed.
 
   Args:
     folder: for the shards.

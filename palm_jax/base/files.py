@@ -185,6 +185,8 @@ def sync(*paths: str | os.PathLike) -> None:
     OSError: what was written before did not get there.
   """
   for path in paths:
+    if os.name == 'nt' and os.path.isdir(path):
+      continue  # Windows opens no folders
     handle = os.open(path, os.O_RDONLY)
     try:
       os.fsync(handle)

@@ -48,8 +48,10 @@ class Preemption:
   def __init__(self, holds: bool = True):
     self._holds = holds
 
+  _unanswered = 0  # the signal that came after the last question
+
   def __enter__(self) -> Self:
-    self._received = 0  # the signal that came here
+    self._received = Preemption._unanswered  # the signal that came here
     self._agreed = 0  # that of all processes, when they last asked
     self._before = {}
     self._together = jax.process_count() > 1
@@ -64,6 +66,8 @@ class Preemption:
       signal.signal(number, handler)
     if self._is_held in signals.holders:
       signals.holders.remove(self._is_held)
+    if signals.watching():  # in a command it is the next loop's to stop
+      Preemption._unanswered = 0 if self._agreed else self._received
 
   def hold(self) -> None:
     """From now on there is something to save."""
@@ -154,9 +158,10 @@ class Training:
     stopping = False
     with contextlib.ExitStack() as last:  # in the opposite order, whatever fails
       last.callback(self.preemption.__exit__)
-      if self._writer:
-        last.callback(self._writer.close)
-      self.checkpoints.close()
+      with contextlib.ExitStack() as before:
+        if self._writer:
+          before.callback(self._writer.close)
+        self.checkpoints.close()
       stopping = kind is None and self.preemption.requested
     if kind is None and (stopping or not self.complete):
       self.preemption.stop()

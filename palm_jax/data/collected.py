@@ -25,13 +25,18 @@ def check(name: str, size: int) -> None:
     )
 
 
+def collected_stacks(workdir: pathlib.Path) -> pathlib.Path:
+  """The file with what was collected."""
+  return workdir / COLLECTED / 'stacks.npz'
+
+
 def load_collected(workdir: pathlib.Path, newest: bool = False) -> Data:
   """The stacks, or the newest frame of each.
 
   Raises:
     UserError: there are none.
   """
-  path = workdir / COLLECTED / 'stacks.npz'
+  path = collected_stacks(workdir)
   if not path.exists():
     raise UserError(f'{path} is missing: run --job=collect first, or give --config.data.name')
   stacks = load(path, stacks=True)
