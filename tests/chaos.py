@@ -50,7 +50,8 @@ def get_config():
   c.generator.update(dict(
     z_dim=4, w_dim=4, mapping_layers=1, channel_base=32, channel_max=4, conv_clamp=0.0,
     d_mapping_layers=0, mbstd_group=2, batch_size=4, r1_gamma=0.1, r1_interval=4, kimg=0.224,
-    ema_kimg=0.1, iterations_per_call=4, snapshot_kimg=0.1, checkpoint_minutes=0.001))
+    ema_kimg=0.1, iterations_per_call=4, snapshot_kimg=0.1, checkpoint_minutes=0.001,
+    augment='color'))
   c.simsiam.update(dict(proj_hidden=8, proj_dim=8, pred_hidden=4))
   c.replay.num_shards = 1
   c.pretrain.update(dict(
@@ -89,7 +90,7 @@ def halt(process, moment, patience=300):
 class Chain:
   """A tiny chain in `base`: its workdir before and after each job, and how long each takes."""
 
-  def __init__(self, base: pathlib.Path, jobs=JOBS):
+  def __init__(self, base: pathlib.Path, jobs=JOBS, warm=True):
     # As in a terminal: whoever starts this in the background has signals ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -102,8 +103,8 @@ class Chain:
     config = CONFIG.format(data=str(base / 'data.npz'), jobs=jobs)
     (base / 'config.py').write_text(config)
     workdir = base / 'workdir'
-    for job in jobs:
-      self.finish(job, base / 'warm')  # compiles
+    for job in jobs if warm else ():
+      self.finish(job, base / 'warm')  # compiles, so that `seconds` are those of what follows
     for job in jobs:
       workdir.mkdir(exist_ok=True)
       shutil.copytree(workdir, base / f'before_{job}')

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from palm_jax import pretrain, simsiam, worlds
+from palm_jax import pretrain, resnet, simsiam, worlds
 from palm_jax.base import devices
 from palm_jax.generator import LoadedGenerator, ops, views
 from palm_jax.generator.stylegan2 import Generator
@@ -127,7 +127,8 @@ def test_a_relu_behind_batch_normalisation(on, platform, train):
 
 
 @pytest.mark.parametrize('depth, stem', [(18, 'cifar'), (50, 'imagenet')])
-def test_statistics_folded_into_convolutions(depth, stem):
+def test_statistics_folded_into_convolutions(depth, stem, monkeypatch):
+  monkeypatch.setitem(resnet.BLOCKS, depth, (2, 1, 1, 1))  # with a projection, and without
   network = ResNet(width=2, depth=depth, stem=stem)
   with jax.enable_x64(True):
     images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)))

@@ -56,7 +56,7 @@ def make_arms(num_devices, state=None):
 
 @pytest.fixture(scope='module')
 def played():
-  return make_arms(8)
+  return make_arms(2)
 
 
 @pytest.fixture(scope='module')

@@ -203,7 +203,7 @@ def first_state():
   'name, seen', [('g_main', 'loss_g'), ('d_main', 'logits_real logits_fake'), ('r1', 'r1')]
 )
 def test_all_that_d_judges_is_augmented(name, seen):
-  config, mesh = tiny(augment='bgc', iterations_per_call=1), devices.make_mesh(1)
+  config, mesh = tiny(augment='color', iterations_per_call=1), devices.make_mesh(1)
   G, D = train.make_networks(config, (8, 8, 1), 3)
   _, phase = phases.make_phases(config, G, D, 1)[name]
   whole = jax.jit(jax.shard_map(phase, mesh=mesh, in_specs=jax.P(), out_specs=jax.P()))

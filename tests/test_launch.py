@@ -126,13 +126,13 @@ def running(pid):
 def local(place, *arguments, **environment):
   folder, env = place
   quick = (
-    'import sys; from launch import local; '
+    f'import sys; sys.path.insert(0, {str(LAUNCH)!r}); import local; '
     'local.GRACE_SECONDS = 0.5; sys.exit(local.main(sys.argv[1:]))'
   )
   return subprocess.Popen(
     [sys.executable, '-c', quick, '--processes=3', '--devices=2', '--', *arguments],
     cwd=folder,
-    env=dict(env, PYTHONPATH=str(LAUNCH.parent), **environment),
+    env=dict(env, **environment),
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,

@@ -201,10 +201,29 @@ def tiny():
   return c
 
 
+def total(items):
+  return jax.tree.map(np.sum, (items['ring'], items['actors']))
+
+
 @pytest.fixture(scope='module')
-def finished(tiny, tmp_path_factory):
-  workdir = tmp_path_factory.mktemp('offline')
-  runner.run(tiny, 'all', workdir)
+def saves():
+  """[(what was saved, its sums as it was)]."""
+  return []
+
+
+@pytest.fixture(scope='module')
+def finished(tiny, saves, tmp_path_factory):
+  workdir, save = tmp_path_factory.mktemp('offline'), Training.save
+
+  def noted(self, items, **about):
+    if 'ring' in items.get('all', {}):
+      saves.append((items['all'], total(items['all'])))
+    save(self, items, **about)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Training, 'save', noted)
+    patch.setattr(Training, 'should_save', True)
+    runner.run(tiny, 'all', workdir)
   return workdir
 
 
@@ -221,21 +240,11 @@ def test_the_job_writes_what_it_found(finished, tiny):
   assert record.observations.shape == (64, 3) and abs(record.actions).max() <= 1
 
 
-def test_what_is_saved_is_not_what_the_next_round_writes_to(tiny, monkeypatch, tmp_path):
+def test_what_is_saved_is_not_what_the_next_round_writes_to(finished, saves):
   """Checkpoints are written in the background, and on CPUs device_put makes no copy."""
-  saved, sums = [], []
-  total = lambda items: jax.tree.map(np.sum, (items['ring'], items['actors']))
-
-  def save(self, items, **about):
-    if 'ring' in items.get('all', {}):
-      saved.append(items['all'])
-      sums.append(total(items['all']))
-
-  monkeypatch.setattr(behaviours.Training, 'save', save)
-  monkeypatch.setattr(behaviours.Training, 'should_save', True)
-  runner.run(tiny, 'all', tmp_path)
-  assert len(saved) > 1
-  jax.tree.map(np.testing.assert_array_equal, sums, [total(items) for items in saved])
+  assert len(saves) > 1
+  for items, sums in saves:
+    jax.tree.map(np.testing.assert_array_equal, sums, total(items))
 
 
 def test_a_stopped_job_ends_as_one_that_was_not(finished, tiny, tmp_path, monkeypatch):
