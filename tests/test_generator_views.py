@@ -38,10 +38,15 @@ def test_a_world_is_known_without_its_average_of_w():
   world_of = lambda weight, average: SimpleNamespace(
     variables=dict(params=dict(w=weight), buffers=dict(w_avg=average))
   )
-  here = experience.world_digest(world_of(np.ones(3), np.zeros(2)))
+  world = world_of(np.ones(3), np.ones(2))
+  here = experience.world_digest(world)
   assert here == experience.world_digest(world_of(np.ones(3), np.full(2, 1e-7)))
   assert here != experience.world_digest(world_of(np.zeros(3), np.zeros(2)))
   assert here != experience.world_digest(world_of(np.ones(3), np.zeros((4, 2))))  # by class
+  of_w = WLatents(None, dict(generator=world.variables, mean=np.zeros((1, 2)), root=np.eye(2)))
+  for each, older in ((world, world.variables), (of_w, {'w': world.variables})):
+    assert experience.is_world_of(each, digest(older, {}))
+    assert experience.world_digest(each) != digest(older, {})
 
 
 def cropless(world):
