@@ -96,10 +96,10 @@ def test_compiling_is_timed_without_programs_on_disk(tmp_path, monkeypatch):
     jax.config.update(name, value)
   compilation_cache.reset_cache()
   try:
-    lowered = lambda: jax.jit(lambda x: jnp.sin(x) * 3).lower(jnp.zeros(3))
+    lowered = lambda: jax.jit(lambda x: jnp.sin(x) * 3).lower(np.zeros(3, np.float32))
     took, compiled = timing.compile_seconds(lowered())
     assert took > 0 and not list(tmp_path.iterdir())
-    np.testing.assert_allclose(compiled(jnp.ones(3)), 3 * np.sin(1), rtol=1e-6)
+    np.testing.assert_allclose(compiled(np.ones(3, np.float32)), 3 * np.sin(1), rtol=1e-6)
     lowered().compile()
     assert list(tmp_path.iterdir())  # kept again
   finally:
