@@ -17,7 +17,7 @@ from palm_jax.base.files import user_path
 from palm_jax.base.processes import any_process, is_first
 from palm_jax.base.results import MADE_FROM, read_result
 from palm_jax.base.steps import newest_step
-from palm_jax.data.collected import COLLECTED, collected_stacks
+from palm_jax.data.collected import COLLECTED, collected_digest
 from palm_jax.data.identity import fingerprint
 from palm_jax.job import Job, Run
 from palm_jax.workdir import result_path
@@ -74,8 +74,7 @@ def data_digest(config: ConfigDict, jobs: Sequence[Job], workdir: pathlib.Path) 
   if not read or not config.data.name:
     return None
   if config.data.name == COLLECTED:
-    path = collected_stacks(workdir)
-    return file_digest(path) if path.exists() else None
+    return collected_digest(workdir)
   return fingerprint(str(config.data.name), config.data.dir or None, config.data.get('size', 0))
 
 

@@ -31,12 +31,14 @@ FREE = 'name', 'jobs', 'plan', 'benchmark', 'features', 'report'
 BOUND = {'features.path': ('probe', 'ood')}
 # Settings that change nothing of what is learned.
 FREE_KEYS = (
-  *(
-    f'{section}.checkpoint_minutes'
-    for section in ('generator', 'pretrain', 'collect', 'finetune', 'offline', 'meta')
-  ),
+  'collect.checkpoint_minutes',
+  'finetune.checkpoint_minutes',
+  'generator.checkpoint_minutes',
   'generator.snapshot_kimg',
   'generator.truncation_psi',
+  'meta.checkpoint_minutes',
+  'offline.checkpoint_minutes',
+  'pretrain.checkpoint_minutes',
   'pretrain.monitor_fraction',
 )
 ABSENT = '(absent)'

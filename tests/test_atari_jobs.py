@@ -14,10 +14,11 @@ from configs import atari, cifar
 from palm_jax.atari import collect, dqn, drq, finetune, play
 from palm_jax.base import devices
 from palm_jax.base.checkpoints import Checkpoints, load_item
+from palm_jax.base.digests import file_digest
 from palm_jax.base.errors import UserError
 from palm_jax.base.metrics import read_jsonl
 from palm_jax.base.training import Preemption
-from palm_jax.data.collected import load_collected
+from palm_jax.data.collected import collected_digest, load_collected
 from palm_jax.encoder import NatureCNN
 from tests.catch import Catch
 
@@ -143,6 +144,8 @@ def test_collecting_gives_stacks_a_curve_and_results(collected):
     and not labels.any()
   )
   assert results['stacks']['images'] == [50, *SHAPE]
+  assert collected_digest(workdir) == file_digest(workdir / 'collect' / 'stacks.npz')
+  assert collected_digest(workdir / 'none') is None
   kept = {
     path.name for path in (workdir / 'collect').iterdir() if not path.name.startswith('events')
   }

@@ -113,23 +113,21 @@ def test_a_result_is_made_again_with_what_was_collected_anew(toy, tmp_path, monk
   data = Data(pictures, pictures, tuple('0123456789'), 'made up')
   monkeypatch.setattr(runner, 'load_collected', lambda workdir, newest: data)
   config, seen, stacks, cleaned = config_of(), toy[1], ['old'], []
-  config.data.name, config.jobs = 'collect', ('first', 'toy')
-
-  def collect(this):
-    (this.workdir / 'collect').mkdir(exist_ok=True)
-    (this.workdir / 'collect' / 'stacks.npz').write_text(stacks[-1])
-    return dict(job='first')
-
-  first = Job(
-    'first', collect, lambda config, num_devices: None, needs_data=never, clean=cleaned.append
+  config.data.name, config.jobs = 'collect', ('collect', 'toy')
+  collect = Job(
+    'collect',
+    lambda this: dict(job='collect', stacks=dict(sha256=stacks[-1])),
+    lambda config, num_devices: None,
+    needs_data=never,
+    clean=cleaned.append,
   )
-  monkeypatch.setitem(sys.modules, 'first_of_two', types.SimpleNamespace(JOB=first))
-  monkeypatch.setitem(runner.JOBS, 'first', 'first_of_two')
+  monkeypatch.setitem(sys.modules, 'collects', types.SimpleNamespace(JOB=collect))
+  monkeypatch.setitem(runner.JOBS, 'collect', 'collects')
   for _ in range(2):
     runner.run(config, 'all', tmp_path)
   assert len(seen) == 1 and len(cleaned) == 2  # a command may have been killed before it cleaned
   stacks.append('new')
-  (tmp_path / 'results' / 'first.json').unlink()
+  (tmp_path / 'results' / 'collect.json').unlink()
   runner.run(config, 'all', tmp_path)
   runner.run(config, 'all', tmp_path)
   assert len(seen) == 2

@@ -796,6 +796,7 @@ def test_a_film(network, tmp_path):
     (dict(seed=-1), 'seed=-1'),
     (dict(classes=[0, 3]), 'class 3: expected 0 to 2'),
     (dict(classes=[-1]), 'class -1: expected 0 to 2'),
+    (dict(out='x.webp', classes=[0] * 2048), 'frames of 8x16384: WebP has at most 16383'),
     (dict(network='none.pkl'), 'none.pkl: no such file'),
   ],
 )

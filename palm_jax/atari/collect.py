@@ -17,8 +17,10 @@ from palm_jax.atari.environment import FRAMES_A_STEP, SETTINGS, Environment, req
 from palm_jax.atari.play import RECENT_GAMES, check_play, play
 from palm_jax.atari.stacks import StackSample
 from palm_jax.base import checks, devices
+from palm_jax.base.digests import file_digest
 from palm_jax.base.errors import UserError
 from palm_jax.base.steps import list_steps
+from palm_jax.data.collected import collected_stacks
 from palm_jax.job import Job, Run, never
 
 
@@ -83,12 +85,13 @@ def run(this: Run, make_environment: Callable[..., Environment] = Environment) -
     raise UserError(
       f'collect.max_bytes={c.max_bytes} holds no stack of {math.prod(shape)} bytes: raise it'
     )
+  stacks = collected_stacks(workdir)
   if not list_steps(folder / 'checkpoints'):
-    (folder / 'stacks.npz').unlink(missing_ok=True)  # of a run that was removed
+    stacks.unlink(missing_ok=True)  # of a run that was removed
   sample = StackSample(folder / 'shards', agent_steps, count, c.num_envs, config.seed)
   make_games = functools.partial(make_environment, game)
   played = play('collect', c, agent_steps, make_games, config.seed, folder, mesh, sample=sample)
-  sample.finish(folder / 'stacks.npz')
+  sample.finish(stacks)
   return dict(
     job='collect',
     game=game,
@@ -100,9 +103,10 @@ def run(this: Run, make_environment: Callable[..., Environment] = Environment) -
     resumes=played.resumes,
     seconds=played.seconds,
     stacks=dict(
-      path=str(folder / 'stacks.npz'),
+      path=str(stacks),
       images=[count, *shape],
-      bytes=(folder / 'stacks.npz').stat().st_size,
+      bytes=stacks.stat().st_size,
+      sha256=file_digest(stacks),
     ),
     seed=config.seed,
     protocol=protocol_of(c),

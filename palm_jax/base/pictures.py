@@ -59,6 +59,15 @@ def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
   _save(path, [_to_pillow(image)], format='PNG')
 
 
+def check_film(path: str | os.PathLike, height: int, width: int) -> None:
+  """Raises UserError where frames have more pixels a side than a WebP."""
+  if max(height, width) > MOST_WEBP:
+    raise UserError(
+      f'{path}: frames of {height}x{width}: WebP has at most {MOST_WEBP} a side; show fewer '
+      'pictures side by side'
+    )
+
+
 def save_webp(path: str | os.PathLike, frames: Sequence[np.ndarray], fps: float = 8) -> None:
   """Writes (H, W, 1 or 3) uint8 frames of one size as an endless animated WebP, without loss.
 
@@ -70,9 +79,7 @@ def save_webp(path: str | os.PathLike, frames: Sequence[np.ndarray], fps: float 
   """
   if len(frames) == 0:
     raise UserError(f'{path}: a film needs at least one frame')
-  height, width = frames[0].shape[:2]
-  if max(height, width) > MOST_WEBP:
-    raise UserError(f'{path}: frames of {height}x{width}: WebP has at most {MOST_WEBP} a side')
+  check_film(path, *frames[0].shape[:2])
   _save(
     path,
     [_to_pillow(frame).convert('RGB') for frame in frames],

@@ -45,10 +45,10 @@ class Preemption:
       of one process raise Interrupted; several processes must stop together.
   """
 
+  _unanswered = 0  # of this process: the signal that came after a loop's last question
+
   def __init__(self, holds: bool = True):
     self._holds = holds
-
-  _unanswered = 0  # the signal that came after the last question
 
   def __enter__(self) -> Self:
     self._received = Preemption._unanswered  # the signal that came here
@@ -158,10 +158,11 @@ class Training:
     stopping = False
     with contextlib.ExitStack() as last:  # in the opposite order, whatever fails
       last.callback(self.preemption.__exit__)
-      with contextlib.ExitStack() as before:
-        if self._writer:
-          before.callback(self._writer.close)
+      try:
         self.checkpoints.close()
+      finally:
+        if self._writer:
+          self._writer.close()
       stopping = kind is None and self.preemption.requested
     if kind is None and (stopping or not self.complete):
       self.preemption.stop()

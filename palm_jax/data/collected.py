@@ -5,6 +5,7 @@ import pathlib
 import numpy as np
 
 from palm_jax.base.errors import UserError
+from palm_jax.base.results import read_result
 from palm_jax.data.arrays import Data
 from palm_jax.data.load import load
 
@@ -28,6 +29,15 @@ def check(name: str, size: int) -> None:
 def collected_stacks(workdir: pathlib.Path) -> pathlib.Path:
   """The file with what was collected."""
   return workdir / COLLECTED / 'stacks.npz'
+
+
+def collected_digest(workdir: pathlib.Path) -> str | None:
+  """Digest of that file, as the job has written it; None where it has not, or is of before that."""
+  path = workdir / 'results' / f'{COLLECTED}.json'
+  try:
+    return read_result(path)['stacks']['sha256']
+  except (OSError, ValueError, LookupError, TypeError):
+    return None
 
 
 def load_collected(workdir: pathlib.Path, newest: bool = False) -> Data:

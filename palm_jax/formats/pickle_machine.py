@@ -204,8 +204,10 @@ class Machine:
       "stylegan2-ada-pytorch's legacy.py: python legacy.py --source=<this file> "
       '--dest=converted.pkl',
     )
-    moved = [known[1:] for known in MOVED if module.endswith(known)]
-    self.push(Global(moved[0] if moved else module, name))
+    for known in MOVED:
+      if module.endswith(f'.{known}'):
+        module = known
+    self.push(Global(module, name))
 
   def find_global_on_stack(self):
     name, module = self.pop(), self.pop()

@@ -273,4 +273,4 @@ for core in ('numpy._core', 'numpy.core'):
 for path in ('PosixPath', 'PurePosixPath', 'WindowsPath', 'PureWindowsPath'):
   CALLS |= {('pathlib', path): _text, ('pathlib._local', path): _text}
 DICTS = {('dnnlib.util', 'EasyDict')}  # made by NEWOBJ
-MOVED = '.torch_utils.persistence', '.dnnlib.util'  # NVIDIA's, in a package of a fork's
+MOVED = 'torch_utils.persistence', 'dnnlib.util'  # NVIDIA's, which forks have in a package

@@ -63,11 +63,9 @@ def sample(
   if classes is None:
     classes = list(range(min(generator.num_classes, 10)))
   _check_classes(classes, generator.num_classes)
-  width = generator.image_shape[1] * max(1, len(classes))
-  if out.suffix == '.webp' and width > pictures.MOST_WEBP:
-    raise UserError(
-      f'{out}: {width} pixels wide, WebP has at most {pictures.MOST_WEBP}: give fewer --classes'
-    )
+  if out.suffix == '.webp':
+    height, width = generator.image_shape[:2]
+    pictures.check_film(out, height, width * max(1, len(classes)))
 
   @jax.jit
   def draw_checked(variables, z, labels):
